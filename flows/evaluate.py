@@ -1,0 +1,21 @@
+"""Deployment `evaluate`: the paper's comparison for one database."""
+
+from prefect import flow
+
+from tasks.evaluate import EvaluateParams
+from tasks.steps import evaluate_database
+
+
+@flow(name="evaluate", flow_run_name="evaluate {database}")
+def evaluate(checkpoint: str, database: str, params: EvaluateParams = EvaluateParams()) -> str:
+    """Scores the embeddings by probes on labels, on random and on spatially blocked splits.
+
+    Args:
+        checkpoint: URL of the checkpoint.
+        database: URL of the database encoded with it.
+        params: Which labels and splits.
+
+    Returns:
+        The URL of the report.
+    """
+    return evaluate_database(checkpoint, database, params)

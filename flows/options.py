@@ -1,0 +1,89 @@
+"""Command-line options made from the parameter models, so that both have one definition."""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from infra.errors import UserError
+from tasks.params import Params
+
+
+def with_options(model: type[Params], command: Callable[..., Any]) -> Callable[..., Any]:
+    """`command(*arguments, params=...)` with one option per field of `model` in place of `params`.
+
+    Args:
+        model: A parameter model; nested models become prefixed options, `--sample-patches`.
+        command: The function to call.
+    """
+    fields = dict(_fields(model))
+    positional = [p for name, p in inspect.signature(command).parameters.items() if name != "params"]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(name, keyword, default=None, annotation=_option(name, field))
+        for name, field in fields.items()
+    ]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in fields}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return command(*args, **kwargs, params=build(model, chosen))
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature([*positional, *options])  # type: ignore[attr-defined]
+    return run
+
+
+def build(model: type[Params], values: dict[str, str]) -> Params:
+    """The model from option values.
+
+    Raises:
+        UserError: A value does not fit; the message names the option, the value and what is asked for.
+    """
+    try:
+        return model.model_validate(_nest(model, values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        raise UserError(f"{option} {first['input']!r}: {first['msg']}. See --help for what fits") from None
+
+
+def _fields(model: type[Params], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        if _is_model(field):
+            yield from _fields(field.annotation, f"{prefix}{name}_")  # type: ignore[arg-type]
+        else:
+            yield prefix + name, field
+
+
+def _is_model(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Params)
+
+
+def _nest(model: type[Params], values: dict[str, str]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if _is_model(field):
+            inner = {k.removeprefix(f"{name}_"): v for k, v in values.items() if k.startswith(f"{name}_")}
+            nested[name] = _nest(field.annotation, inner)  # type: ignore[arg-type]
+        elif name in values:
+            nested[name] = _parse(values[name])
+    return nested
+
+
+def _parse(text: str) -> Any:
+    """Lists come as JSON, `null` is none, and all else stays text for pydantic to read."""
+    return json.loads(text) if text.startswith(("[", "{")) or text == "null" else text
+
+
+def _option(name: str, field: FieldInfo) -> Any:
+    flag = "--" + name.replace("_", "-")
+    bounds = [str(b) for b in field.metadata if type(b).__name__ in ("Gt", "Ge", "Lt", "Le")]
+    kind = "|".join(map(str, get_args(field.annotation))) or getattr(field.annotation, "__name__", "value")
+    text = f"{field.description or ''} {' '.join(bounds)}".strip()
+    default = json.dumps(field.get_default(call_default_factory=True), default=str)
+    return Annotated[str | None, typer.Option(flag, help=text, metavar=kind.upper(), show_default=default)]

@@ -1,0 +1,22 @@
+"""Deployment `train`: the contrastive location encoder."""
+
+from prefect import flow
+
+from infra import clusters
+from tasks.steps import train_model
+from tasks.train import TrainParams
+
+
+@flow(name="train", flow_run_name="train on {patches}")
+def train(patches: str, params: TrainParams = TrainParams()) -> str:
+    """Trains the location encoder against the images of a patch store.
+
+    Args:
+        patches: URL of the patches.
+        params: Architecture and schedule.
+
+    Returns:
+        The URL of the checkpoint.
+    """
+    with clusters.connect() as client:
+        return train_model(client, patches, params)

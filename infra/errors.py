@@ -1,0 +1,9 @@
+"""The one exception for what a user can put right."""
+
+
+class UserError(ValueError):
+    """A mistake or a missing thing that the user can mend.
+
+    The message is one sentence or two: what is wrong, which value, and the way out. The command line
+    prints it without a traceback and exits with status 2.
+    """

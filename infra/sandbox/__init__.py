@@ -1,0 +1,205 @@
+"""The sandbox: real STAC, S3 and Prefect servers on loopback, with the demo planet behind them."""
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import s3fs
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from infra.errors import UserError
+from infra.sandbox import servers
+from infra.sandbox.planet import BUCKET, Bucket, PlanetSpec, build, collection, items
+from infra.sandbox.scenes import COLLECTION
+
+PRODUCTS = "rangegrid"
+S3_PORTS = 5
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A running sandbox."""
+
+    directory: Path
+    """Where it keeps its data and its state."""
+    ports: dict[str, list[int]]
+    """Ports by server; the first is the one to talk to."""
+    keys: tuple[str, str] = field(repr=False)
+    """S3 access key and secret."""
+
+    @property
+    def endpoint(self) -> str:
+        """URL of the S3 server."""
+        return f"http://{servers.HOST}:{self.ports['s3'][0]}"
+
+    def environment(self) -> dict[str, str]:
+        """The variables that point rangegrid, and any S3 client, at this sandbox."""
+        found = {
+            "RANGEGRID_STAC_URL": f"http://{servers.HOST}:{self.ports['stac'][0]}",
+            "RANGEGRID_COLLECTION": COLLECTION,
+            "RANGEGRID_STORAGE_URL": f"s3://{PRODUCTS}",
+            "RANGEGRID_S3_ENDPOINT": self.endpoint,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.keys[0],
+            "AWS_SECRET_ACCESS_KEY": self.keys[1],
+            "AWS_REGION": "us-east-1",
+        }
+        if "prefect" in self.ports:
+            found["PREFECT_API_URL"] = f"http://{servers.HOST}:{self.ports['prefect'][0]}/api"
+        return found
+
+
+def up(directory: Path, planet: PlanetSpec | None = None, prefect: bool = True) -> Sandbox:
+    """Starts what does not run yet; the servers stay until `down`.
+
+    Args:
+        directory: Where the sandbox keeps its data and its state.
+        planet: The demo planet to build at the first time; by default the whole one.
+        prefect: Whether a Prefect server belongs to it.
+    """
+    return _up(directory, planet or PlanetSpec(), prefect, bound=False)
+
+
+@contextmanager
+def running(directory: Path, planet: PlanetSpec | None = None, prefect: bool = True) -> Iterator[Sandbox]:
+    """A sandbox for the length of a block; stops at its end what it started, also on Ctrl-C and SIGTERM."""
+    before = {name for name, state in status(directory).items() if state == "running"}
+    handler = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield _up(directory, planet or PlanetSpec(), prefect, bound=True)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        _stop(directory, keep=before)
+
+
+def down(directory: Path) -> None:
+    """Stops the servers; their data stay."""
+    _stop(directory, keep=set())
+
+
+def status(directory: Path) -> dict[str, str]:
+    """`running` or `stopped` by server."""
+    pids = _read(directory).get("pids", {})
+    return {name: "running" if servers.is_alive(pid) else "stopped" for name, pid in pids.items()}
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _up(directory: Path, planet: PlanetSpec, prefect: bool, bound: bool) -> Sandbox:
+    directory = directory.absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        state = _read(directory)
+        state.setdefault("keys", [secrets.token_hex(10), secrets.token_hex(20)])
+        box = Sandbox(directory, state.setdefault("ports", {}), tuple(state["keys"]))
+        _ensure(box, state, "s3", S3_PORTS, bound)
+        if prefect:
+            _ensure(box, state, "prefect", 1, bound, waits=False)
+        _make_buckets(box)
+        _build_planet(box, planet)
+        _ensure(box, state, "stac", 1, bound)
+        if prefect:
+            _await(box, state, "prefect")
+    return box
+
+
+def _ensure(box: Sandbox, state: dict[str, Any], name: str, ports: int, bound: bool, waits: bool = True) -> None:
+    pids = state.setdefault("pids", {})
+    if name not in pids or not servers.is_alive(pids[name]):
+        known = box.ports.get(name, [])
+        if not known or not all(map(servers.is_free, known)):
+            box.ports[name] = servers.free_ports(ports)
+        pids[name] = _launch(box, name, bound)
+        _write(box.directory, state)
+    if waits:
+        _await(box, state, name)
+
+
+def _launch(box: Sandbox, name: str, bound: bool) -> int:
+    ports, home = box.ports[name], box.directory
+    if name == "s3":
+        (home / "s3").mkdir(exist_ok=True)
+        command = servers.s3_command(home / "s3", ports)
+    elif name == "stac":
+        command = servers.stac_command(ports[0], [home / "planet/collection.json", home / "planet/items.json"])
+    else:
+        command = servers.prefect_command(ports[0])
+    environment = {
+        "AWS_ACCESS_KEY_ID": box.keys[0],
+        "AWS_SECRET_ACCESS_KEY": box.keys[1],
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_API_URL": f"http://{servers.HOST}:{ports[0]}/api",
+    }
+    return servers.start(command, home / "logs" / f"{name}.log", environment, bound)
+
+
+def _await(box: Sandbox, state: dict[str, Any], name: str) -> None:
+    path = "/api/health" if name == "prefect" else "/"
+    url = f"http://{servers.HOST}:{box.ports[name][0]}{path}"
+    log = box.directory / "logs" / f"{name}.log"
+    servers.wait(name, lambda: servers.answers(url), state["pids"][name], log)
+
+
+def _make_buckets(box: Sandbox) -> None:
+    client = s3fs.S3FileSystem(key=box.keys[0], secret=box.keys[1], endpoint_url=box.endpoint, skip_instance_cache=True)
+    for bucket in (PRODUCTS, BUCKET):
+        if not client.exists(bucket):
+            client.mkdir(bucket)
+
+
+def _build_planet(box: Sandbox, planet: PlanetSpec) -> None:
+    """Builds what is missing of the planet, and hands its catalog to the STAC server as files."""
+    bucket = Bucket(box.endpoint, *box.keys)
+    home = box.directory / "planet"
+    home.mkdir(exist_ok=True)
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        bar = bars.add_task("build the demo planet", total=None)
+        build(planet, bucket, lambda done, total: bars.update(bar, completed=done, total=total))
+    (home / "collection.json").write_text(json.dumps(collection(planet)))
+    (home / "items.json").write_text(json.dumps(items(planet, bucket)))
+
+
+def _stop(directory: Path, keep: set[str]) -> None:
+    directory = directory.absolute()
+    state = _read(directory)
+    for name in ("stac", "prefect", "s3"):
+        if name in state.get("pids", {}) and name not in keep:
+            servers.stop(state["pids"].pop(name))
+    if state:
+        _write(directory, state)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is starting the sandbox in {directory}: wait, or use another --directory"
+            ) from None
+        yield
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / "state.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(directory: Path, state: dict[str, Any]) -> None:
+    path = directory / "state.json.new"
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(state, file, indent=2)
+    path.replace(directory / "state.json")

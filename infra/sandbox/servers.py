@@ -1,0 +1,163 @@
+"""The sandbox's servers as child processes on loopback: S3 (SeaweedFS), STAC (rustac), Prefect."""
+
+import ctypes
+import itertools
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from infra.errors import UserError
+
+PATIENCE = 90.0  # seconds until a server must answer; Prefect's takes about 20
+PR_SET_PDEATHSIG = 1
+HOST = "127.0.0.1"
+GRPC = 10_000  # SeaweedFS adds this to a port to find its gRPC side
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that are free now, each with a free one 10,000 above for SeaweedFS's gRPC."""
+    ports = (port for port in random.sample(range(20_000, 30_000), 5_000))
+    return list(itertools.islice((p for p in ports if is_free(p) and is_free(p + GRPC)), count))
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing listens at a port of loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) != 0
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def start(command: list[str], log: Path, environment: dict[str, str], bound: bool) -> int:
+    """Starts a server in a session of its own and returns its process id.
+
+    Args:
+        command: Program and arguments.
+        log: File that takes its output.
+        environment: Variables to add to ours.
+        bound: Whether the server dies with this process, even by kill -9.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
+            start_new_session=True,
+            preexec_fn=_die_with_parent if bound else None,
+        )
+    return process.pid
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def stop(pid: int) -> None:
+    """Ends a server and its children: asked first, then made to."""
+    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+        if not is_alive(pid):
+            break
+        os.killpg(pid, sign)
+        _reap(pid, patience)
+
+
+def _reap(pid: int, patience: float) -> None:
+    until = time.monotonic() + patience
+    while is_alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return
+
+
+def wait(name: str, answers: Callable[[], bool], pid: int, log: Path) -> None:
+    """Waits until a server answers.
+
+    Raises:
+        UserError: It ended, or does not answer in time.
+    """
+    until = time.monotonic() + PATIENCE
+    while not answers():
+        if not is_alive(pid):
+            raise UserError(f"the sandbox's {name} server ended at its start: see {log}")
+        if time.monotonic() > until:
+            raise UserError(f"the sandbox's {name} server did not answer in {PATIENCE:.0f} s: see {log}")
+        time.sleep(0.1)
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP server answers at `url`, with whatever status."""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def s3_command(directory: Path, ports: list[int]) -> list[str]:
+    """The S3 server; needs five ports, of which the first is S3's."""
+    services = ("s3", "master", "filer", "volume", "admin")
+    flags = [
+        flag
+        for name, port in zip(services, ports, strict=True)
+        for flag in (f"-{name}.port={port}", f"-{name}.port.grpc={port + GRPC}")
+    ]
+    return [
+        program("weed"),
+        "mini",
+        f"-dir={directory}",
+        f"-ip={HOST}",
+        f"-ip.bind={HOST}",
+        *flags,
+        "-s3.autoCreateBucket=false",
+        "-webdav=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-master.telemetry=false",
+        "-volume.max=0",
+    ]
+
+
+def stac_command(port: int, files: list[Path]) -> list[str]:
+    """The STAC API server over a collection and an item collection."""
+    return [program("rustac"), "serve", "--addr", f"{HOST}:{port}", *map(str, files)]
+
+
+def prefect_command(port: int) -> list[str]:
+    """The Prefect server."""
+    return [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+
+
+def program(name: str) -> str:
+    """The path of an installed program.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        raise UserError(f"the program {name!r} is not installed: `make demo` installs it with the sandbox group")
+    return found

@@ -1,0 +1,225 @@
+"""Objects by URL: `file:///directory/x` and `s3://bucket/key` by one code path.
+
+Every write is one whole object: it is there entirely or not at all. Credentials come from the settings at the
+moment of use and are in no URL, so a URL may be logged, stored and sent to workers.
+"""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, ObjectStore, S3Store
+from zarr.storage import ObjectStore as ZarrObjectStore
+
+from infra.errors import UserError
+from infra.settings import settings
+
+T = TypeVar("T")
+
+ATTEMPTS = 5  # beyond obstore's own retries of 5xx: a server that restarts needs some seconds
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` with path parts appended."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def _locate(url: str) -> tuple[ObjectStore, str]:
+    """The object store that serves `url` (one per bucket and environment), and the key within it."""
+    parts = urlsplit(url)
+    if parts.scheme == "file" and not parts.netloc:
+        return _local("/"), unquote(parts.path).strip("/")
+    if parts.scheme != "s3" or not parts.netloc:
+        raise UserError(f"the storage URL {url!r} is not one of ours: use file:///directory or s3://bucket/prefix")
+    return _s3(parts.netloc, ""), parts.path.strip("/")
+
+
+@lru_cache
+def _local(directory: str) -> LocalStore:
+    return LocalStore(directory, mkdir=True)
+
+
+def _s3(bucket: str, prefix: str) -> S3Store:
+    where = settings()
+    keys = [k.get_secret_value() if k else None for k in (where.access_key, where.secret_key)]
+    return _s3_with(bucket, prefix, where.s3_endpoint, where.region, *keys)
+
+
+@lru_cache(maxsize=256)
+def _s3_with(
+    bucket: str, prefix: str, endpoint: str | None, region: str, key: str | None, secret: str | None
+) -> S3Store:
+    options: dict[str, Any] = {"region": region, "virtual_hosted_style_request": False}
+    if endpoint:
+        options |= {"endpoint": endpoint}
+    if key and secret:
+        options |= {"access_key_id": key, "secret_access_key": secret}
+    return S3Store(
+        bucket,
+        prefix=prefix or None,
+        config=options,
+        client_options={"allow_http": bool(endpoint and endpoint.startswith("http://"))},
+        retry_config={"max_retries": 4},
+    )
+
+
+def _patiently(call: Callable[[], T], url: str) -> T:
+    """Calls, and calls again with backoff and jitter while the store does not answer."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except AlreadyExistsError:
+            raise
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise _unreachable(url, error) from None
+            raise
+        except PermissionError as error:
+            raise _forbidden(url) from error
+        except (BaseError, OSError) as error:
+            if attempt == ATTEMPTS - 1 or not _transient(error):
+                raise _unreachable(url, error) from error
+            time.sleep(min(8.0, 0.25 * 2**attempt) * (0.5 + random.random()))
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _transient(error: Exception) -> bool:
+    text = str(error)
+    return not any(sign in text for sign in ("403", "NoSuchBucket", "No space left", "os error 28"))
+
+
+def _forbidden(url: str) -> UserError:
+    return UserError(
+        f"access to {url} is forbidden: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+        "and that they may read and write this bucket"
+    )
+
+
+def _unreachable(url: str, error: Exception) -> UserError:
+    text = str(error)
+    if "403" in text or "Forbidden" in text or "AccessDenied" in text:
+        return _forbidden(url)
+    if "NoSuchBucket" in text:
+        return UserError(f"the bucket of {url} does not exist: create it, or set RANGEGRID_STORAGE_URL")
+    if "No space left" in text or "os error 28" in text:
+        return UserError(f"no space is left at {url}: free some, or set RANGEGRID_STORAGE_URL elsewhere")
+    endpoint = settings().s3_endpoint or "the S3 service" if url.startswith("s3:") else "the file system"
+    reason = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
+    return UserError(f"{endpoint} did not serve {url} ({reason}): check that it is up and reachable")
+
+
+def read(url: str) -> bytes:
+    """The whole object.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: The store is unreachable or forbids it.
+    """
+    store, name = _locate(url)
+    return _patiently(lambda: bytes(obstore.get(store, name).bytes()), url)
+
+
+def write(url: str, data: bytes) -> None:
+    """Writes the whole object with one PUT, replacing what was there."""
+    store, name = _locate(url)
+    _patiently(lambda: obstore.put(store, name, data), url)
+
+
+def create(url: str, data: bytes) -> bool:
+    """Writes the object unless one is there; tells whether this call wrote it."""
+    store, name = _locate(url)
+    try:
+        _patiently(lambda: obstore.put(store, name, data, mode="create", use_multipart=False), url)
+    except AlreadyExistsError:
+        return False
+    return True
+
+
+def exists(url: str) -> bool:
+    """Whether an object is there."""
+    store, name = _locate(url)
+    try:
+        _patiently(lambda: obstore.head(store, name), url)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def names(url: str) -> list[str]:
+    """Names of the objects and directories directly under `url`, sorted; empty where nothing is."""
+    store, name = _locate(url)
+    listing = _patiently(lambda: obstore.list_with_delimiter(store, name or None), url)
+    paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
+    return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+
+def delete(url: str) -> None:
+    """Deletes the object at `url` and every object under it."""
+    store, name = _locate(url)
+    if url.startswith("file:"):
+        _delete_local(Path("/", name))
+        return
+    for batch in obstore.list(store, prefix=name, chunk_size=1000):
+        _patiently(partial(obstore.delete, store, [meta["path"] for meta in batch]), url)
+    if exists(url):
+        _patiently(lambda: obstore.delete(store, name), url)
+
+
+def _delete_local(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size(url: str) -> int:
+    """Bytes of all objects under `url`."""
+    store, name = _locate(url)
+    return sum(meta["size"] for batch in obstore.list(store, prefix=name) for meta in batch)
+
+
+def read_json(url: str) -> Any:
+    """The object parsed as JSON."""
+    return json.loads(read(url))
+
+
+def write_json(url: str, value: Any) -> None:
+    """Writes a value as readable JSON, in a stable order of keys."""
+    write(url, json.dumps(value, indent=2, sort_keys=True).encode())
+
+
+def zarr_store(url: str, read_only: bool = False) -> ZarrObjectStore:
+    """A Zarr store at `url`, for `zarr.open_group(store=…)` and `xarray.open_zarr`."""
+    _, path = _locate(url)
+    local = url.startswith("file:")
+    store = _local("/" + path) if local else _s3(urlsplit(url).netloc, path)
+    return ZarrObjectStore(store, read_only=read_only)
+
+
+def check_writable(url: str) -> None:
+    """Refuses, before any work, a place that cannot be written.
+
+    Raises:
+        UserError: The bucket does not exist, access is forbidden, or the service does not answer.
+    """
+    probe = join(url, ".rangegrid-write-check")
+    write(probe, b"")
+    delete(probe)
+
+
+def copy(source: str, target: str) -> None:
+    """Copies the object at `source`, or every object under it, to `target`."""
+    store, name = _locate(source)
+    paths = [meta["path"] for batch in obstore.list(store, prefix=name) for meta in batch]
+    if not paths:
+        write(target, read(source))
+    for path in paths:
+        write(join(target, path.removeprefix(name)), bytes(obstore.get(store, path).bytes()))

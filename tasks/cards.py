@@ -1,0 +1,51 @@
+"""Cards and fingerprints: what made a product, stored beside it as `card.json`.
+
+A product's directory is named by the fingerprint of everything that decides its content. The same parameters
+find the same directory and resume; changed ones make a new version; nothing that was good is overwritten.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from infra import storage
+from infra.errors import UserError
+from infra.settings import settings
+
+
+def fingerprint(content: Any) -> str:
+    """12 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read_card(url: str, kind: str) -> dict[str, Any]:
+    """The card of the finished product at `url`.
+
+    Raises:
+        UserError: Nothing finished is there, or it is a product of another kind.
+    """
+    try:
+        card = storage.read_json(storage.join(url, "card.json"))
+    except FileNotFoundError:
+        raise UserError(f"there is no finished {kind} at {url}: give the URL that the step printed") from None
+    if card.get("kind") != kind:
+        raise UserError(f"{url} holds {card.get('kind')!r}, not {kind!r}: give the URL of a {kind}")
+    return card
+
+
+def is_finished(url: str) -> bool:
+    """Whether the product's card, which is written last, is there."""
+    return storage.exists(storage.join(url, "card.json"))
+
+
+def write_card(url: str, kind: str, **content: Any) -> dict[str, Any]:
+    """Writes the card that declares the product at `url` finished."""
+    card = {"kind": kind, **content}
+    storage.write_json(storage.join(url, "card.json"), card)
+    return card
+
+
+def product_url(kind: str, made_of: Any) -> str:
+    """Where the product made of `made_of` lives: `<storage>/<kind>/<fingerprint>`."""
+    return storage.join(settings().storage_url, kind, fingerprint(made_of))

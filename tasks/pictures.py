@@ -1,0 +1,144 @@
+"""The pictures that a run leaves: PNG bytes from plain arrays, with no global state of matplotlib."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+INK, FAINT, OCEAN, ACCENT, SECOND = "#1d2733", "#8a95a1", "#eef2f5", "#0b6e99", "#e07a3f"
+STAND_IN = "NASA Blue Marble at about 7 km stands in for 10 m Sentinel-2"
+EQUAL_EARTH = (1.340264, -0.081106, 0.000893, 0.003796)  # Savric, Patterson, Jenny 2018
+
+
+def world_map(vectors: NDArray[np.float32], lat: NDArray, lon: NDArray, title: str, caption: str) -> bytes:
+    """The first three principal components of a grid as red, green and blue.
+
+    Args:
+        vectors: (dim, lat, lon), NaN where there are none.
+        lat: Latitudes in degrees, north first.
+        lon: Longitudes in degrees.
+        title: Above the map.
+        caption: Below it.
+    """
+    figure, axes = _canvas(12, 6.6, title, caption)
+    x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
+    axes.pcolormesh(x, y, principal_colours(vectors), rasterized=True)
+    _outline(axes)
+    return _png(figure)
+
+
+def principal_colours(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(lat, lon, 4) colours: components stretched between their 2nd and 98th percentiles, transparent off data."""
+    known = np.isfinite(vectors[0])
+    data = vectors[:, known].T.astype(np.float64)
+    data -= data.mean(0)
+    _, axes = np.linalg.eigh(data.T @ data)
+    components = data @ axes[:, :-4:-1]
+    components *= np.sign(components[np.abs(components).argmax(0), range(3)])  # the sign of an axis is arbitrary
+    low, high = np.percentile(components, [2, 98], axis=0)
+    colours = np.zeros((*known.shape, 4), np.float32)
+    colours[known, :3] = np.clip((components - low) / (high - low), 0, 1)
+    colours[known, 3] = 1
+    return colours
+
+
+def sample_map(lonlat: NDArray[np.float64], title: str, caption: str) -> bytes:
+    """Where patches were taken."""
+    figure, axes = _canvas(12, 6.6, title, caption)
+    _outline(axes)
+    axes.scatter(*equal_earth(*lonlat.T), s=2.2, c=ACCENT, alpha=0.55, linewidths=0)
+    return _png(figure)
+
+
+def loss_curve(history: list[dict[str, Any]], title: str, caption: str) -> bytes:
+    """Loss and held-out accuracy by step."""
+    figure, axes = _canvas(9, 4.8, title, caption)
+    axes.set_axis_on()
+    axes.set_aspect("auto")
+    steps = [entry["step"] for entry in history]
+    for name, colour, axis in (("loss", ACCENT, axes), ("accuracy", SECOND, axes.twinx())):
+        axis.plot(steps, [entry[name] for entry in history], color=colour, lw=2)
+        axis.set_ylabel(LABELS[name], color=colour)
+        axis.tick_params(colors=FAINT)
+        for side in ("top", "left", "right"):
+            axis.spines[side].set_visible(False)
+    axes.set_xlabel("step", color=INK)
+    return _png(figure)
+
+
+LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out retrieval accuracy"}
+
+
+def score_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:
+    """Bars by task and embedder: random split pale, blocked split full.
+
+    Args:
+        table: Columns task, metric, embedder, random, blocked.
+        title: Above the chart.
+        caption: Below it.
+    """
+    tasks, embedders = list(table["task"].unique()), list(table["embedder"].unique())
+    figure = Figure(figsize=(12, 4.6), facecolor="white")
+    figure.suptitle(title, x=0.02, ha="left", color=INK, fontsize=15, fontweight="bold")
+    figure.text(0.02, 0.02, caption, color=FAINT, fontsize=8.5)
+    panels = figure.subplots(1, len(tasks), sharey=True)
+    for axes, task in zip(np.atleast_1d(panels), tasks, strict=True):
+        rows = table[table["task"] == task].set_index("embedder").loc[embedders]
+        place = np.arange(len(rows))[::-1]
+        axes.barh(place, rows["random"].clip(lower=0), color="#cfe0e8", height=0.74)
+        colours = [SECOND if name.startswith("RANGE+") else ACCENT for name in rows.index]
+        axes.barh(place, rows["blocked"].clip(lower=0), color=colours, height=0.44)
+        axes.set_title(f"{task}\n({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")
+        axes.set_yticks(place, rows.index, fontsize=9.5, color=INK)
+        axes.set_xlim(0, 1)
+        axes.tick_params(colors=FAINT, length=0, axis="x", labelsize=8)
+        axes.grid(axis="x", color="#e3e8ec", lw=0.8)
+        axes.set_axisbelow(True)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    figure.subplots_adjust(left=0.13, right=0.985, top=0.76, bottom=0.15, wspace=0.14)
+    return _png(figure)
+
+
+def equal_earth(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
+    """Equal Earth projection of degrees."""
+    a1, a2, a3, a4 = EQUAL_EARTH
+    t = np.arcsin(np.sqrt(3) / 2 * np.sin(np.radians(lat)))
+    t2, t6 = t**2, t**6
+    slope = 9 * a4 * t**8 + 7 * a3 * t6 + 3 * a2 * t2 + a1
+    x = 2 * np.sqrt(3) * np.radians(lon) * np.cos(t) / (3 * slope)
+    return x, t * (a1 + a2 * t2 + t6 * (a3 + a4 * t2))
+
+
+def _edges(centres: NDArray[np.float64]) -> NDArray[np.float64]:
+    half = (centres[1] - centres[0]) / 2
+    return np.append(centres - half, centres[-1] + half)
+
+
+def _outline(axes: Axes) -> None:
+    side = np.linspace(-90, 90, 181)
+    lon = np.concatenate([np.full(181, -180.0), np.full(181, 180.0)])
+    x, y = equal_earth(lon, np.concatenate([side, side[::-1]]))
+    axes.fill(x, y, facecolor=OCEAN, edgecolor="none", zorder=-1)
+
+
+def _canvas(width: float, height: float, title: str, caption: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.text(0.02, 0.945, title, color=INK, fontsize=16, fontweight="bold")
+    figure.text(0.02, 0.025, caption, color=FAINT, fontsize=9)
+    axes = figure.add_axes((0.02, 0.06, 0.96, 0.87) if height > 5 else (0.09, 0.2, 0.82, 0.68))
+    axes.set_axis_off()
+    axes.set_aspect("equal")
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()

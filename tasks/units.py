@@ -1,0 +1,139 @@
+"""One unit of work everywhere: a deterministic list, run on Dask, seen in the terminal and in Prefect.
+
+A unit's output is one whole object or one whole Zarr shard, and rewriting it gives the same bytes. So Dask
+may run a unit twice when a worker dies, a rerun does only what is left, and two overlapping runs do no harm.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from distributed import Client, as_completed
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.logging import get_run_logger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from infra.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+RETRIES = 2  # of one unit, after an error or the death of its worker
+ARTIFACT_STEPS = 50  # updates of a progress artifact in one run: each costs a request to the server
+
+
+class UnitsFailed(UserError):
+    """More units failed than the run allows; what succeeded is stored and a rerun does only the rest."""
+
+
+def run_units(
+    client: Client,
+    function: Callable[[T], R],
+    units: Sequence[T],
+    *,
+    label: str,
+    name: Callable[[T], str] = str,
+    max_failed_fraction: float = 0.0,
+) -> list[R]:
+    """Runs `function` on every unit on Dask and returns the results of those that succeeded, in order.
+
+    Args:
+        client: The Dask cluster that does the work.
+        function: An idempotent module-level function (or a `functools.partial` of one).
+        units: What is left to do.
+        label: Names the step in the progress bar and in the artifact.
+        name: Names a unit in the log.
+        max_failed_fraction: Share of the units that may fail before the run is given up.
+
+    Raises:
+        UnitsFailed: More units failed than allowed; the message gives the first causes.
+    """
+    results: dict[int, R] = {}
+    failures: list[str] = []
+    with progress(label, len(units)) as advance:
+        futures = client.map(function, units, pure=False, retries=RETRIES, batch_size=256)
+        position = {future.key: i for i, future in enumerate(futures)}
+        try:
+            for future in as_completed(futures):
+                i = position[future.key]
+                if future.status == "finished":
+                    results[i] = future.result()
+                else:
+                    failures.append(f"{name(units[i])}: {_cause(future.exception())}")
+                    log().warning("%s, unit %s", label, failures[-1])
+                    _bound(label, failures, max_failed_fraction * len(units))
+                future.release()
+                advance(1)
+        except BaseException:
+            client.cancel(futures)
+            raise
+    return [results[i] for i in sorted(results)]
+
+
+def _bound(label: str, failures: list[str], allowed: float) -> None:
+    if len(failures) > allowed:
+        causes = "; ".join(failures[:3])
+        raise UnitsFailed(
+            f"{label}: {len(failures)} units failed where {int(allowed)} may ({causes}). What succeeded is "
+            "kept: mend the cause and run again, and only the rest is done"
+        )
+
+
+def _cause(error: BaseException | None) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in the terminal and, inside a Prefect run, a progress artifact.
+
+    Yields:
+        A function to call with the number of units just done.
+    """
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    artifact = _Artifact(label, total)
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        bar = bars.add_task(label, total=total)
+
+        def advance(done: int) -> None:
+            bars.advance(bar, done)
+            artifact.advance(done)
+
+        yield advance
+    artifact.finish()
+
+
+class _Artifact:
+    """The Prefect side of a progress bar; does nothing outside a run."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.done, self.shown, self.total = 0, 0.0, max(total, 1)
+        self.id = create_progress_artifact(0.0, description=label) if in_run() else None
+
+    def advance(self, done: int) -> None:
+        self.done += done
+        percent = 100.0 * self.done / self.total
+        if percent - self.shown >= 100 / ARTIFACT_STEPS:
+            self._show(percent)
+
+    def finish(self) -> None:
+        if self.done >= self.total > 0 and self.shown < 100:
+            self._show(100.0)
+
+    def _show(self, percent: float) -> None:
+        self.shown = percent
+        if self.id is not None:
+            update_progress_artifact(self.id, min(percent, 100.0))
+
+
+def in_run() -> bool:
+    """Whether this code runs inside a Prefect flow or task."""
+    return FlowRunContext.get() is not None or TaskRunContext.get() is not None
+
+
+def log() -> logging.Logger | logging.LoggerAdapter:
+    """The run's logger inside a Prefect run, else the module's."""
+    return get_run_logger() if in_run() else logging.getLogger("rangegrid")

@@ -1,0 +1,36 @@
+"""Fixtures for all: the sandbox's real servers, the real data for checks, and a clean environment."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from infra import sandbox as sandbox_module
+from infra.sandbox.planet import PlanetSpec
+
+settings.register_profile("rangegrid", deadline=None, derandomize=True)
+settings.load_profile("rangegrid")
+
+CELLS = ("01K", "30T", "31T", "31U", "32T", "32U", "60K")  # western Europe, and Fiji on both sides of 180 degrees
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory):
+    """A sandbox with a small planet; its variables are in the environment while the tests run."""
+    with sandbox_module.running(tmp_path_factory.mktemp("sandbox"), PlanetSpec(cells=CELLS), prefect=False) as box:
+        before = dict(os.environ)
+        os.environ.update(box.environment())
+        yield box
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir():
+    """The folder of real Sentinel-2 pixels, items and labels."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    found = Path(os.environ.get("RANGEGRID_FIXTURES", beside))
+    if not found.is_dir():
+        pytest.skip(f"no real data at {found}: set RANGEGRID_FIXTURES")
+    return found

@@ -1,0 +1,65 @@
+"""Command-line options made from parameter models."""
+
+import pytest
+import typer
+from pydantic import Field
+from typer.testing import CliRunner
+
+from flows.options import build, with_options
+from infra.errors import UserError
+from tasks.params import Params
+
+
+class Inner(Params):
+    depth: int = Field(3, ge=1)
+    """How deep."""
+
+
+class Outer(Params):
+    share: float = Field(0.5, ge=0, le=1)
+    """Which share."""
+    bands: tuple[str, ...] = ("B04",)
+    """Which bands."""
+    inner: Inner = Inner()
+    """The inner part."""
+
+
+@pytest.fixture
+def invoke():
+    seen = []
+    app = typer.Typer()
+
+    def show(place: str, params: Outer) -> None:
+        seen.append((place, params))
+
+    app.command()(with_options(Outer, show))
+
+    def run(*args):
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(args))
+        return result, seen
+
+    return run
+
+
+def test_options_reach_the_nested_model(invoke):
+    _, seen = invoke("here", "--share", "0.25", "--inner-depth", "7", "--bands", '["B02", "B03"]')
+    assert seen == [("here", Outer(share=0.25, bands=("B02", "B03"), inner=Inner(depth=7)))]
+
+
+def test_without_options_the_defaults_hold(invoke):
+    assert invoke("here")[1] == [("here", Outer())]
+
+
+def test_help_tells_description_bound_and_default(invoke):
+    text = " ".join(invoke("--help")[0].output.split())
+    for part in ("--inner-depth", "How deep.", "ge=1", "[default: (3)]"):
+        assert part in text
+
+
+def test_a_value_that_does_not_fit_names_the_option():
+    with pytest.raises(UserError, match=r"--inner-depth '0': .* greater than or equal to 1"):
+        build(Outer, {"inner_depth": "0"})
+
+
+def test_an_unknown_option_is_refused(invoke):
+    assert invoke("here", "--no-such", "1")[0].exit_code == 2

@@ -1,0 +1,161 @@
+"""The pipeline end to end: real STAC and S3 servers, separately started Dask workers, Prefect's test server."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xarray as xr
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.pipeline import PipelineParams, pipeline
+from infra import storage
+from infra.errors import UserError
+from infra.sandbox import servers
+from tasks.checkpoint import load_checkpoint
+from tasks.core.retrieval import unit_vectors
+from tasks.database import open_database
+from tasks.evaluate import EvaluateParams
+from tasks.patches import open_patches
+from tasks.publish import PublishParams
+from tasks.sample import SampleParams
+from tasks.train import TrainParams
+
+SAMPLE = SampleParams(
+    patches=60,
+    patch_pixels=16,
+    resolution_m=5_000,
+    bands=("B02", "B03", "B04", "B08"),
+    south=43,
+    north=52,
+    shard_patches=20,
+    max_cloud_percent=95,
+    min_clear_fraction=0.5,
+)
+READER = """
+import sys, xarray as xr
+grid = xr.open_zarr(sys.argv[1], storage_options={"endpoint_url": sys.argv[2]})
+print(grid.embedding.sel(lon=2.35, lat=48.86, method="nearest").values.sum(dtype="float64"))
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(sandbox, tmp_path_factory):
+    """A scheduler and two workers, each a process of its own in a directory of its own."""
+    (port,) = servers.free_ports(1)
+    address = f"tcp://{servers.HOST}:{port}"
+    commands = [["scheduler", "--host", servers.HOST, "--port", str(port), "--no-dashboard"]]
+    commands += [["worker", address, "--nthreads", "1", "--no-dashboard", "--name", str(i)] for i in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dask", *command],
+            cwd=tmp_path_factory.mktemp("worker"),
+            stderr=subprocess.DEVNULL,
+        )
+        for command in commands
+    ]
+    yield address
+    for process in reversed(started):
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def prefect():
+    with prefect_test_harness(server_startup_timeout=240):
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(sandbox, cluster, prefect):
+    """The products of a small pipeline."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANGEGRID_CLUSTER", cluster)
+        patch.setattr("flows.pipeline.evaluate", lambda *_: "not evaluated: the planet has too few places")
+        yield pipeline(
+            PipelineParams(
+                sample=SAMPLE,
+                train=TrainParams(steps=20, batch=32, degree=8, hidden=32, dim=16),
+                publish=PublishParams(step_degrees=1.0, tile_cells=60),
+                evaluate=EvaluateParams(points=200),
+            )
+        )
+
+
+def test_patches_are_where_the_manifest_says(made):
+    patches = open_patches(made["patches"])
+    assert len(patches.manifest) == 60
+    assert patches.manifest["row_id"].is_unique
+    assert patches.manifest["lat"].between(43, 52).all()
+    assert set(patches.manifest["offset"]) <= {0, -1000}
+    reflectance = patches.reflectance(slice(None))
+    assert reflectance.shape == (60, 4, 16, 16)
+    assert np.isfinite(reflectance).mean() > 0.9
+
+
+def test_the_grid_is_the_brute_force(made):
+    """A float64 softmax over the whole database at every sampled cell."""
+    grid = xr.open_zarr(storage.zarr_store(made["grid"]))
+    database = open_database(made["database"])
+    encoder = load_checkpoint(made["checkpoint"]).location
+    keys, values, where = (np.asarray(a, np.float64) for a in (database.keys, database.values, database.locations))
+    for lon, lat in [(2.5, 48.5), (-120.5, 40.5), (179.5, 68.5), (25.5, -30.5), (0.5, -85.5)]:
+        query = encoder.embed(np.array([[lon, lat]])).astype(np.float64)
+        semantic = weights(12 * query @ keys.T) @ values
+        geodesic = weights(40 * unit_vectors([[lon, lat]]) @ unit_vectors(where).T) @ values
+        expected = np.concatenate([0.5 * semantic + 0.5 * geodesic, query], axis=1)[0]
+        found = grid.embedding.sel(lon=lon, lat=lat).values
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def weights(logits):
+    raised = np.exp(logits - logits.max())
+    return raised / raised.sum()
+
+
+def test_the_sea_has_no_values(made):
+    grid = xr.open_zarr(storage.zarr_store(made["grid"]))
+    assert np.isnan(grid.embedding.sel(lon=-30.5, lat=30.5)).all()
+
+
+def test_another_process_opens_the_grid_with_plain_xarray(made, sandbox, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", READER, made["grid"], sandbox.endpoint], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr
+    grid = xr.open_zarr(storage.zarr_store(made["grid"]))
+    expected = grid.embedding.sel(lon=2.35, lat=48.86, method="nearest").values.sum(dtype="float64")
+    assert float(ran.stdout) == expected
+
+
+def test_a_second_run_finds_everything_there(made, cluster, monkeypatch):
+    from flows.sample import sample
+
+    monkeypatch.setenv("RANGEGRID_CLUSTER", cluster)
+    before = storage.read(storage.join(made["patches"], "manifest.parquet"))
+    assert sample(SAMPLE) == made["patches"]
+    assert storage.read(storage.join(made["patches"], "manifest.parquet")) == before
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("RANGEGRID_STAC_URL", "http://127.0.0.1:9", "no STAC API answers at"),
+        ("RANGEGRID_COLLECTION", "landsat", "no collection 'landsat'"),
+        ("RANGEGRID_STORAGE_URL", "s3://no-such-bucket-here", "does not exist"),
+    ],
+)
+def test_a_wrong_place_is_one_sentence(sandbox, prefect, monkeypatch, variable, value, message):
+    from flows.sample import sample
+
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=message):
+        sample(SAMPLE.model_copy(update={"seed": 9}))
+
+
+def test_nothing_found_is_one_sentence(sandbox, prefect, cluster, monkeypatch):
+    from flows.sample import sample
+
+    monkeypatch.setenv("RANGEGRID_CLUSTER", cluster)
+    with pytest.raises(UserError, match=r"only 0 of 5 patches .* widen --datetime"):
+        sample(SAMPLE.model_copy(update={"datetime": "1999-01-01/1999-12-31", "patches": 5}))

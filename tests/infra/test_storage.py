@@ -1,0 +1,94 @@
+"""Objects by URL: the same tests on local disk and on a real S3 server."""
+
+import os
+import threading
+
+import fsspec
+import pytest
+
+from infra import storage
+from infra.errors import UserError
+
+
+@pytest.fixture(params=["file", "s3"])
+def root(request, tmp_path):
+    """A fresh root URL on either store."""
+    if request.param == "file":
+        return (tmp_path / "a space").as_uri()
+    box = request.getfixturevalue("sandbox")
+    return f"{box.environment()['RANGEGRID_STORAGE_URL']}/{tmp_path.name}"
+
+
+def raw(url):
+    """The same object read by another library."""
+    options = {}
+    if url.startswith("s3:"):
+        options = {"endpoint_url": os.environ["RANGEGRID_S3_ENDPOINT"], "use_listings_cache": False}
+    with fsspec.open(url.replace("%20", " "), **options) as file:
+        return file.read()
+
+
+def test_written_objects_are_what_another_library_reads(root):
+    url = storage.join(root, "deep", "er", "x.bin")
+    storage.write(url, b"one")
+    storage.write(url, b"two")
+    assert storage.read(url) == b"two" == raw(url)
+    assert storage.exists(url)
+    assert not storage.exists(url + "y")
+    assert storage.names(root) == ["deep"]
+    assert storage.names(storage.join(root, "deep/er")) == ["x.bin"]
+    assert storage.size(root) == 3
+
+
+def test_reading_nothing_is_file_not_found_and_leaves_no_trace(root):
+    with pytest.raises(FileNotFoundError):
+        storage.read(storage.join(root, "none/x"))
+    assert storage.names(storage.join(root, "none")) == []
+    assert storage.names(root) == []
+
+
+def test_of_many_creators_one_wins(root):
+    url, wins = storage.join(root, "once"), []
+    threads = [threading.Thread(target=lambda i=i: wins.append((storage.create(url, b"%d" % i), i))) for i in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    winner = [i for won, i in wins if won]
+    assert len(winner) == 1
+    assert storage.read(url) == b"%d" % winner[0]
+
+
+def test_delete_takes_the_tree_and_only_it(root):
+    for name in ("a/1", "a/b/2", "ab"):
+        storage.write(storage.join(root, name), b"x")
+    storage.delete(storage.join(root, "a"))
+    assert not storage.exists(storage.join(root, "a/1"))
+    assert storage.names(storage.join(root, "a")) in ([], ["b"])  # SeaweedFS drops empty directories later
+    assert storage.size(root) == 1
+
+
+def test_a_missing_bucket_is_one_sentence(sandbox):
+    with pytest.raises(UserError, match=r"bucket of s3://no-such-bucket-here.* does not exist"):
+        storage.check_writable("s3://no-such-bucket-here/x")
+
+
+def test_a_wrong_key_is_one_sentence(sandbox, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(UserError, match=r"forbidden: check AWS_ACCESS_KEY_ID"):
+        storage.check_writable(sandbox.environment()["RANGEGRID_STORAGE_URL"])
+
+
+def test_a_full_disk_is_one_sentence():
+    full = "file:///dev/full"
+    with pytest.raises(UserError):
+        storage.check_writable(full)
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(UserError, match="use file:///directory or s3://bucket/prefix"):
+        storage.write("gs://bucket/x", b"")
+
+
+def test_an_unwritable_directory_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError):
+        storage.check_writable((tmp_path / "file" / "under").as_uri())

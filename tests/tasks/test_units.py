@@ -1,0 +1,52 @@
+"""Units on Dask: order, bounded failures, retries."""
+
+import math
+import os
+import time
+from functools import partial
+
+import pytest
+
+from infra import clusters
+from tasks.units import UnitsFailed, run_units
+
+
+@pytest.fixture(scope="module")
+def client():
+    with clusters.connect("local", workers=2) as client:
+        yield client
+
+
+def slowest_first(n):
+    time.sleep(0.01 * (5 - n))
+    return n
+
+
+def fails_once(directory, n):
+    """Kills its own worker process the first time that it sees 3."""
+    mark = directory / str(n)
+    if n == 3 and not mark.exists():
+        mark.touch()
+        os._exit(1)
+    return n
+
+
+def test_results_come_in_the_order_of_the_units(client):
+    assert run_units(client, slowest_first, range(5), label="order") == [0, 1, 2, 3, 4]
+
+
+def test_one_failure_too_many_ends_the_run_and_names_the_unit(client):
+    with pytest.raises(UnitsFailed, match=r"-4: ValueError: (math domain error|expected)"):
+        run_units(client, math.sqrt, [1, -4, 9], label="roots")
+
+
+def test_failures_within_the_bound_are_left_out(client):
+    assert run_units(client, math.sqrt, [1, -4, 9], label="roots", max_failed_fraction=0.4) == [1, 3]
+
+
+def test_a_killed_worker_costs_one_unit(client, tmp_path):
+    assert run_units(client, partial(fails_once, tmp_path), range(6), label="killed") == list(range(6))
+
+
+def test_no_units_is_no_work(client):
+    assert run_units(client, math.sqrt, [], label="nothing") == []

@@ -38,10 +38,12 @@ def open_catalog(url: str, collection: str) -> Client:
             f"no STAC API answers at {url} ({type(error).__name__}): check RANGEGRID_STAC_URL and the network"
         ) from None
     try:
-        client.get_collection(collection)
+        served = client.get_collection(collection) is not None
     except (APIError, RequestException, pystac.STACError, KeyError):
+        served = False
+    if not served:
         known = ", ".join(sorted(c.id for c in client.get_collections())[:20])
-        raise UserError(f"{url} has no collection {collection!r}: set RANGEGRID_COLLECTION to one of {known}") from None
+        raise UserError(f"{url} has no collection {collection!r}: set RANGEGRID_COLLECTION to one of {known}")
     return client
 
 

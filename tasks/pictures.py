@@ -33,16 +33,19 @@ def world_map(vectors: NDArray[np.float32], lat: NDArray, lon: NDArray, title: s
 
 
 def principal_colours(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(lat, lon, 4) colours: components stretched between their 2nd and 98th percentiles, transparent off data."""
+    """(lat, lon, 4) colours: ranks of the first three components, transparent where there are no data.
+
+    Ranks use the whole range of each colour, whatever the few extremes are.
+    """
     known = np.isfinite(vectors[0])
     data = vectors[:, known].T.astype(np.float64)
     data -= data.mean(0)
     _, axes = np.linalg.eigh(data.T @ data)
     components = data @ axes[:, :-4:-1]
     components *= np.sign(components[np.abs(components).argmax(0), range(3)])  # the sign of an axis is arbitrary
-    low, high = np.percentile(components, [2, 98], axis=0)
+    ranks = components.argsort(0).argsort(0) / max(len(components) - 1, 1)
     colours = np.zeros((*known.shape, 4), np.float32)
-    colours[known, :3] = np.clip((components - low) / (high - low), 0, 1)
+    colours[known, :3] = 0.08 + 0.88 * ranks
     colours[known, 3] = 1
     return colours
 
@@ -96,12 +99,14 @@ def score_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:
         axes.set_title(f"{task}\n({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")
         axes.set_yticks(place, rows.index, fontsize=9.5, color=INK)
         axes.set_xlim(0, 1)
-        axes.tick_params(colors=FAINT, length=0, axis="x", labelsize=8)
+        axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+        axes.tick_params(axis="x", colors=FAINT, length=0, labelsize=8)
+        axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color="#e3e8ec", lw=0.8)
         axes.set_axisbelow(True)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    figure.subplots_adjust(left=0.13, right=0.985, top=0.76, bottom=0.15, wspace=0.14)
+    figure.subplots_adjust(left=0.13, right=0.985, top=0.8, bottom=0.15, wspace=0.14)
     return _png(figure)
 
 

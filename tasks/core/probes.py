@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
-from sklearn.linear_model import RidgeClassifierCV, RidgeCV
-from sklearn.model_selection import GroupShuffleSplit, train_test_split
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.metrics import accuracy_score, r2_score
+from sklearn.model_selection import GroupShuffleSplit, KFold, StratifiedKFold, train_test_split
 from sklearn.preprocessing import MinMaxScaler
 
 Kind = Literal["classification", "regression"]
@@ -56,14 +56,11 @@ def block_of(lonlat: NDArray[np.float64], degrees: float) -> NDArray[np.int64]:
     return cells[:, 0] * 1000 + cells[:, 1]
 
 
-def probe(kind: Kind) -> Pipeline:
-    """The paper's probe."""
-    ridge = RidgeClassifierCV if kind == "classification" else RidgeCV
-    return make_pipeline(MinMaxScaler(), ridge(alphas=ALPHAS, cv=FOLDS[kind]))
-
-
 def score(features: NDArray[np.float32], labels: NDArray, kind: Kind, split: Split) -> float:
-    """Accuracy or R2 of the probe on the rows that it was not fitted on.
+    """Accuracy or R2 of the paper's probe on the rows that it was not fitted on.
+
+    The same as scikit-learn's `make_pipeline(MinMaxScaler(), RidgeClassifierCV(alphas, cv=10))`, or `RidgeCV(alphas,
+    cv=3)`, several times as fast: the folds share their Gram matrices.
 
     Args:
         features: (n, d).
@@ -71,8 +68,88 @@ def score(features: NDArray[np.float32], labels: NDArray, kind: Kind, split: Spl
         kind: Whether labels are classes or numbers.
         split: Rows to fit and to score.
     """
-    features = features.astype(np.float64)
+    scaler = MinMaxScaler().fit(features[split.train].astype(np.float64))
+    train, test = (scaler.transform(features[rows].astype(np.float64)) for rows in (split.train, split.test))
+    known, told = labels[split.train], labels[split.test]
+    predicted = best_ridge(train, known, kind).predict(test)
+    return float(accuracy_score(told, predicted) if kind == "classification" else r2_score(told, predicted))
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A fitted ridge regression, or classifier by the largest of one regression per class."""
+
+    alpha: float
+    """The penalty that won the cross-validation."""
+    weights: NDArray[np.float64]
+    """(d, outputs)."""
+    intercept: NDArray[np.float64]
+    """(outputs,)."""
+    classes: NDArray | None
+    """Class of each output."""
+
+    def predict(self, x: NDArray[np.float64]) -> NDArray:
+        """Classes or numbers, (n,)."""
+        outputs = x @ self.weights + self.intercept
+        return outputs[:, 0] if self.classes is None else self.classes[outputs.argmax(1)]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over rows, from which a ridge regression follows; they add and subtract."""
+
+    n: int
+    """Number of rows."""
+    x: NDArray[np.float64]
+    """Sum of features, (d,)."""
+    y: NDArray[np.float64]
+    """Sum of targets, (outputs,)."""
+    xx: NDArray[np.float64]
+    """Gram matrix, (d, d)."""
+    xy: NDArray[np.float64]
+    """(d, outputs)."""
+
+    @classmethod
+    def of(cls, x: NDArray[np.float64], y: NDArray[np.float64]) -> "Moments":
+        """The sums over the rows of `x` and `y`."""
+        return cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y)
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        return Moments(self.n - other.n, self.x - other.x, self.y - other.y, self.xx - other.xx, self.xy - other.xy)
+
+    def solve(self, alpha: float, classes: NDArray | None) -> Ridge:
+        """The ridge regression with an intercept that is not penalised."""
+        mean_x, mean_y = self.x / self.n, self.y / self.n
+        gram = self.xx - self.n * np.outer(mean_x, mean_x)
+        gram[np.diag_indices_from(gram)] += alpha
+        right = self.xy - self.n * np.outer(mean_x, mean_y)
+        weights = scipy.linalg.solve(gram, right, assume_a="pos", overwrite_a=True, check_finite=False)
+        intercept = mean_y - mean_x @ weights
+        if classes is not None:
+            intercept[mean_y <= -1] = -np.inf  # a class that is in no row of this fold cannot be told
+        return Ridge(alpha, weights, intercept, classes)
+
+
+def best_ridge(x: NDArray[np.float64], labels: NDArray, kind: Kind) -> Ridge:
+    """The ridge whose penalty has the best mean score over the protocol's folds, fitted to all rows."""
+    classes, y = _targets(labels, kind)
+    folds = StratifiedKFold(FOLDS[kind]) if kind == "classification" else KFold(FOLDS[kind])
+    total = Moments.of(x, y)
+    scores = np.zeros(len(ALPHAS))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class")  # rare classes are part of the protocol
-        fitted = probe(kind).fit(features[split.train], labels[split.train])
-    return float(fitted.score(features[split.test], labels[split.test]))
+        parts = list(folds.split(x, labels))
+    for _, held in parts:
+        rest = total - Moments.of(x[held], y[held])
+        for i, alpha in enumerate(ALPHAS):
+            predicted = rest.solve(alpha, classes).predict(x[held])
+            judge = accuracy_score if kind == "classification" else r2_score
+            scores[i] += judge(labels[held], predicted)
+    return total.solve(ALPHAS[int(scores.argmax())], classes)
+
+
+def _targets(labels: NDArray, kind: Kind) -> tuple[NDArray | None, NDArray[np.float64]]:
+    if kind == "regression":
+        return None, np.asarray(labels, np.float64)[:, None]
+    classes, index = np.unique(labels, return_inverse=True)
+    return classes, np.where(index[:, None] == np.arange(len(classes)), 1.0, -1.0)

@@ -4,6 +4,7 @@ Heavy imports happen inside the commands: `--help` is quick, and Prefect reads i
 command has set them.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -41,8 +42,10 @@ SANDBOX = Path(".sandbox")
 
 def main() -> None:
     """Runs the command; a user's error is one sentence and exit status 2, an interrupt 130."""
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # a failed run's cause is printed once, below
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    if "PREFECT_LOGGING_LEVEL" not in os.environ:
+        for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # a failed run's cause is printed once, below
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app(standalone_mode=False)

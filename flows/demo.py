@@ -1,28 +1,33 @@
 """The demo: the whole pipeline on the demo planet, start to end on one machine."""
 
 import os
+import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from click.exceptions import Exit
 from rich.console import Console
 from rich.markdown import Markdown
 
-from flows.pipeline import PipelineParams, pipeline
 from infra import sandbox, storage
-from tasks.publish import PublishParams
-from tasks.sample import SampleParams
 
-STAND_IN = "NASA Blue Marble at about 7 km stands in for 10 m Sentinel-2 in everything above."
+STAND_IN = "Everything above is NASA Blue Marble at about 7 km standing in for 10 m Sentinel-2."
 PICTURES = {
     "patches": ["samples.png"],
     "checkpoint": ["loss.png"],
     "grid": ["world.png"],
     "report": ["scores.png", "scores.md", "scores.json"],
 }
-PARAMS = PipelineParams(
-    sample=SampleParams(patches=10_000, patch_pixels=32, resolution_m=5_000, bands=("B02", "B03", "B04", "B08")),
-    publish=PublishParams(step_degrees=0.5),
-)
+OPTIONS = {
+    "--sample-patches": "10000",
+    "--sample-patch-pixels": "32",
+    "--sample-resolution-m": "5000",
+    "--sample-bands": '["B02","B03","B04","B08"]',
+    "--publish-step-degrees": "0.5",
+}
+FAREWELL = 20.0  # seconds in which an interrupted pipeline ends by itself
 
 
 def run(directory: Path, output: Path) -> None:
@@ -35,12 +40,42 @@ def run(directory: Path, output: Path) -> None:
     out = Console(highlight=False, soft_wrap=True)
     with sandbox.running(directory) as box:
         environment = {"RANGEGRID_CLUSTER": "local", "RANGEGRID_WORKERS": "2"} | box.environment()
+        made = run_pipeline(environment)
         os.environ.update(environment)
-        with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):  # Prefect has read its own
-            made = pipeline(PARAMS)
         copies = copy_out(made, output)
     out.print(Markdown((output / "scores.md").read_text()))
     out.print(summary(made["grid"], directory, output, copies))
+
+
+def run_pipeline(environment: dict[str, str]) -> dict[str, str]:
+    """Runs `rangegrid pipeline` as a user would, and returns the URLs that it prints.
+
+    A process of its own: Prefect sends its last events when the process ends, and the server must still be there.
+    """
+    command = [str(Path(sys.executable).with_name("rangegrid")), "pipeline"]
+    command += [word for option in OPTIONS.items() for word in option]
+    print("$", shlex.join(["rangegrid", *command[1:]]), file=sys.stderr)
+    with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            printed, _ = process.communicate()
+        except KeyboardInterrupt:
+            end(process)
+            raise
+    if process.returncode:
+        raise Exit(process.returncode)
+    return dict(line.split() for line in printed.splitlines())
+
+
+def end(process: subprocess.Popen) -> None:
+    """Lets an interrupted child end by itself (a terminal has interrupted it too), else interrupts it, else kills."""
+    for how in (None, signal.SIGINT, signal.SIGKILL):
+        if how is not None:
+            process.send_signal(how)
+        try:
+            process.wait(FAREWELL if how else FAREWELL / 10)
+        except subprocess.TimeoutExpired:
+            continue
+        return
 
 
 def copy_out(made: dict[str, str], output: Path) -> list[Path]:

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import dask
 from distributed import Client, LocalCluster
 
 from infra.errors import UserError
 from infra.settings import settings
 
 KNOWN = "threads, local, tcp://host:port"
-QUIET: Any = {"dashboard_address": None, "silence_logs": logging.CRITICAL}  # units report their own errors
+QUIET: Any = {"dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}  # units report their own errors
 
 
 @contextmanager
@@ -31,7 +32,8 @@ def connect(name: str | None = None, workers: int | None = None) -> Iterator[Cli
     with suppress(ValueError):
         yield Client.current(allow_global=True)
         return
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # Prefect's set-up turns it to INFO
+    dask.config.set({"distributed.logging.distributed": "critical"})  # for the worker processes
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # Prefect's set-up shows what was silent
     name = name or settings().cluster
     workers = workers or settings().workers
     if name == "threads":

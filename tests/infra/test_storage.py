@@ -1,13 +1,18 @@
 """Objects by URL: the same tests on local disk and on a real S3 server."""
 
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import fsspec
 import pytest
 
 from infra import storage
 from infra.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -77,10 +82,25 @@ def test_a_wrong_key_is_one_sentence(sandbox, monkeypatch):
         storage.check_writable(sandbox.environment()["RANGEGRID_STORAGE_URL"])
 
 
-def test_a_full_disk_is_one_sentence():
-    full = "file:///dev/full"
-    with pytest.raises(UserError):
-        storage.check_writable(full)
+FULL_DISK = """
+mount -t tmpfs -o size=64k none "$1" && exec "$2" -c "
+import sys
+from infra import storage
+from infra.errors import UserError
+try:
+    storage.write(sys.argv[1], bytes(1 << 20))
+except UserError as error:
+    print(error)
+" "file://$1/x"
+"""
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh", str(tmp_path), sys.executable]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if ran.returncode and "mount" in ran.stderr + ran.stdout:
+        pytest.skip(f"no file system may be mounted here: {ran.stderr.strip()}")
+    assert "no space is left at" in ran.stdout, ran.stderr
 
 
 def test_an_unknown_scheme_is_refused():

@@ -1,0 +1,52 @@
+"""The command as its user meets it: in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = str(Path(sys.executable).with_name("rangegrid"))
+
+
+def run(*arguments, **variables):
+    return subprocess.run(
+        [PROGRAM, *arguments], capture_output=True, text=True, env=os.environ | variables, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pipeline", "--sample-north", "95"], "--sample-north '95': Input should be less than or equal to 84"),
+        (["publish", "--step-degrees", "-1", "a", "b"], "--step-degrees '-1'"),
+        (["sample", "--bogus", "1"], "No such option"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(arguments, message):
+    ran = run(*arguments)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_the_doctor_tells_what_fails(tmp_path):
+    ran = run(
+        "doctor",
+        RANGEGRID_STORAGE_URL=tmp_path.as_uri(),
+        RANGEGRID_STAC_URL="http://127.0.0.1:9",
+        RANGEGRID_CLUSTER="threads",
+    )
+    assert ran.returncode == 1
+    lines = {line.split()[1]: line for line in ran.stdout.splitlines()}
+    assert lines["storage"].startswith("ok")
+    assert lines["cluster"].startswith("ok")
+    assert lines["catalog"].startswith("FAIL")
+    assert "no STAC API answers at http://127.0.0.1:9" in lines["catalog"]
+
+
+def test_the_doctor_is_content_with_the_sandbox(sandbox):
+    ran = run("doctor")
+    assert ran.returncode == 0, ran.stdout

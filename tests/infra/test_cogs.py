@@ -1,0 +1,89 @@
+"""Windows of COGs, against rasterio's own read."""
+
+import csv
+
+import numpy as np
+import pytest
+import rasterio
+from pyproj import Transformer
+from rasterio.transform import from_origin
+
+from infra.cogs import UnreadableAsset, read_windows
+from infra.errors import UserError
+
+EPSG, LEFT, TOP = 32631, 400_000.0, 5_500_000.0
+
+
+def write(path, data, resolution):
+    profile = {"driver": "GTiff", "dtype": data.dtype, "count": 1, "height": data.shape[0], "width": data.shape[1]}
+    profile |= {"crs": EPSG, "transform": from_origin(LEFT, TOP, resolution, resolution), "nodata": 0}
+    with rasterio.open(path, "w", **profile) as target:
+        target.write(data, 1)
+    return str(path)
+
+
+def place(x, y):
+    return np.array([Transformer.from_crs(EPSG, 4326, always_xy=True).transform(x, y)])
+
+
+@pytest.fixture
+def data():
+    return np.random.default_rng(0).integers(1, 9000, (200, 300), dtype=np.uint16)
+
+
+def test_a_window_is_centred_on_its_place(tmp_path, data):
+    href = write(tmp_path / "a.tif", data, 10)
+    (window,) = read_windows(href, place(LEFT + 1500, TOP - 800), 16, 10)
+    np.testing.assert_array_equal(window, data[72:88, 142:158])
+
+
+def test_a_coarser_asset_repeats_its_pixels(tmp_path, data):
+    href = write(tmp_path / "a.tif", data, 20)
+    (window,) = read_windows(href, place(LEFT + 3000, TOP - 1600), 16, 10)
+    np.testing.assert_array_equal(window, np.kron(data[76:84, 146:154], np.ones((2, 2), np.uint16)))
+
+
+def test_a_window_across_the_edge_is_refused(tmp_path, data):
+    href = write(tmp_path / "a.tif", data, 10)
+    places = np.concatenate([place(LEFT + 70, TOP - 800), place(LEFT + 80, TOP - 800)])
+    outside, inside = read_windows(href, places, 16, 10)
+    assert outside is None
+    np.testing.assert_array_equal(inside, data[72:88, :16])
+
+
+def test_a_pixel_size_that_does_not_fit_is_refused(tmp_path, data):
+    href = write(tmp_path / "a.tif", data, 15)
+    with pytest.raises(UserError, match="an asset of 15 m pixels does not fit windows of 16 pixels of 10 m"):
+        read_windows(href, place(LEFT + 1500, TOP - 800), 16, 10)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tiff", None])
+def test_a_corrupt_or_missing_asset_is_one_sentence_without_its_query(tmp_path, data, content):
+    path = tmp_path / "scene" / "red.tif"
+    path.parent.mkdir()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UnreadableAsset, match=r"the asset scene/red\.tif cannot be read") as caught:
+        read_windows(f"{path}?sig=secret", place(LEFT, TOP), 16, 10)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_truncated_asset_is_unreadable(tmp_path, data):
+    path = tmp_path / "a.tif"
+    write(path, data, 10)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UnreadableAsset):
+        read_windows(str(path), place(LEFT + 1500, TOP - 1900), 16, 10)
+
+
+def test_real_patches_read_as_rasterio_reads_them(fixtures_dir):
+    with (fixtures_dir / "s2_patches" / "index.csv").open() as file:
+        names = [row["fn"] for row in csv.DictReader(file)]
+    for name in names[:3]:
+        path = fixtures_dir / "s2_patches" / name
+        with rasterio.open(path) as source:
+            expected = source.read(1)
+            x, y = source.transform @ (source.width / 2, source.height / 2)
+            centre = Transformer.from_crs(source.crs, 4326, always_xy=True).transform(x, y)
+        (window,) = read_windows(str(path), np.array([centre]), 256, 10)
+        np.testing.assert_array_equal(window, expected)

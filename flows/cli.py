@@ -4,7 +4,6 @@ Heavy imports happen inside the commands: `--help` is quick, and Prefect reads i
 command has set them.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -16,14 +15,8 @@ from click.exceptions import ClickException, Exit
 from rich.console import Console
 
 from flows.options import with_options
-from flows.pipeline import PipelineParams
 from infra.errors import UserError
-from tasks.encode import EncodeParams
-from tasks.evaluate import EvaluateParams
-from tasks.params import Params
-from tasks.publish import PublishParams
-from tasks.sample import SampleParams
-from tasks.train import TrainParams
+from tasks.params import EncodeParams, EvaluateParams, Params, PipelineParams, PublishParams, SampleParams, TrainParams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,9 +36,7 @@ SANDBOX = Path(".sandbox")
 def main() -> None:
     """Runs the command; a user's error is one sentence and exit status 2, an interrupt 130."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    if "PREFECT_LOGGING_LEVEL" not in os.environ:
-        for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # a failed run's cause is printed once, below
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # a failed run's cause is printed once, below
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app(standalone_mode=False)

@@ -3,7 +3,7 @@
 from prefect import flow
 
 from infra import clusters
-from tasks.encode import EncodeParams
+from tasks.params import EncodeParams
 from tasks.steps import encode_database
 
 

@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from tasks.evaluate import EvaluateParams
+from tasks.params import EvaluateParams
 from tasks.steps import evaluate_database
 
 

@@ -3,7 +3,7 @@
 from prefect import flow
 
 from infra import clusters
-from tasks.publish import PublishParams
+from tasks.params import PublishParams
 from tasks.steps import publish_grid
 
 

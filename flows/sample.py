@@ -3,7 +3,7 @@
 from prefect import flow
 
 from infra import clusters
-from tasks.sample import SampleParams
+from tasks.params import SampleParams
 from tasks.steps import sample_patches
 
 

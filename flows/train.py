@@ -3,8 +3,8 @@
 from prefect import flow
 
 from infra import clusters
+from tasks.params import TrainParams
 from tasks.steps import train_model
-from tasks.train import TrainParams
 
 
 @flow(name="train", flow_run_name="train on {patches}")

@@ -3,7 +3,6 @@
 from functools import lru_cache, partial
 
 from distributed import Client
-from pydantic import Field
 
 from infra.errors import UserError
 from tasks.cards import fingerprint, is_finished, product_url, read_card
@@ -11,15 +10,8 @@ from tasks.checkpoint import Checkpoint, keys_of, load_checkpoint
 from tasks.core.images import ImageEncoder
 from tasks.database import create_database, finish_database, write_rows, written_shards
 from tasks.features import open_store
-from tasks.params import Params
+from tasks.params import EncodeParams
 from tasks.units import run_units
-
-
-class EncodeParams(Params):
-    """How the database is written."""
-
-    shard_rows: int = Field(512, ge=1, le=65_536)
-    """Images per shard, which is one unit of work."""
 
 
 def encode_database(client: Client, patches: str, checkpoint: str, params: EncodeParams) -> str:

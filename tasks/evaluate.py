@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import Field
 
 from infra import storage
 from tasks.artifacts import keep_picture, keep_table
@@ -14,7 +13,7 @@ from tasks.core.location import LocationEncoder
 from tasks.core.probes import blocked_split, random_split, score
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.labels import LabelSet, demo_labels
-from tasks.params import Params
+from tasks.params import EvaluateParams
 from tasks.pictures import score_chart
 from tasks.publish import load, read_pair
 from tasks.units import progress
@@ -25,17 +24,6 @@ METHODS = {
     "RANGE": Method("range"),
     "RANGE+": Method("range+"),
 }
-
-
-class EvaluateParams(Params):
-    """Which labels and splits."""
-
-    points: int = Field(2500, ge=200, le=100_000)
-    """Labelled places per task."""
-    block_degrees: float = Field(10.0, gt=0, le=90)
-    """Side of the blocks that are held out whole."""
-    seed: int = Field(2, ge=0)
-    """Seed of the labelled places; another one than the sample's."""
 
 
 def evaluate_database(checkpoint: str, database: str, params: EvaluateParams) -> str:

@@ -11,7 +11,6 @@ import torch
 import zarr
 from distributed import Client
 from numpy.typing import NDArray
-from pydantic import Field
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialise
 
@@ -19,23 +18,12 @@ from infra import storage
 from infra.errors import UserError
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.images import ImageEncoder, fit_encoder, load_encoder
-from tasks.params import Params
+from tasks.params import EncoderParams
 from tasks.patches import Patches, open_patches
 from tasks.units import run_units
 
 SHARD = 512  # images: 2 MB of features, some seconds of work
 RUNS, RUN = 40, 50  # images that an encoder is fitted to: runs of neighbours, spread over the whole store
-
-
-class EncoderParams(Params):
-    """Which image encoder."""
-
-    name: str = "rcf"
-    """A registered image encoder; `rcf` needs no downloaded weights."""
-    dim: int = Field(1024, ge=2, le=8192, multiple_of=2)
-    """Length of a feature vector, and so of the database's values."""
-    seed: int = 0
-    """Of the encoder's random choices."""
 
 
 def encode_features(client: Client, patches: str, params: EncoderParams) -> str:

@@ -1,6 +1,13 @@
-"""The base of all parameter models: what to compute, in a form that describes itself."""
+"""The parameter models: what to compute, in a form that describes itself.
 
-from pydantic import BaseModel, ConfigDict
+Light to import, so that the command line is quick.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")  # of Sentinel-2 L2A
 
 
 class Params(BaseModel):
@@ -10,3 +17,118 @@ class Params(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SampleParams(Params):
+    """Where, when and how many patches."""
+
+    patches: int = Field(10_000, ge=1, le=10_000_000)
+    """Number of patches."""
+    seed: int = Field(0, ge=0)
+    """Seed of the places; the same seed and more patches extends the same sample."""
+    datetime: str = "2021-01-01/2022-12-31"
+    """Time window, an RFC 3339 interval."""
+    max_cloud_percent: float = Field(60.0, ge=0, le=100)
+    """Largest cloud cover of a scene."""
+    min_clear_fraction: float = Field(0.9, ge=0, le=1)
+    """Smallest clear share of a patch, by the scene classification."""
+    bands: tuple[str, ...] = BANDS
+    """Bands, by their Sentinel-2 names."""
+    patch_pixels: int = Field(256, ge=4, le=2048)
+    """Side of a patch in pixels."""
+    resolution_m: float = Field(10.0, gt=0)
+    """Pixel size in metres."""
+    south: float = Field(-80.0, ge=-80, le=84)
+    """Southern limit in degrees; UTM begins at -80."""
+    north: float = Field(84.0, ge=-80, le=84)
+    """Northern limit in degrees; UTM ends at 84."""
+    shard_patches: int = Field(512, ge=1, le=100_000)
+    """Patches in one shard, which is one unit of work."""
+    max_failed_fraction: float = Field(0.02, ge=0, le=1)
+    """Share of the searched cells that may fail before the run is given up."""
+
+
+class EncoderParams(Params):
+    """Which image encoder."""
+
+    name: str = "rcf"
+    """A registered image encoder; `rcf` needs no downloaded weights."""
+    dim: int = Field(1024, ge=2, le=8192, multiple_of=2)
+    """Length of a feature vector, and so of the database's values."""
+    seed: int = 0
+    """Of the encoder's random choices."""
+
+
+class TrainParams(Params):
+    """Architecture and schedule of the location encoder."""
+
+    encoder: EncoderParams = Field(default_factory=EncoderParams)
+    """The image encoder, frozen."""
+    degree: int = Field(20, ge=1, le=100)
+    """Degrees of spherical harmonics: structure down to about 180 degrees / degree."""
+    hidden: int = Field(512, ge=8, le=4096)
+    """Width of the two sine layers."""
+    dim: int = Field(256, ge=2, le=4096)
+    """Length of a location embedding and of a key."""
+    smoothness: float = Field(1.0, ge=0, le=4)
+    """Harmonics of degree l enter times (1 + l) ** -smoothness; 0 is SatCLIP's own."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of hidden units dropped in training."""
+    steps: int = Field(400, ge=1, le=1_000_000)
+    """Optimiser steps."""
+    batch: int = Field(1024, ge=2, le=65_536)
+    """Pairs in a batch: each image is told from all others in it."""
+    lr: float = Field(1e-3, gt=0, le=1)
+    """Highest learning rate, after the warm-up."""
+    weight_decay: float = Field(0.01, ge=0, le=10)
+    """AdamW's weight decay."""
+    held_out_share: float = Field(0.1, ge=0, le=0.5)
+    """Share of the 10-degree blocks whose pairs only measure retrieval."""
+    seed: int = 0
+    """Of the weights, the batches and the held-out blocks."""
+
+
+class EncodeParams(Params):
+    """How the database is written."""
+
+    shard_rows: int = Field(512, ge=1, le=65_536)
+    """Images per shard, which is one unit of work."""
+
+
+class PublishParams(Params):
+    """What grid to publish."""
+
+    step_degrees: float = Field(0.5, gt=0, le=45)
+    """Cell size in degrees; divides 180."""
+    method: Literal["range+", "range"] = "range+"
+    """Retrieval: RANGE+ (semantic and geodesic) or RANGE (semantic only)."""
+    beta: float = Field(0.5, ge=0, le=1)
+    """Share of the semantic half in RANGE+; 1 is purely semantic."""
+    tile_cells: int = Field(60, ge=1, le=1024)
+    """Cells along one side of a tile, which is one shard and one unit of work; a multiple of 20."""
+
+
+class EvaluateParams(Params):
+    """Which labels and splits."""
+
+    points: int = Field(2500, ge=200, le=100_000)
+    """Labelled places per task."""
+    block_degrees: float = Field(10.0, gt=0, le=90)
+    """Side of the blocks that are held out whole."""
+    seed: int = Field(2, ge=0)
+    """Seed of the labelled places; another one than the sample's."""
+
+
+class PipelineParams(Params):
+    """The parameters of every step."""
+
+    sample: SampleParams = Field(default_factory=SampleParams)
+    """Where, when and how many patches."""
+    train: TrainParams = Field(default_factory=TrainParams)
+    """Architecture and schedule of the location encoder."""
+    encode: EncodeParams = Field(default_factory=EncodeParams)
+    """How the database is encoded."""
+    publish: PublishParams = Field(default_factory=PublishParams)
+    """Which grid, which retrieval."""
+    evaluate: EvaluateParams = Field(default_factory=EvaluateParams)
+    """Which labels and splits."""

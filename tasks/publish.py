@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
 from distributed import Client
-from pydantic import Field
 
 from infra import storage
 from infra.errors import UserError
@@ -21,22 +20,9 @@ from tasks.core.land import land_mask
 from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.database import open_database
-from tasks.params import Params
+from tasks.params import PublishParams
 from tasks.pictures import world_map
 from tasks.units import log, run_units
-
-
-class PublishParams(Params):
-    """What grid to publish."""
-
-    step_degrees: float = Field(0.5, gt=0, le=45)
-    """Cell size in degrees; divides 180."""
-    method: Literal["range+", "range"] = "range+"
-    """Retrieval: RANGE+ (semantic and geodesic) or RANGE (semantic only)."""
-    beta: float = Field(0.5, ge=0, le=1)
-    """Share of the semantic half in RANGE+; 1 is purely semantic."""
-    tile_cells: int = Field(60, ge=1, le=1024)
-    """Cells along one side of a tile, which is one shard and one unit of work; a multiple of 20."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ import pystac
 import shapely
 from distributed import Client
 from numpy.typing import NDArray
-from pydantic import Field
 
 from infra import storage
 from infra.catalogs import open_catalog, search, unsigned
@@ -34,7 +33,7 @@ from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, is_finished, product_url, write_card
 from tasks.core.radiometry import baseline, decide
 from tasks.core.sampling import draw_land, grid_zone
-from tasks.params import Params
+from tasks.params import SampleParams
 from tasks.pictures import sample_map
 from tasks.units import log, run_units
 
@@ -56,35 +55,6 @@ NAMES = {
 SPARES = 0.05  # of a shard's patches, to replace what cannot be read
 ROUNDS = 4
 THREADS = 8  # reads at a time in one unit: they wait for the network
-
-
-class SampleParams(Params):
-    """Where, when and how many patches."""
-
-    patches: int = Field(10_000, ge=1, le=10_000_000)
-    """Number of patches."""
-    seed: int = Field(0, ge=0)
-    """Seed of the places; the same seed and more patches extends the same sample."""
-    datetime: str = "2021-01-01/2022-12-31"
-    """Time window, an RFC 3339 interval."""
-    max_cloud_percent: float = Field(60.0, ge=0, le=100)
-    """Largest cloud cover of a scene."""
-    min_clear_fraction: float = Field(0.9, ge=0, le=1)
-    """Smallest clear share of a patch, by the scene classification."""
-    bands: tuple[str, ...] = tuple(NAMES)
-    """Bands, by their Sentinel-2 names."""
-    patch_pixels: int = Field(256, ge=4, le=2048)
-    """Side of a patch in pixels."""
-    resolution_m: float = Field(10.0, gt=0)
-    """Pixel size in metres."""
-    south: float = Field(-80.0, ge=-80, le=84)
-    """Southern limit in degrees; UTM begins at -80."""
-    north: float = Field(84.0, ge=-80, le=84)
-    """Northern limit in degrees; UTM ends at 84."""
-    shard_patches: int = Field(500, ge=1, le=100_000)
-    """Patches in one shard, which is one unit of work."""
-    max_failed_fraction: float = Field(0.02, ge=0, le=1)
-    """Share of the searched cells that may fail before the run is given up."""
 
 
 def sample_patches(client: Client, params: SampleParams) -> str:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from distributed import Client
-from pydantic import Field
 
 from infra import storage
 from infra.errors import UserError
@@ -13,49 +12,20 @@ from tasks.cards import is_finished, product_url, read_card
 from tasks.checkpoint import dump_state, parse_state, save_checkpoint
 from tasks.core.contrastive import ImageProjection, Pairs, Progress, Schedule, Trainer, hold_out, train
 from tasks.core.location import LocationEncoder
-from tasks.features import EncoderParams, encode_features, open_encoder, open_store, read_features
-from tasks.params import Params
+from tasks.features import encode_features, open_encoder, open_store, read_features
+from tasks.params import TrainParams
 from tasks.pictures import loss_curve
 from tasks.units import log, progress
-
-
-class TrainParams(Params):
-    """Architecture and schedule of the location encoder."""
-
-    encoder: EncoderParams = Field(default_factory=EncoderParams)
-    """The image encoder, frozen."""
-    degree: int = Field(20, ge=1, le=100)
-    """Degrees of spherical harmonics: structure down to about 180 degrees / degree."""
-    hidden: int = Field(512, ge=8, le=4096)
-    """Width of the two sine layers."""
-    dim: int = Field(256, ge=2, le=4096)
-    """Length of a location embedding and of a key."""
-    smoothness: float = Field(1.0, ge=0, le=4)
-    """Harmonics of degree l enter times (1 + l) ** -smoothness; 0 is SatCLIP's own."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of hidden units dropped in training."""
-    steps: int = Field(400, ge=1, le=1_000_000)
-    """Optimiser steps."""
-    batch: int = Field(1024, ge=2, le=65_536)
-    """Pairs in a batch: each image is told from all others in it."""
-    lr: float = Field(1e-3, gt=0, le=1)
-    """Highest learning rate, after the warm-up."""
-    weight_decay: float = Field(0.01, ge=0, le=10)
-    """AdamW's weight decay."""
-    held_out_share: float = Field(0.1, ge=0, le=0.5)
-    """Share of the 10-degree blocks whose pairs only measure retrieval."""
-    seed: int = 0
-    """Of the weights, the batches and the held-out blocks."""
-
-    def schedule(self) -> Schedule:
-        """The core's schedule, with a tenth of the steps, at most 100, as warm-up."""
-        warmup = min(100, self.steps // 10)
-        return Schedule(self.steps, self.batch, self.lr, self.weight_decay, warmup, self.seed)
-
 
 BLOCK_DEGREES = 10
 REPORTS = 20  # points of the loss curve
 SAVE_EVERY = 100  # steps: what a killed run repeats at most, some seconds
+
+
+def schedule(params: TrainParams) -> Schedule:
+    """The core's schedule, with a tenth of the steps, at most 100, as warm-up."""
+    warmup = min(100, params.steps // 10)
+    return Schedule(params.steps, params.batch, params.lr, params.weight_decay, warmup, params.seed)
 
 
 def train_model(client: Client, patches: str, params: TrainParams) -> str:
@@ -115,7 +85,7 @@ def new_trainer(pairs: Pairs, params: TrainParams) -> Trainer:
         params.degree, params.hidden, dim=params.dim, dropout=params.dropout, smoothness=params.smoothness
     )
     projection = ImageProjection(pairs.features.shape[1], params.dim).fit(pairs.features[~pairs.held_out])
-    return Trainer(location, projection, params.schedule())
+    return Trainer(location, projection, schedule(params))
 
 
 def fit(trainer: Trainer, pairs: Pairs, state: str) -> list[dict[str, Any]]:

@@ -123,7 +123,8 @@ class Moments:
         gram = self.xx - self.n * np.outer(mean_x, mean_x)
         gram[np.diag_indices_from(gram)] += alpha
         right = self.xy - self.n * np.outer(mean_x, mean_y)
-        weights = scipy.linalg.solve(gram, right, assume_a="pos", overwrite_a=True, check_finite=False)
+        factor = scipy.linalg.cho_factor(gram, overwrite_a=True, check_finite=False)
+        weights = scipy.linalg.cho_solve(factor, right, check_finite=False)
         intercept = mean_y - mean_x @ weights
         if classes is not None:
             intercept[mean_y <= -1] = -np.inf  # a class that is in no row of this fold cannot be told

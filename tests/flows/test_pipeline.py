@@ -8,18 +8,15 @@ import pytest
 import xarray as xr
 from prefect.testing.utilities import prefect_test_harness
 
-from flows.pipeline import PipelineParams, pipeline
+from flows.pipeline import pipeline
 from infra import storage
 from infra.errors import UserError
 from infra.sandbox import servers
 from tasks.checkpoint import load_checkpoint
 from tasks.core.retrieval import unit_vectors
 from tasks.database import open_database
-from tasks.evaluate import EvaluateParams
+from tasks.params import EvaluateParams, PipelineParams, PublishParams, SampleParams, TrainParams
 from tasks.patches import open_patches
-from tasks.publish import PublishParams
-from tasks.sample import SampleParams
-from tasks.train import TrainParams
 
 SAMPLE = SampleParams(
     patches=60,

@@ -13,10 +13,10 @@ from tasks.checkpoint import load_checkpoint, save_checkpoint
 from tasks.core.contrastive import Trainer
 from tasks.core.location import LocationEncoder
 from tasks.database import open_database
-from tasks.encode import EncodeParams, encode_database
-from tasks.features import EncoderParams
+from tasks.encode import encode_database
+from tasks.params import EncodeParams, EncoderParams, TrainParams
 from tasks.patches import create, open_patches, write_manifest, write_shard
-from tasks.train import TrainParams, train_model
+from tasks.train import train_model
 
 N = 90
 PARAMS = TrainParams(encoder=EncoderParams(dim=32), degree=4, hidden=16, dim=8, steps=40, batch=16, held_out_share=0.2)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.exceptions import ClickException, Exit
 from rich.console import Console
+from rich.markup import escape
 
 from flows.options import with_options
 from infra.errors import UserError
@@ -31,6 +31,7 @@ Checkpoint = Annotated[str, typer.Argument(help="URL of the checkpoint.")]
 Database = Annotated[str, typer.Argument(help="URL of the database.")]
 Directory = Annotated[Path, typer.Option(help="Where the sandbox keeps its data and its state.")]
 SANDBOX = Path(".sandbox")
+INTERRUPTED = 130  # what a shell reports for SIGINT, and what typer makes of a KeyboardInterrupt
 
 
 def main() -> None:
@@ -39,19 +40,14 @@ def main() -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # a failed run's cause is printed once, below
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app(standalone_mode=False)
-    except (UserError, ClickException) as error:
-        err.print("[bold red]error:[/]", _message(error), markup=True)
+        app()
+    except UserError as error:
+        err.print("[bold red]error:[/]", escape(str(error)))
         sys.exit(2)
-    except Exit as ended:
-        sys.exit(ended.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted: run the same command again to go on from here")
-        sys.exit(130)
-
-
-def _message(error: Exception) -> str:
-    return error.format_message() if isinstance(error, ClickException) else str(error)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            err.print("interrupted: run the same command again to go on from here")
+        raise
 
 
 def command(model: type[Params]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -133,7 +129,7 @@ def doctor() -> None:
     for name, found, good in checks():
         print(f"{'ok  ' if good else 'FAIL'}  {name:<12}{found}")
         failed += not good
-    raise Exit(1 if failed else 0)
+    raise typer.Exit(1 if failed else 0)
 
 
 @sandbox_app.command()

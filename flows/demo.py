@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from click.exceptions import Exit
+import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -62,7 +62,7 @@ def run_pipeline(environment: dict[str, str]) -> dict[str, str]:
             end(process)
             raise
     if process.returncode:
-        raise Exit(process.returncode)
+        raise typer.Exit(process.returncode)
     return dict(line.split() for line in printed.splitlines())
 
 

@@ -103,7 +103,7 @@ def _windows(
             f"{resolution_m:g} m: its pixel size must be a whole multiple, and the window a multiple of that"
         )
     side = pixels // factor
-    columns, rows = ~source.transform * (np.asarray(x), np.asarray(y))
+    columns, rows = ~source.transform @ (np.asarray(x), np.asarray(y))
     first = np.rint(np.column_stack([columns, rows]) - side / 2).astype(int)
     return [Window(int(c), int(r), side, side) for c, r in first]
 

@@ -153,7 +153,7 @@ def test_pixels_are_blue_marble(sandbox, items, marble, cell):
     classes, _ = read(sandbox, item["assets"]["scl"]["href"])
     clear = np.argwhere(~np.isin(fine(classes), (0, 3, *CLOUDS)))
     rows, columns = np.random.default_rng(1).choice(clear, 3000).T
-    x, y = profile["transform"] * (columns + 0.5, rows + 0.5)
+    x, y = profile["transform"] @ (columns + 0.5, rows + 0.5)
     lon, lat = Transformer.from_crs(profile["crs"], "EPSG:4326", always_xy=True).transform(x, y)
     assert (cell == "31U") or (lon.min() < -170 and lon.max() > 170)
     near_rows = ((90 - lat) * 15).astype(int)[:, None] + np.arange(-1, 2)
@@ -213,7 +213,7 @@ def test_footprints_are_where_the_data_are(sandbox, items):
         numbers, profile = read(sandbox, item["assets"]["scl"]["href"])
         rows, columns = np.random.default_rng(2).integers(0, numbers.shape, (300, 2)).T
         inside = ~((rows < 1) | (columns < 1) | (rows > numbers.shape[0] - 2) | (columns > numbers.shape[1] - 2))
-        x, y = profile["transform"] * (columns + 0.5, rows + 0.5)
+        x, y = profile["transform"] @ (columns + 0.5, rows + 0.5)
         lon, lat = Transformer.from_crs(profile["crs"], "EPSG:4326", always_xy=True).transform(x, y)
         held = shapely.contains_xy(shapely.geometry.shape(item["geometry"]), lon, lat)
         wrong = inside & (held != (numbers[rows, columns] > 0))

@@ -70,14 +70,20 @@ def up(directory: Path, planet: PlanetSpec | None = None, prefect: bool = True) 
 
 @contextmanager
 def running(directory: Path, planet: PlanetSpec | None = None, prefect: bool = True) -> Iterator[Sandbox]:
-    """A sandbox for the length of a block; stops at its end what it started, also on Ctrl-C and SIGTERM."""
+    """A sandbox for the length of a block; stops at its end what it started, also on Ctrl-C and SIGTERM.
+
+    Call it from the main thread: only there does Python take signals.
+    """
     before = {name for name, state in status(directory).items() if state == "running"}
-    handler = signal.signal(signal.SIGTERM, _interrupt)
+    handlers = signal.signal(signal.SIGTERM, _interrupt), signal.getsignal(signal.SIGINT)
     try:
         yield _up(directory, planet or PlanetSpec(), prefect, bound=True)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, signal.SIG_IGN)  # a second Ctrl-C must not leave servers behind
         _stop(directory, keep=before)
+        for sign, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+            signal.signal(sign, handler)
 
 
 def down(directory: Path) -> None:
@@ -87,8 +93,8 @@ def down(directory: Path) -> None:
 
 def status(directory: Path) -> dict[str, str]:
     """`running` or `stopped` by server."""
-    pids = _read(directory).get("pids", {})
-    return {name: "running" if servers.is_alive(pid) else "stopped" for name, pid in pids.items()}
+    processes = _read(directory).get("processes", {})
+    return {name: "running" if servers.is_alive(servers.Process(*p)) else "stopped" for name, p in processes.items()}
 
 
 def _interrupt(*_: Any) -> None:
@@ -106,7 +112,8 @@ def _up(directory: Path, planet: PlanetSpec, prefect: bool, bound: bool) -> Sand
         if prefect:
             _ensure(box, state, "prefect", 1, bound, waits=False)
         _make_buckets(box)
-        _build_planet(box, planet)
+        if _build_planet(box, planet):
+            _end(state, "stac")  # it reads its files once, at its start
         _ensure(box, state, "stac", 1, bound)
         if prefect:
             _await(box, state, "prefect")
@@ -114,18 +121,18 @@ def _up(directory: Path, planet: PlanetSpec, prefect: bool, bound: bool) -> Sand
 
 
 def _ensure(box: Sandbox, state: dict[str, Any], name: str, ports: int, bound: bool, waits: bool = True) -> None:
-    pids = state.setdefault("pids", {})
-    if name not in pids or not servers.is_alive(pids[name]):
+    processes = state.setdefault("processes", {})
+    if name not in processes or not servers.is_alive(servers.Process(*processes[name])):
         known = box.ports.get(name, [])
         if not known or not all(map(servers.is_free, known)):
             box.ports[name] = servers.free_ports(ports)
-        pids[name] = _launch(box, name, bound)
+        processes[name] = _launch(box, name, bound)
         _write(box.directory, state)
     if waits:
         _await(box, state, name)
 
 
-def _launch(box: Sandbox, name: str, bound: bool) -> int:
+def _launch(box: Sandbox, name: str, bound: bool) -> servers.Process:
     ports, home = box.ports[name], box.directory
     if name == "s3":
         (home / "s3").mkdir(exist_ok=True)
@@ -148,7 +155,7 @@ def _await(box: Sandbox, state: dict[str, Any], name: str) -> None:
     path = "/api/health" if name == "prefect" else "/"
     url = f"http://{servers.HOST}:{box.ports[name][0]}{path}"
     log = box.directory / "logs" / f"{name}.log"
-    servers.wait(name, lambda: servers.answers(url), state["pids"][name], log)
+    servers.wait(name, lambda: servers.answers(url), servers.Process(*state["processes"][name]), log)
 
 
 def _make_buckets(box: Sandbox) -> None:
@@ -158,8 +165,8 @@ def _make_buckets(box: Sandbox) -> None:
             client.mkdir(bucket)
 
 
-def _build_planet(box: Sandbox, planet: PlanetSpec) -> None:
-    """Builds what is missing of the planet, and hands its catalog to the STAC server as files."""
+def _build_planet(box: Sandbox, planet: PlanetSpec) -> bool:
+    """Builds what is missing of the planet, hands its catalog to the STAC server as files, tells if they changed."""
     bucket = Bucket(box.endpoint, *box.keys)
     home = box.directory / "planet"
     home.mkdir(exist_ok=True)
@@ -167,18 +174,28 @@ def _build_planet(box: Sandbox, planet: PlanetSpec) -> None:
     with Progress(*columns, console=Console(stderr=True)) as bars:
         bar = bars.add_task("build the demo planet", total=None)
         build(planet, bucket, lambda done, total: bars.update(bar, completed=done, total=total))
-    (home / "collection.json").write_text(json.dumps(collection(planet)))
-    (home / "items.json").write_text(json.dumps(items(planet, bucket)))
+    files = {home / "collection.json": collection(planet), home / "items.json": items(planet, bucket)}
+    texts = {path: json.dumps(content) for path, content in files.items()}
+    changed = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    for path in changed:
+        path.write_text(texts[path])
+    return bool(changed)
 
 
 def _stop(directory: Path, keep: set[str]) -> None:
     directory = directory.absolute()
     state = _read(directory)
     for name in ("stac", "prefect", "s3"):
-        if name in state.get("pids", {}) and name not in keep:
-            servers.stop(state["pids"].pop(name))
+        if name not in keep:
+            _end(state, name)
     if state:
         _write(directory, state)
+
+
+def _end(state: dict[str, Any], name: str) -> None:
+    process = state.get("processes", {}).pop(name, None)
+    if process:
+        servers.stop(servers.Process(*process))
 
 
 @contextmanager

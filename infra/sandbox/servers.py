@@ -1,6 +1,5 @@
 """The sandbox's servers as child processes on loopback: S3 (SeaweedFS), STAC (rustac), Prefect."""
 
-import ctypes
 import itertools
 import os
 import random
@@ -13,12 +12,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
+
+import psutil
 
 from infra.errors import UserError
+from infra.sandbox.tether import die_with_parent
 
 PATIENCE = 90.0  # seconds until a server must answer; Prefect's takes about 20
-PR_SET_PDEATHSIG = 1
 HOST = "127.0.0.1"
 GRPC = 10_000  # SeaweedFS adds this to a port to find its gRPC side
 
@@ -35,21 +38,36 @@ def is_free(port: int) -> bool:
         return probe.connect_ex((HOST, port)) != 0
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
+class Process(NamedTuple):
+    """A server's process: the id alone may by now be another's."""
+
+    pid: int
+    """Process id."""
+    started: float
+    """When it started, in seconds since the epoch."""
+
+
+def find(process: Process) -> psutil.Process | None:
+    """The process if it runs still (a zombie does not)."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
+        found = psutil.Process(process.pid)
+        same = abs(found.create_time() - process.started) < 1 and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return None
+    return found if same else None
 
 
-def start(command: list[str], log: Path, environment: dict[str, str], bound: bool) -> int:
-    """Starts a server in a session of its own and returns its process id.
+def is_alive(process: Process) -> bool:
+    """Whether a process runs."""
+    return find(process) is not None
+
+
+def start(command: list[str], log: Path, environment: dict[str, str], bound: bool) -> Process:
+    """Starts a server in a session of its own.
 
     Args:
         command: Program and arguments.
-        log: File that takes its output.
+        log: File that takes its output; the server works in the folder above the log's.
         environment: Variables to add to ours.
         bound: Whether the server dies with this process, even by kill -9.
     """
@@ -61,37 +79,33 @@ def start(command: list[str], log: Path, environment: dict[str, str], bound: boo
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | environment,
+            cwd=log.parent.parent,
             start_new_session=True,
-            preexec_fn=_die_with_parent if bound else None,
+            preexec_fn=die_with_parent if bound else None,
         )
-    return process.pid
+    return Process(process.pid, psutil.Process(process.pid).create_time())
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def stop(pid: int) -> None:
+def stop(process: Process) -> None:
     """Ends a server and its children: asked first, then made to."""
-    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        if not is_alive(pid):
-            break
-        os.killpg(pid, sign)
-        _reap(pid, patience)
-
-
-def _reap(pid: int, patience: float) -> None:
-    until = time.monotonic() + patience
-    while is_alive(pid) and time.monotonic() < until:
-        time.sleep(0.05)
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
+    found = find(process)
+    if found is None:
         return
+    family = [found, *found.children(recursive=True)]
+    for member in family:
+        _signal(member, signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=10)
+    for member in left:
+        _signal(member, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=5)
 
 
-def wait(name: str, answers: Callable[[], bool], pid: int, log: Path) -> None:
+def _signal(process: psutil.Process, sign: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(sign)
+
+
+def wait(name: str, answers: Callable[[], bool], process: Process, log: Path) -> None:
     """Waits until a server answers.
 
     Raises:
@@ -99,7 +113,7 @@ def wait(name: str, answers: Callable[[], bool], pid: int, log: Path) -> None:
     """
     until = time.monotonic() + PATIENCE
     while not answers():
-        if not is_alive(pid):
+        if not is_alive(process):
             raise UserError(f"the sandbox's {name} server ended at its start: see {log}")
         if time.monotonic() > until:
             raise UserError(f"the sandbox's {name} server did not answer in {PATIENCE:.0f} s: see {log}")
@@ -138,6 +152,9 @@ def s3_command(directory: Path, ports: list[int]) -> list[str]:
         "-s3.port.lance=0",
         "-master.telemetry=false",
         "-volume.max=0",
+        "-filer.localSocket=filer.sock",  # in the server's folder: a path from the root can be too long for a socket
+        "-s3.localFilerSocket=filer.sock",
+        "-s3.localSocket=s3.sock",
     ]
 
 

@@ -1,8 +1,11 @@
 """The command as its user meets it: in a process of its own."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,19 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message):
     assert ran.returncode == 2
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path):
+    command = [PROGRAM, "demo", "--directory", tmp_path / "box", "--output", tmp_path / "demo"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("box/s3/*")):  # its first server works: the planet is being built
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on from here" in said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "box/state.json").read_text())["processes"] == {}
 
 
 def test_the_doctor_tells_what_fails(tmp_path):

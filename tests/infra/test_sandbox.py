@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -242,6 +243,25 @@ def test_a_second_up_reuses_servers_and_planet(sandbox, monkeypatch):
     assert (sandbox.directory / "state.json").read_text() == before
 
 
+def processes(directory):
+    state = json.loads((directory / "state.json").read_text())
+    return {name: servers.Process(*process) for name, process in state["processes"].items()}
+
+
+def test_another_process_under_the_same_id_is_not_ours(sandbox):
+    ours = processes(sandbox.directory)["s3"]
+    assert servers.is_alive(ours)
+    assert not servers.is_alive(ours._replace(started=ours.started - 3600))
+
+
+def test_another_planet_reaches_the_running_stac_server(tmp_path):
+    with sandboxes.running(tmp_path, PlanetSpec(cells=("31U",)), prefect=False):
+        box = sandboxes.up(tmp_path, PlanetSpec(cells=("60G",)), prefect=False)
+        with urllib.request.urlopen(box.environment()["RANGEGRID_STAC_URL"] + "/search") as answer:
+            found = json.load(answer)["features"]
+    assert {item["id"].split("_")[1][:3] for item in found} == {"60G"}
+
+
 PROGRAM = """
 import sys, time
 from pathlib import Path
@@ -266,7 +286,7 @@ def test_nothing_is_left_running_however_it_ends(tmp_path, sign):
         text=True,
     ) as process:
         assert process.stdout.readline() == "up\n"
-        pids = json.loads((tmp_path / "box/state.json").read_text())["pids"]
+        pids = processes(tmp_path / "box")
         assert set(pids) == {"s3", "stac"}
         assert all(map(servers.is_alive, pids.values()))
         process.send_signal(sign)
@@ -280,7 +300,7 @@ def test_nothing_is_left_running_however_it_ends(tmp_path, sign):
 def test_down_stops_what_up_started_and_the_planet_stays(tmp_path):
     spec = PlanetSpec(cells=("31U",))
     box = sandboxes.up(tmp_path, spec, prefect=False)
-    pids = json.loads((tmp_path / "state.json").read_text())["pids"]
+    pids = processes(tmp_path)
     assert set(sandboxes.status(tmp_path).values()) == {"running"}
     sandboxes.down(tmp_path)
     assert not any(map(servers.is_alive, pids.values()))

@@ -14,6 +14,8 @@ from infra.settings import settings
 KNOWN = "threads, local, tcp://host:port"
 QUIET: Any = {"dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}  # units report their own errors
 
+UNINTERRUPTED = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # Ctrl-C ends the flow, which ends them
+
 
 @contextmanager
 def connect(name: str | None = None, workers: int | None = None) -> Iterator[Client]:
@@ -39,7 +41,7 @@ def connect(name: str | None = None, workers: int | None = None) -> Iterator[Cli
     if name == "threads":
         yield from _own(LocalCluster(1, threads_per_worker=workers, processes=False, **QUIET))
     elif name == "local":
-        yield from _own(LocalCluster(workers, threads_per_worker=1, **QUIET))
+        yield from _own(LocalCluster(workers, threads_per_worker=1, preload=[UNINTERRUPTED], **QUIET))
     elif name.startswith(("tcp://", "tls://")):
         with _existing(name) as client:
             yield client

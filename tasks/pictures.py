@@ -1,7 +1,8 @@
 """The pictures that a run leaves: PNG bytes from plain arrays, with no global state of matplotlib."""
 
 import io
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -13,13 +14,23 @@ from numpy.typing import NDArray
 INK, FAINT, OCEAN, ACCENT, SECOND = "#1d2733", "#8a95a1", "#eef2f5", "#0b6e99", "#e07a3f"
 STAND_IN = "NASA Blue Marble at about 7 km stands in for 10 m Sentinel-2"
 EQUAL_EARTH = (1.340264, -0.081106, 0.000893, 0.003796)  # Savric, Patterson, Jenny 2018
+STRIP = 60  # rows read at a time
 
 
-def world_map(vectors: NDArray[np.float32], lat: NDArray, lon: NDArray, title: str, caption: str) -> bytes:
+class Sliced(Protocol):
+    """An array in memory or in a store."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """The part at `index`."""
+
+
+def world_map(vectors: Sliced, lat: NDArray, lon: NDArray, title: str, caption: str) -> bytes:
     """The first three principal components of a grid as red, green and blue.
 
     Args:
-        vectors: (dim, lat, lon), NaN where there are none.
+        vectors: (dim, lat, lon), NaN where there are none; read by strips, so that it may be larger than memory.
         lat: Latitudes in degrees, north first.
         lon: Longitudes in degrees.
         title: Above the map.
@@ -32,22 +43,39 @@ def world_map(vectors: NDArray[np.float32], lat: NDArray, lon: NDArray, title: s
     return _png(figure)
 
 
-def principal_colours(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def principal_colours(vectors: Sliced) -> NDArray[np.float32]:
     """(lat, lon, 4) colours: ranks of the first three components, transparent where there are no data.
 
     Ranks use the whole range of each colour, whatever the few extremes are.
     """
-    known = np.isfinite(vectors[0])
-    data = vectors[:, known].T.astype(np.float64)
-    data -= data.mean(0)
-    _, axes = np.linalg.eigh(data.T @ data)
-    components = data @ axes[:, :-4:-1]
+    dims, height, width = vectors.shape
+    count, total, products = 0, np.zeros(dims), np.zeros((dims, dims))
+    for _, _, data in _strips(vectors):
+        count += len(data)
+        total += data.sum(0, dtype="f8")
+        products += data.T @ data
+    _, axes = np.linalg.eigh(products - np.outer(total, total) / max(count, 1))
+    known = np.zeros((height, width), bool)
+    parts = []
+    for rows, there, data in _strips(vectors):
+        known[rows] = there
+        parts.append(data @ axes[:, :-4:-1].astype(np.float32))
+    components = np.concatenate(parts)
     components *= np.sign(components[np.abs(components).argmax(0), range(3)])  # the sign of an axis is arbitrary
     ranks = components.argsort(0).argsort(0) / max(len(components) - 1, 1)
-    colours = np.zeros((*known.shape, 4), np.float32)
+    colours = np.zeros((height, width, 4), np.float32)
     colours[known, :3] = 0.08 + 0.88 * ranks
     colours[known, 3] = 1
     return colours
+
+
+def _strips(vectors: Sliced) -> Iterator[tuple[slice, NDArray[np.bool_], NDArray[np.float32]]]:
+    """Strips of rows: which, where data are known, and those data, (n, dim)."""
+    for start in range(0, vectors.shape[1], STRIP):
+        rows = slice(start, min(start + STRIP, vectors.shape[1]))
+        strip = np.asarray(vectors[:, rows])
+        there = np.isfinite(strip[0])
+        yield rows, there, strip[:, there].T
 
 
 def sample_map(lonlat: NDArray[np.float64], title: str, caption: str) -> bytes:

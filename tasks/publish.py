@@ -125,7 +125,7 @@ def publish_tile(job: Job, tile: Tile) -> None:
 
 def show(home: str, job: Job, attribution: str) -> None:
     """Keeps the world in embedding colours beside the grid."""
-    vectors = zarr.open_array(storage.zarr_store(storage.join(job.grid, grids.VARIABLE)), mode="r")[:]
+    vectors = zarr.open_array(storage.zarr_store(storage.join(job.grid, grids.VARIABLE)), mode="r")
     title = f"The world in {job.method.name.upper()} colours, {job.spec.step:g} degree"
     caption = f"First three principal components of the embeddings. {attribution}."
     picture = world_map(vectors, job.spec.lat, job.spec.lon, title, caption)

@@ -1,6 +1,7 @@
 """Fixtures for all: the sandbox's real servers, the real data for checks, and a clean environment."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,13 @@ settings.register_profile("rangegrid", deadline=None, derandomize=True)
 settings.load_profile("rangegrid")
 
 CELLS = ("01K", "30T", "31T", "31U", "32T", "32U", "60K")  # western Europe, and Fiji on both sides of 180 degrees
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Programs that tests start must take SIGINT, also where a shell ran the tests in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

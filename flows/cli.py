@@ -4,6 +4,7 @@ Heavy imports happen inside the commands: `--help` is quick, and Prefect reads i
 command has set them.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="Local STAC, S3 and Prefect servers with the demo planet.")
 app.add_typer(sandbox_app, name="sandbox")
+sample_app = typer.Typer(invoke_without_command=True, help="Sample Sentinel-2 patches from a STAC catalog.")
+app.add_typer(sample_app, name="sample")
 
 Patches = Annotated[str, typer.Argument(help="URL of the patches.")]
 Checkpoint = Annotated[str, typer.Argument(help="URL of the checkpoint.")]
@@ -60,12 +63,35 @@ def command(model: type[Params]) -> Callable[[Callable[..., Any]], Callable[...,
     return register
 
 
-@command(SampleParams)
-def sample(params: SampleParams) -> None:
-    """Sample Sentinel-2 patches from a STAC catalog."""
+def _sample(context: typer.Context, params: SampleParams) -> None:
     from flows.sample import sample as flow
 
-    print(flow(params))
+    if context.invoked_subcommand is None:
+        print(flow(params))
+
+
+sample_app.callback()(with_options(SampleParams, _sample))
+
+
+@sample_app.command()
+def explain(
+    item: Annotated[str, typer.Argument(help="Path, file:// or s3:// URL of a STAC item of Sentinel-2 L2A.")],
+) -> None:
+    """Tell how an item's numbers become reflectance, and why, as JSON."""
+    from tasks.scenes import explain as decision
+
+    print(json.dumps(decision(item), indent=2))
+
+
+def _plan(params: SampleParams) -> None:
+    from infra.settings import settings
+    from tasks.estimate import estimate
+
+    for name, value in estimate(params, settings().workers).lines():
+        print(f"{name:<14}{value:>14}")
+
+
+sample_app.command("plan", help="Tell what a run would cost, before it runs.")(with_options(SampleParams, _plan))
 
 
 @command(TrainParams)

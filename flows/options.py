@@ -49,7 +49,8 @@ def build(model: type[Params], values: dict[str, str]) -> Params:
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        raise UserError(f"{option} {first['input']!r}: {first['msg']}. See --help for what fits") from None
+        given = f"{option} {first['input']!r}: " if first["loc"] else ""  # a model's own check names its fields
+        raise UserError(f"{given}{first['msg'].removeprefix('Value error, ')}. See --help for what fits") from None
 
 
 def _fields(model: type[Params], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -83,7 +84,8 @@ def _parse(text: str) -> Any:
 def _option(name: str, field: FieldInfo) -> Any:
     flag = "--" + name.replace("_", "-")
     bounds = [str(b) for b in field.metadata if type(b).__name__ in ("Gt", "Ge", "Lt", "Le")]
-    kind = "|".join(map(str, get_args(field.annotation))) or getattr(field.annotation, "__name__", "value")
+    parts = [part for part in get_args(field.annotation) if part not in (type(None), Ellipsis)]
+    kind = "|".join(getattr(part, "__name__", str(part)) for part in parts or [field.annotation])
     text = f"{field.description or ''} {' '.join(bounds)}".strip()
     default = json.dumps(field.get_default(call_default_factory=True), default=str)
     return Annotated[str | None, typer.Option(flag, help=text, metavar=kind.upper(), show_default=default)]

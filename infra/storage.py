@@ -32,6 +32,11 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def as_url(place: str) -> str:
+    """A URL as it is, and a path as its `file://` URL."""
+    return place if "://" in place else Path(place).absolute().as_uri()
+
+
 def _locate(url: str) -> tuple[ObjectStore, str]:
     """The object store that serves `url` (one per bucket and environment), and the key within it."""
     parts = urlsplit(url)

@@ -3,11 +3,14 @@
 Light to import, so that the command line is quick.
 """
 
-from typing import Literal
+import datetime
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")  # of Sentinel-2 L2A
+
+EARLIEST = "0000-01-01"  # what a year or a month alone leaves out
 
 
 class Params(BaseModel):
@@ -26,12 +29,26 @@ class SampleParams(Params):
     """Number of patches."""
     seed: int = Field(0, ge=0)
     """Seed of the places; the same seed and more patches extends the same sample."""
+    places: Literal["area", "tile", "class", "list"] = "area"
+    """Uniform by area on land; by tile, as S2-100K and biased like it; by the classes of a raster in turn; a list."""
+    source: str | None = None
+    """For `class` a GeoTIFF in longitude and latitude, 0 no class; for `list` a CSV or Parquet with lon and lat."""
     datetime: str = "2021-01-01/2022-12-31"
     """Time window, an RFC 3339 interval."""
     max_cloud_percent: float = Field(60.0, ge=0, le=100)
     """Largest cloud cover of a scene."""
+    scene: Literal["least-cloudy", "nearest", "seasons"] = "least-cloudy"
+    """Of a place's scenes the least cloudy, the nearest to `date`, or the least cloudy of each season."""
+    date: str | None = None
+    """Day that `nearest` is near to, as 2021-06-30."""
     min_clear_fraction: float = Field(0.9, ge=0, le=1)
     """Smallest clear share of a patch, by the scene classification."""
+    max_nodata_fraction: float = Field(0.0, ge=0, le=1)
+    """Largest share of a patch's pixels without data in some band."""
+    max_saturated_fraction: float = Field(0.01, ge=0, le=1)
+    """Largest saturated or defective share of a patch, by the scene classification."""
+    max_tries: float = Field(20.0, ge=1, le=1000)
+    """Places that may be tried for each patch before the run is given up."""
     bands: tuple[str, ...] = BANDS
     """Bands, by their Sentinel-2 names."""
     patch_pixels: int = Field(256, ge=4, le=2048)
@@ -46,6 +63,30 @@ class SampleParams(Params):
     """Patches in one shard, which is one unit of work."""
     max_failed_fraction: float = Field(0.02, ge=0, le=1)
     """Share of the searched cells that may fail before the run is given up."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.places in ("class", "list") and not self.source:
+            raise ValueError(f"places {self.places!r} needs a source: a class raster or a table of points")
+        if self.scene == "nearest" and not self.date:
+            raise ValueError("scene 'nearest' needs a date, such as 2021-06-30")
+        return self
+
+    @field_validator("datetime")
+    @classmethod
+    def _interval(cls, text: str) -> str:
+        ends = text.split("/")
+        for end in ends:
+            if end not in ("", ".."):
+                datetime.datetime.fromisoformat(end + EARLIEST[len(end) :] if len(end) < 10 else end)
+        if len(ends) > 2 or not any(end.strip(".") for end in ends):
+            raise ValueError("give one day or an interval such as 2021-01-01/2021-12-31")
+        return text
+
+    @field_validator("date")
+    @classmethod
+    def _day(cls, text: str | None) -> str | None:
+        return text if text is None else datetime.date.fromisoformat(text).isoformat()
 
 
 class EncoderParams(Params):

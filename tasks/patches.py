@@ -34,6 +34,10 @@ MANIFEST = {
     "offset": "int64",  # DN to add after masking nodata
     "offset_reason": "str",
     "clear_fraction": "float64",
+    "saturated_fraction": "float64",
+    "nodata_fraction": "float64",
+    "dark_dn": "float64",  # first percentile of each pixel's darkest band
+    "offset_check": "str",  # whether the numbers agree with the offset: agree, deny, silent
     "sha256": "str",  # of the patch's raw numbers, little-endian
 }
 

@@ -1,8 +1,8 @@
 """The sample step: from a STAC catalog to a patch store.
 
-1. Places are drawn from the seed's stream, uniformly by area on land.
-2. They are *screened*, one unit per grid-zone cell: search the catalog, choose the least cloudy scene that
-   holds the patch, decide its radiometry, read the scene classification around it.
+1. Places are drawn from the seed's stream: uniformly by area on land, or as `places` says.
+2. They are *screened*, one unit per grid-zone cell: search the catalog, choose a scene that holds the patch,
+   decide its radiometry, read the scene classification around it.
 3. The plan (the first clear places in stream order, with spares) is frozen in `plan.parquet`, so that a rerun
    goes on with it even where the catalog has changed since.
 4. Pixels are *read*, one unit per shard, with one open per asset and scene. A patch whose pixels cannot be read
@@ -11,6 +11,8 @@
 
 import hashlib
 import io
+import itertools
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,42 +21,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pystac
-import shapely
 from distributed import Client
 from numpy.typing import NDArray
 
 from infra import storage
-from infra.catalogs import open_catalog, search, unsigned
+from infra.catalogs import open_catalog, unsigned
 from infra.cogs import UnreadableAsset, read_windows
 from infra.errors import UserError
 from infra.settings import settings
 from tasks import patches as store
-from tasks.artifacts import keep_picture
+from tasks.artifacts import keep_picture, keep_table
 from tasks.cards import fingerprint, is_finished, product_url, write_card
-from tasks.core.radiometry import baseline, decide
-from tasks.core.sampling import draw_land, grid_zone
+from tasks.core.radiometry import NODATA, check_numbers, decide
+from tasks.core.sampling import grid_zone
+from tasks.estimate import SPARES, THREADS, beside, estimate
 from tasks.params import SampleParams
 from tasks.pictures import sample_map
+from tasks.places import draw, source_digest
+from tasks.scenes import asset_keys, choose, find_items, version
 from tasks.units import log, run_units
 
+SATURATED, DARK = (1,), (4, 6)  # SCL: saturated or defective; vegetation, water
 CLOUDY = (0, 1, 3, 8, 9, 10)  # SCL: no data, saturated, shadow, cloud (medium, high), cirrus
-NAMES = {
-    "B01": "coastal",
-    "B02": "blue",
-    "B03": "green",
-    "B04": "red",
-    "B05": "rededge1",
-    "B06": "rededge2",
-    "B07": "rededge3",
-    "B08": "nir",
-    "B8A": "nir08",
-    "B09": "nir09",
-    "B11": "swir16",
-    "B12": "swir22",
-}
-SPARES = 0.05  # of a shard's patches, to replace what cannot be read
-ROUNDS = 4
-THREADS = 8  # reads at a time in one unit: they wait for the network
 
 
 def sample_patches(client: Client, params: SampleParams) -> str:
@@ -71,13 +59,15 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         UserError: The catalog does not answer, has nothing that fits, or storage cannot be written.
     """
     where = settings()
-    made_of = {"collection": where.collection, **params.model_dump()}
+    made_of = {"collection": where.collection, **params.model_dump(), **source_digest(params)}
     url = product_url("patches", made_of)
     if is_finished(url):
         log().info("%s is there already", url)
         return url
+    began = time.monotonic()
     storage.check_writable(where.storage_url)
     open_catalog(where.stac_url, where.collection)
+    planned = estimate(params, where.workers)
     plan, rejected = read_plan(url) or make_plan(client, url, params)
     store.create(url, params.patches, params.bands, params.patch_pixels, params.resolution_m, params.shard_patches)
     shards = sorted(plan["shard"].unique())
@@ -88,15 +78,32 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     source = attribution(where.stac_url, where.collection)
     picture = sample_map(rows[["lon", "lat"]].to_numpy(), f"{len(rows):,} patches, uniform by area on land", source)
     keep_picture(storage.join(url, "samples.png"), picture, "sample-map", "Where the patches were taken")
+    rejected |= {"unreadable": int(rows["replaced"].sum())}
+    actual = actuals(url, params, rows, rejected) | {"seconds": f"{time.monotonic() - began:,.0f}"}
+    keep_table(storage.join(url, "run.md"), beside(planned, actual), "sample-run", "Planned and actual cost")
     write_card(
         url,
         "patches",
         fingerprint=fingerprint(made_of),
         made_of=made_of,
         attribution=source,
-        rejected=rejected | {"unreadable": int(rows["replaced"].sum())},
+        rejected=rejected,
+        offset_checks=rows["offset_check"].value_counts().to_dict(),
     )
     return url
+
+
+def actuals(url: str, params: SampleParams, rows: pd.DataFrame, rejected: dict[str, int]) -> dict[str, str]:
+    """What the run took, by the names of its estimate."""
+    scenes, tried = rows["item_id"].nunique(), len(rows) + sum(rejected.values())
+    counts = {
+        "places": tried,
+        "cells": len(np.unique(grid_zone(rows[["lon", "lat"]].to_numpy()))),
+        "scenes": scenes,
+        "requests": scenes * (len(params.bands) + 1) + tried + len(rows) * len(params.bands),
+    }
+    stored = storage.size(storage.join(url, "patches.zarr"))
+    return {name: f"{count:,}" for name, count in counts.items()} | {"bytes stored": f"{stored / 1e9:,.2f} GB"}
 
 
 def attribution(url: str, collection: str) -> str:
@@ -106,30 +113,26 @@ def attribution(url: str, collection: str) -> str:
 
 
 def make_plan(client: Client, url: str, params: SampleParams) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Screens candidates in rounds until enough are clear, and freezes the plan."""
+    """Screens candidates in rounds until enough are clear or the tries are spent, and freezes the plan."""
     wanted = params.patches + _spares(params.shard_patches) * -(-params.patches // params.shard_patches)
-    screened = pd.DataFrame()
-    candidates = 0
-    for number in range(ROUNDS):
-        accepted = int((screened["reason"] == "").sum()) if len(screened) else 0
-        if accepted >= wanted:
+    most = int(params.patches * params.max_tries) + 16
+    screened, tried, clear = pd.DataFrame({"reason": []}), 0, 0
+    for number in itertools.count():
+        rate = max(clear / tried, 0.05) if tried else 0.8
+        more = draw(min(most, tried + int((wanted - clear) / rate * 1.1) + 16), params)[tried:]
+        if clear >= wanted or not len(more):
             break
-        rate = max(accepted / candidates, 0.05) if candidates else 0.8
-        start, candidates = candidates, candidates + int((wanted - accepted) / rate * 1.1) + 16
-        screened = pd.concat([screened, screen(client, url, params, number, start, candidates)])
-    clear = screened[screened["reason"] == ""].sort_values("row_id")
+        screened, tried = pd.concat([screened, screen(client, url, params, number, more)]), tried + len(more)
+        clear = int((screened["reason"] == "").sum())
     rejected = dict(Counter(screened.loc[screened["reason"] != "", "reason"]))
-    if len(clear) < params.patches:
+    if clear < params.patches:
         raise UserError(
-            f"only {len(clear)} of {params.patches} patches were found among {len(screened)} places "
-            f"({_counts(rejected)}): widen --datetime, raise --max-cloud-percent or ask for fewer"
+            f"only {clear} of {params.patches} patches were found among {len(screened)} places "
+            f"({_counts(rejected)}): widen --datetime, raise --max-cloud-percent or --max-tries, or ask for fewer"
         )
-    plan = assign(clear, params)
-    buffer = io.BytesIO()
-    plan.attrs = {}
-    plan.to_parquet(buffer)
+    plan = assign(screened[screened["reason"] == ""].sort_values("row_id"), params)
     storage.write_json(storage.join(url, "rejected.json"), rejected)
-    storage.create(storage.join(url, "plan.parquet"), buffer.getvalue())
+    storage.create(storage.join(url, "plan.parquet"), _parquet(plan))
     return read_plan(url) or (plan, rejected)
 
 
@@ -152,14 +155,14 @@ def assign(clear: pd.DataFrame, params: SampleParams) -> pd.DataFrame:
     return pd.concat([chosen, spares], ignore_index=True)
 
 
-def screen(client: Client, url: str, params: SampleParams, number: int, start: int, stop: int) -> pd.DataFrame:
-    """Screens the candidates from `start` to `stop`, one unit per grid-zone cell."""
-    places = draw_land(stop, params.seed, params.south, params.north)[start:]
-    rows = np.column_stack([np.arange(start, stop), places])
-    cells = grid_zone(places)
+def screen(
+    client: Client, url: str, params: SampleParams, number: int, candidates: NDArray[np.float64]
+) -> pd.DataFrame:
+    """Screens candidates, one unit per grid-zone cell."""
+    cells = grid_zone(candidates[:, 1:3])
     home = storage.join(url, "screen", str(number))
     there = set(storage.names(home))
-    units = [(int(cell), rows[cells == cell]) for cell in np.unique(cells)]
+    units = [(int(cell), candidates[cells == cell]) for cell in np.unique(cells)]
     left = [unit for unit in units if f"{unit[0]}.parquet" not in there]
     run_units(
         client,
@@ -176,101 +179,34 @@ def screen(client: Client, url: str, params: SampleParams, number: int, start: i
 
 
 def screen_cell(home: str, params: SampleParams, unit: tuple[int, NDArray[np.float64]]) -> None:
-    """Finds and judges the scene of each place of one cell, and stores the verdicts."""
+    """Finds and judges the scene of each candidate of one cell, and stores the verdicts."""
     cell, rows = unit
-    items = find_items(rows[:, 1:], params)
-    scenes = choose(items, rows[:, 1:], params.patch_pixels * params.resolution_m)
-    verdicts = [_verdict(row, scene) for row, scene in zip(rows, scenes, strict=True)]
+    chosen = choose(find_items(rows[:, 1:3], params), rows, params)
+    verdicts = [_verdict(row, *choice) for row, choice in zip(rows, chosen, strict=True)]
     table = pd.DataFrame(verdicts).assign(cell=cell)
     for _, group in table[table["reason"] == ""].groupby("item_id"):
         judge(table, group, params)
     storage.write(storage.join(home, f"{cell}.parquet"), _parquet(table))
 
 
-def find_items(lonlat: NDArray[np.float64], params: SampleParams) -> list[pystac.Item]:
-    """The items that may hold any of the places."""
-    where = settings()
-    geometry = {"type": "MultiPoint", "coordinates": lonlat.tolist()}
-    return search(where.stac_url, where.collection, params.datetime, geometry, params.max_cloud_percent)
-
-
-def choose(items: list[pystac.Item], lonlat: NDArray[np.float64], side_m: float) -> list[pystac.Item | None]:
-    """For each place, the least cloudy item that holds its whole patch; the newest baseline among duplicates.
-
-    Args:
-        items: Candidates.
-        lonlat: Places, (n, 2) in degrees.
-        side_m: Side of a patch in metres.
-    """
-    corners = patch_corners(lonlat, side_m)
-    holds = [_holds(item, corners) for item in items]
-    chosen: list[pystac.Item | None] = []
-    for place in range(len(lonlat)):
-        newest: dict[str, pystac.Item] = {}
-        for item in (item for item, held in zip(items, holds, strict=True) if held[place]):
-            best = newest.setdefault(_acquisition(item), item)
-            newest[_acquisition(item)] = max(best, item, key=_version)
-        chosen.append(min(newest.values(), key=lambda i: (i.properties.get("eo:cloud_cover", 0), i.id), default=None))
-    return chosen
-
-
-def patch_corners(lonlat: NDArray[np.float64], side_m: float) -> NDArray[np.float64]:
-    """Corners of the patches and their centres, (n, 5, 2) in degrees, a little outside for safety."""
-    half = 0.5 * 1.1 * side_m / 111_200
-    lat = lonlat[:, None, 1] + half * np.array([1, 1, -1, -1, 0])
-    width = half / np.cos(np.radians(np.clip(np.abs(lat), 0, 89)))
-    lon = lonlat[:, None, 0] + width * np.array([-1, 1, -1, 1, 0])
-    return np.stack([(lon + 180) % 360 - 180, lat], axis=-1)
-
-
-def _holds(item: pystac.Item, corners: NDArray[np.float64]) -> NDArray[np.bool_]:
-    geometry = shapely.geometry.shape(item.geometry)
-    shapely.prepare(geometry)
-    return shapely.intersects_xy(geometry, corners[..., 0], corners[..., 1]).all(1)
-
-
-def _acquisition(item: pystac.Item) -> str:
-    return f"{item.properties.get('s2:datatake_id', '')} {_tile(item)} {item.datetime}"
-
-
-def _version(item: pystac.Item) -> tuple[int, int]:
-    return baseline({"id": item.id, "properties": item.properties}) or (0, 0)
-
-
-def _tile(item: pystac.Item) -> str:
-    return str(item.properties.get("s2:mgrs_tile") or item.properties.get("grid:code") or item.id)
-
-
-def _verdict(row: NDArray[np.float64], scene: pystac.Item | None) -> dict[str, Any]:
-    verdict = {"row_id": int(row[0]), "lon": row[1], "lat": row[2], "item_id": "", "reason": ""}
+def _verdict(row: NDArray[np.float64], scene: pystac.Item | None, reason: str) -> dict[str, Any]:
+    verdict = {"row_id": int(row[0]), "lon": row[1], "lat": row[2], "item_id": "", "reason": reason}
+    verdict |= dict.fromkeys(("clear_fraction", "saturated_fraction", "dark_share"), np.nan)
     if scene is None:
-        return verdict | {"reason": "no scene", "clear_fraction": np.nan}
+        return verdict
     found = decide(scene.to_dict(transform_hrefs=False))
     reason = "radiometry quarantined" if found.quarantined else ""
-    version = _version(scene)
+    number = version(scene)
     return verdict | {
         "item_id": scene.id,
         "assets": {band: unsigned(scene.assets[key].href) for band, key in asset_keys(scene).items()},
         "datetime": str(scene.properties.get("datetime")),
         "platform": str(scene.properties.get("platform", "")),
-        "baseline": f"{version[0]:02d}.{version[1]:02d}",
+        "baseline": f"{number[0]:02d}.{number[1]:02d}",
         "offset": found.offset,
         "offset_reason": "; ".join(found.reasons),
-        "clear_fraction": np.nan,
         "reason": reason,
     }
-
-
-def asset_keys(item: pystac.Item) -> dict[str, str]:
-    """Asset key by band name (`B04`) and `SCL`: by key, by common name, or by what the asset says of its band."""
-    found: dict[str, str] = {}
-    for band, common in [*NAMES.items(), ("SCL", "scl")]:
-        for key, asset in item.assets.items():
-            bands = asset.extra_fields.get("eo:bands") or asset.extra_fields.get("bands") or []
-            named = len(bands) == 1 and bands[0].get("name") == band
-            if key in (band, common) or (named and key != "visual"):
-                found.setdefault(band, key)
-    return found
 
 
 def judge(table: pd.DataFrame, group: pd.DataFrame, params: SampleParams) -> None:
@@ -291,10 +227,16 @@ def judge(table: pd.DataFrame, group: pd.DataFrame, params: SampleParams) -> Non
         if window is None:
             table.loc[i, "reason"] = "crosses the scene's edge"
             continue
-        clear = 1 - float(np.isin(window, CLOUDY).mean())
-        table.loc[i, "clear_fraction"] = clear
+        clear, saturated = 1 - _share(window, CLOUDY), _share(window, SATURATED)
+        table.loc[i, ["clear_fraction", "saturated_fraction", "dark_share"]] = clear, saturated, _share(window, DARK)
         if clear < params.min_clear_fraction:
             table.loc[i, "reason"] = "not clear"
+        elif saturated > params.max_saturated_fraction:
+            table.loc[i, "reason"] = "saturated"
+
+
+def _share(window: NDArray, classes: tuple[int, ...]) -> float:
+    return float(np.isin(window, classes).mean())
 
 
 def read_shard(url: str, params: SampleParams, shard: int) -> None:
@@ -309,6 +251,9 @@ def read_shard(url: str, params: SampleParams, shard: int) -> None:
         replace(rows, pixels, failed, spares, params, shard)
     stacked = np.stack([pixels[i] for i in chosen.index])
     rows["sha256"] = [hashlib.sha256(p.astype("<u2").tobytes()).hexdigest() for p in stacked]
+    rows["nodata_fraction"] = [nodata_fraction(p) for p in stacked]
+    checks = [check_numbers(*triple) for triple in zip(stacked, rows["offset"], rows["dark_share"], strict=True)]
+    rows["dark_dn"], rows["offset_check"] = zip(*checks, strict=True)
     rows["href"] = [assets[params.bands[0]] for assets in rows["assets"]]
     store.write_shard(url, shard * params.shard_patches, stacked)
     storage.write(_part(url, shard), _parquet(rows[[*store.MANIFEST, "replaced"]]))
@@ -352,9 +297,17 @@ def _read_scene(params: SampleParams, group: pd.DataFrame) -> dict[int, NDArray[
     found: dict[int, NDArray[np.uint16]] = {}
     for position, i in enumerate(group.index):
         windows = [layer[position] for layer in layers]
-        if all(w is not None and w.any() for w in windows):
-            found[i] = np.stack(windows).astype(np.uint16)  # type: ignore[arg-type]
+        if any(w is None for w in windows):
+            continue
+        patch = np.stack(windows).astype(np.uint16)  # type: ignore[arg-type]
+        if nodata_fraction(patch) <= params.max_nodata_fraction:
+            found[i] = patch
     return found
+
+
+def nodata_fraction(patch: NDArray[np.uint16]) -> float:
+    """Share of the pixels of a (band, y, x) patch without data in some band."""
+    return float((patch == NODATA).any(0).mean())
 
 
 def _spares(shard_patches: int) -> int:

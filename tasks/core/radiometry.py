@@ -118,3 +118,32 @@ def to_reflectance(dn: NDArray[np.uint16], offset: NDArray[np.int64] | int) -> N
     shift = np.reshape(offset, (-1,) + (1,) * (dn.ndim - 1)).astype(np.float32)
     values = np.clip((dn.astype(np.float32) + shift) * np.float32(SCALE), 0, 1)
     return np.where(dn == NODATA, np.float32(np.nan), values)
+
+
+DARK_SHARE = 0.1  # of vegetation and water in a patch: then its darkest hundredth is dark in some band
+TOLERANCE = 300  # DN: how far noise and an overdone atmospheric correction reach below zero reflectance
+
+
+def check_numbers(dn: NDArray[np.uint16], offset: int, dark_share: float) -> tuple[float, str]:
+    """Whether a patch's numbers deny the decided offset.
+
+    With the offset still in the numbers nothing is darker than about 1000; without it, the darkest pixels of
+    vegetation and water are well below that in some band.
+
+    Args:
+        dn: Raw numbers, (band, y, x).
+        offset: The decision, -1000 or 0.
+        dark_share: Share of vegetation and water by the scene classification.
+
+    Returns:
+        The first percentile of each pixel's darkest band, in DN, and `agree`, `deny` or `silent`.
+    """
+    known = (dn != NODATA).all(0)
+    if not known.any():
+        return float("nan"), "silent"
+    dark = float(np.percentile(dn[:, known].min(0), 1))
+    if offset:
+        return dark, "deny" if dark < -offset - TOLERANCE else "agree"
+    if dark < -OFFSET - TOLERANCE:
+        return dark, "agree"
+    return dark, "deny" if dark_share >= DARK_SHARE and dark >= -OFFSET else "silent"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tasks.core.land import is_land, land_mask, mask
-from tasks.core.sampling import draw_land, grid_zone
+from tasks.core.sampling import draw_classes, draw_land, grid_zone, square
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,40 @@ def test_places_are_uniform_by_area():
 def test_grid_zone_cells():
     zones = grid_zone(np.array([[-180, -80], [-174.01, -72.01], [179.9, 83.9], [2.35, 48.86]], float))
     assert zones.tolist() == [0, 0, 59 * 20 + 19, 30 * 20 + 16]
+
+
+def raster():
+    classes = np.zeros((90, 180), np.uint8)
+    classes[10:80, :60], classes[40:60, 60:90], classes[0, 100] = 1, 2, 7
+    return classes, (-180.0, -90.0, 180.0, 90.0)
+
+
+def class_at(lonlat):
+    classes, _ = raster()
+    return classes[((90 - lonlat[:, 1]) / 2).astype(int), ((lonlat[:, 0] + 180) / 2).astype(int)]
+
+
+def test_classes_are_visited_in_turn():
+    lonlat = draw_classes(3001, 0, *raster())
+    assert class_at(lonlat).tolist() == ([1, 2, 7] * 1001)[:3001]
+    np.testing.assert_array_equal(draw_classes(100, 0, *raster()), lonlat[:100])
+    assert not np.array_equal(draw_classes(100, 1, *raster()), lonlat[:100])
+
+
+def test_places_of_a_class_are_uniform_by_area():
+    lonlat = draw_classes(60_000, 3, *raster())[::3]
+    sines = np.sin(np.radians(lonlat[:, 1]))
+    found = np.histogram(sines, 10, (np.sin(np.radians(-70)), np.sin(np.radians(70))))[0]
+    assert (np.abs(found - 2000) < 5 * np.sqrt(2000)).all()
+
+
+def test_a_raster_without_classes_is_refused():
+    with pytest.raises(ValueError, match="0 everywhere"):
+        draw_classes(5, 0, np.zeros((4, 8), np.uint8), (-180, -90, 180, 90))
+
+
+def test_a_square_is_about_a_tile():
+    places = draw_land(50_000, 0, -60, 60)
+    near = np.abs(places - places[0]).max(1) < 0.05
+    assert len(np.unique(square(places[near]))) <= 4
+    assert 10_000 < len(np.unique(square(places))) < 16_000  # 1.3e8 km2 of land in squares of 1e4 km2

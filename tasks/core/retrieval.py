@@ -17,13 +17,14 @@ Source: RANGE (CVPR 2025), arXiv 2502.19781, and its released code.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from tasks.core.geodesic import Spectrum, degree_of
@@ -188,6 +189,11 @@ class RetrievalIndex:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @cached_property
+    def tree(self) -> cKDTree:
+        """The images' places as points of the unit sphere, to look up the nearest."""
+        return cKDTree(self.places.cpu().numpy())
 
     def retrieve(
         self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method

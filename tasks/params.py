@@ -106,6 +106,8 @@ class PublishParams(Params):
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
     tile_cells: int = Field(60, ge=1, le=1024)
     """Cells along one side of a tile, which is one shard and one unit of work; a multiple of 20."""
+    tolerance: float = Field(0.0, ge=0, le=0.1)
+    """Relative error of the visual part that interpolation may leave, 99th percentile of a tile; 0: all exact."""
 
 
 class EmbedParams(Params):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tasks.core.retrieval import Encodes, Method, RetrievalIndex
 
-FIRST_NODES = 6  # along one side
+FIRST_NODES = 9  # along one side
 CHECKS = 100  # random cells of a tile
 WORTH = 0.5  # of the cells: with more evaluations than that, evaluating them all is the better end
 MARGIN = 0.5  # the largest error of the checks may be this share of the one asked for, which is a 99th percentile

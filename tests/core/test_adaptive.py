@@ -55,11 +55,19 @@ def test_zero_tolerance_evaluates_every_cell(encoder, index):
     assert (report.evaluated, report.nodes) == (len(found), 0)
 
 
-@pytest.mark.parametrize("method", [Method("top1"), Method("range", temperature=3000)])
-def test_what_does_not_converge_is_evaluated_cell_by_cell(encoder, index, method):
-    cells = tile(step=1.0, row=60, column=180)
-    found, report = embed_cells(encoder, index, cells, method, 1e-3)
-    np.testing.assert_allclose(found, embed(encoder, index, cells.lonlat, method), atol=3e-6)
+class Rough:
+    """An encoder without any structure: neighbours have nothing in common."""
+
+    def embed(self, lonlat):
+        noise = np.sin(1e6 * np.asarray(lonlat) @ np.random.default_rng(0).normal(size=(2, DIM)))
+        return (noise / np.linalg.norm(noise, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", [Method("top1"), Method("range"), Method()])
+def test_what_does_not_converge_is_evaluated_cell_by_cell(index, method):
+    cells = tile()
+    found, report = embed_cells(Rough(), index, cells, method, 1e-3)
+    np.testing.assert_allclose(found, embed(Rough(), index, cells.lonlat, method), atol=3e-6)
     assert report.nodes == 0
     assert report.evaluated >= len(found)
 

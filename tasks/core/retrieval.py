@@ -36,6 +36,7 @@ NAMES: tuple[Name, ...] = ("range+", "range", "top1", "topk", "none")
 TEMPERATURES = {"range": 15.0, "range+": 12.0}
 SAFE_TEMPERATURE = 60.0  # exp(60) times 1e7 images stays below float32's largest, exp(-60) above its smallest
 QUERY_TILE, KEY_TILE = 1000, 2048  # a tile of weights (8 MB) stays in the cache between the two products
+KEPT = 0.05  # share of a place's weight that must stay for its sums to be updated: 1e-7 / 0.05 of error
 BATCH = 4000  # places of one batch of a stream: 20 MB of embeddings
 
 
@@ -334,6 +335,27 @@ def retrieve_sharded(
 ) -> Halves:
     """Both halves over a database in parts: what `RetrievalIndex.halves` gives of the whole."""
     return reduce(add, (shard.halves(queries, lonlat, method) for shard in shards))
+
+
+def updated(before: Halves, added: Halves | None, removed: Halves | None) -> tuple[Halves, NDArray[np.bool_]]:
+    """What the sums of some places become when images come and go: work in proportion to the change.
+
+    Args:
+        before: Sums over the former database.
+        added: Sums over the images that come.
+        removed: Sums over the images that go.
+
+    Returns:
+        The sums over the new database, and which places to retrieve anew (m,): those that lost nearly all
+        their weight, where a difference of large sums is left with few digits.
+    """
+    after = before if added is None else before + added
+    after = after if removed is None else after - removed
+    pairs = [(before.semantic, after.semantic)]
+    if before.geodesic is not None and after.geodesic is not None:
+        pairs.append((before.geodesic, after.geodesic))
+    lost = [new.denominator * torch.exp(new.shift - old.shift) < KEPT * old.denominator for old, new in pairs]
+    return after, reduce(torch.logical_or, lost).cpu().numpy()
 
 
 def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], method: Method) -> NDArray[np.float32]:

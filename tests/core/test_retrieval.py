@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream, retrieve_sharded, unit_vectors
+from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream, retrieve_sharded, unit_vectors, updated
 
 RNG = np.random.default_rng(0)
 
@@ -142,6 +142,24 @@ def test_the_sums_of_shards_add(cuts, method, hot):
     shards = [RetrievalIndex(*parts) for parts in zip(*(np.split(a, sorted(cuts)) for a in index), strict=True)]
     found = retrieve_sharded(shards, queries, lonlat, method).mix(method.beta)
     close(found, RetrievalIndex(*index).retrieve(queries, lonlat, method), 1e-4 if hot else 1e-6)
+
+
+@pytest.mark.parametrize("rows", [300, MANY])
+def test_an_updated_database_is_a_rebuilt_one(rows):
+    """A tenth goes, as much comes; and everything near one place goes, which must be told."""
+    index, lonlat = database(rows + rows // 10), places(200)
+    queries = unit(RNG.normal(size=(200, 16)))
+    near = unit_vectors(index[2]) @ unit_vectors(lonlat[:1])[0] > 0.8
+    old, new = np.arange(len(near)) < rows, np.arange(len(near)) >= rows // 10
+    for gone in (old & ~new, old & near):
+        sums = {
+            name: RetrievalIndex(*(a[chosen] for a in index)).halves(queries, lonlat, Method())
+            for name, chosen in {"old": old, "come": ~old, "gone": gone, "all": (old | ~old) & ~gone}.items()
+        }
+        after, anew = updated(sums["old"], sums["come"], sums["gone"])
+        close(after.mix(0.5)[~anew], sums["all"].mix(0.5)[~anew], 1e-5)
+        assert anew[0] == gone[near].all()
+        assert anew.mean() < 0.2
 
 
 def test_spectra_of_shards_add():

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rangegeo import RANGE
 
 from tasks.checkpoint import export_satclip, import_satclip, load_checkpoint, save_checkpoint
-from tasks.core.adaptive import Cells, embed_cells, relative_error
+from tasks.core.adaptive import Cells, Report, embed_cells, relative_error
 from tasks.core.compact import Projection
 from tasks.core.evidence import evidence
 from tasks.core.grid import GridSpec
@@ -33,7 +33,8 @@ from tasks.points import open_embedder
 IMAGES, KEY, VALUE, PLACES, ROUNDS = 82_000, 256, 1024, 2000, 5
 BETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SQUARE = 4096  # side of the matrices whose product is the machine's limit
-TILES = 12
+TILES = 8
+TOLERANCES = (1e-2, 1e-3)
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -81,9 +82,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        loaded, few, many = pool.apply(memory)
-    print(f"memory: {loaded:.0f} MB with the database, peak {few - loaded:.0f} MB more for {PLACES} places,")
-    print(f"        {many - loaded:.0f} MB more for a stream of {10 * PLACES}")
+        bare, held, few, many = pool.apply(memory)
+    print(f"memory in MB: the program {bare:.0f}, the database {held:.0f};")
+    print(f"with both, at most {few:.0f} for {PLACES} places and {many:.0f} for a stream of {10 * PLACES}")
 
 
 def compare(folder: Path) -> None:
@@ -153,16 +154,18 @@ def _difference(encoder: LocationEncoder, index: RetrievalIndex, peers: dict[str
     return float(np.abs(ours - theirs)[:, :VALUE].max() / np.abs(theirs[:, :VALUE]).max())
 
 
-def memory() -> tuple[float, float, float]:
-    """MB that this process holds with the database; then at most, in one batch, and in a stream of ten."""
-    index, encoder = RetrievalIndex(*database()), LocationEncoder(40)
-    held = [_resident("VmRSS")]
+def memory() -> tuple[float, float, float, float]:
+    """MB of the bare program and of the database's arrays; and the peak with both, in one batch and in a stream."""
+    bare, encoder = _resident("VmRSS"), LocationEncoder(40)
+    index = RetrievalIndex(*database())
+    held = sum(a.nbytes for a in (index.keys, index.values, index.places, index.locations)) / 1e6
+    peaks = []
     for count in (PLACES, 10 * PLACES):
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         for _ in embed_stream(encoder, index, places(count, np.random.default_rng(1)), Method()):
             pass
-        held.append(_resident("VmHWM"))
-    return held[0], held[1], held[2]
+        peaks.append(_resident("VmHWM"))
+    return bare, held, peaks[0], peaks[1]
 
 
 def _resident(name: str) -> float:
@@ -180,27 +183,31 @@ def compare_grids(checkpoint: str, database: str) -> None:
         f"{'worst p99':>11}{'worst':>9}"
     )
     for step, side in ((0.25, 60), (0.1, 60), (0.1, 120)):
-        for tolerance in (1e-2, 1e-3):
-            _compare_tiles(made.encoder, made.index, GridSpec(step, side), tolerance)
+        _compare_tiles(made.encoder, made.index, GridSpec(step, side))
 
 
-def _compare_tiles(encoder: LocationEncoder, index: RetrievalIndex, spec: GridSpec, tolerance: float) -> None:
-    taken, cells, asked, errors = [0.0, 0.0], 0, 0, []
-    for tile in land_tiles(spec):
-        start = time.perf_counter()
-        exact, _ = embed_cells(encoder, index, tile, Method(), 0)
-        middle = time.perf_counter()
-        found, report = embed_cells(encoder, index, tile, Method(), tolerance)
-        taken = [taken[0] + middle - start, taken[1] + time.perf_counter() - middle]
-        visual = index.values.shape[1]
-        error = relative_error(found[:, :visual], exact[:, :visual])
-        errors.append((np.quantile(error, 0.99), error.max()))
-        cells, asked = cells + report.cells, asked + report.evaluated
-    worst = np.max(errors, axis=0)
-    print(
-        f"{spec.step:>5}{spec.tile:>6}{tolerance:>11g}{cells:>8}{asked:>11}{taken[0] / taken[1]:>9.1f}"
-        f"{worst[0]:>11.1e}{worst[1]:>9.1e}"
-    )
+def _compare_tiles(encoder: LocationEncoder, index: RetrievalIndex, spec: GridSpec) -> None:
+    tiles = land_tiles(spec)
+    whole, taken = _timed(encoder, index, tiles, 0)
+    visual = index.values.shape[1]
+    for tolerance in TOLERANCES:
+        found, less = _timed(encoder, index, tiles, tolerance)
+        errors = [relative_error(a[0][:, :visual], b[0][:, :visual]) for a, b in zip(found, whole, strict=True)]
+        cells, asked = (sum(getattr(report, name) for _, report in found) for name in ("cells", "evaluated"))
+        worst = max(np.quantile(error, 0.99) for error in errors), max(error.max() for error in errors)
+        print(
+            f"{spec.step:>5}{spec.tile:>6}{tolerance:>11g}{cells:>8}{asked:>11}{taken / less:>9.1f}"
+            f"{worst[0]:>11.1e}{worst[1]:>9.1e}",
+            flush=True,
+        )
+
+
+def _timed(
+    encoder: LocationEncoder, index: RetrievalIndex, tiles: list[Cells], tolerance: float
+) -> tuple[list[tuple[NDArray[np.float32], Report]], float]:
+    start = time.perf_counter()
+    made = [embed_cells(encoder, index, cells, Method(), tolerance) for cells in tiles]
+    return made, time.perf_counter() - start
 
 
 def land_tiles(spec: GridSpec) -> list[Cells]:

@@ -17,7 +17,16 @@ from rich.markup import escape
 
 from flows.options import with_options
 from infra.errors import UserError
-from tasks.params import EncodeParams, EvaluateParams, Params, PipelineParams, PublishParams, SampleParams, TrainParams
+from tasks.params import (
+    EmbedParams,
+    EncodeParams,
+    EvaluateParams,
+    Params,
+    PipelineParams,
+    PublishParams,
+    SampleParams,
+    TrainParams,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -124,6 +133,21 @@ def evaluate(checkpoint: Checkpoint, database: Database, params: EvaluateParams)
     from flows.evaluate import evaluate as flow
 
     print(flow(checkpoint, database, params))
+
+
+@command(EmbedParams)
+def embed(
+    points: Annotated[Path, typer.Argument(help="A .csv or .parquet with columns lon and lat, in degrees.")],
+    checkpoint: Annotated[str, typer.Option(help="Directory or URL of the checkpoint, or a SatCLIP .ckpt.")],
+    database: Annotated[str, typer.Option(help="Directory or URL of the database, or a range_db .npz.")],
+    output: Annotated[Path, typer.Option(help="The .parquet or .zarr to write.")],
+    params: EmbedParams,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
+) -> None:
+    """Embed a list of points: their columns, and their embedding."""
+    from tasks.points import embed_file
+
+    print(embed_file(points, checkpoint, database, output, params, overwrite=overwrite))
 
 
 @command(PipelineParams)

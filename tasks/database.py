@@ -130,6 +130,12 @@ def open_database(url: str) -> Database:
     return Database(**_read(url), card=card)
 
 
+def read_rows(url: str, start: int, stop: int) -> Database:
+    """Reads images `start` to `stop` of a finished database into memory: a worker's part of a large one."""
+    card = read_card(url, "database")
+    return Database(**{name: np.asarray(_array(url, name, "r")[start:stop]) for name in NAMES}, card=card)
+
+
 def _read(url: str) -> dict[str, NDArray]:
     return {name: np.asarray(_array(url, name, "r")[...]) for name in NAMES}
 

@@ -147,6 +147,25 @@ class PublishParams(Params):
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
     tile_cells: int = Field(60, ge=1, le=1024)
     """Cells along one side of a tile, which is one shard and one unit of work; a multiple of 20."""
+    tolerance: float = Field(0.0, ge=0, le=0.1)
+    """Relative error of the visual part that interpolation may leave, 99th percentile of a tile; 0: all exact."""
+
+
+class EmbedParams(Params):
+    """How points are embedded."""
+
+    method: Literal["range+", "range", "top1", "topk", "none"] = "range+"
+    """Retrieval: soft (range+, range), hard (top1, topk), or none: the location part alone."""
+    beta: float = Field(0.5, ge=0, le=1)
+    """Share of the semantic half in RANGE+; 1 is purely semantic."""
+    k: int = Field(10, ge=1)
+    """Images that topk averages."""
+    compact_dims: int | None = Field(None, ge=1)
+    """Principal components to keep of the visual part, for example 64; unset, all of it."""
+    evidence: bool = False
+    """Adds columns: effective_images, largest_weight, distance_km to the nearest image."""
+    top_images: int = Field(0, ge=0, le=100)
+    """Adds a column image_ids: row ids of that many images with the largest weights."""
 
 
 class EvaluateParams(Params):

@@ -15,10 +15,11 @@ from tasks import grids
 from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, product_url, read_card, write_card
 from tasks.checkpoint import load_checkpoint
+from tasks.core.adaptive import Cells, Report, embed_cells
 from tasks.core.grid import GridSpec, Tile
 from tasks.core.land import land_mask
 from tasks.core.location import LocationEncoder
-from tasks.core.retrieval import Method, RetrievalIndex, embed
+from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.database import open_database
 from tasks.params import PublishParams
 from tasks.pictures import world_map
@@ -39,6 +40,8 @@ class Job:
     """The grid."""
     method: Method
     """The retrieval."""
+    tolerance: float
+    """Relative error that interpolation may leave; 0: every cell exactly."""
 
 
 def publish_grid(client: Client, checkpoint: str, database: str, params: PublishParams) -> str:
@@ -65,12 +68,14 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         database=database,
         spec=GridSpec(params.step_degrees, params.tile_cells),
         method=Method(params.method, beta=params.beta),
+        tolerance=params.tolerance,
     )
     prepare(job, {"rangegrid:made_of": made_of, "attribution": card["attribution"]})
     tiles = land_tiles(job.spec)
     done = grids.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
-    run_units(client, partial(publish_tile, job), [t for t in tiles if t not in done], label="publish")
+    reports = run_units(client, partial(publish_tile, job), [t for t in tiles if t not in done], label="publish")
+    log().info("%d places retrieved for %d cells", sum(r.evaluated for r in reports), sum(r.cells for r in reports))
     validate(job.grid, job.spec, tiles)
     show(home, job, card["attribution"])
     write_card(home, "grid", fingerprint=fingerprint(made_of), made_of=made_of, database=database)
@@ -112,15 +117,17 @@ def land_tiles(spec: GridSpec) -> list[Tile]:
     return [tile for tile in spec.tiles() if land[tile.window].any()]
 
 
-def publish_tile(job: Job, tile: Tile) -> None:
-    """Embeds the land cells of one tile and writes it as one shard."""
+def publish_tile(job: Job, tile: Tile) -> Report:
+    """Embeds the land cells of one tile and writes it as one shard; tells how."""
     encoder, index = load(job.checkpoint, job.database)
     rows, columns = tile.window
-    land = land_mask(job.spec.lon[columns], job.spec.lat[rows])
-    vectors = embed(encoder, index, job.spec.lonlat(tile)[land], job.method)
+    lon, lat = job.spec.lon[columns], job.spec.lat[rows]
+    land = land_mask(lon, lat)
+    vectors, report = embed_cells(encoder, index, Cells(lon, lat, land), job.method, job.tolerance)
     values = np.full((vectors.shape[1], tile.rows, tile.columns), np.nan, np.float32)
     values[:, land] = vectors.T
     grids.write_tile(job.grid, tile, values)
+    return report
 
 
 def show(home: str, job: Job, attribution: str) -> None:

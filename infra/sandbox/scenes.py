@@ -209,7 +209,7 @@ def files(taken: Acquisition, scene: Scene, frame: Frame) -> dict[str, bytes]:
             f"{band}.tif": cog(numbers, frame.transform, taken.cell.epsg, 128, "average")
             for band, numbers in zip(BANDS.values(), scene.numbers, strict=True)
         }
-        made["SCL.tif"] = cog(scene.classes, coarse, taken.cell.epsg, 128, "nearest")
+        made["SCL.tif"] = cog(scene.classes, coarse, taken.cell.epsg, 64, "nearest")
     return made
 
 

@@ -5,23 +5,39 @@ With unit vectors g (query), k_j (key), x (place), x_j (place of image j) and va
 - RANGE:  sum_j softmax_j(t * g.k_j) v_j, with t = 15;
 - RANGE+: beta * sum_j softmax_j(12 * g.k_j) v_j + (1 - beta) * sum_j softmax_j(40 * x.x_j) v_j.
 
-|cos| <= 1 bounds the logits, so exp(t * (cos - 1)) is at most 1 and needs no running maximum: numerators and
-denominators of database tiles add. Source: RANGE (CVPR 2025), arXiv 2502.19781, and its released code.
+Both halves are kept as `Sums`, a numerator and a denominator, which add over parts of a database. Each costs what
+it must:
+
+- the semantic half is two matrix products per tile of weights, which stays in the cache between them;
+- the geodesic half has the spectrum of its kernel (`geodesic.Spectrum`) where many places are asked of many
+  images, so that the values are read once, and any number of betas costs as much as one.
+
+Source: RANGE (CVPR 2025), arXiv 2502.19781, and its released code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import add
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 from torch import Tensor
 
+from tasks.core.geodesic import Spectrum, degree_of
+
 Name = Literal["range+", "range", "top1", "topk", "none"]
+Precision = Literal["float32", "float64", "tf32", "bf16"]
+VALUES = {"float32": torch.float32, "float64": torch.float64, "tf32": torch.float32, "bf16": torch.bfloat16}
+NAMES: tuple[Name, ...] = ("range+", "range", "top1", "topk", "none")
 TEMPERATURES = {"range": 15.0, "range+": 12.0}
-SAFE_TEMPERATURE = 40.0  # exp(-2 * 40) is above float32's smallest normal number: no weight underflows
-QUERY_TILE, KEY_TILE = 500, 4096  # tiles of weights (8 MB) stay in the cache between the two products
+SAFE_TEMPERATURE = 60.0  # exp(60) times 1e7 images stays below float32's largest, exp(-60) above its smallest
+QUERY_TILE, KEY_TILE = 1000, 2048  # a tile of weights (8 MB) stays in the cache between the two products
+KEPT = 0.05  # share of a place's weight that must stay for its sums to be updated: 1e-7 / 0.05 of error
+BATCH = 4000  # places of one batch of a stream: 20 MB of embeddings
 
 
 @dataclass(frozen=True)
@@ -40,18 +56,25 @@ class Method:
     """Temperature of the geodesic half."""
 
     def __post_init__(self) -> None:
-        known = ("range+", "range", "top1", "topk", "none")
-        if self.name not in known:
-            raise ValueError(f"retrieval method {self.name!r} is unknown: use one of {', '.join(known)}")
+        if self.name not in NAMES:
+            raise ValueError(f"retrieval method {self.name!r} is unknown: use one of {', '.join(NAMES)}")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta {self.beta} is not between 0 (geodesic) and 1 (semantic)")
         if self.k < 1:
             raise ValueError(f"k {self.k} is not positive: topk averages at least one image")
+        for value in (self.semantic, self.geodesic_temperature):
+            if not 0 <= value < np.inf:
+                raise ValueError(f"temperature {value} is not a number from 0 (the mean) upwards (the nearest)")
 
     @property
     def semantic(self) -> float:
         """The semantic temperature in force."""
         return TEMPERATURES.get(self.name, 15.0) if self.temperature is None else self.temperature
+
+    @property
+    def has_geodesic(self) -> bool:
+        """Whether places as such decide anything."""
+        return self.name == "range+" and self.beta < 1
 
 
 class Encodes(Protocol):
@@ -61,11 +84,90 @@ class Encodes(Protocol):
         """Unit location embeddings."""
 
 
+@dataclass(frozen=True)
+class Sums:
+    """A soft selection before its division: the sums of disjoint parts of a database add."""
+
+    numerator: Tensor
+    """(m, v) sum of weight times value."""
+    denominator: Tensor
+    """(m,) sum of weights."""
+    shift: Tensor
+    """(m,) weights are exp(logit - shift)."""
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return self._with(other, 1)
+
+    def __sub__(self, other: "Sums") -> "Sums":
+        return self._with(other, -1)
+
+    def _with(self, other: "Sums", sign: int) -> "Sums":
+        shift = torch.maximum(self.shift, other.shift)
+        ours, theirs = torch.exp(self.shift - shift), sign * torch.exp(other.shift - shift)
+        numerator = ours[:, None] * self.numerator + theirs[:, None] * other.numerator
+        return Sums(numerator, ours * self.denominator + theirs * other.denominator, shift)
+
+    @property
+    def mean(self) -> Tensor:
+        """The selection, (m, v)."""
+        return self.numerator / self.denominator[:, None]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Both halves of a soft method, unmixed."""
+
+    semantic: Sums
+    """By likeness to the image."""
+    geodesic: Sums | None
+    """By nearness on the sphere; none where the method has no such half."""
+
+    def __add__(self, other: "Halves") -> "Halves":
+        return Halves(self.semantic + other.semantic, _both(self.geodesic, other.geodesic, 1))
+
+    def __sub__(self, other: "Halves") -> "Halves":
+        return Halves(self.semantic - other.semantic, _both(self.geodesic, other.geodesic, -1))
+
+    def mix(self, beta: float) -> NDArray[np.float32]:
+        """The visual part for one beta, (m, v)."""
+        if self.geodesic is None:
+            return self.semantic.mean.float().cpu().numpy()
+        semantic, geodesic = self.semantic.mean, self.geodesic.mean
+        return torch.lerp(geodesic, semantic.to(geodesic), beta).float().cpu().numpy()
+
+
+def _both(one: Sums | None, other: Sums | None, sign: int) -> Sums | None:
+    if one is None or other is None:
+        return None
+    return one + other if sign > 0 else one - other
+
+
 class RetrievalIndex:
     """A database ready for retrieval."""
 
-    def __init__(self, keys: NDArray[np.float32], values: NDArray[np.float32], locations: NDArray[np.float64]) -> None:
+    def __init__(
+        self,
+        keys: NDArray[np.float32],
+        values: NDArray[np.float32],
+        locations: NDArray[np.float64],
+        *,
+        queries: int | None = None,
+        device: str = "cpu",
+        precision: Precision = "float32",
+    ) -> None:
         """Takes unit keys (n, d), values (n, v) and locations (n, 2) in degrees (lon, lat).
+
+        Args:
+            keys: Unit vectors in the location encoder's space.
+            values: What is retrieved.
+            locations: Where the images are.
+            queries: Places that will be asked for altogether; unset, many. For few, the geodesic half is summed
+                directly, since its spectrum costs as much as some thousand places.
+            device: Where the arrays live and the products run: `cpu`, `cuda`, `cuda:1`.
+            precision: Of the products. `float32` is within 1e-6 of float64 (1e-5 where a query all but equals a
+                key, since the rounding of the cosine counts `temperature` times); `float64` takes three times
+                as long. `tf32` (cuda alone) rounds the factors to 11 bits; `bf16` rounds weights and values
+                to 8 bits, with keys and sums in float32.
 
         Raises:
             ValueError: The three do not belong together, or the keys are not unit vectors.
@@ -78,9 +180,21 @@ class RetrievalIndex:
         norms = np.linalg.norm(keys, axis=1)
         if not np.allclose(norms, 1, atol=1e-3):
             raise ValueError(f"keys are not unit vectors (norms from {norms.min():g} to {norms.max():g})")
-        self.keys = torch.as_tensor(np.ascontiguousarray(keys, np.float32))
-        self.values = torch.as_tensor(np.ascontiguousarray(values, np.float32))
-        self.places = torch.as_tensor(unit_vectors(locations).astype(np.float32))
+        self.device, self.precision, self.expected = device, precision, queries
+        self.dtype = torch.float64 if precision == "float64" else torch.float32
+        self.keys = torch.as_tensor(np.ascontiguousarray(keys, np.float32)).to(device, self.dtype)
+        self.values = torch.as_tensor(np.ascontiguousarray(values, np.float32)).to(device, VALUES[precision])
+        self.locations = np.asarray(locations, np.float64)
+        self.places = torch.as_tensor(unit_vectors(locations)).to(device)
+        self._spectra: dict[float, Spectrum] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def tree(self) -> cKDTree:
+        """The images' places as points of the unit sphere, to look up the nearest."""
+        return cKDTree(self.places.cpu().numpy())
 
     def retrieve(
         self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method
@@ -90,51 +204,158 @@ class RetrievalIndex:
         Args:
             queries: Unit location embeddings, (m, d).
             lonlat: The places they embed, (m, 2) in degrees.
-            method: How to retrieve; not `none`, which has no visual part.
+            method: How to retrieve; `none` has no visual part and gives (m, 0).
         """
-        g = torch.as_tensor(queries, dtype=torch.float32)
-        x = torch.as_tensor(unit_vectors(lonlat).astype(np.float32))
-        parts = [self._tile(g[rows], x[rows], method) for rows in _tiles(len(g), QUERY_TILE)]
-        return torch.cat(parts).numpy() if parts else np.empty((0, self.values.shape[1]), np.float32)
-
-    def _tile(self, g: Tensor, x: Tensor, method: Method) -> Tensor:
         if method.name == "none":
-            return g.new_empty(len(g), 0)
+            return np.empty((len(queries), 0), np.float32)
         if method.name in ("top1", "topk"):
-            k = 1 if method.name == "top1" else min(method.k, len(self.keys))
-            nearest = (g @ self.keys.T).topk(k).indices
-            return self.values[nearest].mean(1)
-        semantic = self._soft(g, self.keys, method.semantic)
-        if method.name == "range" or method.beta == 1:
-            return semantic
-        geodesic = self._soft(x, self.places, method.geodesic_temperature)
-        return torch.lerp(geodesic, semantic, method.beta)
+            rows = self.nearest(queries, 1 if method.name == "top1" else method.k)[1]
+            return self.values[rows].float().mean(1).cpu().numpy()
+        return self.halves(queries, lonlat, method).mix(method.beta)
 
-    def _soft(self, queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-        top = _largest(queries, keys) if temperature > SAFE_TEMPERATURE else 1.0
-        numerator = queries.new_zeros(len(queries), self.values.shape[1])
-        denominator = queries.new_zeros(len(queries))
-        for rows in _tiles(len(keys), KEY_TILE):
-            weights = (queries @ keys[rows].T).sub_(top).mul_(temperature).exp_()
-            denominator += weights.sum(1)
-            numerator.addmm_(weights, self.values[rows])
-        return numerator / denominator[:, None]
+    def halves(self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method) -> Halves:
+        """Both halves of RANGE+ (or the one of RANGE), as sums that add over parts of a database.
+
+        The values of one call serve every beta: `halves.mix(0.3)`.
+        """
+        if method.name not in ("range", "range+"):
+            raise ValueError(f"{method.name} selects no weights: only range and range+ have halves")
+        self._check(queries, lonlat)
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        geodesic = self._geodesic(lonlat, method.geodesic_temperature) if method.has_geodesic else None
+        return Halves(self._semantic(queries, method.semantic), geodesic)
+
+    def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
+        """Cosines and rows of the `k` most similar keys (all, if there are fewer), best first, each (m, k)."""
+        g = torch.as_tensor(queries, dtype=self.dtype, device=self.device)
+        tiles = [self._nearest(g[rows], min(k, len(self))) for rows in _tiles(len(g), QUERY_TILE)]
+        empty = [(g.new_empty(0, k), g.new_empty(0, k, dtype=torch.long))]
+        cosines, rows = zip(*(tiles or empty), strict=True)
+        return torch.cat(cosines), torch.cat(rows)
+
+    def _nearest(self, g: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        best = g.new_empty(len(g), 0), g.new_empty(len(g), 0, dtype=torch.long)
+        for rows in _tiles(len(self), KEY_TILE):
+            cosines = g @ self.keys[rows].T
+            found = torch.arange(rows.start, rows.start + cosines.shape[1], device=g.device).expand_as(cosines)
+            cosines, found = torch.cat([best[0], cosines], 1), torch.cat([best[1], found], 1)
+            top, where = cosines.topk(min(k, cosines.shape[1]))
+            best = top, found.gather(1, where)
+        return best
+
+    def _check(self, queries: NDArray[np.float32], lonlat: NDArray[np.float64]) -> None:
+        if queries.shape != (len(lonlat), self.keys.shape[1]):
+            raise ValueError(
+                f"queries {queries.shape} do not fit {len(lonlat)} places and keys of length {self.keys.shape[1]}: "
+                "embed the places with the encoder that the database was made with"
+            )
+
+    def _semantic(self, queries: NDArray[np.float32], temperature: float) -> Sums:
+        g = torch.as_tensor(queries, dtype=self.dtype, device=self.device)
+        sums = Sums(g.new_zeros(len(g), self.values.shape[1]), g.new_zeros(len(g)), g.new_zeros(len(g)))
+        if temperature > SAFE_TEMPERATURE:
+            sums.shift.copy_(temperature * self.nearest(queries, 1)[0][:, 0])
+        for rows in _tiles(len(g), QUERY_TILE):
+            part = Sums(sums.numerator[rows], sums.denominator[rows], sums.shift[rows])
+            self._accumulate(part, g[rows] * temperature, hot=temperature > SAFE_TEMPERATURE)
+        return sums
+
+    def _accumulate(self, sums: Sums, scaled: Tensor, hot: bool) -> None:
+        for rows in _tiles(len(self), KEY_TILE):
+            weights = scaled @ self.keys[rows].T
+            if hot:
+                weights.sub_(sums.shift[:, None])
+            self._add(sums, weights.exp_(), rows)
+
+    def _add(self, sums: Sums, weights: Tensor, rows: slice) -> None:
+        sums.denominator.add_(weights.sum(1))
+        if self.values.dtype == weights.dtype:
+            sums.numerator.addmm_(weights, self.values[rows])
+        else:
+            sums.numerator.add_(weights.to(self.values.dtype) @ self.values[rows])
+
+    def _geodesic(self, lonlat: NDArray[np.float64], temperature: float) -> Sums:
+        if not self._has_spectrum(temperature):
+            return self._direct(lonlat, temperature)
+        numerator, denominator, trusted = self.spectrum(temperature).sums(lonlat)
+        sums = Sums(numerator, denominator, torch.full_like(denominator, temperature))
+        if not trusted.all():
+            far = self._direct(np.asarray(lonlat)[~trusted.cpu().numpy()], temperature)
+            sums.numerator[~trusted] = far.numerator.double()
+            sums.denominator[~trusted] = far.denominator.double()
+            sums.shift[~trusted] = far.shift.double()
+        return sums
+
+    def _has_spectrum(self, temperature: float) -> bool:
+        """Whether it costs less than summing over the images: n m > (n + m) L^2, in float64 at half the speed."""
+        degree = degree_of(temperature)
+        if degree is None:
+            return False
+        share = 1 / len(self) + (1 / self.expected if self.expected else 0)
+        return 2 * degree**2 * share < 1
+
+    def spectrum(self, temperature: float) -> Spectrum:
+        """The geodesic half of the whole database, made once."""
+        if temperature not in self._spectra:
+            self._spectra[temperature] = Spectrum.of(self.locations, self.values, temperature)
+        return self._spectra[temperature]
+
+    def _direct(self, lonlat: NDArray[np.float64], temperature: float) -> Sums:
+        """By summing over the images; angles in float64, since float32's last bit times 40 would show."""
+        x = torch.as_tensor(unit_vectors(lonlat), device=self.device) * temperature
+        shape = (len(x), self.values.shape[1])
+        zeros = x.new_zeros(shape, dtype=self.dtype)
+        sums = Sums(zeros, zeros.new_zeros(len(x)), x.new_zeros(len(x)))
+        for rows in _tiles(len(x), QUERY_TILE):
+            part = Sums(sums.numerator[rows], sums.denominator[rows], sums.shift[rows])
+            part.shift.copy_(_largest(x[rows], self.places))
+            for images in _tiles(len(self), KEY_TILE):
+                weights = torch.addmm(-part.shift[:, None], x[rows], self.places[images].T).to(self.dtype).exp_()
+                self._add(part, weights, images)
+        return sums
 
 
 def _largest(queries: Tensor, keys: Tensor) -> Tensor:
-    """Each query's largest cosine, (m, 1)."""
-    tiles = [(queries @ keys[rows].T).amax(1) for rows in _tiles(len(keys), KEY_TILE)]
-    return torch.stack(tiles).amax(0)[:, None]
+    """Each query's largest product, (m,)."""
+    return reduce(torch.maximum, [(queries @ keys[rows].T).amax(1) for rows in _tiles(len(keys), KEY_TILE)])
 
 
 def _tiles(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def unit_vectors(lonlat: NDArray[np.float64]) -> NDArray[np.float64]:
     """Places in degrees (lon, lat), (n, 2), as points of the unit sphere, (n, 3)."""
     lon, lat = np.radians(np.asarray(lonlat, np.float64)).T
     return np.column_stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
+
+
+def retrieve_sharded(
+    shards: Sequence[RetrievalIndex], queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method
+) -> Halves:
+    """Both halves over a database in parts: what `RetrievalIndex.halves` gives of the whole."""
+    return reduce(add, (shard.halves(queries, lonlat, method) for shard in shards))
+
+
+def updated(before: Halves, added: Halves | None, removed: Halves | None) -> tuple[Halves, NDArray[np.bool_]]:
+    """What the sums of some places become when images come and go: work in proportion to the change.
+
+    Args:
+        before: Sums over the former database.
+        added: Sums over the images that come.
+        removed: Sums over the images that go.
+
+    Returns:
+        The sums over the new database, and which places to retrieve anew (m,): those that lost nearly all
+        their weight, where a difference of large sums is left with few digits.
+    """
+    after = before if added is None else before + added
+    after = after if removed is None else after - removed
+    pairs = [(before.semantic, after.semantic)]
+    if before.geodesic is not None and after.geodesic is not None:
+        pairs.append((before.geodesic, after.geodesic))
+    lost = [new.denominator * torch.exp(new.shift - old.shift) < KEPT * old.denominator for old, new in pairs]
+    return after, reduce(torch.logical_or, lost).cpu().numpy()
 
 
 def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], method: Method) -> NDArray[np.float32]:
@@ -148,3 +369,11 @@ def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], 
     """
     queries = encoder.embed(lonlat)
     return np.concatenate([index.retrieve(queries, lonlat, method), queries], axis=1)
+
+
+def embed_stream(
+    encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], method: Method
+) -> Iterator[NDArray[np.float32]]:
+    """The embeddings of any number of places, batch by batch in their order: memory stays that of one batch."""
+    for rows in _tiles(len(lonlat), BATCH):
+        yield embed(encoder, index, lonlat[rows], method)

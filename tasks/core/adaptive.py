@@ -1,0 +1,179 @@
+"""Retrieval on grids: evaluate few nodes, interpolate, and check on random cells before delivering.
+
+The visual part is an analytic function of the place (harmonics, sines, exponentials), so its interpolation at
+Chebyshev nodes converges exponentially: on tiles of some degrees 8 x 8 nodes stand for thousands of cells, and
+24 x 24 reach float32's rounding. How many a tile needs is found, not assumed: nodes are added until random cells
+of that tile, evaluated exactly, confirm the error asked for; a tile that will not converge is evaluated cell by cell.
+The location part is cheap and always exact.
+
+Source: Trefethen, Approximation Theory and Approximation Practice (2013), chapters 5 and 8.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.core.retrieval import Encodes, Method, RetrievalIndex
+
+FIRST_NODES = 9  # along one side
+CHECKS = 100  # random cells of a tile
+WORTH = 0.5  # of the cells: with more evaluations than that, evaluating them all is the better end
+MARGIN = 0.5  # the largest error of the checks may be this share of the one asked for, which is a 99th percentile
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of one tile that are wanted."""
+
+    lon: Float
+    """(columns,) degrees, rising."""
+    lat: Float
+    """(rows,) degrees."""
+    wanted: NDArray[np.bool_]
+    """(rows, columns)."""
+
+    @property
+    def lonlat(self) -> Float:
+        """The wanted cells, (m, 2), row by row."""
+        rows, columns = np.nonzero(self.wanted)
+        return np.column_stack([self.lon[columns], self.lat[rows]])
+
+    @property
+    def cropped(self) -> "Cells":
+        """Without the rows and columns in which no cell is wanted."""
+        rows, columns = self.wanted.any(1), self.wanted.any(0)
+        return Cells(self.lon[columns], self.lat[rows], self.wanted[np.ix_(rows, columns)])
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Chebyshev nodes on a tile, and the matrices from values at them to values at its cells."""
+
+    places: Float
+    """(n * n, 2)."""
+    down: NDArray[np.float32]
+    """(rows, n)."""
+    across: NDArray[np.float32]
+    """(columns, n)."""
+
+    @classmethod
+    def over(cls, cells: Cells, n: int) -> "_Nodes":
+        lon, lat = chebyshev(cells.lon, n), chebyshev(cells.lat, n)
+        down, across = barycentric(cells.lat, lat), barycentric(cells.lon, lon)
+        places = np.stack(np.meshgrid(lon, lat), -1).reshape(-1, 2)
+        return cls(places, down.astype(np.float32), across.astype(np.float32))
+
+    def at(self, known: NDArray[np.float32], rows: NDArray, columns: NDArray) -> NDArray[np.float32]:
+        """Single cells, (m, v)."""
+        both = self.down[rows][:, :, None] * self.across[columns][:, None, :]
+        return both.reshape(len(rows), len(known)) @ known
+
+    def everywhere(self, known: NDArray[np.float32]) -> NDArray[np.float32]:
+        """All cells, (rows, columns, v): first along the meridians, then along the rows."""
+        n = self.across.shape[1]
+        return self.across @ (self.down @ known.reshape(n, -1)).reshape(len(self.down), n, -1)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a tile was made."""
+
+    cells: int
+    """Cells delivered."""
+    evaluated: int
+    """Places retrieved, nodes that did not suffice and checks included."""
+    nodes: int
+    """Nodes along one side; 0 where every cell was evaluated."""
+    error: float
+    """Largest relative error of the checked cells; 0 where every cell was evaluated."""
+
+
+def embed_cells(
+    encoder: Encodes, index: RetrievalIndex, cells: Cells, method: Method, tolerance: float = 1e-3
+) -> tuple[NDArray[np.float32], Report]:
+    """Embeddings of a tile's wanted cells.
+
+    Args:
+        encoder: The location encoder.
+        index: The database.
+        cells: The tile.
+        method: How to retrieve; a soft one, since hard ones jump and are evaluated cell by cell.
+        tolerance: Largest 99th percentile of |error| / |visual part| of a cell; 0 evaluates every cell.
+
+    Returns:
+        (m, v + d) visual, then location part, and how they were made. The same tile gives the same numbers.
+    """
+    places, cells = cells.lonlat, cells.cropped
+    location = encoder.embed(places)
+    visual, report = _interpolated(encoder, index, cells, method, tolerance) if tolerance else (None, None)
+    if visual is None:
+        spent = report.evaluated if report else 0
+        visual, report = index.retrieve(location, places, method), Report(len(places), spent + len(places), 0, 0.0)
+    assert report is not None  # for the type checker: it comes with every visual part
+    return np.concatenate([visual, location], axis=1), report
+
+
+def _interpolated(
+    encoder: Encodes, index: RetrievalIndex, cells: Cells, method: Method, tolerance: float
+) -> tuple[NDArray[np.float32] | None, Report]:
+    """The visual part, or none where as many nodes as pay do not reach the tolerance."""
+    places, goal, count = cells.lonlat, MARGIN * tolerance, int(cells.wanted.sum())
+    checks = np.random.default_rng(0).permutation(count)[:CHECKS]
+    rows, columns = (along[checks] for along in np.nonzero(cells.wanted))
+    exact = np.empty((0, 0), np.float32)
+    spent, tried = len(checks), [(0, np.inf)]
+    while spent + (n := _more(tried, goal)) ** 2 <= count * WORTH:
+        nodes = _Nodes.over(cells, n)
+        known = _visual(encoder, index, places[checks[len(exact) :]], nodes.places, method)
+        exact, known = np.concatenate([exact.reshape(-1, known.shape[1]), known[: -(n**2)]]), known[-(n**2) :]
+        spent += n**2
+        error = float(relative_error(nodes.at(known, rows, columns), exact).max())
+        if error <= goal:
+            return nodes.everywhere(known)[cells.wanted], Report(count, spent, n, error)
+        tried.append((n, error))
+    return None, Report(0, spent if len(exact) else 0, 0, 0.0)
+
+
+def _visual(
+    encoder: Encodes, index: RetrievalIndex, checks: Float, nodes: Float, method: Method
+) -> NDArray[np.float32]:
+    """Checks (if any are left to do) and nodes together: a pass over the database costs the same for few places."""
+    places = np.concatenate([checks, nodes])
+    return index.retrieve(encoder.embed(places), places, method)
+
+
+def _more(tried: list[tuple[int, float]], goal: float) -> int:
+    """Nodes to try next: where the errors, falling exponentially, will meet the goal; twice as many at most."""
+    if len(tried) < 3:
+        return FIRST_NODES if len(tried) == 1 else FIRST_NODES * 3 // 2
+    (before, worse), (nodes, error) = tried[-2:]
+    rate = np.log(worse / error) / (nodes - before)
+    needed = np.ceil(np.log(error / goal) / rate) if rate > 0 else np.inf
+    return nodes + int(np.clip(needed, 2, nodes))
+
+
+def relative_error(found: NDArray[np.float32], exact: NDArray[np.float32]) -> Float:
+    """|error| / |exact| of each row."""
+    scale = np.maximum(np.linalg.norm(exact, axis=1), np.finfo(np.float32).tiny)
+    return np.linalg.norm(found - exact, axis=1) / scale
+
+
+def chebyshev(cells: Float, nodes: int) -> Float:
+    """Chebyshev nodes of the first kind on the span of the cell centres."""
+    low, high = cells.min(), cells.max()
+    unit = np.cos(np.pi * (np.arange(nodes) + 0.5) / nodes)
+    return (low + high) / 2 + max(high - low, 1e-6) / 2 * unit  # one cell has no span: any will do
+
+
+def barycentric(at: Float, nodes: Float) -> Float:
+    """The matrix (len(at), len(nodes)) that interpolates from values at Chebyshev nodes."""
+    n = len(nodes)
+    weights = (-1.0) ** np.arange(n) * np.sin(np.pi * (np.arange(n) + 0.5) / n)
+    gap = at[:, None] - nodes
+    on_node = gap == 0
+    matrix = weights / np.where(on_node, 1, gap)
+    matrix /= matrix.sum(1, keepdims=True)
+    return np.where(on_node.any(1)[:, None], on_node, matrix)

@@ -1,0 +1,97 @@
+"""Interpolated tiles against every cell evaluated."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.interpolate import BarycentricInterpolator
+
+from tasks.core.adaptive import CHECKS, MARGIN, Cells, barycentric, chebyshev, embed_cells, relative_error
+from tasks.core.grid import GridSpec
+from tasks.core.location import LocationEncoder
+from tasks.core.retrieval import Method, RetrievalIndex, embed
+from tests.core.test_retrieval import database
+
+VISUAL, DIM = 8, 16
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return LocationEncoder(10, hidden=32, dim=DIM, smoothness=1.0)
+
+
+@pytest.fixture(scope="module")
+def index():
+    return RetrievalIndex(*database(300, d=DIM, v=VISUAL))
+
+
+def tile(step=0.1, row=450, column=1800, size=60, wanted=1.0):
+    spec = GridSpec(step, size)
+    mask = np.random.default_rng(0).random((size, size)) < wanted
+    return Cells(spec.lon[column : column + size], spec.lat[row : row + size], mask)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("place", [{}, {"row": 0}, {"row": 1740}, {"column": 0}, {"column": 3540}, {"wanted": 0.4}])
+@pytest.mark.parametrize("method", [Method(), Method("range")])
+def test_every_cell_is_within_the_tolerance(encoder, index, tolerance, place, method):
+    cells = tile(**place)
+    found, report = embed_cells(encoder, index, cells, method, tolerance)
+    expected = embed(encoder, index, cells.lonlat, method)
+    assert relative_error(found[:, :VISUAL], expected[:, :VISUAL]).max() <= tolerance
+    np.testing.assert_allclose(found[:, VISUAL:], expected[:, VISUAL:], atol=1e-6)
+    assert report.cells == len(found)
+    assert report.nodes > 0
+    assert report.error <= MARGIN * tolerance
+    assert CHECKS < report.evaluated < report.cells / 2
+
+
+def test_zero_tolerance_evaluates_every_cell(encoder, index):
+    cells = tile(wanted=0.5)
+    found, report = embed_cells(encoder, index, cells, Method(), 0)
+    np.testing.assert_allclose(found, embed(encoder, index, cells.lonlat, Method()), atol=3e-6)
+    assert (report.evaluated, report.nodes) == (len(found), 0)
+
+
+class Rough:
+    """An encoder without any structure: neighbours have nothing in common."""
+
+    def embed(self, lonlat):
+        noise = np.sin(1e6 * np.asarray(lonlat) @ np.random.default_rng(0).normal(size=(2, DIM)))
+        return (noise / np.linalg.norm(noise, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", [Method("top1"), Method("range"), Method()])
+def test_what_does_not_converge_is_evaluated_cell_by_cell(index, method):
+    cells = tile()
+    found, report = embed_cells(Rough(), index, cells, method, 1e-3)
+    np.testing.assert_allclose(found, embed(Rough(), index, cells.lonlat, method), atol=3e-6)
+    assert report.nodes == 0
+    assert report.evaluated >= len(found)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 150])
+def test_few_cells_are_evaluated_themselves(encoder, index, count):
+    cells = tile()
+    cells.wanted[:] = False
+    cells.wanted.flat[np.random.default_rng(1).permutation(3600)[:count]] = True
+    found, report = embed_cells(encoder, index, cells, Method(), 1e-2)
+    np.testing.assert_allclose(found, embed(encoder, index, cells.lonlat, Method()), atol=3e-6)
+    assert (len(found), report.evaluated) == (count, count)
+
+
+def test_the_same_tile_gives_the_same_numbers(encoder, index):
+    one, other = (embed_cells(encoder, index, tile(), Method(), 1e-2)[0] for _ in range(2))
+    np.testing.assert_allclose(one, other, atol=1e-6)  # a product's last bit depends on where its factors lie
+
+
+@given(st.integers(2, 30), st.floats(-180, 170), st.floats(0.1, 10))
+def test_interpolation_is_that_of_scipy(n, low, span):
+    cells = np.linspace(low, low + span, 40)
+    nodes = chebyshev(cells, n)
+    values = np.random.default_rng(n).normal(size=n)
+    expected = BarycentricInterpolator(nodes, values)(cells)
+    np.testing.assert_allclose(barycentric(cells, nodes) @ values, expected, atol=1e-8)
+    np.testing.assert_allclose(barycentric(nodes, nodes), np.eye(n), atol=1e-12)

@@ -1,0 +1,192 @@
+"""`rangegrid embed` as its user meets it: points in, points with embeddings out, and sentences for what is wrong."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+import xarray as xr
+from rangegeo import RANGE
+
+from infra.errors import UserError
+from tasks.checkpoint import export_satclip, load_checkpoint, save_checkpoint
+from tasks.core.location import LocationEncoder
+from tasks.core.retrieval import Method, RetrievalIndex, embed
+from tasks.database import export_npz, import_npz, open_database
+from tasks.params import EmbedParams
+from tasks.points import embed_file, embed_points
+from tests.core.test_retrieval import SPECIAL, database, places
+from tests.flows.test_cli import run
+
+POINTS = np.concatenate([places(9000), SPECIAL])  # more than two batches
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A checkpoint, its database, both in the published formats too, and points as CSV and Parquet."""
+    folder = tmp_path_factory.mktemp("embed")
+    torch.manual_seed(0)
+    save_checkpoint((folder / "checkpoint").as_uri(), LocationEncoder(6, hidden=16, dim=16, basis="analytic"))
+    keys, values, where = database(50)
+    np.savez(folder / "db.npz", locs=where, satclip_embeddings=keys, image_embeddings=values)
+    import_npz(folder / "db.npz", (folder / "database").as_uri(), (folder / "checkpoint").as_uri())
+    export_satclip((folder / "checkpoint").as_uri(), folder / "satclip.ckpt")
+    export_npz((folder / "database").as_uri(), folder / "range_db.npz")
+    table = pd.DataFrame({"name": [f"p{i}" for i in range(len(POINTS))], "lon": POINTS[:, 0], "lat": POINTS[:, 1]})
+    table.to_csv(folder / "points.csv", index=False)
+    table.to_parquet(folder / "points.parquet", index=False)
+    return folder
+
+
+def run_embed(home, points, output, *options, checkpoint="checkpoint", database="database"):
+    where = ["--checkpoint", str(home / checkpoint), "--database", str(home / database), "--output", str(output)]
+    return run("embed", str(home / points), *where, *options)
+
+
+def expected(home, method):
+    data = open_database((home / "database").as_uri())
+    encoder = load_checkpoint((home / "checkpoint").as_uri()).location
+    return embed(encoder, RetrievalIndex(data.keys, data.values, data.locations), POINTS, method)
+
+
+@pytest.mark.parametrize("points", ["points.csv", "points.parquet"])
+def test_points_keep_their_columns_and_gain_an_embedding(home, tmp_path, points):
+    ran = run_embed(home, points, tmp_path / "out.parquet", "--beta", "0.3")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == str(tmp_path / "out.parquet")
+    assert "embed" in ran.stderr  # the progress
+    out = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert out.column_names == ["name", "lon", "lat", "embedding"]
+    kind = out.schema.field("embedding").type
+    assert (pa.types.is_fixed_size_list(kind), kind.list_size, kind.value_type) == (True, 24, pa.float32())
+    assert out["name"].to_pylist()[-1] == f"p{len(POINTS) - 1}"
+    found = np.stack(out["embedding"].to_pandas())
+    np.testing.assert_allclose(found, expected(home, Method(beta=0.3)), atol=1e-5)
+    assert json.loads(out.schema.metadata[b"rangegrid"])["beta"] == 0.3
+    assert [p.name for p in tmp_path.iterdir()] == ["out.parquet"]
+
+
+@pytest.mark.parametrize("method", ["range", "topk", "none"])
+def test_zarr_opens_in_xarray(home, tmp_path, method):
+    ran = run_embed(home, "points.csv", tmp_path / "out.zarr", "--method", method)
+    assert ran.returncode == 0, ran.stderr
+    grid = xr.open_zarr(tmp_path / "out.zarr")
+    np.testing.assert_allclose(grid.embedding, expected(home, Method(method)), atol=1e-5)
+    np.testing.assert_array_equal(grid.lon, POINTS[:, 0])
+    assert grid.attrs["method"] == method
+
+
+def test_the_published_formats_serve_as_they_are(home, tmp_path):
+    ran = run_embed(home, "points.csv", tmp_path / "out.zarr", checkpoint="satclip.ckpt", database="range_db.npz")
+    assert ran.returncode == 0, ran.stderr
+    theirs = RANGE("RANGE+", pretrained_path=str(home / "satclip.ckpt"), db_path=str(home / "range_db.npz"))
+    np.testing.assert_allclose(xr.open_zarr(tmp_path / "out.zarr").embedding, theirs.encode(POINTS), atol=1e-5)
+
+
+def test_evidence_and_compact(home, tmp_path):
+    options = ["--evidence", "true", "--top-images", "2", "--compact-dims", "3"]
+    ran = run_embed(home, "points.parquet", tmp_path / "out.parquet", *options)
+    assert ran.returncode == 0, ran.stderr
+    out = pd.read_parquet(tmp_path / "out.parquet")
+    assert list(out) == [
+        "name", "lon", "lat", "embedding", "effective_images", "largest_weight", "distance_km", "image_ids"
+    ]  # fmt: skip
+    assert len(out["embedding"][0]) == 3 + 16
+    assert out["effective_images"].between(1, 50).all()
+    assert len(out["image_ids"][0]) == 2
+    ran = run_embed(home, "points.parquet", tmp_path / "out.zarr", *options)
+    assert ran.returncode == 0, ran.stderr
+    np.testing.assert_allclose(xr.open_zarr(tmp_path / "out.zarr").distance_km, out["distance_km"])
+
+
+def test_one_call_in_python(home):
+    found = embed_points([[2.35, 48.86]], str(home / "checkpoint"), str(home / "database"))
+    assert found.shape == (1, 24)
+    assert embed_points(np.empty((0, 2)), str(home / "checkpoint"), str(home / "database")).shape == (0, 24)
+
+
+CSV = {
+    "no_lat.csv": ("lon,latitude\n1,2\n", "has no column 'lat' among lon, latitude"),
+    "pole.csv": ("lon,lat\n1,2\n3,95\n", "no place in row 2: lon 3, lat 95"),
+    "swapped.csv": ("lon,lat\n1000,2\n", "no place in row 1: lon 1000"),
+    "nan.csv": ("lon,lat\n1,\n", "no place in row 1: lon 1, lat nan"),
+    "text.csv": ("lon,lat\n1,north\n", "cannot be read as a table of points"),
+    "empty.csv": ("", "cannot be read as a table of points"),
+    "header.csv": ("lon,lat\n", "has no points"),
+    "taken.csv": ("lon,lat,embedding\n1,2,3\n", "has a column 'embedding' already"),
+    "points.txt": ("lon,lat\n1,2\n", "is of no kind that can be read"),
+    "broken.parquet": ("lon,lat\n1,2\n", "cannot be read as a table of points"),
+}
+
+
+@pytest.mark.parametrize("name", CSV)
+def test_bad_points_are_refused(home, tmp_path, name):
+    text, message = CSV[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        embed_file(tmp_path / name, str(home / "checkpoint"), str(home / "database"), tmp_path / "out.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_bad_points_are_one_sentence(home, tmp_path):
+    (tmp_path / "pole.csv").write_text(CSV["pole.csv"][0])
+    refused(run_embed(home, tmp_path / "pole.csv", tmp_path / "out.parquet"), CSV["pole.csv"][1])
+
+
+def refused(ran, message):
+    assert ran.returncode == 2, ran.stderr
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("out.csv", {}, "name it .parquet or .zarr"),
+        ("nowhere/out.zarr", {}, "there is no directory"),
+        ("out.zarr", {"compact_dims": 99}, "values have 8 components"),
+        ("out.zarr", {"method": "none", "evidence": True}, "rests on no image"),
+    ],
+)
+def test_bad_options_are_refused(home, tmp_path, output, options, message):
+    with pytest.raises(UserError, match=message):
+        embed_file(
+            home / "points.csv",
+            str(home / "checkpoint"),
+            str(home / "database"),
+            tmp_path / output,
+            EmbedParams(**options),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_options_are_one_sentence(home, tmp_path):
+    refused(run_embed(home, "points.csv", tmp_path / "out.zarr", "--method", "best"), "--method 'best'")
+    refused(run_embed(home, "points.csv", tmp_path / "out.zarr", "--bogus"), "No such option")
+
+
+@pytest.mark.parametrize(
+    ("points", "checkpoint", "database", "message"),
+    [
+        ("points.csv", "gone", "database", "there is no finished checkpoint"),
+        ("points.csv", "checkpoint", "gone.npz", "there is no file"),
+        ("gone.csv", "checkpoint", "database", "there is no file"),
+        ("points.csv", "other", "database", "was encoded with checkpoint"),
+    ],
+)
+def test_products_that_are_not_there_or_do_not_fit(home, tmp_path, points, checkpoint, database, message):
+    save_checkpoint((home / "other").as_uri(), LocationEncoder(6, hidden=16, dim=16))
+    with pytest.raises(UserError, match=message):
+        embed_file(home / points, str(home / checkpoint), str(home / database), tmp_path / "out.zarr")
+
+
+def test_an_output_is_not_lost_unasked(home, tmp_path):
+    output = tmp_path / "out.parquet"
+    output.write_text("precious")
+    refused(run_embed(home, "points.csv", output), "is there already")
+    assert output.read_text() == "precious"
+    assert run_embed(home, "points.csv", output, "--overwrite").returncode == 0
+    assert len(pyarrow.parquet.read_table(output)) == len(POINTS)

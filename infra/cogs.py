@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -62,7 +61,8 @@ def gdal_path(href: str) -> str:
 def read_windows(href: str, lonlat: NDArray[np.float64], pixels: int, resolution_m: float) -> list[NDArray | None]:
     """Square windows of one asset around places, with one open.
 
-    A coarser asset is brought to `resolution_m` by repeating its pixels: nothing is blended, so no nodata is.
+    A coarser asset (20 and 60 m bands, the scene classification) is brought to `resolution_m` by its nearest
+    pixels, on the pixel grid of the finest band: nothing is blended, so no nodata is, and all bands register.
     A window that crosses the edge is refused, never padded.
 
     Args:
@@ -80,7 +80,8 @@ def read_windows(href: str, lonlat: NDArray[np.float64], pixels: int, resolution
     for attempt in range(ATTEMPTS):
         try:
             with rasterio.Env(**gdal_options()), rasterio.open(gdal_path(signed(href))) as source:
-                return [_read(source, window, pixels) for window in _windows(source, lonlat, pixels, resolution_m)]
+                factor = _factor(source, resolution_m)
+                return [_read(source, corner, pixels, factor) for corner in _corners(source, lonlat, pixels, factor)]
         except (RasterioError, OSError) as error:
             if attempt == ATTEMPTS - 1:
                 name = "/".join(PurePosixPath(urlsplit(href).path).parts[-2:])
@@ -91,28 +92,34 @@ def read_windows(href: str, lonlat: NDArray[np.float64], pixels: int, resolution
     raise AssertionError("the last attempt returns or raises")
 
 
-def _windows(
-    source: rasterio.DatasetReader, lonlat: NDArray[np.float64], pixels: int, resolution_m: float
-) -> Sequence[Window]:
+def _factor(source: rasterio.DatasetReader, resolution_m: float) -> int:
+    """Pixels of `resolution_m` along one side of a pixel of the asset."""
+    ratio = source.res[0] / resolution_m
+    if round(ratio) < 1 or abs(ratio - round(ratio)) > 1e-6:
+        raise UserError(
+            f"an asset of {source.res[0]:g} m pixels does not fit windows of {resolution_m:g} m pixels: its pixel "
+            "size must be a whole multiple of that"
+        )
+    return round(ratio)
+
+
+def _corners(source: rasterio.DatasetReader, lonlat: NDArray[np.float64], pixels: int, factor: int) -> NDArray:
+    """First column and row of each window, (n, 2), in pixels of the windows' grid.
+
+    That grid begins at the asset's own corner, which the bands of a scene share: so a place gets the same window in
+    every band, whatever the band's pixel size.
+    """
     to_native = Transformer.from_crs(4326, source.crs, always_xy=True)
     x, y = to_native.transform(lonlat[:, 0], lonlat[:, 1])
-    factor = round(source.res[0] / resolution_m)
-    if factor < 1 or abs(source.res[0] / resolution_m - factor) > 1e-6 or pixels % factor:
-        raise UserError(
-            f"an asset of {source.res[0]:g} m pixels does not fit windows of {pixels} pixels of "
-            f"{resolution_m:g} m: its pixel size must be a whole multiple, and the window a multiple of that"
-        )
-    side = pixels // factor
     columns, rows = ~source.transform @ (np.asarray(x), np.asarray(y))
-    first = np.rint(np.column_stack([columns, rows]) - side / 2).astype(int)
-    return [Window(int(c), int(r), side, side) for c, r in first]
+    return np.rint(np.column_stack([columns, rows]) * factor - pixels / 2).astype(int)
 
 
-def _read(source: rasterio.DatasetReader, window: Window, pixels: int) -> NDArray | None:
-    if not (0 <= window.col_off <= source.width - window.width):
+def _read(source: rasterio.DatasetReader, corner: NDArray, pixels: int, factor: int) -> NDArray | None:
+    """One window: every pixel takes the asset's pixel that holds its centre."""
+    if (corner < 0).any() or (corner + pixels > np.array([source.width, source.height]) * factor).any():
         return None
-    if not (0 <= window.row_off <= source.height - window.height):
-        return None
+    columns, rows = ((start + np.arange(pixels)) // factor for start in corner)
+    window = Window(columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)
     data = source.read(1, window=window)
-    factor = pixels // data.shape[0]
-    return data.repeat(factor, 0).repeat(factor, 1) if factor > 1 else data
+    return data if factor == 1 else data[np.ix_(rows - rows[0], columns - columns[0])]

@@ -15,7 +15,7 @@ from tasks.core.location import LocationEncoder
 from tasks.database import open_database
 from tasks.encode import encode_database
 from tasks.params import EncodeParams, EncoderParams, TrainParams
-from tasks.patches import create, open_patches, write_manifest, write_shard
+from tasks.patches import MANIFEST, create, open_patches, write_manifest, write_shard
 from tasks.train import train_model
 
 N = 90
@@ -39,13 +39,14 @@ def mock_patches(url, bands=("red", "nir")):
     create(url, N, bands, 16, 10.0, 45)
     for start in (0, 45):
         write_shard(url, start, rng.integers(1, 9000, (45, len(bands), 16, 16)).astype("u2"))
-    rows = pd.DataFrame(
-        {
-            "row_id": 3 * np.arange(N), "lon": rng.uniform(-180, 180, N), "lat": rng.uniform(-60, 80, N),
-            "item_id": "a", "href": "b", "datetime": "2020-01-01T00:00:00Z", "platform": "s2",
-            "baseline": "05.00", "offset": -1000, "offset_reason": "c", "clear_fraction": 1.0, "sha256": "d",
-        }
-    )  # fmt: skip
+    blank = {"str": "a", "int64": 0, "float64": 0.0}
+    rows = pd.DataFrame({name: [blank[kind]] * N for name, kind in MANIFEST.items()}).assign(
+        row_id=3 * np.arange(N),
+        lon=rng.uniform(-180, 180, N),
+        lat=rng.uniform(-60, 80, N),
+        offset=-1000,
+        datetime="2020-01-01T00:00:00Z",
+    )
     write_manifest(url, rows)
     write_card(url, "patches", fingerprint="123456789abc", attribution="mock")
     return url

@@ -225,7 +225,7 @@ class Proxy:
         share: float = 1,
         seed: int = 0,
     ) -> None:
-        """Adds a fault: to a share of the matching requests, sparing the first `skip`, at most `times` (None: always)."""
+        """Adds a fault to a share of the matching requests, after the first `skip`, at most `times` (None: always)."""
         self._rules.append(Rule(fault, when, times, skip, share, seed))
 
     def heal(self) -> None:

@@ -96,7 +96,7 @@ def _plan(params: SampleParams) -> None:
     from infra.settings import settings
     from tasks.estimate import estimate
 
-    for name, value in estimate(params, settings().workers).lines():
+    for name, value in estimate(params, settings().workers).lines().items():
         print(f"{name:<14}{value:>14}")
 
 

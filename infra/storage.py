@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, ObjectStore, S3Store
 from zarr.storage import ObjectStore as ZarrObjectStore
 
@@ -25,6 +25,8 @@ from infra.settings import settings
 T = TypeVar("T")
 
 ATTEMPTS = 5  # beyond obstore's own retries of 5xx: a server that restarts needs some seconds
+FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
+LASTING = ("NoSuchBucket", "No space left", "os error 28")  # signs of what no further attempt mends
 
 
 def join(url: str, *parts: str) -> str:
@@ -76,8 +78,13 @@ def _s3_with(
     )
 
 
-def _patiently(call: Callable[[], T], url: str) -> T:
-    """Calls, and calls again with backoff and jitter while the store does not answer."""
+def patiently(call: Callable[[], T], url: str) -> T:
+    """Calls, and calls again with backoff and jitter while the store does not answer.
+
+    Raises:
+        FileNotFoundError: There is no such object.
+        UserError: The store is unreachable, full or forbids it; it names `url`.
+    """
     for attempt in range(ATTEMPTS):
         try:
             return call()
@@ -87,18 +94,13 @@ def _patiently(call: Callable[[], T], url: str) -> T:
             if "NoSuchBucket" in str(error):
                 raise _unreachable(url, error) from None
             raise
-        except PermissionError as error:
+        except FORBIDDEN as error:
             raise _forbidden(url) from error
         except (BaseError, OSError) as error:
-            if attempt == ATTEMPTS - 1 or not _transient(error):
+            if attempt == ATTEMPTS - 1 or any(sign in str(error) for sign in LASTING):
                 raise _unreachable(url, error) from error
             time.sleep(min(8.0, 0.25 * 2**attempt) * (0.5 + random.random()))
     raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _transient(error: Exception) -> bool:
-    text = str(error)
-    return not any(sign in text for sign in ("403", "NoSuchBucket", "No space left", "os error 28"))
 
 
 def _forbidden(url: str) -> UserError:
@@ -110,8 +112,6 @@ def _forbidden(url: str) -> UserError:
 
 def _unreachable(url: str, error: Exception) -> UserError:
     text = str(error)
-    if "403" in text or "Forbidden" in text or "AccessDenied" in text:
-        return _forbidden(url)
     if "NoSuchBucket" in text:
         return UserError(f"the bucket of {url} does not exist: create it, or set RANGEGRID_STORAGE_URL")
     if "No space left" in text or "os error 28" in text:
@@ -129,20 +129,24 @@ def read(url: str) -> bytes:
         UserError: The store is unreachable or forbids it.
     """
     store, name = _locate(url)
-    return _patiently(lambda: bytes(obstore.get(store, name).bytes()), url)
+    return _get(store, name, url)
+
+
+def _get(store: ObjectStore, name: str, url: str) -> bytes:
+    return patiently(lambda: bytes(obstore.get(store, name).bytes()), url)
 
 
 def write(url: str, data: bytes) -> None:
     """Writes the whole object with one PUT, replacing what was there."""
     store, name = _locate(url)
-    _patiently(lambda: obstore.put(store, name, data), url)
+    patiently(lambda: obstore.put(store, name, data), url)
 
 
 def create(url: str, data: bytes) -> bool:
     """Writes the object unless one is there; tells whether this call wrote it."""
     store, name = _locate(url)
     try:
-        _patiently(lambda: obstore.put(store, name, data, mode="create", use_multipart=False), url)
+        patiently(lambda: obstore.put(store, name, data, mode="create", use_multipart=False), url)
     except AlreadyExistsError:
         return False
     return True
@@ -152,7 +156,7 @@ def exists(url: str) -> bool:
     """Whether an object is there."""
     store, name = _locate(url)
     try:
-        _patiently(lambda: obstore.head(store, name), url)
+        patiently(lambda: obstore.head(store, name), url)
     except FileNotFoundError:
         return False
     return True
@@ -161,7 +165,7 @@ def exists(url: str) -> bool:
 def names(url: str) -> list[str]:
     """Names of the objects and directories directly under `url`, sorted; empty where nothing is."""
     store, name = _locate(url)
-    listing = _patiently(lambda: obstore.list_with_delimiter(store, name or None), url)
+    listing = patiently(lambda: obstore.list_with_delimiter(store, name or None), url)
     paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
     return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
@@ -172,10 +176,11 @@ def delete(url: str) -> None:
     if url.startswith("file:"):
         _delete_local(Path("/", name))
         return
-    for batch in obstore.list(store, prefix=name, chunk_size=1000):
-        _patiently(partial(obstore.delete, store, [meta["path"] for meta in batch]), url)
+    paths = [meta["path"] for meta in _list(url)]
+    for start in range(0, len(paths), 1000):
+        patiently(partial(obstore.delete, store, paths[start : start + 1000]), url)
     if exists(url):
-        _patiently(lambda: obstore.delete(store, name), url)
+        patiently(lambda: obstore.delete(store, name), url)
 
 
 def _delete_local(path: Path) -> None:
@@ -187,8 +192,12 @@ def _delete_local(path: Path) -> None:
 
 def size(url: str) -> int:
     """Bytes of all objects under `url`."""
+    return sum(meta["size"] for meta in _list(url))
+
+
+def _list(url: str) -> list[Any]:
     store, name = _locate(url)
-    return sum(meta["size"] for batch in obstore.list(store, prefix=name) for meta in batch)
+    return patiently(lambda: [meta for batch in obstore.list(store, prefix=name) for meta in batch], url)
 
 
 def read_json(url: str) -> Any:
@@ -209,22 +218,27 @@ def zarr_store(url: str, read_only: bool = False) -> ZarrObjectStore:
     return ZarrObjectStore(store, read_only=read_only)
 
 
-def check_writable(url: str) -> None:
-    """Refuses, before any work, a place that cannot be written.
+def check_writable(url: str, size: int = 0) -> None:
+    """Refuses, before any work, a place that cannot be written, or a local one without room for `size` bytes.
 
     Raises:
-        UserError: The bucket does not exist, access is forbidden, or the service does not answer.
+        UserError: The bucket does not exist, access is forbidden, the disk is too full, or the service does not answer.
     """
     probe = join(url, ".rangegrid-write-check")
     write(probe, b"")
+    if url.startswith("file:") and (free := shutil.disk_usage(Path("/", _locate(url)[1])).free) < size:
+        raise UserError(
+            f"{url} has {free / 1e9:,.1f} GB free and the run stores {size / 1e9:,.1f} GB: free some, or set "
+            "RANGEGRID_STORAGE_URL elsewhere"
+        )
     delete(probe)
 
 
 def copy(source: str, target: str) -> None:
     """Copies the object at `source`, or every object under it, to `target`."""
     store, name = _locate(source)
-    paths = [meta["path"] for batch in obstore.list(store, prefix=name) for meta in batch]
+    paths = [meta["path"] for meta in _list(source)]
     if not paths:
         write(target, read(source))
     for path in paths:
-        write(join(target, path.removeprefix(name)), bytes(obstore.get(store, path).bytes()))
+        write(join(target, path.removeprefix(name)), _get(store, path, source))

@@ -1,94 +1,172 @@
 """What a sampling run will ask of the catalog and the archive, before it runs, and what it did ask."""
 
 import math
-from dataclasses import asdict, dataclass
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from tasks.core.sampling import grid_zone, square
 from tasks.params import SampleParams
 from tasks.places import draw
 
-SPARES = 0.05  # of a shard's patches, to replace what cannot be read
 THREADS = 8  # reads at a time in one unit: they wait for the network
-ACCEPTED = 0.55  # of the places tried: sea at the edge of the mask, clouds and scene edges take the others
-BLOCK = 512  # pixels along one side of a block of Sentinel-2 COGs
-PIXEL_BYTES = 1.4  # of a compressed uint16 pixel, in the archive as in the store
-HEADER_BYTES = 32_768  # read at an open; holds the header of a COG
 LATENCY = 0.1  # seconds of one request to an archive in another region
 RATE = 50e6  # bytes per second of one machine's network
+PROCESS_BYTES = 350e6  # of a Python process with the libraries that a unit needs
 COARSENESS = {"B01": 6, "B09": 6, **dict.fromkeys(("B05", "B06", "B07", "B8A", "B11", "B12", "SCL"), 2)}
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The cost of a run."""
+class Cost:
+    """What a run takes, planned or actual."""
 
     places: int
     """Places tried."""
     cells: int
     """Grid-zone cells, each one search."""
     scenes: int
-    """Scenes opened: one for each 100-km square that holds a place."""
+    """Scenes opened."""
     requests: int
     """HTTP requests to the catalog and the archive."""
     bytes_read: int
-    """Bytes fetched."""
+    """Bytes fetched from the archive."""
     bytes_stored: int
-    """Bytes of the finished store."""
+    """Bytes of the stored pixels."""
     seconds: int
-    """Time on the given number of workers."""
+    """Time during which units were at work."""
     worker_bytes: int
-    """Memory that one worker's unit needs."""
+    """Memory of a worker at its peak."""
 
-    def lines(self) -> list[tuple[str, str]]:
+    def lines(self) -> dict[str, str]:
         """Names and values to print."""
-        sizes = {"bytes_read", "bytes_stored", "worker_bytes"}
-        return [
-            (k.replace("_", " "), f"{v / 1e9:,.2f} GB" if k in sizes else f"{v:,}") for k, v in asdict(self).items()
-        ]
+        values = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self)}
+        return {name: _bytes(value) if "bytes" in name else f"{value:,}" for name, value in values.items()}
 
 
-def estimate(params: SampleParams, workers: int) -> Estimate:
+def _bytes(count: float) -> str:
+    """`1.50 GB`: decimal, with three digits or more."""
+    power = min(4, int(math.log10(max(count, 1)) // 3))
+    return f"{count / 1000**power:,.2f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """How an archive is cut into scenes and files; the defaults are Sentinel-2's COGs."""
+
+    scene: Callable[[NDArray[np.float64]], NDArray] = square
+    """The area of each (n, 2) place that one scene covers, by number."""
+    accepted: float = 0.55
+    """Of the places tried: sea at the edge of the mask, clouds and scene edges take the others."""
+    block: int = 512
+    """Pixels along one side of a block."""
+    pixel_bytes: float = 1.4
+    """Of a compressed uint16 pixel, in the archive as in the store."""
+    header_bytes: int = 32_768
+    """Read at an open; holds the header of a COG."""
+    coarseness: Mapping[str, int] = field(default_factory=lambda: COARSENESS)
+    """Side of a band's pixels, in pixels of the finest band; 1 where it is not named."""
+    finest_m: float = 10.0
+    """Pixel size of the finest band in metres."""
+
+
+def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -> Cost:
     """The cost of a run by arithmetic on its real places; the catalog is not asked.
 
-    A scene is opened once per band, each patch is one window of it, and a window touches as many 512-pixel
-    blocks as its side and place make it.
+    A scene's asset is opened once, each patch is one window of it, and a window touches as many blocks as its side
+    and place make it.
 
     Args:
         params: The run.
         workers: Dask workers, each with eight reads at a time.
+        archive: What is read from.
     """
-    wanted = params.patches * (1 + SPARES)
-    places = draw(min(math.ceil(wanted / ACCEPTED), int(params.patches * params.max_tries) + 16), params)[:, 1:3]
-    tried, cells = len(places), len(np.unique(grid_zone(places)))
-    scenes, read = len(np.unique(square(places))), len(np.unique(square(places[: math.ceil(wanted)])))
-    windows = {"SCL": tried} | dict.fromkeys(params.bands, math.ceil(wanted))
-    opens = {"SCL": scenes} | dict.fromkeys(params.bands, read)
-    touched = {band: n * _blocks(params, band) for band, n in windows.items()}
-    requests = 2 * cells + sum(opens.values()) + sum(windows.values())
-    read_bytes = sum(opens.values()) * HEADER_BYTES + sum(touched.values()) * BLOCK**2 * PIXEL_BYTES
+    n = params.patches
+    places = draw(min(math.ceil(n / archive.accepted), int(n * params.max_tries)), params)[:, 1:3]
+    scenes, read = (len(np.unique(archive.scene(part))) for part in (places, places[:n]))
+    windows = {"SCL": len(places)} | dict.fromkeys(params.bands, n)
+    opens = scenes + read * len(params.bands)
+    blocks = sum(count * _blocks(params, band, archive) for band, count in windows.items())
+    cells = len(np.unique(grid_zone(places)))
+    requests = 2 * cells + opens + sum(windows.values())
+    read_bytes = opens * archive.header_bytes + blocks * archive.block**2 * archive.pixel_bytes
     patch = len(params.bands) * params.patch_pixels**2 * 2
-    return Estimate(
-        places=tried,
+    return Cost(
+        places=len(places),
         cells=cells,
         scenes=scenes,
         requests=requests,
         bytes_read=round(read_bytes),
-        bytes_stored=round(params.patches * patch * PIXEL_BYTES / 2),
+        bytes_stored=round(n * patch * archive.pixel_bytes / 2),
         seconds=math.ceil(max(requests * LATENCY / (workers * THREADS), read_bytes / RATE)),
-        worker_bytes=min(params.patches, params.shard_patches) * patch * 3,
+        worker_bytes=round(PROCESS_BYTES + min(n, params.shard_patches) * patch * 3),
     )
 
 
-def _blocks(params: SampleParams, band: str) -> float:
+def _blocks(params: SampleParams, band: str, archive: Archive) -> float:
     """Blocks that a window touches on average: its side covers 1 + side / block of them along each axis."""
-    side = params.patch_pixels / max(1, COARSENESS.get(band, 1) * 10 / params.resolution_m)
-    return (1 + side / BLOCK) ** 2
+    pixel_m = archive.coarseness.get(band, 1) * archive.finest_m
+    side = params.patch_pixels * min(1.0, params.resolution_m / pixel_m)
+    return (1 + side / archive.block) ** 2
 
 
-def beside(plan: Estimate, actual: dict[str, Any]) -> str:
-    """A Markdown table of plan and actual."""
-    rows = [f"| {name} | {value} | {actual.get(name, '')} |" for name, value in plan.lines()]
+class Meter:
+    """Counts what one unit takes."""
+
+    def __init__(self) -> None:
+        self.began = time.time()
+        self.requests, self.bytes_read = 0, 0
+
+    def stamp(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with the counts in its attributes, which Parquet keeps: so runs that go on count all."""
+        table.attrs = {
+            "requests": self.requests,
+            "bytes_read": self.bytes_read,
+            "began": self.began,
+            "ended": time.time(),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        return table
+
+
+def spent(units: list[dict[str, Any]], cells: int, screened: pd.DataFrame, bytes_stored: int) -> Cost:
+    """What a run took: the sum of its units, those of earlier processes too; attempts that failed are not counted.
+
+    Args:
+        units: What `Meter` stamped on each.
+        cells: Units of screening.
+        screened: The verdict on each place tried.
+        bytes_stored: Of the stored pixels.
+    """
+    return Cost(
+        places=len(screened),
+        cells=cells,
+        scenes=screened.loc[screened["item_id"] != "", "item_id"].nunique(),
+        requests=sum(unit["requests"] for unit in units),
+        bytes_read=sum(unit["bytes_read"] for unit in units),
+        bytes_stored=bytes_stored,
+        seconds=math.ceil(_covered([(unit["began"], unit["ended"]) for unit in units])),
+        worker_bytes=max(unit["peak_bytes"] for unit in units),
+    )
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of spans of time: a pause between two runs is no work."""
+    total, until = 0.0, 0.0
+    for began, ended in sorted(spans):
+        total += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return total
+
+
+def beside(plan: Cost, actual: Cost, rejected: Mapping[str, int]) -> str:
+    """A Markdown table of plan and actual, and of the places rejected."""
+    found = actual.lines()
+    rows = [f"| {name} | {value} | {found[name]} |" for name, value in plan.lines().items()]
+    rows += [f"| rejected: {reason} | | {count:,} |" for reason, count in sorted(rejected.items())]
     return "\n".join(["| | plan | actual |", "|---|---|---|", *rows])

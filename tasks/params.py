@@ -62,7 +62,7 @@ class SampleParams(Params):
     shard_patches: int = Field(512, ge=1, le=100_000)
     """Patches in one shard, which is one unit of work."""
     max_failed_fraction: float = Field(0.02, ge=0, le=1)
-    """Share of the searched cells that may fail before the run is given up."""
+    """Share of the cells or shards that may fail before the others are given up; a rerun does those that failed."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -71,6 +71,14 @@ class SampleParams(Params):
         if self.scene == "nearest" and not self.date:
             raise ValueError("scene 'nearest' needs a date, such as 2021-06-30")
         return self
+
+    @field_validator("bands")
+    @classmethod
+    def _known(cls, bands: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [band for band in bands if band not in BANDS]
+        if unknown or not bands or len(set(bands)) < len(bands):
+            raise ValueError(f"give bands of Sentinel-2 L2A, each once: {', '.join(BANDS)}")
+        return bands
 
     @field_validator("datetime")
     @classmethod

@@ -4,9 +4,15 @@
   chunk, `shard` patches are one shard and one unit of work. Attributes: `bands`, `resolution_m`.
 - `manifest.parquet`: GeoParquet, one row per patch in the same order (`MANIFEST` below).
 - `card.json`: written last; what made the store and what was rejected.
+
+Beside them stays how it was made, in *parts* of one unit each, which are created once and never change:
+`screen/<round>/<cell>.parquet` is the verdict on each place tried, `plan/<round>/<shard>.parquet` the places of a
+shard's patches (of later rounds: of those that replace), `parts/<round>/<shard>.parquet` what was read of them.
 """
 
 import io
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +22,14 @@ import pandas as pd
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
+from zarr.errors import ContainsArrayError
 
 from infra import storage
 from infra.errors import UserError
 from tasks.cards import read_card
 from tasks.core.radiometry import NODATA, to_reflectance
 
+READS = 16  # parts read at a time
 MANIFEST = {
     "row_id": "int64",  # index in the seed's stream of candidates: the same however many are asked for
     "lon": "float64",
@@ -57,7 +65,7 @@ class Patches:
 
     def pixels(self, rows: slice) -> NDArray[np.uint16]:
         """Raw numbers (n, band, y, x)."""
-        return _array(self.url, "r")[rows]
+        return read_rows(self.url, rows)
 
     def reflectance(self, rows: slice) -> NDArray[np.float32]:
         """Reflectance (n, band, y, x) in 0 to 1; NaN where there are no data."""
@@ -77,45 +85,84 @@ def open_patches(url: str) -> Patches:
 
 def create(url: str, patches: int, bands: tuple[str, ...], pixels: int, resolution_m: float, shard: int) -> None:
     """Writes the empty store's metadata unless it is there."""
-    if storage.exists(storage.join(url, "patches.zarr/pixels/zarr.json")):
-        return
+    if not storage.exists(storage.join(url, "patches.zarr/pixels/zarr.json")):
+        storage.patiently(lambda: _create(url, patches, bands, pixels, resolution_m, shard), url)
+
+
+def _create(url: str, patches: int, bands: tuple[str, ...], pixels: int, resolution_m: float, shard: int) -> None:
     group = zarr.open_group(storage.zarr_store(storage.join(url, "patches.zarr")), mode="a")
-    group.create_array(
-        "pixels",
-        shape=(patches, len(bands), pixels, pixels),
-        dtype="uint16",
-        chunks=(1, len(bands), pixels, pixels),
-        shards=(shard, len(bands), pixels, pixels),
-        fill_value=NODATA,
-        compressors=ZstdCodec(level=3),
-        dimension_names=("patch", "band", "y", "x"),
-        attributes={"bands": list(bands), "resolution_m": resolution_m},
-    )
+    with suppress(ContainsArrayError):  # another run was faster, and wrote the same
+        group.create_array(
+            "pixels",
+            shape=(patches, len(bands), pixels, pixels),
+            dtype="uint16",
+            chunks=(1, len(bands), pixels, pixels),
+            shards=(shard, len(bands), pixels, pixels),
+            fill_value=NODATA,
+            compressors=ZstdCodec(level=3),
+            dimension_names=("patch", "band", "y", "x"),
+            attributes={"bands": list(bands), "resolution_m": resolution_m},
+        )
 
 
 def write_shard(url: str, start: int, pixels: NDArray[np.uint16]) -> None:
     """Writes one whole shard of patches.
 
     Raises:
-        UserError: The rows are not one whole shard.
+        UserError: The rows are not one whole shard, or the storage is full, forbidden or unreachable.
     """
-    array = _array(url, "r+")
+    array = storage.patiently(lambda: _array(url, "r+"), url)
     shard = array.shards[0]
+    stop = start + len(pixels)
     if start % shard or len(pixels) != min(shard, array.shape[0] - start):
         raise UserError(
-            f"rows {start} to {start + len(pixels)} are not one whole shard of {shard} patches: two workers "
-            "could write the same shard"
+            f"rows {start} to {stop} are not one whole shard of {shard} patches: two workers could write the same shard"
         )
-    array[start : start + len(pixels)] = pixels
+    storage.patiently(lambda: array.__setitem__(slice(start, stop), pixels), url)
+
+
+def read_rows(url: str, rows: slice) -> NDArray[np.uint16]:
+    """Raw numbers (n, band, y, x) of a store that may be unfinished."""
+    return storage.patiently(lambda: _array(url, "r")[rows], url)
 
 
 def write_manifest(url: str, rows: pd.DataFrame) -> None:
     """Writes the manifest as GeoParquet."""
     table = rows[list(MANIFEST)].astype(MANIFEST)
     places = gpd.points_from_xy(table.lon, table.lat, crs="EPSG:4326")
+    storage.write(storage.join(url, "manifest.parquet"), _parquet(gpd.GeoDataFrame(table, geometry=places)))
+
+
+def part(url: str, kind: str, number: int, unit: int) -> str:
+    """Where the part of a unit lies: `kind` is `screen`, `plan` or `parts`, `number` the round."""
+    return storage.join(url, kind, str(number), f"{unit:05d}.parquet")
+
+
+def held(url: str, number: int) -> str:
+    """Where the pixels of a round's incomplete shards wait: a patch store without manifest, deleted at the end."""
+    return storage.join(url, "held", str(number))
+
+
+def create_part(url: str, kind: str, number: int, unit: int, table: pd.DataFrame) -> None:
+    """Stores a unit's part, unless another run has stored its own: the first one counts for both."""
+    storage.create(part(url, kind, number, unit), _parquet(table))
+
+
+def read_part(url: str, kind: str, number: int, unit: int, columns: list[str] | None = None) -> pd.DataFrame:
+    """The part of a unit, or some columns of it."""
+    return pd.read_parquet(io.BytesIO(storage.read(part(url, kind, number, unit))), columns=columns)
+
+
+def read_parts(url: str, kind: str, number: int, units: list[int], columns: list[str]) -> list[pd.DataFrame]:
+    """Columns of the parts of many units, in their order."""
+    with ThreadPoolExecutor(READS) as pool:
+        return list(pool.map(lambda unit: read_part(url, kind, number, unit, columns), units))
+
+
+def _parquet(table: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    gpd.GeoDataFrame(table, geometry=places).to_parquet(buffer)
-    storage.write(storage.join(url, "manifest.parquet"), buffer.getvalue())
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
 
 
 def _array(url: str, mode: Any) -> zarr.Array:

@@ -1,48 +1,51 @@
 """The sample step: from a STAC catalog to a patch store.
 
 1. Places are drawn from the seed's stream: uniformly by area on land, or as `places` says.
-2. They are *screened*, one unit per grid-zone cell: search the catalog, choose a scene that holds the patch,
-   decide its radiometry, read the scene classification around it.
-3. The plan (the first clear places in stream order, with spares) is frozen in `plan.parquet`, so that a rerun
-   goes on with it even where the catalog has changed since.
-4. Pixels are *read*, one unit per shard, with one open per asset and scene. A patch whose pixels cannot be read
-   is replaced by one of its shard's spares.
+2. They are *screened*, one unit per grid-zone cell (`tasks.screening`): search the catalog, choose a scene that
+   holds the patch, decide its radiometry, read the scene classification around it.
+3. Pixels are *read*, one unit per shard (`tasks.reading`).
+4. A patch that cannot be read, or has no data, is replaced by the next clear place of the stream, in a further
+   round of reading, until all are there or the tries are spent.
+
+So the sample is the first good places of the stream. All that decides it is stored in parts that never change once
+they are there: a run that goes on, or two at a time, make the same store, also where the catalog has changed since.
 """
 
-import hashlib
-import io
-import itertools
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pystac
 from distributed import Client
-from numpy.typing import NDArray
 
 from infra import storage
-from infra.catalogs import open_catalog, unsigned
-from infra.cogs import UnreadableAsset, read_windows
+from infra.catalogs import open_catalog
 from infra.errors import UserError
 from infra.settings import settings
 from tasks import patches as store
 from tasks.artifacts import keep_picture, keep_table
 from tasks.cards import fingerprint, is_finished, product_url, write_card
-from tasks.core.radiometry import NODATA, check_numbers, decide
 from tasks.core.sampling import grid_zone
-from tasks.estimate import SPARES, THREADS, beside, estimate
+from tasks.estimate import Cost, beside, estimate, spent
 from tasks.params import SampleParams
 from tasks.pictures import sample_map
 from tasks.places import draw, source_digest
-from tasks.scenes import asset_keys, choose, find_items, version
+from tasks.reading import read_shard, shape
+from tasks.screening import screen_cell
 from tasks.units import log, run_units
 
-SATURATED, DARK = (1,), (4, 6)  # SCL: saturated or defective; vegetation, water
-CLOUDY = (0, 1, 3, 8, 9, 10)  # SCL: no data, saturated, shadow, cloud (medium, high), cirrus
+PLACES = {
+    "area": "uniform by area on land",
+    "tile": "uniform by tile",
+    "class": "by class in turn",
+    "list": "from a list",
+}
+SCREENED = ["row_id", "item_id", "reason", "round", "cell"]  # what the run keeps in memory of each place tried
+PLANNED = ["position", "row_id", "round", "cell"]  # leads a unit back to the verdict
+READ = [*store.MANIFEST, "position", "reason"]
 
 
 def sample_patches(client: Client, params: SampleParams) -> str:
@@ -64,46 +67,47 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     if is_finished(url):
         log().info("%s is there already", url)
         return url
-    began = time.monotonic()
-    storage.check_writable(where.storage_url)
-    open_catalog(where.stac_url, where.collection)
     planned = estimate(params, where.workers)
-    plan, rejected = read_plan(url) or make_plan(client, url, params)
-    store.create(url, params.patches, params.bands, params.patch_pixels, params.resolution_m, params.shard_patches)
-    shards = sorted(plan["shard"].unique())
-    left = [int(s) for s in shards if not storage.exists(_part(url, s))]
-    run_units(client, partial(read_shard, url, params), left, label="read patches", name=_shard_name)
-    rows = pd.concat([_read_parquet(_part(url, s)) for s in shards], ignore_index=True)
+    check(params, planned)
+    store.create(url, *shape(params))
+    run = Run(client, url, params)
+    rows = run.read()
     store.write_manifest(url, rows)
     source = attribution(where.stac_url, where.collection)
-    picture = sample_map(rows[["lon", "lat"]].to_numpy(), f"{len(rows):,} patches, uniform by area on land", source)
+    picture = sample_map(rows[["lon", "lat"]].to_numpy(), f"{len(rows):,} patches, {PLACES[params.places]}", source)
     keep_picture(storage.join(url, "samples.png"), picture, "sample-map", "Where the patches were taken")
-    rejected |= {"unreadable": int(rows["replaced"].sum())}
-    actual = actuals(url, params, rows, rejected) | {"seconds": f"{time.monotonic() - began:,.0f}"}
-    keep_table(storage.join(url, "run.md"), beside(planned, actual), "sample-run", "Planned and actual cost")
+    table = beside(planned, run.cost(), run.rejected)
+    log().info("%s", table)
+    keep_table(storage.join(url, "run.md"), table, "sample-run", "Planned and actual cost")
+    storage.delete(storage.join(url, "held"))
     write_card(
         url,
         "patches",
         fingerprint=fingerprint(made_of),
         made_of=made_of,
         attribution=source,
-        rejected=rejected,
+        tried=len(run.screened),
+        rejected=run.rejected,
         offset_checks=rows["offset_check"].value_counts().to_dict(),
     )
     return url
 
 
-def actuals(url: str, params: SampleParams, rows: pd.DataFrame, rejected: dict[str, int]) -> dict[str, str]:
-    """What the run took, by the names of its estimate."""
-    scenes, tried = rows["item_id"].nunique(), len(rows) + sum(rejected.values())
-    counts = {
-        "places": tried,
-        "cells": len(np.unique(grid_zone(rows[["lon", "lat"]].to_numpy()))),
-        "scenes": scenes,
-        "requests": scenes * (len(params.bands) + 1) + tried + len(rows) * len(params.bands),
-    }
-    stored = storage.size(storage.join(url, "patches.zarr"))
-    return {name: f"{count:,}" for name, count in counts.items()} | {"bytes stored": f"{stored / 1e9:,.2f} GB"}
+def check(params: SampleParams, planned: Cost) -> None:
+    """Refuses, before any work, what cannot end well.
+
+    Raises:
+        UserError: Too few places, or storage or catalog that do not answer.
+    """
+    where = settings()
+    available = len(draw(params.patches, params))
+    if available < params.patches:
+        raise UserError(
+            f"{params.source} offers {available} places for {params.patches} patches: ask for fewer patches, or "
+            "give a longer list"
+        )
+    storage.check_writable(where.storage_url, planned.bytes_stored)
+    open_catalog(where.stac_url, where.collection)
 
 
 def attribution(url: str, collection: str) -> str:
@@ -112,225 +116,119 @@ def attribution(url: str, collection: str) -> str:
     return title if "standing in" in title else "Contains modified Copernicus Sentinel data"
 
 
-def make_plan(client: Client, url: str, params: SampleParams) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Screens candidates in rounds until enough are clear or the tries are spent, and freezes the plan."""
-    wanted = params.patches + _spares(params.shard_patches) * -(-params.patches // params.shard_patches)
-    most = int(params.patches * params.max_tries) + 16
-    screened, tried, clear = pd.DataFrame({"reason": []}), 0, 0
-    for number in itertools.count():
+@dataclass
+class Run:
+    """A run as far as it has come: all of it is read from the parts, so it may have begun in another process."""
+
+    client: Client
+    """The Dask cluster."""
+    url: str
+    """The patch store."""
+    params: SampleParams
+    """Where, when and how many."""
+    screened: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=SCREENED))
+    """The verdict on each place tried."""
+    searches: int = 0
+    """Rounds of screening."""
+    taken: int = 0
+    """Clear places that are planned to be read."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """Of these, those that could not be read, by reason."""
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    """What each unit took."""
+
+    def read(self) -> pd.DataFrame:
+        """Reads every patch, in rounds: each replaces what the one before could not read.
+
+        Returns:
+            The good rows, in the store's order.
+        """
+        plan = assign(self.take(self.params.patches))
+        rounds: list[pd.DataFrame] = []
+        while len(plan):
+            found = self.read_round(len(rounds), plan)
+            bad = found[found["reason"] != ""]
+            rounds.append(found[found["reason"] == ""])
+            if len(bad):
+                self.lost.update(bad["reason"])
+                log().warning("%d patches are replaced: %s", len(bad), counts(Counter(bad["reason"])))
+            plan = self.take(len(bad)).assign(position=bad["position"].to_numpy())
+        return pd.concat(rounds).sort_values("position", ignore_index=True)
+
+    def read_round(self, number: int, plan: pd.DataFrame) -> pd.DataFrame:
+        """Reads the places of a plan, shard by shard; what was found, in the order of positions."""
+        shard = plan["position"] // self.params.shard_patches
+        shards = np.unique(shard).tolist()
+        there = self._there("parts", number)
+        left = [(number, i) for i in shards if i not in there]
+        for _, i in left:
+            store.create_part(self.url, "plan", number, i, plan.loc[shard == i, PLANNED])
+        self._do(read_shard, left, "read patches", lambda unit: f"shard {unit[1]}")
+        return self._collect("parts", number, shards, READ).sort_values("position")
+
+    def take(self, count: int) -> pd.DataFrame:
+        """The next clear places of the stream.
+
+        Raises:
+            UserError: The tries are spent, or the list is at its end.
+        """
+        wanted = self.taken + count
+        while len(clear := self.screened[self.screened["reason"] == ""]) < wanted:
+            if not self.screen(len(clear), wanted):
+                raise UserError(
+                    f"only {self.params.patches - wanted + len(clear)} of {self.params.patches} patches were found "
+                    f"among {len(self.screened)} places ({counts(self.rejected)}): widen --datetime, raise "
+                    "--max-cloud-percent or --max-tries, or ask for fewer"
+                )
+        self.taken = wanted
+        return clear.sort_values("row_id").iloc[wanted - count : wanted]
+
+    def screen(self, clear: int, wanted: int) -> bool:
+        """Screens about as many more candidates as are wanted, cell by cell; tells whether there were any."""
+        tried, most = len(self.screened), int(self.params.patches * self.params.max_tries)
         rate = max(clear / tried, 0.05) if tried else 0.8
-        more = draw(min(most, tried + int((wanted - clear) / rate * 1.1) + 16), params)[tried:]
-        if clear >= wanted or not len(more):
-            break
-        screened, tried = pd.concat([screened, screen(client, url, params, number, more)]), tried + len(more)
-        clear = int((screened["reason"] == "").sum())
-    rejected = dict(Counter(screened.loc[screened["reason"] != "", "reason"]))
-    if clear < params.patches:
-        raise UserError(
-            f"only {clear} of {params.patches} patches were found among {len(screened)} places "
-            f"({_counts(rejected)}): widen --datetime, raise --max-cloud-percent or --max-tries, or ask for fewer"
-        )
-    plan = assign(screened[screened["reason"] == ""].sort_values("row_id"), params)
-    storage.write_json(storage.join(url, "rejected.json"), rejected)
-    storage.create(storage.join(url, "plan.parquet"), _parquet(plan))
-    return read_plan(url) or (plan, rejected)
+        more = draw(min(most, tried + int((wanted - clear) / rate * 1.1) + 16), self.params)[tried:]
+        if not len(more):
+            return False
+        cells, number = grid_zone(more[:, 1:3]), self.searches
+        there = self._there("screen", number)
+        units = np.unique(cells).tolist()
+        left = [(number, cell, more[cells == cell]) for cell in units if cell not in there]
+        self._do(screen_cell, left, "search and screen", lambda unit: f"cell {unit[1]}")
+        self.screened = pd.concat([self.screened, self._collect("screen", number, units, SCREENED)])
+        self.searches += 1
+        return True
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Places tried in vain, by reason."""
+        return Counter(self.screened.loc[self.screened["reason"] != "", "reason"]) + self.lost
+
+    def cost(self) -> Cost:
+        """What the run took."""
+        cells = len(self.screened[["round", "cell"]].drop_duplicates())
+        stored = storage.size(storage.join(self.url, "patches.zarr"))
+        return spent(self.costs, cells, self.screened, stored)
+
+    def _there(self, kind: str, number: int) -> set[int]:
+        return {int(name.partition(".")[0]) for name in storage.names(storage.join(self.url, kind, str(number)))}
+
+    def _do(self, function: Callable, units: list, label: str, name: Callable[[Any], str]) -> None:
+        bound = self.params.max_failed_fraction
+        unit = partial(function, self.url, self.params)
+        run_units(self.client, unit, units, label=label, name=name, max_failed_fraction=bound)
+
+    def _collect(self, kind: str, number: int, units: list[int], columns: list[str]) -> pd.DataFrame:
+        tables = store.read_parts(self.url, kind, number, units, columns)
+        self.costs += [dict(table.attrs) for table in tables]  # type: ignore[arg-type]
+        return pd.concat(tables, ignore_index=True)
 
 
-def read_plan(url: str) -> tuple[pd.DataFrame, dict[str, int]] | None:
-    """The frozen plan and the rejected by reason, if there is one."""
-    if not storage.exists(storage.join(url, "plan.parquet")):
-        return None
-    return (
-        _read_parquet(storage.join(url, "plan.parquet")),
-        storage.read_json(storage.join(url, "rejected.json")),
-    )
+def assign(chosen: pd.DataFrame) -> pd.DataFrame:
+    """Gives each place its position in the store: scene by scene, so that few scenes make a shard."""
+    return chosen.sort_values(["cell", "item_id", "row_id"]).assign(position=np.arange(len(chosen)))
 
 
-def assign(clear: pd.DataFrame, params: SampleParams) -> pd.DataFrame:
-    """Gives each patch its shard, scene by scene, and spreads the spares over the shards."""
-    chosen = clear.head(params.patches).sort_values(["cell", "item_id", "row_id"]).assign(spare=False)
-    chosen["shard"] = np.arange(len(chosen)) // params.shard_patches
-    spares = clear.iloc[params.patches :].assign(spare=True)
-    spares["shard"] = np.arange(len(spares)) % (int(chosen["shard"].max()) + 1)
-    return pd.concat([chosen, spares], ignore_index=True)
-
-
-def screen(
-    client: Client, url: str, params: SampleParams, number: int, candidates: NDArray[np.float64]
-) -> pd.DataFrame:
-    """Screens candidates, one unit per grid-zone cell."""
-    cells = grid_zone(candidates[:, 1:3])
-    home = storage.join(url, "screen", str(number))
-    there = set(storage.names(home))
-    units = [(int(cell), candidates[cells == cell]) for cell in np.unique(cells)]
-    left = [unit for unit in units if f"{unit[0]}.parquet" not in there]
-    run_units(
-        client,
-        partial(screen_cell, home, params),
-        left,
-        label="search and screen",
-        name=lambda unit: f"cell {unit[0]}",
-        max_failed_fraction=params.max_failed_fraction,
-    )
-    done = sorted(storage.names(home))
-    if not done:
-        raise UserError("no place could be screened: run again with more patches")
-    return pd.concat([_read_parquet(storage.join(home, name)) for name in done], ignore_index=True)
-
-
-def screen_cell(home: str, params: SampleParams, unit: tuple[int, NDArray[np.float64]]) -> None:
-    """Finds and judges the scene of each candidate of one cell, and stores the verdicts."""
-    cell, rows = unit
-    chosen = choose(find_items(rows[:, 1:3], params), rows, params)
-    verdicts = [_verdict(row, *choice) for row, choice in zip(rows, chosen, strict=True)]
-    table = pd.DataFrame(verdicts).assign(cell=cell)
-    for _, group in table[table["reason"] == ""].groupby("item_id"):
-        judge(table, group, params)
-    storage.write(storage.join(home, f"{cell}.parquet"), _parquet(table))
-
-
-def _verdict(row: NDArray[np.float64], scene: pystac.Item | None, reason: str) -> dict[str, Any]:
-    verdict = {"row_id": int(row[0]), "lon": row[1], "lat": row[2], "item_id": "", "reason": reason}
-    verdict |= dict.fromkeys(("clear_fraction", "saturated_fraction", "dark_share"), np.nan)
-    if scene is None:
-        return verdict
-    found = decide(scene.to_dict(transform_hrefs=False))
-    reason = "radiometry quarantined" if found.quarantined else ""
-    number = version(scene)
-    return verdict | {
-        "item_id": scene.id,
-        "assets": {band: unsigned(scene.assets[key].href) for band, key in asset_keys(scene).items()},
-        "datetime": str(scene.properties.get("datetime")),
-        "platform": str(scene.properties.get("platform", "")),
-        "baseline": f"{number[0]:02d}.{number[1]:02d}",
-        "offset": found.offset,
-        "offset_reason": "; ".join(found.reasons),
-        "reason": reason,
-    }
-
-
-def judge(table: pd.DataFrame, group: pd.DataFrame, params: SampleParams) -> None:
-    """Reads the scene classification around the places of one scene, and rejects what is not clear."""
-    assets = group["assets"].iloc[0]
-    missing = [band for band in (*params.bands, "SCL") if band not in assets]
-    if missing:
-        table.loc[group.index, "reason"] = "missing asset " + missing[0]
-        return
-    try:
-        windows = read_windows(
-            assets["SCL"], group[["lon", "lat"]].to_numpy(), params.patch_pixels, params.resolution_m
-        )
-    except UnreadableAsset:
-        table.loc[group.index, "reason"] = "unreadable scene classification"
-        return
-    for i, window in zip(group.index, windows, strict=True):
-        if window is None:
-            table.loc[i, "reason"] = "crosses the scene's edge"
-            continue
-        clear, saturated = 1 - _share(window, CLOUDY), _share(window, SATURATED)
-        table.loc[i, ["clear_fraction", "saturated_fraction", "dark_share"]] = clear, saturated, _share(window, DARK)
-        if clear < params.min_clear_fraction:
-            table.loc[i, "reason"] = "not clear"
-        elif saturated > params.max_saturated_fraction:
-            table.loc[i, "reason"] = "saturated"
-
-
-def _share(window: NDArray, classes: tuple[int, ...]) -> float:
-    return float(np.isin(window, classes).mean())
-
-
-def read_shard(url: str, params: SampleParams, shard: int) -> None:
-    """Reads the patches of one shard, and stores them with their rows of the manifest."""
-    plan, _ = read_plan(url) or (pd.DataFrame(), {})
-    mine = plan[plan["shard"] == shard].reset_index(drop=True)
-    chosen, spares = mine[~mine["spare"]], mine[mine["spare"]]
-    pixels = read_scenes(chosen, params)
-    rows = chosen.assign(replaced=False)
-    failed = [i for i in chosen.index if i not in pixels]
-    if failed:
-        replace(rows, pixels, failed, spares, params, shard)
-    stacked = np.stack([pixels[i] for i in chosen.index])
-    rows["sha256"] = [hashlib.sha256(p.astype("<u2").tobytes()).hexdigest() for p in stacked]
-    rows["nodata_fraction"] = [nodata_fraction(p) for p in stacked]
-    checks = [check_numbers(*triple) for triple in zip(stacked, rows["offset"], rows["dark_share"], strict=True)]
-    rows["dark_dn"], rows["offset_check"] = zip(*checks, strict=True)
-    rows["href"] = [assets[params.bands[0]] for assets in rows["assets"]]
-    store.write_shard(url, shard * params.shard_patches, stacked)
-    storage.write(_part(url, shard), _parquet(rows[[*store.MANIFEST, "replaced"]]))
-
-
-def replace(
-    rows: pd.DataFrame,
-    pixels: dict[int, NDArray],
-    failed: list[int],
-    spares: pd.DataFrame,
-    params: SampleParams,
-    shard: int,
-) -> None:
-    """Puts spares, in their order, in the place of patches that cannot be read."""
-    readable = read_scenes(spares, params)
-    if len(readable) < len(failed):
-        raise UserError(
-            f"{len(failed)} patches of shard {shard} cannot be read and only {len(readable)} spares can: check "
-            "that the imagery is reachable, and run again"
-        )
-    for i, spare in zip(failed, sorted(readable), strict=False):
-        pixels[i] = readable[spare]
-        rows.loc[i, spares.columns] = spares.loc[spare]
-        rows.loc[i, "replaced"] = True
-
-
-def read_scenes(rows: pd.DataFrame, params: SampleParams) -> dict[int, NDArray[np.uint16]]:
-    """Pixels (band, y, x) by row index; rows whose pixels are missing, corrupt or nodata are left out."""
-    groups = [group for _, group in rows.groupby("item_id")]
-    with ThreadPoolExecutor(THREADS) as pool:
-        return {i: p for found in pool.map(partial(_read_scene, params), groups) for i, p in found.items()}
-
-
-def _read_scene(params: SampleParams, group: pd.DataFrame) -> dict[int, NDArray[np.uint16]]:
-    assets, places = group["assets"].iloc[0], group[["lon", "lat"]].to_numpy()
-    try:
-        layers = [read_windows(assets[b], places, params.patch_pixels, params.resolution_m) for b in params.bands]
-    except UnreadableAsset as error:
-        log().warning("%s; its %d patches are replaced", error, len(group))
-        return {}
-    found: dict[int, NDArray[np.uint16]] = {}
-    for position, i in enumerate(group.index):
-        windows = [layer[position] for layer in layers]
-        if any(w is None for w in windows):
-            continue
-        patch = np.stack(windows).astype(np.uint16)  # type: ignore[arg-type]
-        if nodata_fraction(patch) <= params.max_nodata_fraction:
-            found[i] = patch
-    return found
-
-
-def nodata_fraction(patch: NDArray[np.uint16]) -> float:
-    """Share of the pixels of a (band, y, x) patch without data in some band."""
-    return float((patch == NODATA).any(0).mean())
-
-
-def _spares(shard_patches: int) -> int:
-    return max(1, int(SPARES * shard_patches))
-
-
-def _shard_name(shard: int) -> str:
-    return f"shard {shard}"
-
-
-def _part(url: str, shard: Any) -> str:
-    return storage.join(url, "parts", f"{shard:05d}.parquet")
-
-
-def _counts(rejected: dict[str, int]) -> str:
+def counts(rejected: Mapping[str, int]) -> str:
+    """`3 nodata, 1 unreadable`."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items())) or "none rejected"
-
-
-def _parquet(table: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
-    return buffer.getvalue()
-
-
-def _read_parquet(url: str) -> pd.DataFrame:
-    return pd.read_parquet(io.BytesIO(storage.read(url)))

@@ -26,7 +26,7 @@ ARTIFACT_STEPS = 50  # updates of a progress artifact in one run: each costs a r
 
 
 class UnitsFailed(UserError):
-    """More units failed than the run allows; what succeeded is stored and a rerun does only the rest."""
+    """Units failed; what succeeded is stored and a rerun does only the rest."""
 
 
 def run_units(
@@ -38,7 +38,9 @@ def run_units(
     name: Callable[[T], str] = str,
     max_failed_fraction: float = 0.0,
 ) -> list[R]:
-    """Runs `function` on every unit on Dask and returns the results of those that succeeded, in order.
+    """Runs `function` on every unit on Dask and returns their results, in order.
+
+    A unit that fails does not stop the others, until there are too many such.
 
     Args:
         client: The Dask cluster that does the work.
@@ -46,10 +48,10 @@ def run_units(
         units: What is left to do.
         label: Names the step in the progress bar and in the artifact.
         name: Names a unit in the log.
-        max_failed_fraction: Share of the units that may fail before the run is given up.
+        max_failed_fraction: Share of the units that may fail before the others are given up.
 
     Raises:
-        UnitsFailed: More units failed than allowed; the message gives the first causes.
+        UnitsFailed: A unit failed; the message gives the first causes.
     """
     results: dict[int, R] = {}
     failures: list[str] = []
@@ -64,22 +66,23 @@ def run_units(
                 else:
                     failures.append(f"{name(units[i])}: {_cause(future.exception())}")
                     log().warning("%s, unit %s", label, failures[-1])
-                    _bound(label, failures, max_failed_fraction * len(units))
+                    if len(failures) > max_failed_fraction * len(units):
+                        break
                 future.release()
                 advance(1)
+            if failures:
+                raise _failed(label, failures, len(units))
         except BaseException:
             client.cancel(futures)
             raise
-    return [results[i] for i in sorted(results)]
+    return [results[i] for i in range(len(units))]
 
 
-def _bound(label: str, failures: list[str], allowed: float) -> None:
-    if len(failures) > allowed:
-        causes = "; ".join(failures[:3])
-        raise UnitsFailed(
-            f"{label}: {len(failures)} units failed where {int(allowed)} may ({causes}). What succeeded is "
-            "kept: mend the cause and run again, and only the rest is done"
-        )
+def _failed(label: str, failures: list[str], total: int) -> UnitsFailed:
+    return UnitsFailed(
+        f"{label}: {len(failures)} of {total} units failed ({'; '.join(failures[:3])}). What succeeded is kept: "
+        "mend the cause and run again, and only the rest is done"
+    )
 
 
 def _cause(error: BaseException | None) -> str:

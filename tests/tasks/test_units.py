@@ -31,6 +31,13 @@ def fails_once(directory, n):
     return n
 
 
+def leaves_a_mark(directory, n):
+    if n == 3:
+        raise ValueError("three")
+    time.sleep(0.2)
+    (directory / str(n)).touch()
+
+
 def test_results_come_in_the_order_of_the_units(client):
     assert run_units(client, slowest_first, range(5), label="order") == [0, 1, 2, 3, 4]
 
@@ -40,8 +47,10 @@ def test_one_failure_too_many_ends_the_run_and_names_the_unit(client):
         run_units(client, math.sqrt, [1, -4, 9], label="roots")
 
 
-def test_failures_within_the_bound_are_left_out(client):
-    assert run_units(client, math.sqrt, [1, -4, 9], label="roots", max_failed_fraction=0.4) == [1, 3]
+def test_failures_within_the_bound_do_not_stop_the_others(client, tmp_path):
+    with pytest.raises(UnitsFailed, match=r"1 of 6 units failed \(3: ValueError: three\)"):
+        run_units(client, partial(leaves_a_mark, tmp_path), range(6), label="marks", max_failed_fraction=0.2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "4", "5"]
 
 
 def test_a_killed_worker_costs_one_unit(client, tmp_path):

@@ -25,7 +25,7 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from infra import storage
-from infra.catalogs import open_catalog, unsigned
+from infra.catalogs import ask, collection_title, unsigned
 from infra.cogs import UnreadableAsset, read_windows
 from infra.errors import UserError
 from infra.settings import settings
@@ -66,7 +66,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         return url
     began = time.monotonic()
     storage.check_writable(where.storage_url)
-    open_catalog(where.stac_url, where.collection)
+    source = attribution()
     planned = estimate(params, where.workers)
     plan, rejected = read_plan(url) or make_plan(client, url, params)
     store.create(url, params.patches, params.bands, params.patch_pixels, params.resolution_m, params.shard_patches)
@@ -75,7 +75,6 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     run_units(client, partial(read_shard, url, params), left, label="read patches", name=_shard_name)
     rows = pd.concat([_read_parquet(_part(url, s)) for s in shards], ignore_index=True)
     store.write_manifest(url, rows)
-    source = attribution(where.stac_url, where.collection)
     picture = sample_map(rows[["lon", "lat"]].to_numpy(), f"{len(rows):,} patches, uniform by area on land", source)
     keep_picture(storage.join(url, "samples.png"), picture, "sample-map", "Where the patches were taken")
     rejected |= {"unreadable": int(rows["replaced"].sum())}
@@ -106,9 +105,9 @@ def actuals(url: str, params: SampleParams, rows: pd.DataFrame, rejected: dict[s
     return {name: f"{count:,}" for name, count in counts.items()} | {"bytes stored": f"{stored / 1e9:,.2f} GB"}
 
 
-def attribution(url: str, collection: str) -> str:
+def attribution() -> str:
     """The source's line: the catalog's own where it is a stand-in, else Copernicus'."""
-    title = open_catalog(url, collection).get_collection(collection).title or ""
+    title = ask(collection_title)
     return title if "standing in" in title else "Contains modified Copernicus Sentinel data"
 
 
@@ -199,6 +198,8 @@ def _verdict(row: NDArray[np.float64], scene: pystac.Item | None, reason: str) -
     number = version(scene)
     return verdict | {
         "item_id": scene.id,
+        "catalog": scene.extra_fields.get("catalog", ""),
+        "collection": scene.collection_id or "",
         "assets": {band: unsigned(scene.assets[key].href) for band, key in asset_keys(scene).items()},
         "datetime": str(scene.properties.get("datetime")),
         "platform": str(scene.properties.get("platform", "")),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 from infra import clusters, storage
-from infra.catalogs import open_catalog
+from infra.catalogs import catalogs, collection_title, unsigned
 from infra.errors import UserError
 from infra.settings import settings
 
@@ -34,9 +34,9 @@ def _storage() -> str:
 
 
 def _catalog() -> str:
-    where = settings()
-    open_catalog(where.stac_url, where.collection)
-    return f"{where.stac_url} serves {where.collection}"
+    for catalog in catalogs():
+        collection_title(catalog)
+    return " and ".join(f"{unsigned(catalog.url)} serves {catalog.collection}" for catalog in catalogs())
 
 
 def _cluster() -> str:

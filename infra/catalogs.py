@@ -1,82 +1,283 @@
-"""STAC catalogs: searches that survive what real catalogs do."""
+"""STAC catalogs: one search over APIs and files, whose items can be used.
 
-from functools import lru_cache
-from urllib.parse import urlsplit, urlunsplit
+A catalog is the root of a STAC API, or a file: stac-geoparquet (`.parquet`, `.geoparquet`) or an item collection
+(`.json`, `.geojson`) at a path, `file://` or `s3://`. A second one, where it is set, stands in while the first does
+not answer.
+"""
 
+import ipaddress
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+from urllib.parse import urljoin, urlsplit, urlunsplit
+
+import numpy as np
 import planetary_computer
 import pystac
-from pystac_client import Client
-from pystac_client.exceptions import APIError
-from pystac_client.stac_api_io import StacApiIO
-from requests.exceptions import RequestException
-from urllib3 import Retry
+import shapely
+from numpy.typing import NDArray
+from pystac_client import ItemSearch
 
-from infra.errors import UserError
+from infra import storage
+from infra.errors import CatalogUnavailable, UserError
+from infra.settings import settings
+from infra.stac_api import open_api, search_api
+from infra.stac_files import is_file, open_file, search_file
 
-RETRY = Retry(
-    total=6,
-    backoff_factor=0.5,
-    backoff_jitter=0.5,
-    status_forcelist=[429, 500, 502, 503, 504],
-    allowed_methods=None,
-    respect_retry_after_header=True,
-)
-PAGE = 100  # items: bigger pages of Sentinel-2 make Earth Search answer 502
+T = TypeVar("T")
+
+POINTS = 150  # in one request: as a GET it stays below the 8 kB that servers take
+REST = 600.0  # seconds for which a catalog that did not answer is passed over where another stands in
+METADATA_HOSTS = ("metadata.google.internal", "metadata.goog", "metadata")
+METADATA_NETWORKS = [
+    ipaddress.ip_network(text)  # link-local, and where clouds that are not link-local answer for a machine
+    for text in ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254", "100.100.100.200", "192.0.0.192")
+]
+
+log = logging.getLogger("rangegrid")
+_rests: dict["Catalog", float] = {}  # until when, on the monotonic clock
 
 
-@lru_cache(maxsize=8)
-def open_catalog(url: str, collection: str) -> Client:
-    """A client of the STAC API at `url`, after checking that it serves `collection`.
+@dataclass(frozen=True)
+class Catalog:
+    """Where the items of one collection are."""
+
+    url: str
+    """Root of a STAC API, or a stac-geoparquet or item-collection file."""
+    collection: str
+    """Collection id."""
+
+
+def catalogs() -> list[Catalog]:
+    """The catalog of the settings, and the one that stands in for it where one is set."""
+    where = settings()
+    first = Catalog(where.stac_url, where.collection)
+    if where.fallback_stac_url is None:
+        return [first]
+    return [first, Catalog(where.fallback_stac_url, where.fallback_collection or where.collection)]
+
+
+def ask(question: Callable[[Catalog], T]) -> T:
+    """Asks the first catalog, or the one that stands in for it where the first does not answer.
+
+    Raises:
+        UserError: None answers, or one that does lacks the collection.
+    """
+    *before, last = catalogs()
+    for catalog in before:
+        if time.monotonic() < _rests.get(catalog, 0):
+            continue
+        try:
+            return question(catalog)
+        except CatalogUnavailable as error:
+            _rests[catalog] = time.monotonic() + REST
+            log.warning("%s. %s stands in", error, unsigned(last.url))
+    return question(last)
+
+
+def collection_title(catalog: Catalog) -> str:
+    """The title of the collection, empty in a file, after checking that the catalog serves it.
 
     Raises:
         UserError: Nothing answers there, or it lacks the collection.
     """
-    try:
-        client = Client.open(url, stac_io=StacApiIO(max_retries=RETRY, timeout=60))
-    except (RequestException, APIError, pystac.STACError, OSError, ValueError, KeyError) as error:
+    if not is_file(catalog.url):
+        return open_api(catalog.url, catalog.collection)[1].title or ""
+    known = set(open_file(catalog.url).collection)
+    if catalog.collection not in known:
         raise UserError(
-            f"no STAC API answers at {url} ({type(error).__name__}): check RANGEGRID_STAC_URL and the network"
-        ) from None
-    try:
-        served = client.get_collection(collection) is not None
-    except (APIError, RequestException, pystac.STACError, KeyError):
-        served = False
-    if not served:
-        known = ", ".join(sorted(c.id for c in client.get_collections())[:20])
-        raise UserError(f"{url} has no collection {collection!r}: set RANGEGRID_COLLECTION to one of {known}")
-    return client
+            f"{catalog.url} has no items of {catalog.collection!r}: set RANGEGRID_COLLECTION to one of "
+            f"{', '.join(sorted(known))}"
+        )
+    return ""
 
 
-def search(url: str, collection: str, datetime: str, geometry: dict, max_cloud_percent: float) -> list[pystac.Item]:
-    """Items of a collection that touch a geometry, each once, in a stable order.
+def search(catalog: Catalog, interval: str, lonlat: NDArray[np.float64], max_cloud_percent: float) -> list[pystac.Item]:
+    """Items of a collection that hold any of the points, each once, in a stable order.
 
-    Filters cloud cover on the server where it conforms to CQL2, and here in any case.
+    What a server does not filter is filtered here. Items that cannot be used (no place, no time, no assets) are
+    passed over and counted in the log; so are assets at addresses that nothing should be read from.
 
     Args:
-        url: Root of the STAC API.
-        collection: Collection id.
-        datetime: RFC 3339 interval, `2021-01-01/2021-12-31`.
-        geometry: GeoJSON in lon, lat.
-        max_cloud_percent: Largest `eo:cloud_cover`.
+        catalog: Where to search.
+        interval: RFC 3339 interval, `2021-01-01/2021-12-31`.
+        lonlat: (n, 2) points in degrees.
+        max_cloud_percent: Largest `eo:cloud_cover`; items that do not tell theirs are kept.
 
     Raises:
-        UserError: The catalog does not answer.
+        CatalogUnavailable: The catalog does not answer, or never in whole.
+        UserError: The catalog lacks the collection, or the interval is none.
     """
-    client = open_catalog(url, collection)
-    cql = {"op": "<=", "args": [{"property": "eo:cloud_cover"}, max_cloud_percent]}
-    filters = {"filter": cql, "filter_lang": "cql2-json"} if client.conforms_to("FILTER") else {}
-    query = client.search(collections=[collection], datetime=datetime, intersects=geometry, limit=PAGE, **filters)
+    window = _window(interval)
+    if is_file(catalog.url):
+        features = search_file(catalog.url, lonlat)
+    else:
+        found: dict[str, Any] = {}
+        for points in _chunks(lonlat):
+            found |= search_api(catalog.url, catalog.collection, window, points, max_cloud_percent)
+        features = list(found.values())
+    items = {item.id: item for item in _usable(catalog, features)}
+    fits = [i for i in items.values() if _fits(i, catalog, window, lonlat, max_cloud_percent)]
+    return sorted(fits, key=lambda item: item.id)
+
+
+def _window(interval: str) -> str:
+    """The interval with both ends to the second: a day alone means all of it, as `..` means no end."""
     try:
-        found = {item.id: item for item in query.items()}
-    except (APIError, RequestException) as error:
-        raise UserError(f"the search of {collection} at {url} failed ({error}): try again later") from None
-    clear = [i for i in found.values() if i.properties.get("eo:cloud_cover", 0) <= max_cloud_percent]
-    return sorted(clear, key=lambda item: item.id)
+        return str(ItemSearch("", datetime=interval).get_parameters()["datetime"])
+    except Exception as error:  # pystac-client raises no narrower one
+        raise UserError(f"{interval!r} is no interval ({error}): give one such as 2021-01-01/2021-12-31") from None
+
+
+def _chunks(lonlat: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Points by the request, neighbours together, so that few items come twice."""
+    near = lonlat[np.lexsort((lonlat[:, 0], np.floor(lonlat[:, 1])))]
+    return [near[start : start + POINTS] for start in range(0, len(near), POINTS)]
+
+
+def _fits(
+    item: pystac.Item, catalog: Catalog, window: str, lonlat: NDArray[np.float64], max_cloud_percent: float
+) -> bool:
+    start, end = (None if text == ".." else _time(text) for text in (*window.split("/"), window)[:2])
+    first, last = _times(item)
+    cloud = item.properties.get("eo:cloud_cover")
+    return (
+        item.collection_id in (None, catalog.collection)
+        and (start is None or last >= start)
+        and (end is None or first <= end)
+        and (cloud is None or cloud <= max_cloud_percent)
+        and bool(shapely.intersects_xy(footprint(item.geometry), *lonlat.T).any())
+    )
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+
+
+def _times(item: pystac.Item) -> tuple[datetime, datetime]:
+    """When the item begins and ends."""
+    known = item.common_metadata
+    first, last = known.start_datetime or item.datetime, known.end_datetime or item.datetime
+    ends = [time if time.tzinfo else time.replace(tzinfo=UTC) for time in (first, last or first) if time]
+    return ends[0], ends[-1]
+
+
+def _usable(catalog: Catalog, features: Iterable[Any]) -> list[pystac.Item]:
+    """Items with a place, a time and assets that may be read; what is passed over is counted in the log."""
+    items, broken, refused = [], 0, 0
+    for feature in features:
+        try:
+            item = _item(feature, catalog)
+            refused += _resolve(item, catalog)
+            items.append(item)
+        except (pystac.STACError, shapely.errors.ShapelyError, ValueError, LookupError, TypeError, AttributeError):
+            broken += 1
+    if broken or refused:
+        log.warning(
+            "%s: passed over %d items without place, time or assets, and %d assets at refused addresses",
+            *(unsigned(catalog.url), broken, refused),
+        )
+    return items
+
+
+def _item(feature: Any, catalog: Catalog) -> pystac.Item:
+    item = pystac.Item.from_dict(feature, preserve_dict=False)
+    cloud = item.properties.get("eo:cloud_cover")
+    item.properties["eo:cloud_cover"] = None if cloud is None else float(cloud)
+    if not item.assets or footprint(item.geometry).is_empty or not _times(item):
+        raise ValueError("the item has no place or no assets")
+    item.extra_fields["catalog"] = unsigned(catalog.url)
+    return item
+
+
+def footprint(geometry: Any) -> shapely.Geometry:
+    """The shape of a GeoJSON geometry between -180 and 180 degrees, split where it crosses the antimeridian.
+
+    A polygon wider than half the Earth is one that crosses and was written unsplit; longitudes beyond 180 are another
+    way to write the same.
+
+    Args:
+        geometry: GeoJSON in lon, lat.
+    """
+    parts = shapely.get_parts(shapely.force_2d(shapely.geometry.shape(geometry)))
+    return shapely.union_all([piece for part in parts for piece in _split(part)])
+
+
+def _split(part: shapely.Geometry) -> list[shapely.Geometry]:
+    west, _, east, _ = part.bounds
+    if east - west > 180:
+        part = shapely.make_valid(shapely.transform(part, lambda xy: xy + [360, 0] * (xy[:, :1] < 0)))
+        west, _, east, _ = part.bounds
+    if west >= -180 and east <= 180:
+        return [part]
+    worlds = [(turn, shapely.box(turn - 180, -90, turn + 180, 90)) for turn in (-360, 0, 360)]
+    return [shapely.transform(part & world, lambda xy, turn=turn: xy - [turn, 0]) for turn, world in worlds]
+
+
+def _resolve(item: pystac.Item, catalog: Catalog) -> int:
+    """Makes the assets' hrefs absolute and drops those that may not be read; tells how many."""
+    base = item.get_self_href() or catalog.url
+    local = urlsplit(catalog.url).scheme in ("", "file")
+    for asset in item.assets.values():
+        asset.href = _absolute(asset.href, storage.as_url(base))
+    refused = [key for key, asset in item.assets.items() if not may_read(asset.href, local)]
+    for key in refused:
+        del item.assets[key]
+    return len(refused)
+
+
+def _absolute(href: str, base: str) -> str:
+    if urlsplit(href).scheme:
+        return href
+    above = urlsplit(base)
+    joined = urljoin(urlunsplit(above._replace(scheme="http")), href)  # urljoin knows no s3
+    return urlunsplit(urlsplit(joined)._replace(scheme=above.scheme))
+
+
+def may_read(href: str, local: bool) -> bool:
+    """Whether an item may send us to this address.
+
+    A catalog from elsewhere must not reach this machine's files, nor the services that hand a cloud machine its
+    credentials, by whatever way of writing their address.
+
+    Args:
+        href: Absolute address of an asset.
+        local: Whether the catalog itself is a file of this machine.
+    """
+    try:
+        parts = urlsplit(href)
+        host = (parts.hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    if any(sign < " " or sign == "\\" for sign in href):
+        return False
+    if parts.scheme in ("http", "https"):
+        return bool(host) and not _is_metadata(host)
+    if parts.scheme == "s3":
+        return bool(host)
+    return local and parts.scheme == "file" and not host and not parts.path.startswith("/vsi")
+
+
+def _is_metadata(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(socket.inet_aton(host))  # also 0xA9FEA9FE, 2852039166, 169.254.43518
+    except OSError:
+        try:
+            address = ipaddress.ip_address(host.partition("%")[0])
+        except ValueError:
+            return host.lower() in METADATA_HOSTS
+    address = getattr(address, "ipv4_mapped", None) or address
+    return any(address in network for network in METADATA_NETWORKS)
 
 
 def unsigned(href: str) -> str:
-    """A href without its query, which may hold a signature: the form that is stored and logged."""
-    return urlunsplit(urlsplit(href)._replace(query="", fragment=""))
+    """A href without its query, which may hold a signature, and without a user: the form that is stored and logged."""
+    parts = urlsplit(href)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 
 def signed(href: str) -> str:

@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message is one sentence or two: what is wrong, which value, and the way out. The command line
     prints it without a traceback and exits with status 2.
     """
+
+
+class CatalogUnavailable(UserError):
+    """A catalog that does not answer, refuses, or gives no whole answer after all attempts."""

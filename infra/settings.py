@@ -24,9 +24,13 @@ class Settings(BaseSettings):
     )
 
     stac_url: str = "https://earth-search.aws.element84.com/v1"
-    """Root of the STAC API."""
+    """Root of the STAC API, or a stac-geoparquet or item-collection file: a path, `file://` or `s3://`."""
     collection: str = "sentinel-2-c1-l2a"
     """Collection of Sentinel-2 L2A items."""
+    fallback_stac_url: str | None = None
+    """The catalog that stands in while the first does not answer."""
+    fallback_collection: str | None = None
+    """Its collection; unset: the same name as the first's."""
     storage_url: str = Field(default_factory=lambda: Path("rangegrid-data").absolute().as_uri())
     """Root of every stored product: `file:///directory` or `s3://bucket[/prefix]`."""
     s3_endpoint: str | None = None

@@ -162,6 +162,17 @@ def exists(url: str) -> bool:
     return True
 
 
+def version(url: str) -> str:
+    """What changes when the object does.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    store, name = _locate(url)
+    meta = patiently(lambda: obstore.head(store, name), url)
+    return f"{meta.get('e_tag')} {meta['last_modified'].isoformat()} {meta['size']}"
+
+
 def names(url: str) -> list[str]:
     """Names of the objects and directories directly under `url`, sorted; empty where nothing is."""
     store, name = _locate(url)

@@ -35,6 +35,8 @@ MANIFEST = {
     "lon": "float64",
     "lat": "float64",
     "item_id": "str",
+    "catalog": "str",  # that the item came from: the first, or the one that stood in for it
+    "collection": "str",
     "href": "str",  # of the item's first band, without its signed query
     "datetime": "str",
     "platform": "str",

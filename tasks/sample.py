@@ -22,7 +22,7 @@ import pandas as pd
 from distributed import Client
 
 from infra import storage
-from infra.catalogs import open_catalog
+from infra.catalogs import ask, collection_title
 from infra.errors import UserError
 from infra.settings import settings
 from tasks import patches as store
@@ -69,11 +69,11 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         return url
     planned = estimate(params, where.workers)
     check(params, planned)
+    source = attribution()
     store.create(url, *shape(params))
     run = Run(client, url, params)
     rows = run.read()
     store.write_manifest(url, rows)
-    source = attribution(where.stac_url, where.collection)
     picture = sample_map(rows[["lon", "lat"]].to_numpy(), f"{len(rows):,} patches, {PLACES[params.places]}", source)
     keep_picture(storage.join(url, "samples.png"), picture, "sample-map", "Where the patches were taken")
     table = beside(planned, run.cost(), run.rejected)
@@ -97,22 +97,20 @@ def check(params: SampleParams, planned: Cost) -> None:
     """Refuses, before any work, what cannot end well.
 
     Raises:
-        UserError: Too few places, or storage or catalog that do not answer.
+        UserError: Too few places, or a storage that cannot be written.
     """
-    where = settings()
     available = len(draw(params.patches, params))
     if available < params.patches:
         raise UserError(
             f"{params.source} offers {available} places for {params.patches} patches: ask for fewer patches, or "
             "give a longer list"
         )
-    storage.check_writable(where.storage_url, planned.bytes_stored)
-    open_catalog(where.stac_url, where.collection)
+    storage.check_writable(settings().storage_url, planned.bytes_stored)
 
 
-def attribution(url: str, collection: str) -> str:
-    """The source's line: the catalog's own where it is a stand-in, else Copernicus'."""
-    title = open_catalog(url, collection).get_collection(collection).title or ""
+def attribution() -> str:
+    """The source's line: the catalog's own where it is a stand-in, else Copernicus'; fails where no catalog answers."""
+    title = ask(collection_title)
     return title if "standing in" in title else "Contains modified Copernicus Sentinel data"
 
 

@@ -12,35 +12,19 @@ import shapely
 from numpy.typing import NDArray
 
 from infra import storage
-from infra.catalogs import search
+from infra.catalogs import ask, footprint, search
 from infra.errors import UserError
-from infra.settings import settings
-from tasks.core.radiometry import baseline, decide
+from tasks.core.items import acquisition, band_assets, baseline, tile
+from tasks.core.radiometry import decide
 from tasks.core.sampling import TILES
 from tasks.params import SampleParams
 
-NAMES = {
-    "B01": "coastal",
-    "B02": "blue",
-    "B03": "green",
-    "B04": "red",
-    "B05": "rededge1",
-    "B06": "rededge2",
-    "B07": "rededge3",
-    "B08": "nir",
-    "B8A": "nir08",
-    "B09": "nir09",
-    "B11": "swir16",
-    "B12": "swir22",
-}
 SEASON = {month: month % 12 // 3 for month in range(1, 13)}  # 0 December to February, 3 September to November
 
 
 def find_items(lonlat: NDArray[np.float64], params: SampleParams) -> list[pystac.Item]:
-    """The items that may hold any of the places."""
-    where = settings()
-    geometry = {"type": "MultiPoint", "coordinates": lonlat.tolist()}
-    return search(where.stac_url, where.collection, params.datetime, geometry, params.max_cloud_percent)
+    """The items that hold any of the places, from the first catalog that answers."""
+    return ask(lambda catalog: search(catalog, params.datetime, lonlat, params.max_cloud_percent))
 
 
 def choose(
@@ -48,23 +32,29 @@ def choose(
 ) -> list[tuple[pystac.Item | None, str]]:
     """For each candidate the item to read, or why there is none; the newest baseline among duplicates.
 
+    An item whose radiometry is quarantined is chosen by nobody, so that another scene of the place can be.
+
     Args:
         items: Scenes that may hold them.
         candidates: (n, 5): row id, lon, lat, season (-1 any), and the number that thins by tile (see `thin`).
         params: How to choose.
     """
     corners = patch_corners(candidates[:, 1:3], params.patch_pixels * params.resolution_m)
+    trusted = [not decide(item.to_dict(transform_hrefs=False)).quarantined for item in items]
     holds = [_holds(item, corners) for item in items]
-    return [
-        _choose([item for item, held in zip(items, holds, strict=True) if held[i]], candidate, params)
-        for i, candidate in enumerate(candidates)
-    ]
+    answers = []
+    for i, candidate in enumerate(candidates):
+        here = [(item, good) for item, held, good in zip(items, holds, trusted, strict=True) if held[i]]
+        scene, reason = _choose([item for item, good in here if good], candidate, params)
+        quarantined = reason == "no scene" and not all(good for _, good in here)
+        answers.append((scene, "radiometry quarantined" if quarantined else reason))
+    return answers
 
 
 def _choose(
     items: list[pystac.Item], candidate: NDArray[np.float64], params: SampleParams
 ) -> tuple[pystac.Item | None, str]:
-    tiles = {_tile(item) for item in items}
+    tiles = {tile(_facts(item)) for item in items}
     if params.places == "tile" and tiles and candidate[4] * TILES >= len(tiles):
         return None, "passed over for equal tiles"
     found = newest(items)
@@ -82,9 +72,14 @@ def newest(items: Iterable[pystac.Item]) -> list[pystac.Item]:
     """Of items of one acquisition and tile only the newest processing baseline."""
     found: dict[str, pystac.Item] = {}
     for item in items:
-        acquisition = f"{item.properties.get('s2:datatake_id', '')} {_tile(item)} {_day(item)}"
-        found[acquisition] = max(found.get(acquisition, item), item, key=lambda i: (version(i), i.id))
+        overpass = acquisition(_facts(item))
+        found[overpass] = max(found.get(overpass, item), item, key=lambda i: (version(i), i.id))
     return list(found.values())
+
+
+def _facts(item: pystac.Item) -> dict[str, Any]:
+    """What names the item, without copying all of it."""
+    return {"id": item.id, "properties": item.properties | {"datetime": item.properties.get("datetime") or _day(item)}}
 
 
 def explain(place: str) -> dict[str, Any]:
@@ -106,7 +101,9 @@ def explain(place: str) -> dict[str, Any]:
 
 
 def _cloud(item: pystac.Item) -> float:
-    return float(item.properties.get("eo:cloud_cover", 0))
+    """The cloud cover; the worst where it is not told."""
+    told = item.properties.get("eo:cloud_cover")
+    return 100.0 if told is None else float(told)
 
 
 def _day(item: pystac.Item) -> datetime.date:
@@ -126,27 +123,16 @@ def patch_corners(lonlat: NDArray[np.float64], side_m: float) -> NDArray[np.floa
 
 
 def _holds(item: pystac.Item, corners: NDArray[np.float64]) -> NDArray[np.bool_]:
-    geometry = shapely.geometry.shape(item.geometry)
+    geometry = footprint(item.geometry)
     shapely.prepare(geometry)
     return shapely.intersects_xy(geometry, corners[..., 0], corners[..., 1]).all(1)
 
 
 def version(item: pystac.Item) -> tuple[int, int]:
     """The processing baseline, (0, 0) where nothing tells it."""
-    return baseline({"id": item.id, "properties": item.properties}) or (0, 0)
-
-
-def _tile(item: pystac.Item) -> str:
-    return str(item.properties.get("s2:mgrs_tile") or item.properties.get("grid:code") or item.id)
+    return baseline(_facts(item)) or (0, 0)
 
 
 def asset_keys(item: pystac.Item) -> dict[str, str]:
-    """Asset key by band name (`B04`) and `SCL`: by key, by common name, or by what the asset says of its band."""
-    found: dict[str, str] = {}
-    for band, common in [*NAMES.items(), ("SCL", "scl")]:
-        for key, asset in item.assets.items():
-            bands = asset.extra_fields.get("eo:bands") or asset.extra_fields.get("bands") or []
-            named = len(bands) == 1 and bands[0].get("name") == band
-            if key in (band, common) or (named and key != "visual"):
-                found.setdefault(band, key)
-    return found
+    """Asset key by band name (`B04`) and `SCL`."""
+    return band_assets({"assets": {key: asset.to_dict() for key, asset in item.assets.items()}})

@@ -43,18 +43,17 @@ def _verdict(row: NDArray[np.float64], scene: pystac.Item | None, reason: str) -
     verdict |= dict.fromkeys(("clear_fraction", "saturated_fraction", "dark_share"), np.nan)
     if scene is None:
         return verdict
-    found = decide(scene.to_dict(transform_hrefs=False))
-    reason = "radiometry quarantined" if found.quarantined else ""
-    number = version(scene)
+    found, number = decide(scene.to_dict(transform_hrefs=False)), version(scene)
     return verdict | {
         "item_id": scene.id,
+        "catalog": scene.extra_fields.get("catalog", ""),
+        "collection": scene.collection_id or "",
         "assets": {band: unsigned(scene.assets[key].href) for band, key in asset_keys(scene).items()},
         "datetime": str(scene.properties.get("datetime")),
         "platform": str(scene.properties.get("platform", "")),
         "baseline": f"{number[0]:02d}.{number[1]:02d}",
         "offset": found.offset,
         "offset_reason": "; ".join(found.reasons),
-        "reason": reason,
     }
 
 

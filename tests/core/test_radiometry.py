@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import rasterio
 
-from tasks.core.radiometry import baseline, check_numbers, decide, to_reflectance
+from tasks.core.items import baseline
+from tasks.core.radiometry import check_numbers, decide, to_reflectance
 
 
 def item(version=None, declared=None, applied=None, name="x"):

@@ -7,7 +7,6 @@ import pytest
 from infra import clusters, storage
 from infra.errors import UserError
 from tasks.params import SampleParams
-from tasks.patches import open_patches
 from tasks.sample import sample_patches
 from tests.proxy import Proxy, corrupted, dropped, latency, path, status, truncated, wrong_length
 

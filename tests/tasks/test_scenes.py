@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import UserError
-from tasks.core.radiometry import baseline
+from tasks.core.items import baseline
 from tasks.core.sampling import TILES, thin
 from tasks.params import SampleParams
 from tasks.scenes import choose, explain, newest

@@ -1,0 +1,108 @@
+"""What a STAC item of Sentinel-2 L2A says of itself, whichever provider wrote it.
+
+Items are plain dictionaries here. Earth Search names bands by colour (`red`), Planetary Computer by number (`B04`),
+Copernicus by number and pixel size (`B04_10m`); baseline, tile and acquisition stand in properties or only in a name.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+NAMES = {
+    "B01": "coastal",
+    "B02": "blue",
+    "B03": "green",
+    "B04": "red",
+    "B05": "rededge1",
+    "B06": "rededge2",
+    "B07": "rededge3",
+    "B08": "nir",
+    "B8A": "nir08",
+    "B09": "nir09",
+    "B11": "swir16",
+    "B12": "swir22",
+    "SCL": "scl",
+}
+BASELINE_KEYS = ("s2:processing_baseline", "processing:version", "sentinel:processing_baseline")
+PRODUCT_KEYS = ("s2:product_uri", "s2:datatake_id", "sentinel:product_id", "s2:product_id")
+TILE = re.compile(r"(?<![0-9A-Z])T?(\d{1,2})([C-HJ-NP-X][A-HJ-NP-Z]{2})(?![0-9A-Z])")
+SENSED = re.compile(r"(S2[A-Z])_(?:MSIL2A_)?(\d{8}T\d{6})")
+TEST_BASELINE = (99, 99)  # what Sen2Cor writes at a user's own run: it tells nothing of the format
+
+
+def properties(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The item's properties; empty where they are no mapping."""
+    found = item.get("properties")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _names(item: Mapping[str, Any]) -> list[str]:
+    """The product's names, the most telling first, the item's id last."""
+    return [str(properties(item).get(key, "")) for key in PRODUCT_KEYS] + [str(item.get("id", ""))]
+
+
+def baselines(item: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Every processing baseline that the properties and the product's names tell, in that order."""
+    stated = [str(properties(item).get(key, "")) for key in BASELINE_KEYS]
+    found = [re.fullmatch(r"(\d\d)\.?(\d\d)", text) for text in stated]
+    found += [re.search(r"_N(\d\d)\.?(\d\d)(?:_|\.SAFE|$)", name) for name in _names(item)]
+    versions = [(int(match[1]), int(match[2])) for match in found if match]
+    return [version for version in versions if version != TEST_BASELINE]
+
+
+def baseline(item: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The processing baseline from a property, else from the product's name, else nothing."""
+    return next(iter(baselines(item)), None)
+
+
+def tile(item: Mapping[str, Any]) -> str:
+    """The MGRS tile, as `06VVN`; the item's id where nothing tells it."""
+    stated = [str(properties(item).get(key, "")) for key in ("s2:mgrs_tile", "grid:code")]
+    for text in [*stated, *(name.replace("_", " ") for name in _names(item))]:
+        if match := TILE.search(text):
+            return match[1].zfill(2) + match[2]
+    return str(item.get("id", ""))
+
+
+def acquisition(item: Mapping[str, Any]) -> str:
+    """Which overpass and tile: the same for every processing of one acquisition, at every provider.
+
+    The datatake's own id will not do: it ends in the baseline.
+    """
+    for name in _names(item):
+        if match := SENSED.search(name):
+            return f"{match[1]} {match[2]} {tile(item)}"
+    day = str(properties(item).get("datetime") or properties(item).get("start_datetime"))[:10]
+    return f"{str(properties(item).get('platform', '')).lower()} {day} {tile(item)}"
+
+
+def band_assets(item: Mapping[str, Any]) -> dict[str, str]:
+    """Asset key by band name (`B04`) and `SCL`: by key, by common name, or by what the asset says of its band."""
+    listed = item.get("assets")
+    assets = listed if isinstance(listed, Mapping) else {}
+    known = [(key, asset) for key, asset in assets.items() if isinstance(asset, Mapping)]
+    ranked = {band: sorted(rank for rank in (_rank(band, *pair) for pair in known) if rank) for band in NAMES}
+    return {band: found[0][-1] for band, found in ranked.items() if found}
+
+
+def _rank(band: str, key: str, asset: Mapping[str, Any]) -> tuple[int, int, str] | None:
+    """How well an asset fits a band, the best first: the exact key, the common name, then the finest of its pixels."""
+    if key in (band, NAMES[band]):
+        return int(key != band), 0, key
+    sized = re.fullmatch(rf"{band}_(\d+)m", key)
+    bands = [entry for entry in entries(asset) if entry.get("name")]
+    named = len(bands) == 1 and bands[0]["name"] == band and "visual" not in key
+    if not (sized or named):
+        return None
+    return 2, int(sized[1]) if sized else _pixel(asset), key
+
+
+def _pixel(asset: Mapping[str, Any]) -> int:
+    return round(asset["gsd"]) if isinstance(asset.get("gsd"), int | float) else 0
+
+
+def entries(asset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What an asset says of its bands, in STAC 1.0's `eo:bands` and `raster:bands` and in STAC 1.1's `bands`."""
+    for key in ("eo:bands", "raster:bands", "bands"):
+        listed = asset.get(key)
+        yield from (entry for entry in (listed if isinstance(listed, list) else []) if isinstance(entry, Mapping))

@@ -3,7 +3,6 @@
 from functools import lru_cache
 from urllib.parse import urlsplit, urlunsplit
 
-import planetary_computer
 import pystac
 from pystac_client import Client
 from pystac_client.exceptions import APIError
@@ -77,9 +76,3 @@ def search(url: str, collection: str, datetime: str, geometry: dict, max_cloud_p
 def unsigned(href: str) -> str:
     """A href without its query, which may hold a signature: the form that is stored and logged."""
     return urlunsplit(urlsplit(href)._replace(query="", fragment=""))
-
-
-def signed(href: str) -> str:
-    """A href as it can be read now; Planetary Computer's get a signature that must not be stored."""
-    host = urlsplit(href).hostname or ""
-    return planetary_computer.sign(href) if host.endswith(".blob.core.windows.net") else href

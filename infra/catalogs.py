@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import numpy as np
-import planetary_computer
 import pystac
 import shapely
 from numpy.typing import NDArray
@@ -278,9 +277,3 @@ def unsigned(href: str) -> str:
     """A href without its query, which may hold a signature, and without a user: the form that is stored and logged."""
     parts = urlsplit(href)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
-
-
-def signed(href: str) -> str:
-    """A href as it can be read now; Planetary Computer's get a signature that must not be stored."""
-    host = urlsplit(href).hostname or ""
-    return planetary_computer.sign(href) if host.endswith(".blob.core.windows.net") else href

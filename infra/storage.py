@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -219,6 +220,20 @@ def read_json(url: str) -> Any:
 def write_json(url: str, value: Any) -> None:
     """Writes a value as readable JSON, in a stable order of keys."""
     write(url, json.dumps(value, indent=2, sort_keys=True).encode())
+
+
+def presigned(url: str) -> str:
+    """An HTTP URL that reads the object for an hour without keys: it holds a signature, so show it nowhere.
+
+    Raises:
+        UserError: There are no keys to sign with.
+    """
+    store, name = _locate(url)
+    try:
+        return obstore.sign(store, "GET", name, timedelta(hours=1))
+    except BaseError:
+        pass
+    raise UserError(f"{url} needs keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
 
 def zarr_store(url: str, read_only: bool = False) -> ZarrObjectStore:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from infra.cogs import Traffic
 from tasks.core.sampling import grid_zone, square
 from tasks.params import SampleParams
 from tasks.places import draw
@@ -120,13 +121,13 @@ class Meter:
 
     def __init__(self) -> None:
         self.began = time.time()
-        self.requests, self.bytes_read = 0, 0
+        self.traffic = Traffic()
 
     def stamp(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table with the counts in its attributes, which Parquet keeps: so runs that go on count all."""
         table.attrs = {
-            "requests": self.requests,
-            "bytes_read": self.bytes_read,
+            "requests": self.traffic.requests,
+            "bytes_read": self.traffic.bytes,
             "began": self.began,
             "ended": time.time(),
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

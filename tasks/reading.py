@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from infra import storage
-from infra.cogs import UnreadableAsset, read_windows
+from infra.cogs import Traffic, UnreadableAsset, read_scene
 from tasks import patches as store
 from tasks.core import radiometry
 from tasks.estimate import THREADS, Meter
@@ -39,7 +39,7 @@ def read_shard(url: str, params: SampleParams, unit: tuple[int, int]) -> None:
     plan = _planned(url, number, shard)
     plan.index = plan["position"] - start
     pixels = _held(url, params, number, shard)
-    plan["reason"] = pd.Series(read_scenes(plan, pixels, params))
+    plan["reason"] = pd.Series(read_scenes(plan, pixels, params, meter.traffic))
     plan["href"] = [assets[params.bands[0]] for assets in plan["assets"]]
     good = plan[plan["reason"] == ""]
     found = pd.DataFrame([_numbers(good.loc[i], pixels[i]) for i in good.index], good.index, FOUND)
@@ -80,36 +80,42 @@ def _held(url: str, params: SampleParams, number: int, shard: int) -> NDArray[np
     return pixels
 
 
-def read_scenes(plan: pd.DataFrame, pixels: NDArray[np.uint16], params: SampleParams) -> dict[int, str]:
+def read_scenes(
+    plan: pd.DataFrame, pixels: NDArray[np.uint16], params: SampleParams, traffic: Traffic
+) -> dict[int, str]:
     """Reads patches into their rows of `pixels`, scene by scene.
 
     Args:
         plan: Places by row of `pixels`.
         pixels: (patch, band, y, x), written where a patch is good.
         params: Bands, size, threshold.
+        traffic: Counts requests and bytes.
 
     Returns:
         By row, why there is no patch, or nothing where there is one.
 
     Raises:
-        UserError: An asset cannot be reached now.
+        UnavailableAsset: An asset cannot be had now, so nothing is known of its patches.
     """
     groups = [group for _, group in plan.groupby("item_id")]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(partial(_read_scene, pixels, params), groups))
+        found = list(pool.map(partial(_read_scene, pixels, params, traffic), groups))
     return {row: reason for reasons in found for row, reason in reasons.items()}
 
 
-def _read_scene(pixels: NDArray[np.uint16], params: SampleParams, group: pd.DataFrame) -> dict[int, str]:
-    assets, places = group["assets"].iloc[0], group[["lon", "lat"]].to_numpy()
+def _read_scene(
+    pixels: NDArray[np.uint16], params: SampleParams, traffic: Traffic, group: pd.DataFrame
+) -> dict[int, str]:
+    hrefs = {band: group["assets"].iloc[0][band] for band in params.bands}
+    places = group[["lon", "lat"]].to_numpy()
     try:
-        layers = [read_windows(assets[b], places, params.patch_pixels, params.resolution_m) for b in params.bands]
+        layers = read_scene(hrefs, places, params.patch_pixels, params.resolution_m, traffic)
     except UnreadableAsset as error:
         log().warning("%s; its %d patches are replaced", error, len(group))
         return dict.fromkeys(group.index, UNREADABLE)
     return {
         row: _keep(pixels, row, windows, params.max_nodata_fraction)
-        for row, windows in zip(group.index, zip(*layers, strict=True), strict=True)
+        for row, windows in zip(group.index, zip(*layers.values(), strict=True), strict=True)
     }
 
 

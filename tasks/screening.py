@@ -8,7 +8,7 @@ import pystac
 from numpy.typing import NDArray
 
 from infra.catalogs import unsigned
-from infra.cogs import UnreadableAsset, read_windows
+from infra.cogs import Traffic, UnreadableAsset, read_scene
 from tasks import patches as store
 from tasks.core.radiometry import decide
 from tasks.estimate import Meter
@@ -34,7 +34,7 @@ def screen_cell(url: str, params: SampleParams, unit: tuple[int, int, NDArray[np
     verdicts = [_verdict(row, *choice) for row, choice in zip(candidates, chosen, strict=True)]
     table = pd.DataFrame(verdicts).assign(round=number, cell=cell)
     for _, group in table[table["reason"] == ""].groupby("item_id"):
-        judge(table, group, params)
+        judge(table, group, params, meter.traffic)
     store.create_part(url, "screen", number, cell, meter.stamp(table))
 
 
@@ -57,17 +57,16 @@ def _verdict(row: NDArray[np.float64], scene: pystac.Item | None, reason: str) -
     }
 
 
-def judge(table: pd.DataFrame, group: pd.DataFrame, params: SampleParams) -> None:
+def judge(table: pd.DataFrame, group: pd.DataFrame, params: SampleParams, traffic: Traffic) -> None:
     """Reads the scene classification around the places of one scene, and rejects what is not clear."""
     assets = group["assets"].iloc[0]
     missing = [band for band in (*params.bands, "SCL") if band not in assets]
     if missing:
         table.loc[group.index, "reason"] = "missing asset " + missing[0]
         return
+    hrefs, places = {"SCL": assets["SCL"]}, group[["lon", "lat"]].to_numpy()
     try:
-        windows = read_windows(
-            assets["SCL"], group[["lon", "lat"]].to_numpy(), params.patch_pixels, params.resolution_m
-        )
+        windows = read_scene(hrefs, places, params.patch_pixels, params.resolution_m, traffic)["SCL"]
     except UnreadableAsset:
         table.loc[group.index, "reason"] = "unreadable scene classification"
         return

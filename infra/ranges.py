@@ -1,0 +1,229 @@
+"""Byte ranges of assets, over HTTP and from disk: asked for again while that may help, and never short."""
+
+import asyncio
+import atexit
+import os
+import random
+import re
+import threading
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import aiohttp
+from yarl import URL
+
+from infra.errors import UserError
+from infra.signing import forget, signed
+
+T = TypeVar("T")
+
+ATTEMPTS = 6
+FIRST_WAIT = 0.5  # seconds before the second attempt, doubled before each further one: 15 s in all
+LONGEST_WAIT = 60.0  # seconds, also where the server asks for more
+REFUSED, REFUSALS = "access is refused", 3  # a token may expire under way, so a fresh one is tried, and again
+CONNECTIONS = 64  # of one process
+GAP = 16_384  # bytes between two ranges that are cheaper to read than a request
+TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)  # a total would count waits for a connection
+
+
+class UnreadableAsset(UserError):
+    """An asset that stays wrong however often it is read: gone, corrupt, or not what a band is."""
+
+
+class UnavailableAsset(UserError):
+    """An asset that cannot be had now: the server is down, busy, or forbids it. A later run may get it."""
+
+
+@dataclass
+class Traffic:
+    """What reading took; counts go on where it fails."""
+
+    requests: int = 0
+    """Range requests, repeated ones included."""
+    bytes: int = 0
+    """Bytes of their bodies."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request came to."""
+
+    body: bytes = b""
+    problem: str = ""
+    """Empty: the body is right and whole."""
+    final: type[UserError] | None = None
+    """The error, where asking again does not help."""
+    wait: float = 0
+    """Seconds that the server asks us to wait."""
+
+
+class Ranges:
+    """The byte ranges of one asset.
+
+    Attributes:
+        size: Bytes of the whole asset, once some were read.
+    """
+
+    def __init__(self, href: str, traffic: Traffic) -> None:
+        self.href, self.traffic = href, traffic
+        self.size = 0
+        self._url = ""  # signed: never shown
+
+    async def read(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to before `stop`; fewer only where the asset ends.
+
+        Raises:
+            UnreadableAsset: It is gone, or ends before `start`.
+            UnavailableAsset: It cannot be had now, after all attempts.
+        """
+        problems: list[str] = []
+        while True:
+            answer = await self._ask(start, stop)
+            if not answer.problem:
+                return answer.body
+            problems.append(answer.problem)
+            if answer.final or len(problems) == ATTEMPTS or problems.count(REFUSED) == REFUSALS:
+                raise self.failure(answer.final or UnavailableAsset, answer.problem)
+            await asyncio.sleep(max(_backoff(len(problems)), min(answer.wait, LONGEST_WAIT)))
+
+    def failure(self, kind: type[UserError], problem: str) -> UserError:
+        """The error of this asset, under a name without its query."""
+        name = "/".join(PurePosixPath(urlsplit(self.href).path).parts[-2:])
+        if kind is UnreadableAsset:
+            return kind(
+                f"the asset {name} cannot be read ({problem}): it is gone, corrupt or no band; take another scene"
+            )
+        return kind(
+            f"the asset {name} cannot be had now ({problem}): check that its server is up and lets us in, and run again"
+        )
+
+    async def _ask(self, start: int, stop: int) -> Answer:
+        self.traffic.requests += 1
+        if urlsplit(self.href).scheme in ("", "file"):
+            return self._from_disk(start, stop)
+        try:
+            self._url = url = self._url or await asyncio.to_thread(signed, self.href)
+            headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+            async with _session(asyncio.get_running_loop()).get(URL(url, encoded=True), headers=headers) as response:
+                if response.status in (401, 403):
+                    return await self._refused(url)
+                return _refusal(response) or self._whole(response, await self._body(response), start, stop)
+        except UserError as error:
+            return Answer(problem=str(error), final=UnavailableAsset)
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # their texts may hold the signature
+            return Answer(problem=type(error).__name__)
+
+    def _from_disk(self, start: int, stop: int) -> Answer:
+        path = unquote(urlsplit(self.href).path)
+        try:
+            with open(path, "rb") as file:
+                body = os.pread(file.fileno(), stop - start, start)
+            self.size = os.stat(path).st_size
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+            return Answer(problem=type(error).__name__, final=UnreadableAsset if gone else UnavailableAsset)
+        self.traffic.bytes += len(body)
+        return Answer(body)
+
+    async def _refused(self, url: str) -> Answer:
+        """After a 403: the next attempt signs anew."""
+        if url == self.href:
+            return Answer(problem=REFUSED, final=UnavailableAsset)
+        await asyncio.to_thread(forget, url)
+        if self._url == url:
+            self._url = ""
+        return Answer(problem=REFUSED)
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+        pieces = []
+        async for piece in response.content.iter_any():
+            self.traffic.bytes += len(piece)
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def _whole(self, response: aiohttp.ClientResponse, body: bytes, start: int, stop: int) -> Answer:
+        """The body, if it is all of the range asked for."""
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
+        first, last, size = map(int, found.groups()) if found else (-1, -1, stop)
+        end = min(stop, size)
+        if (first, last + 1, start + len(body)) != (start, end, end):
+            return Answer(problem=f"{len(body)} bytes came for {end - start}")
+        self.size = size
+        return Answer(body)
+
+
+def _refusal(response: aiohttp.ClientResponse) -> Answer | None:
+    """What to do about a status that brings no range; None where it brings one."""
+    status = response.status
+    if status == 206:
+        return None
+    if status in (404, 410, 416):  # 416: the asset ends before what its own header promises
+        return Answer(problem=f"HTTP {status}", final=UnreadableAsset)
+    if status == 200:  # the whole asset would come
+        return Answer(problem="its server knows no byte ranges", final=UnavailableAsset)
+    passing = status >= 500 or status in (408, 425, 429)
+    return Answer(problem=f"HTTP {status}", final=None if passing else UnavailableAsset, wait=_retry_after(response))
+
+
+def _retry_after(response: aiohttp.ClientResponse) -> float:
+    """Seconds that the server asks us to wait, given as a number or as a date."""
+    text = response.headers.get("Retry-After", "")
+    if text.isdigit():
+        return float(text)
+    try:
+        return (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
+    except (TypeError, ValueError):
+        return 0
+
+
+def _backoff(attempt: int) -> float:
+    return FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in order, those within `GAP` of each other as one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if found and start - found[-1][1] <= GAP:
+            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        else:
+            found.append((start, stop))
+    return found
+
+
+def run(reading: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine on this process's reading loop, whose connections outlive the call, and waits for it."""
+    future = asyncio.run_coroutine_threadsafe(reading, _loop(os.getpid()))
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+_starting = threading.Lock()
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a fork has none of its parent's threads
+
+
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    with _starting:
+        if process not in _loops:
+            _loops[process] = asyncio.new_event_loop()
+            threading.Thread(target=_loops[process].run_forever, name="ranges", daemon=True).start()
+        return _loops[process]
+
+
+@lru_cache(maxsize=1)
+def _session(loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
+    """The session of a loop, made on it; keeps connections open between scenes."""
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS), timeout=TIMEOUT, trust_env=True, raise_for_status=False
+    )
+    atexit.register(lambda: asyncio.run_coroutine_threadsafe(session.close(), loop).result(5))
+    return session

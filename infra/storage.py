@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 5  # beyond obstore's own retries of 5xx: a server that restarts needs some seconds
 FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
+EMPTY = ("416 Range Not Satisfiable", "Requested range was invalid")  # what asking for byte 0 of nothing comes to
 LASTING = ("NoSuchBucket", "No space left", "os error 28")  # signs of what no further attempt mends
 
 
@@ -134,7 +135,21 @@ def read(url: str) -> bytes:
 
 
 def _get(store: ObjectStore, name: str, url: str) -> bytes:
-    return patiently(lambda: bytes(obstore.get(store, name).bytes()), url)
+    """The whole object, asked for as a range: its answer tells the object's size beside the body's."""
+
+    def whole() -> bytes:
+        try:
+            answer = obstore.get(store, name, options={"range": {"offset": 0}})
+        except BaseError as error:
+            if any(sign in str(error) for sign in EMPTY):
+                return b""
+            raise
+        data = bytes(answer.bytes())
+        if len(data) != answer.meta["size"]:
+            raise OSError(f"{len(data)} bytes came for {answer.meta['size']}")
+        return data
+
+    return patiently(whole, url)
 
 
 def write(url: str, data: bytes) -> None:

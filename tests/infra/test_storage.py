@@ -11,6 +11,7 @@ import pytest
 
 from infra import storage
 from infra.errors import UserError
+from tests.proxy import Proxy, dropped, status, truncated, wrong_length
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,23 @@ def test_written_objects_are_what_another_library_reads(root):
     assert storage.names(root) == ["deep"]
     assert storage.names(storage.join(root, "deep/er")) == ["x.bin"]
     assert storage.size(root) == 3
+
+
+def test_an_empty_object_is_one(root):
+    storage.write(storage.join(root, "empty"), b"")
+    assert storage.read(storage.join(root, "empty")) == b""
+    assert storage.exists(storage.join(root, "empty"))
+
+
+@pytest.mark.parametrize("fault", [truncated(), wrong_length(-2), wrong_length(2), dropped(), status(503), status(429)])
+def test_an_object_comes_whole_or_again(sandbox, tmp_path, monkeypatch, fault):
+    url = f"{sandbox.environment()['RANGEGRID_STORAGE_URL']}/{tmp_path.name}/403"
+    with Proxy(sandbox.endpoint) as proxy:
+        monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", proxy.url)
+        storage.write(url, b"all of it")
+        proxy.inject(fault, times=2)
+        assert storage.read(url) == b"all of it"
+        assert proxy.faults.total() == 2
 
 
 def test_reading_nothing_is_file_not_found_and_leaves_no_trace(root):

@@ -36,11 +36,11 @@ def params(tmp_path_factory):
 def proxies(sandbox):
     """Proxies before the catalog and before S3, and the environment that leads through them."""
     before = sandbox.environment()
-    with Proxy(before["RANGEGRID_STAC_URL"]) as stac, Proxy(before["RANGEGRID_S3_ENDPOINT"]) as s3:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RANGEGRID_STAC_URL", stac.url)
-            patch.setenv("RANGEGRID_S3_ENDPOINT", s3.url)
-            yield stac, s3
+    urls = (before["RANGEGRID_STAC_URL"], before["RANGEGRID_S3_ENDPOINT"])
+    with Proxy(urls[0]) as stac, Proxy(urls[1]) as s3, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANGEGRID_STAC_URL", stac.url)
+        patch.setenv("RANGEGRID_S3_ENDPOINT", s3.url)
+        yield stac, s3
 
 
 @pytest.fixture

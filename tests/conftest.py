@@ -2,12 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from prefect.testing.utilities import prefect_test_harness
 
 from infra import sandbox as sandbox_module
+from infra.sandbox import servers
 from infra.sandbox.planet import PlanetSpec
 
 settings.register_profile("rangegrid", deadline=None, derandomize=True)
@@ -32,6 +36,34 @@ def sandbox(tmp_path_factory):
         yield box
         os.environ.clear()
         os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def prefect():
+    """Prefect's test server: flows run against it."""
+    with prefect_test_harness(server_startup_timeout=240):
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(sandbox, tmp_path_factory):
+    """Address of a scheduler with two workers, each a process of its own in a directory of its own."""
+    (port,) = servers.free_ports(1)
+    address = f"tcp://{servers.HOST}:{port}"
+    commands = [["scheduler", "--host", servers.HOST, "--port", str(port), "--no-dashboard"]]
+    commands += [["worker", address, "--nthreads", "1", "--no-dashboard", "--name", str(i)] for i in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dask", *command],
+            cwd=tmp_path_factory.mktemp("worker"),
+            stderr=subprocess.DEVNULL,
+        )
+        for command in commands
+    ]
+    yield address
+    for process in reversed(started):
+        process.terminate()
+        process.wait(20)
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,10 @@ import sys
 import numpy as np
 import pytest
 import xarray as xr
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.pipeline import pipeline
 from infra import storage
 from infra.errors import UserError
-from infra.sandbox import servers
 from tasks.checkpoint import load_checkpoint
 from tasks.core.retrieval import unit_vectors
 from tasks.database import open_database
@@ -34,33 +32,6 @@ import sys, xarray as xr
 grid = xr.open_zarr(sys.argv[1], storage_options={"endpoint_url": sys.argv[2]})
 print(grid.embedding.sel(lon=2.35, lat=48.86, method="nearest").values.sum(dtype="float64"))
 """
-
-
-@pytest.fixture(scope="module")
-def cluster(sandbox, tmp_path_factory):
-    """A scheduler and two workers, each a process of its own in a directory of its own."""
-    (port,) = servers.free_ports(1)
-    address = f"tcp://{servers.HOST}:{port}"
-    commands = [["scheduler", "--host", servers.HOST, "--port", str(port), "--no-dashboard"]]
-    commands += [["worker", address, "--nthreads", "1", "--no-dashboard", "--name", str(i)] for i in range(2)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dask", *command],
-            cwd=tmp_path_factory.mktemp("worker"),
-            stderr=subprocess.DEVNULL,
-        )
-        for command in commands
-    ]
-    yield address
-    for process in reversed(started):
-        process.terminate()
-        process.wait(20)
-
-
-@pytest.fixture(scope="module")
-def prefect():
-    with prefect_test_harness(server_startup_timeout=240):
-        yield
 
 
 @pytest.fixture(scope="module")

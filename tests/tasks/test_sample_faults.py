@@ -1,14 +1,27 @@
 """Sampling under faults: whatever happens on the way, the finished store is byte for byte an undisturbed run's."""
 
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
+from distributed import Client
 
 from infra import clusters, storage
 from infra.errors import UserError
+from tasks import patches as store
 from tasks.params import SampleParams
+from tasks.patches import open_patches
 from tasks.sample import sample_patches
-from tests.proxy import Proxy, corrupted, dropped, latency, path, status, truncated, wrong_length
+from tests.proxy import Proxy, corrupted, dropped, latency, named, path, status, truncated, wrong_length
+
+POINTS = 48  # in the list, all screened in one round
 
 RUNS = 4  # at most: what stays broken after a rerun or two is a fault of ours
 
@@ -18,7 +31,7 @@ def params(tmp_path_factory):
     """A small sample of a list of points in France and Germany: 24 patches in three shards."""
     points = tmp_path_factory.mktemp("points") / "points.csv"
     rng = np.random.default_rng(0)
-    pd.DataFrame({"lon": rng.uniform(2, 10, 40), "lat": rng.uniform(46, 51, 40)}).to_csv(points, index=False)
+    pd.DataFrame({"lon": rng.uniform(2, 10, POINTS), "lat": rng.uniform(46, 51, POINTS)}).to_csv(points, index=False)
     return SampleParams(
         patches=24,
         places="list",
@@ -44,10 +57,23 @@ def proxies(sandbox):
 
 
 @pytest.fixture
+def stac(proxies):
+    """The proxy before the catalog, without faults at the start."""
+    yield reset(proxies[0])
+    proxies[0].heal()
+
+
+@pytest.fixture
 def s3(proxies):
-    """The proxy before S3, without faults at the start and at the end."""
-    yield proxies[1]
-    [proxy.heal() for proxy in proxies]
+    """The proxy before S3, without faults at the start."""
+    yield reset(proxies[1])
+    proxies[1].heal()
+
+
+def reset(proxy):
+    proxy.heal()
+    proxy.faults.clear()
+    return proxy
 
 
 @pytest.fixture
@@ -64,6 +90,24 @@ def undisturbed(proxies, params):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANGEGRID_STORAGE_URL", "s3://rangegrid/undisturbed")
         return product(sample(params))
+
+
+@pytest.fixture(scope="module")
+def clear(undisturbed, params):
+    """Every clear place of the list, in its order."""
+    found = json.loads(undisturbed["card.json"])["tried"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANGEGRID_STORAGE_URL", "s3://rangegrid/undisturbed")
+        url = sample(params)
+    assert found == POINTS
+    names = storage.names(storage.join(url, "screen/0"))
+    cells = [int(name.partition(".")[0]) for name in names]
+    screened = pd.concat(store.read_parts(url, "screen", 0, cells, ["row_id", "item_id", "reason"]))
+    return screened[screened["reason"] == ""].sort_values("row_id", ignore_index=True)
+
+
+def manifest(objects):
+    return gpd.read_parquet(io.BytesIO(objects["manifest.parquet"]))
 
 
 def sample(params, name="threads"):
@@ -103,6 +147,10 @@ def reads(request):
     return request.method == "GET"
 
 
+def searches(request):
+    return request.path.endswith("/search")
+
+
 FAULTS = {
     "latency": (latency(0.02), tiles, {"share": 0.2}),
     "429": (status(429, {"Retry-After": "0"}), path(""), {"share": 0.1}),
@@ -116,12 +164,80 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_passes_leaves_no_trace(name, proxies, s3, home, params, undisturbed):
+def test_what_passes_leaves_no_trace(name, stac, s3, home, params, undisturbed):
     fault, when, how = FAULTS[name]
-    for proxy in proxies:
-        proxy.inject(fault, when=when, **how)
-    url = sample_in_spite(params)
-    print(name, [dict(p.faults) for p in proxies])
-    for proxy in proxies:
-        proxy.heal()
-    assert_same(product(url), undisturbed)
+    s3.inject(fault, when=when, **how)
+    stac.inject(fault, when=searches, times=1)
+    assert_same(product(sample_in_spite(params)), undisturbed)
+    assert s3.faults.total() >= 3
+    assert stac.faults.total() == 1
+
+
+GONE = {"gone": status(404), "corrupt": corrupted()}
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_only_the_patches_of_a_lost_item_are_replaced(name, s3, home, params, undisturbed, clear):
+    """By the next places of the stream that are clear; none of the lost item's, though some come next."""
+    before = manifest(undisturbed)
+    lost = before["item_id"].value_counts().index[0]
+    s3.inject(GONE[name], when=lambda r: tiles(r) and lost in r.path and "SCL" not in r.path)
+    url = sample(params)
+    after, same = manifest(product(url)), before["item_id"] != lost
+    pd.testing.assert_frame_equal(after[same], before[same])
+    assert set(after["row_id"]) == set(clear.loc[clear["item_id"] != lost, "row_id"].head(params.patches))
+    s3.heal()
+    patches = open_patches(url)
+    assert (patches.pixels(slice(None)).reshape(len(after), -1).min(1) > 0).all()
+    tried = clear["row_id"] <= after["row_id"].max()
+    assert patches.card["rejected"]["unreadable"] == (tried & (clear["item_id"] == lost)).sum() > (~same).sum()
+    assert "| rejected: unreadable | |" in storage.read(storage.join(url, "run.md")).decode()
+    assert storage.size(storage.join(url, "held")) == 0
+
+
+def test_what_is_forbidden_now_is_not_replaced(s3, home, params, undisturbed):
+    lost = manifest(undisturbed)["item_id"].iloc[0]
+    s3.inject(status(403), when=lambda r: tiles(r) and lost in r.path and "SCL" not in r.path)
+    with pytest.raises(UserError, match=r"had now .access is refused.* run again, and only the rest is done"):
+        sample(params)
+    s3.heal()
+    assert_same(product(sample(params)), undisturbed)
+
+
+def test_two_runs_at_once_do_no_harm(s3, home, params, undisturbed):
+    program = [sys.executable, "-c", RUN, params.model_dump_json()]
+    runs = [subprocess.Popen(program, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (run.communicate()[0].strip() for run in runs)
+    assert first == second
+    assert_same(product(first), undisturbed)
+
+
+RUN = """
+import sys
+from infra import clusters
+from tasks.params import SampleParams
+from tasks.sample import sample_patches
+with clusters.connect("threads") as client:
+    print(sample_patches(client, SampleParams.model_validate_json(sys.argv[1])))
+"""
+
+
+def stored(request):
+    return request.method == "PUT" and "/pixels/c/" in request.path
+
+
+def test_killed_workers_cost_their_units_alone(s3, home, params, cluster, undisturbed):
+    """Both worker processes are killed (kill -9) when the first shard arrives; their nannies start new ones."""
+    s3.inject(once_more(lambda: kill_workers(cluster)), when=stored, times=1)
+    assert_same(product(sample(params, cluster)), undisturbed)
+
+
+def kill_workers(address):
+    with Client(address) as client:
+        for pid in client.run(os.getpid).values():
+            os.kill(pid, signal.SIGKILL)
+
+
+def once_more(act):
+    """A fault that does something, and lets the request through."""
+    return named("act", lambda request, ask: (act(), ask())[1])

@@ -107,12 +107,12 @@ class Places:
         columns, rows = ~source.transform @ (np.asarray(x), np.asarray(y))
         corners = np.rint(np.column_stack([columns, rows]) * factor - self.pixels / 2)
         size = np.array([source.width, source.height]) * factor
-        return [self._grid(corner.astype(int), size, factor) for corner in corners]
+        return [self._grid(corner, size, factor) for corner in corners]
 
-    def _grid(self, corner: NDArray[np.intp], size: NDArray[np.intp], factor: int) -> Grid | None:
-        if (corner < 0).any() or (corner + self.pixels > size).any():
+    def _grid(self, corner: NDArray[np.float64], size: NDArray[np.intp], factor: int) -> Grid | None:
+        if not ((corner >= 0) & (corner + self.pixels <= size)).all():  # also where a place has no coordinates
             return None
-        columns, rows = ((start + np.arange(self.pixels)) // factor for start in corner)
+        columns, rows = ((int(start) + np.arange(self.pixels)) // factor for start in corner)
         return columns, rows
 
     def _factor(self, size_m: float) -> int:

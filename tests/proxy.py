@@ -85,12 +85,13 @@ def dropped() -> Fault:
     return named("dropped", lambda request, ask: None)
 
 
-def truncated(keep: float = 0.5) -> Fault:
-    """The body ends early: shorter than its Content-Length, and the connection is closed."""
+def truncated(keep: float = 0.5, honest: bool = False) -> Fault:
+    """The body ends early; unless honest, Content-Length promises all of it and the connection is closed."""
 
     def fault(request: Request, ask: Ask) -> Reply:
         reply = ask()
-        return replace(reply, body=reply.body[: int(len(reply.body) * keep)], length=len(reply.body))
+        kept = reply.body[: int(len(reply.body) * keep)]
+        return replace(reply, body=kept, length=None if honest else len(reply.body))
 
     return named("truncated", fault)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from infra.cogs import Traffic
+from infra.cogs import HEADER, Traffic
 from tasks.core.sampling import grid_zone, square
 from tasks.params import SampleParams
 from tasks.places import draw
@@ -30,11 +30,11 @@ class Cost:
     places: int
     """Places tried."""
     cells: int
-    """Grid-zone cells, each one search."""
+    """Grid-zone cells searched for scenes, each by one request to the catalog or some pages."""
     scenes: int
     """Scenes opened."""
     requests: int
-    """HTTP requests to the catalog and the archive."""
+    """HTTP requests to the archive, repeated ones included."""
     bytes_read: int
     """Bytes fetched from the archive."""
     bytes_stored: int
@@ -68,19 +68,24 @@ class Archive:
     """Pixels along one side of a block."""
     pixel_bytes: float = 1.4
     """Of a compressed uint16 pixel, in the archive as in the store."""
-    header_bytes: int = 32_768
-    """Read at an open; holds the header of a COG."""
+    header_bytes: int = HEADER
+    """Read at an open."""
     coarseness: Mapping[str, int] = field(default_factory=lambda: COARSENESS)
     """Side of a band's pixels, in pixels of the finest band; 1 where it is not named."""
     finest_m: float = 10.0
     """Pixel size of the finest band in metres."""
 
+    def side(self, params: SampleParams, band: str) -> float:
+        """Side of a window in the band's own pixels."""
+        pixel_m = self.coarseness.get(band, 1) * self.finest_m
+        return params.patch_pixels * min(1.0, params.resolution_m / pixel_m)
+
 
 def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -> Cost:
     """The cost of a run by arithmetic on its real places; the catalog is not asked.
 
-    A scene's asset is opened once, each patch is one window of it, and a window touches as many blocks as its side
-    and place make it.
+    Each asset of a scene is opened by one request. A window touches as many blocks as its side and place make it, and
+    those side by side are neighbours in the file, so each row of blocks is one more request.
 
     Args:
         params: The run.
@@ -92,28 +97,21 @@ def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -
     scenes, read = (len(np.unique(archive.scene(part))) for part in (places, places[:n]))
     windows = {"SCL": len(places)} | dict.fromkeys(params.bands, n)
     opens = scenes + read * len(params.bands)
-    blocks = sum(count * _blocks(params, band, archive) for band, count in windows.items())
-    cells = len(np.unique(grid_zone(places)))
-    requests = 2 * cells + opens + sum(windows.values())
+    rows = {band: 1 + archive.side(params, band) / archive.block for band in windows}
+    requests = opens + sum(count * rows[band] for band, count in windows.items())
+    blocks = sum(count * rows[band] ** 2 for band, count in windows.items())
     read_bytes = opens * archive.header_bytes + blocks * archive.block**2 * archive.pixel_bytes
     patch = len(params.bands) * params.patch_pixels**2 * 2
     return Cost(
         places=len(places),
-        cells=cells,
+        cells=len(np.unique(grid_zone(places))),
         scenes=scenes,
-        requests=requests,
+        requests=round(requests),
         bytes_read=round(read_bytes),
         bytes_stored=round(n * patch * archive.pixel_bytes / 2),
         seconds=math.ceil(max(requests * LATENCY / (workers * THREADS), read_bytes / RATE)),
         worker_bytes=round(PROCESS_BYTES + min(n, params.shard_patches) * patch * 3),
     )
-
-
-def _blocks(params: SampleParams, band: str, archive: Archive) -> float:
-    """Blocks that a window touches on average: its side covers 1 + side / block of them along each axis."""
-    pixel_m = archive.coarseness.get(band, 1) * archive.finest_m
-    side = params.patch_pixels * min(1.0, params.resolution_m / pixel_m)
-    return (1 + side / archive.block) ** 2
 
 
 class Meter:

@@ -11,6 +11,7 @@ So the sample is the first good places of the stream. All that decides it is sto
 they are there: a run that goes on, or two at a time, make the same store, also where the catalog has changed since.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from tasks.params import SampleParams
 from tasks.pictures import sample_map
 from tasks.places import draw, source_digest
 from tasks.reading import read_shard, shape
+from tasks.scenes import asset_keys, find_items
 from tasks.screening import screen_cell
 from tasks.units import log, run_units
 
@@ -43,6 +45,7 @@ PLACES = {
     "class": "by class in turn",
     "list": "from a list",
 }
+LOOKS = 32  # places looked at for an item that tells the catalog's bands
 SCREENED = ["row_id", "item_id", "reason", "round", "cell"]  # what the run keeps in memory of each place tried
 PLANNED = ["position", "row_id", "round", "cell"]  # leads a unit back to the verdict
 READ = [*store.MANIFEST, "position", "reason"]
@@ -68,8 +71,8 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         log().info("%s is there already", url)
         return url
     planned = estimate(params, where.workers)
-    check(params, planned)
     source = attribution()
+    check(client, params, planned)
     store.create(url, *shape(params))
     run = Run(client, url, params)
     rows = run.read()
@@ -93,19 +96,45 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     return url
 
 
-def check(params: SampleParams, planned: Cost) -> None:
+def check(client: Client, params: SampleParams, planned: Cost) -> None:
     """Refuses, before any work, what cannot end well.
 
     Raises:
-        UserError: Too few places, or a storage that cannot be written.
+        UserError: Too few places, too little memory, or storage or catalog that lack what is asked.
     """
+    storage.check_writable(settings().storage_url, planned.bytes_stored)
     available = len(draw(params.patches, params))
     if available < params.patches:
         raise UserError(
             f"{params.source} offers {available} places for {params.patches} patches: ask for fewer patches, or "
             "give a longer list"
         )
-    storage.check_writable(settings().storage_url, planned.bytes_stored)
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    room = min((w["memory_limit"] / w["nthreads"] for w in workers if w["memory_limit"]), default=math.inf)
+    if planned.worker_bytes > room:
+        raise UserError(
+            f"a shard of {params.shard_patches} patches needs {planned.worker_bytes / 1e9:.1f} GB on a worker that has "
+            f"{room / 1e9:.1f} GB for each of its threads: lower --shard-patches, or give the workers more"
+        )
+    check_bands(params)
+
+
+def check_bands(params: SampleParams) -> None:
+    """Refuses bands that the catalog does not have, by its items at the first place that has any.
+
+    Raises:
+        UserError: A band is unknown to the catalog, or none answers.
+    """
+    for place in draw(LOOKS, params)[:, 1:3]:
+        known = {band for item in find_items(place[None], params) for band in asset_keys(item)}
+        lacking = [band for band in (*params.bands, "SCL") if band not in known]
+        if known and lacking:
+            raise UserError(
+                f"the catalog's items have no {lacking[0]}: give --bands of {', '.join(sorted(known - {'SCL'}))}, or "
+                "set RANGEGRID_COLLECTION to one of Sentinel-2 L2A"
+            )
+        if known:
+            return
 
 
 def attribution() -> str:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,9 @@ def cluster(sandbox, tmp_path_factory):
         )
         for command in commands
     ]
+    until = time.monotonic() + servers.PATIENCE
+    while servers.is_free(port) and time.monotonic() < until:
+        time.sleep(0.1)
     yield address
     for process in reversed(started):
         process.terminate()

@@ -6,15 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
 from distributed import Client
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
 
 from infra import clusters, storage
 from infra.errors import UserError
+from infra.sandbox import servers
 from tasks import patches as store
 from tasks.params import SampleParams
 from tasks.patches import open_patches
@@ -241,3 +246,77 @@ def kill_workers(address):
 def once_more(act):
     """A fault that does something, and lets the request through."""
     return named("act", lambda request, ask: (act(), ask())[1])
+
+
+@pytest.fixture
+def blobs(sandbox, proxies, monkeypatch):
+    """The imagery as Planetary Computer serves it: a host that wants tokens, which end under way.
+
+    The catalog's hrefs lead there, and carry a signature of the catalog's own. `blobs.shown` has every signature.
+    """
+    filer = f"http://{servers.HOST}:{sandbox.ports['s3'][2]}"  # asks for no signature of S3's
+    with Proxy(filer) as running:
+        running.require_tokens()
+        running.shown, issue = ["of-the-catalog"], running.issue
+        running.issue = lambda: running.shown.append((token := issue())["token"].rpartition("sig=")[2]) or token
+        monkeypatch.setenv("http_proxy", running.url)
+        monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+        monkeypatch.setenv("PC_SDK_SAS_URL", running.sas_url)
+        monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
+        proxies[0].inject(as_blobs, when=searches)
+        yield running
+        proxies[0].heal()
+
+
+def as_blobs(request, ask):
+    body = (reply := ask()).body.replace(b"s3://", b"http://sentinel2l2a01.blob.core.windows.net/buckets/")
+    return replace(reply, body=body.replace(b'.tif"', b'.tif?sig=of-the-catalog"'))
+
+
+def test_a_killed_flow_goes_on_with_new_tokens_and_shows_none(blobs, s3, home, params, prefect, undisturbed, tmp_path):
+    """`rangegrid sample`, its tokens ended after some tiles, killed (kill -9) at its first shard, and run again."""
+    options = [f"--{name.replace('_', '-')}={option(value)}" for name, value in params.model_dump().items()]
+    command = [Path(sys.executable).with_name("rangegrid"), "sample", *options]
+    environment = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+    blobs.inject(once_more(blobs.expire_tokens), when=tiles, skip=6, times=1)
+    with (tmp_path / "shown").open("w+") as shown:
+        run = subprocess.Popen(command, stdout=shown, stderr=shown, env=environment, cwd=tmp_path)
+        s3.inject(once_more(run.kill), when=stored, times=1)
+        assert run.wait() == -signal.SIGKILL
+        again = subprocess.run(command, stdout=subprocess.PIPE, stderr=shown, env=environment, cwd=tmp_path, text=True)
+        shown.seek(0)
+        texts = [shown.read(), again.stdout, *recorded()]
+    assert again.returncode == 0, texts[0]
+    assert blobs.faults["token refused"] >= 1
+    assert len(blobs.shown) >= 3
+    found, url = product(again.stdout.strip()), again.stdout.strip()
+    assert {n: v for n, v in found.items() if "zarr" in n} == {n: v for n, v in undisturbed.items() if "zarr" in n}
+    assert manifest(found)["href"].str.startswith("http://sentinel2l2a01.blob.core.windows.net/").all()
+    pd.testing.assert_series_equal(manifest(found)["sha256"], manifest(undisturbed)["sha256"])
+    texts += [storage.read(name).decode("latin1") for name in objects(url)]
+    texts += [read_part.to_csv() for read_part in parts(url)]
+    assert not [signature for signature in blobs.shown for text in texts if signature in text]
+
+
+def option(value):
+    return json.dumps(value) if isinstance(value, tuple) or value is None else value
+
+
+def recorded():
+    """What Prefect keeps: its logs and artifacts."""
+    with get_client(sync_client=True) as client:
+        logs, artifacts = client.read_logs(), client.read_artifacts()
+    assert any(log.name == "prefect.flow_runs" for log in logs)
+    assert {"sample-map", "sample-run"} <= {artifact.key for artifact in artifacts}
+    return [log.message for log in logs] + [str(artifact.data) for artifact in artifacts]
+
+
+def objects(url):
+    """Every object of a store."""
+    return [storage.join(url, meta["path"].partition(f"{url.rpartition('/')[2]}/")[2]) for meta in storage._list(url)]
+
+
+def parts(url):
+    """Every table of a store: Parquet compresses what it holds."""
+    names = [name for name in objects(url) if name.endswith(".parquet")]
+    return [pd.read_parquet(io.BytesIO(storage.read(name))) for name in names]

@@ -7,11 +7,13 @@ not answer.
 
 import ipaddress
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
@@ -32,6 +34,7 @@ T = TypeVar("T")
 
 POINTS = 150  # in one request: as a GET it stays below the 8 kB that servers take
 REST = 600.0  # seconds for which a catalog that did not answer is passed over where another stands in
+UNSAFE = re.compile(r"[\x00-\x1f\\]")  # read differently by different libraries
 METADATA_HOSTS = ("metadata.google.internal", "metadata.goog", "metadata")
 METADATA_NETWORKS = [
     ipaddress.ip_network(text)  # link-local, and where clouds that are not link-local answer for a machine
@@ -174,7 +177,7 @@ def _usable(catalog: Catalog, features: Iterable[Any]) -> list[pystac.Item]:
             item = _item(feature, catalog)
             refused += _resolve(item, catalog)
             items.append(item)
-        except (pystac.STACError, shapely.errors.ShapelyError, ValueError, LookupError, TypeError, AttributeError):
+        except Exception:  # pystac and shapely raise anything for JSON that is no item
             broken += 1
     if broken or refused:
         log.warning(
@@ -185,7 +188,7 @@ def _usable(catalog: Catalog, features: Iterable[Any]) -> list[pystac.Item]:
 
 
 def _item(feature: Any, catalog: Catalog) -> pystac.Item:
-    item = pystac.Item.from_dict(feature, preserve_dict=False)
+    item = pystac.Item.from_dict(feature, preserve_dict=False, migrate=False)  # migration copies all, for nothing here
     cloud = item.properties.get("eo:cloud_cover")
     item.properties["eo:cloud_cover"] = None if cloud is None else float(cloud)
     if not item.assets or footprint(item.geometry).is_empty or not _times(item):
@@ -253,7 +256,7 @@ def may_read(href: str, local: bool) -> bool:
         host = (parts.hostname or "").rstrip(".")
     except ValueError:
         return False
-    if any(sign < " " or sign == "\\" for sign in href):
+    if UNSAFE.search(href):
         return False
     if parts.scheme in ("http", "https"):
         return bool(host) and not _is_metadata(host)
@@ -262,6 +265,7 @@ def may_read(href: str, local: bool) -> bool:
     return local and parts.scheme == "file" and not host and not parts.path.startswith("/vsi")
 
 
+@lru_cache(maxsize=1024)
 def _is_metadata(host: str) -> bool:
     try:
         address = ipaddress.ip_address(socket.inet_aton(host))  # also 0xA9FEA9FE, 2852039166, 169.254.43518

@@ -40,7 +40,7 @@ def choose(
         params: How to choose.
     """
     corners = patch_corners(candidates[:, 1:3], params.patch_pixels * params.resolution_m)
-    trusted = [not decide(item.to_dict(transform_hrefs=False)).quarantined for item in items]
+    trusted = [not decide(_facts(item)).quarantined for item in items]
     holds = [_holds(item, corners) for item in items]
     answers = []
     for i, candidate in enumerate(candidates):
@@ -78,8 +78,10 @@ def newest(items: Iterable[pystac.Item]) -> list[pystac.Item]:
 
 
 def _facts(item: pystac.Item) -> dict[str, Any]:
-    """What names the item, without copying all of it."""
-    return {"id": item.id, "properties": item.properties | {"datetime": item.properties.get("datetime") or _day(item)}}
+    """The item as a dictionary, without copying all of it."""
+    taken = {"datetime": item.properties.get("datetime") or _day(item)}
+    assets = {key: {"href": asset.href, **asset.extra_fields} for key, asset in item.assets.items()}
+    return {"id": item.id, "properties": item.properties | taken, "assets": assets}
 
 
 def explain(place: str) -> dict[str, Any]:
@@ -135,4 +137,4 @@ def version(item: pystac.Item) -> tuple[int, int]:
 
 def asset_keys(item: pystac.Item) -> dict[str, str]:
     """Asset key by band name (`B04`) and `SCL`."""
-    return band_assets({"assets": {key: asset.to_dict() for key, asset in item.assets.items()}})
+    return band_assets(_facts(item))

@@ -222,8 +222,11 @@ def _split(part: shapely.Geometry) -> list[shapely.Geometry]:
 
 
 def _resolve(item: pystac.Item, catalog: Catalog) -> int:
-    """Makes the assets' hrefs absolute and drops those that may not be read; tells how many."""
-    base = item.get_self_href() or catalog.url
+    """Makes the assets' hrefs absolute and drops those that may not be read; tells how many.
+
+    Beside a file its own address counts: the items' links tell where they once came from.
+    """
+    base = catalog.url if is_file(catalog.url) else item.get_self_href() or catalog.url
     local = urlsplit(catalog.url).scheme in ("", "file")
     for asset in item.assets.values():
         asset.href = _absolute(asset.href, storage.as_url(base))

@@ -33,6 +33,7 @@ from infra.stac_files import is_file, open_file, search_file
 T = TypeVar("T")
 
 POINTS = 150  # in one request: as a GET it stays below the 8 kB that servers take
+WIDEST = 9.0  # degrees of longitude: a scene at 84 degrees of latitude
 REST = 600.0  # seconds for which a catalog that did not answer is passed over where another stands in
 UNSAFE = re.compile(r"[\x00-\x1f\\]")  # read differently by different libraries
 METADATA_HOSTS = ("metadata.google.internal", "metadata.goog", "metadata")
@@ -137,9 +138,15 @@ def _window(interval: str) -> str:
 
 
 def _chunks(lonlat: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Points by the request, neighbours together, so that few items come twice."""
-    near = lonlat[np.lexsort((lonlat[:, 0], np.floor(lonlat[:, 1])))]
-    return [near[start : start + POINTS] for start in range(0, len(near), POINTS)]
+    """Points by the request, neighbours together, so that few items come twice.
+
+    Near 180 degrees the opposite side is asked for too: to a server that reckons in the plane, a footprint that was
+    written unsplit lies there.
+    """
+    opposite = lonlat[np.abs(lonlat[:, 0]) > 180 - WIDEST] * [0, 1]
+    asked = np.concatenate([lonlat, opposite])
+    asked = asked[np.lexsort((asked[:, 0], np.floor(asked[:, 1])))]
+    return [asked[start : start + POINTS] for start in range(0, len(asked), POINTS)]
 
 
 def _fits(
@@ -237,7 +244,7 @@ def _resolve(item: pystac.Item, catalog: Catalog) -> int:
 
 
 def _absolute(href: str, base: str) -> str:
-    if urlsplit(href).scheme:
+    if "://" in href or urlsplit(href).scheme:
         return href
     above = urlsplit(base)
     joined = urljoin(urlunsplit(above._replace(scheme="http")), href)  # urljoin knows no s3

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from tasks.core.land import is_land, land_mask, mask
@@ -68,6 +70,16 @@ def test_limits_without_land_are_refused():
 def test_grid_zone_cells():
     zones = grid_zone(np.array([[-180, -80], [-174.01, -72.01], [179.9, 83.9], [2.35, 48.86]], float))
     assert zones.tolist() == [0, 0, 59 * 20 + 19, 30 * 20 + 16]
+
+
+@given(st.lists(st.tuples(st.floats(-180, 180), st.floats(-80, 84)), min_size=2, max_size=40))
+def test_no_cell_reaches_across_180(points):
+    """Cells are what the catalog is asked for, so that no query does."""
+    lonlat = np.array(points)
+    for cell in np.unique(zones := grid_zone(lonlat)):
+        within = lonlat[zones == cell]
+        assert np.ptp(within[:, 0]) <= 6
+        assert np.ptp(within[:, 1]) <= 12
 
 
 POLES = (-90, 90)

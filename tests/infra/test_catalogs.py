@@ -1,6 +1,7 @@
 """Searches of catalogs: files, and a real STAC server over the real items, with faults put in between."""
 
 import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 
@@ -54,14 +55,23 @@ def collection_file(served, tmp_path_factory):
 def server(fixtures_dir, collection_file):
     """A real STAC API over them."""
     collection = json.loads((fixtures_dir / "stac_items/odc-stac/sentinel-2-l2a.collection.json").read_text())
-    about = collection_file.with_name("collection.json")
+    with serving(collection, collection_file) as url:
+        yield url
+
+
+@contextmanager
+def serving(collection, items):
+    """rustac over an item-collection file."""
+    about = items.with_name("collection.json")
     about.write_text(json.dumps(collection | {"links": []}))
     (port,) = servers.free_ports(1)
-    url, log = f"http://127.0.0.1:{port}", collection_file.parent / "logs" / "stac.log"
-    process = servers.start(servers.stac_command(port, [about, collection_file]), log, {}, bound=True)
-    servers.wait("STAC", lambda: servers.answers(url), process, log)
-    yield url
-    servers.stop(process)
+    url, log = f"http://127.0.0.1:{port}", items.parent / "logs" / "stac.log"
+    process = servers.start(servers.stac_command(port, [about, items]), log, {}, bound=True)
+    try:
+        servers.wait("STAC", lambda: servers.answers(url), process, log)
+        yield url
+    finally:
+        servers.stop(process)
 
 
 @pytest.fixture
@@ -298,7 +308,7 @@ def test_broken_items_are_passed_over_and_counted(proxy, served, tmp_path, caplo
     assert ids(url) == expected(served)
     told = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
     assert len(told) == 1
-    assert f"passed over {9 if where == 'server' else 5} items" in told[0]
+    assert "passed over 9 items" in told[0]
 
 
 # A second provider
@@ -385,9 +395,9 @@ def test_a_catalog_from_elsewhere_reaches_no_file_here(sandbox, caplog):
     assert "2 assets at refused addresses" in caplog.text
 
 
-def item_of(assets):
-    geometry = shapely.geometry.mapping(shapely.box(-1, -1, 1, 1))
-    item = pystac.Item("a", geometry, [-1, -1, 1, 1], datetime(2021, 6, 1), {}, collection="c")
+def item_of(assets, name="a", area=None):
+    geometry = shapely.geometry.mapping(area or shapely.box(-1, -1, 1, 1))
+    item = pystac.Item(name, geometry, [-1, -1, 1, 1], datetime(2021, 6, 1), {}, collection="c")
     return item.to_dict(transform_hrefs=False) | {"assets": assets}
 
 
@@ -468,3 +478,17 @@ def ways(west, south, east, north):
         yield {"type": "Polygon", "coordinates": [[[x - 360 if x > 180 else x, y] for x, y in ring]]}
         halves = shapely.box(west, south, 180, north), shapely.box(-180, south, east - 360, north)
         yield shapely.geometry.mapping(shapely.MultiPolygon(halves))
+
+
+@pytest.mark.parametrize("kind", ["server", "file"])
+def test_items_across_180_are_found_from_both_sides(tmp_path, kind):
+    """However their footprint is written; not by a place on the other side of the Earth, where it lies in the plane."""
+    unsplit = shapely.Polygon([(179, -17), (-179.5, -17), (-179.5, -16), (179, -16)])
+    split = shapely.MultiPolygon([shapely.box(179, -17, 180, -16), shapely.box(-180, -17, -179.5, -16)])
+    items = [item_of({"B04": {"href": "s3://b/B04.tif"}}, *made) for made in (("split", split), ("unsplit", unsplit))]
+    file = tmp_path / "items.json"
+    file.write_text(json.dumps({"type": "FeatureCollection", "features": items}))
+    collection = pystac.Collection("c", "c", pystac.Extent.from_items([pystac.Item.from_dict(i) for i in items]))
+    with serving(collection.to_dict(), file) if kind == "server" else nullcontext(str(file)) as url:
+        for lon, found in [(179.5, 2), (-179.7, 2), (178.9, 0), (-179.4, 0), (0.0, 0)]:
+            assert len(search(Catalog(url, "c"), "2021", np.array([[lon, -16.5]]), 100)) == found, lon

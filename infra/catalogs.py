@@ -7,11 +7,13 @@ not answer.
 
 import ipaddress
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
@@ -30,7 +32,9 @@ from infra.stac_files import is_file, open_file, search_file
 T = TypeVar("T")
 
 POINTS = 150  # in one request: as a GET it stays below the 8 kB that servers take
+WIDEST = 9.0  # degrees of longitude: a scene at 84 degrees of latitude
 REST = 600.0  # seconds for which a catalog that did not answer is passed over where another stands in
+UNSAFE = re.compile(r"[\x00-\x1f\\]")  # read differently by different libraries
 METADATA_HOSTS = ("metadata.google.internal", "metadata.goog", "metadata")
 METADATA_NETWORKS = [
     ipaddress.ip_network(text)  # link-local, and where clouds that are not link-local answer for a machine
@@ -133,9 +137,15 @@ def _window(interval: str) -> str:
 
 
 def _chunks(lonlat: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Points by the request, neighbours together, so that few items come twice."""
-    near = lonlat[np.lexsort((lonlat[:, 0], np.floor(lonlat[:, 1])))]
-    return [near[start : start + POINTS] for start in range(0, len(near), POINTS)]
+    """Points by the request, neighbours together, so that few items come twice.
+
+    Near 180 degrees the opposite side is asked for too: to a server that reckons in the plane, a footprint that was
+    written unsplit lies there.
+    """
+    opposite = lonlat[np.abs(lonlat[:, 0]) > 180 - WIDEST] * [0, 1]
+    asked = np.concatenate([lonlat, opposite])
+    asked = asked[np.lexsort((asked[:, 0], np.floor(asked[:, 1])))]
+    return [asked[start : start + POINTS] for start in range(0, len(asked), POINTS)]
 
 
 def _fits(
@@ -173,7 +183,7 @@ def _usable(catalog: Catalog, features: Iterable[Any]) -> list[pystac.Item]:
             item = _item(feature, catalog)
             refused += _resolve(item, catalog)
             items.append(item)
-        except (pystac.STACError, shapely.errors.ShapelyError, ValueError, LookupError, TypeError, AttributeError):
+        except Exception:  # pystac and shapely raise anything for JSON that is no item
             broken += 1
     if broken or refused:
         log.warning(
@@ -184,7 +194,7 @@ def _usable(catalog: Catalog, features: Iterable[Any]) -> list[pystac.Item]:
 
 
 def _item(feature: Any, catalog: Catalog) -> pystac.Item:
-    item = pystac.Item.from_dict(feature, preserve_dict=False)
+    item = pystac.Item.from_dict(feature, preserve_dict=False, migrate=False)  # migration copies all, for nothing here
     cloud = item.properties.get("eo:cloud_cover")
     item.properties["eo:cloud_cover"] = None if cloud is None else float(cloud)
     if not item.assets or footprint(item.geometry).is_empty or not _times(item):
@@ -218,8 +228,11 @@ def _split(part: shapely.Geometry) -> list[shapely.Geometry]:
 
 
 def _resolve(item: pystac.Item, catalog: Catalog) -> int:
-    """Makes the assets' hrefs absolute and drops those that may not be read; tells how many."""
-    base = item.get_self_href() or catalog.url
+    """Makes the assets' hrefs absolute and drops those that may not be read; tells how many.
+
+    Beside a file its own address counts: the items' links tell where they once came from.
+    """
+    base = catalog.url if is_file(catalog.url) else item.get_self_href() or catalog.url
     local = urlsplit(catalog.url).scheme in ("", "file")
     for asset in item.assets.values():
         asset.href = _absolute(asset.href, storage.as_url(base))
@@ -230,7 +243,7 @@ def _resolve(item: pystac.Item, catalog: Catalog) -> int:
 
 
 def _absolute(href: str, base: str) -> str:
-    if urlsplit(href).scheme:
+    if "://" in href or urlsplit(href).scheme:
         return href
     above = urlsplit(base)
     joined = urljoin(urlunsplit(above._replace(scheme="http")), href)  # urljoin knows no s3
@@ -252,7 +265,7 @@ def may_read(href: str, local: bool) -> bool:
         host = (parts.hostname or "").rstrip(".")
     except ValueError:
         return False
-    if any(sign < " " or sign == "\\" for sign in href):
+    if UNSAFE.search(href):
         return False
     if parts.scheme in ("http", "https"):
         return bool(host) and not _is_metadata(host)
@@ -261,6 +274,7 @@ def may_read(href: str, local: bool) -> bool:
     return local and parts.scheme == "file" and not host and not parts.path.startswith("/vsi")
 
 
+@lru_cache(maxsize=1024)
 def _is_metadata(host: str) -> bool:
     try:
         address = ipaddress.ip_address(socket.inet_aton(host))  # also 0xA9FEA9FE, 2852039166, 169.254.43518

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pystac_client import Client, ItemSearch
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
-from requests.exceptions import ChunkedEncodingError, RequestException
+from requests.exceptions import ConnectionError, InvalidURL, MissingSchema, RequestException, RetryError, Timeout
 from urllib3 import Retry
 
 from infra.errors import CatalogUnavailable, UserError
@@ -40,7 +40,7 @@ RETRY = Retry(
 TIMEOUT = 60.0  # seconds without a byte
 PAGES = (100, 50, 25, 12, 6)  # items a page, by attempt: big pages of Sentinel-2 make Earth Search answer 502
 PAUSE = 0.5  # seconds before the second attempt, doubled with each
-IDLE_PAGES = 20  # pages in a row without a new item: the server leads nowhere
+EMPTY_PAGES = 20  # in a row, each with a next one: the server leads nowhere
 GATEWAY = (413, 502, 504)  # statuses that a smaller page may mend
 FILTER_REFUSED = (400, 405, 422, 501)
 FAILURES = (APIError, RequestException, pystac.STACError, OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -79,7 +79,12 @@ def _opened(url: str, collection: str) -> tuple[Client, pystac.Collection]:
 
 
 def _open(url: str, collection: str) -> tuple[Client, pystac.Collection]:
-    client = Client.open(url, stac_io=StacApiIO(max_retries=RETRY, timeout=TIMEOUT))
+    try:
+        client = Client.open(url, stac_io=StacApiIO(max_retries=RETRY, timeout=TIMEOUT))
+    except APIError:
+        raise
+    except Exception as error:  # pystac raises anything for JSON that is no catalog
+        raise PartialAnswer(f"its landing page is no STAC catalog, {type(error).__name__}") from None
     if not client.conforms_to("ITEM_SEARCH"):
         raise UserError(f"{url} cannot be searched: give a STAC API, a stac-geoparquet or an item-collection file")
     with suppress(pystac.STACError, KeyError):
@@ -169,13 +174,17 @@ def _may_mend(error: Exception) -> bool:
 
     What `RETRY` waits for has been tried again already.
     """
-    if isinstance(error, APIError):
-        return _status(error) in GATEWAY or isinstance(error.__context__, ChunkedEncodingError)
-    return not isinstance(error, OSError)
+    if isinstance(error, APIError) and _status(error):
+        return _status(error) in GATEWAY
+    return not isinstance(_cause(error), ConnectionError | Timeout | RetryError | InvalidURL | MissingSchema)
 
 
 def _status(error: Exception) -> int | None:
     return getattr(error, "status_code", None)
+
+
+def _cause(error: Exception) -> BaseException:
+    return error.__context__ or error if isinstance(error, APIError) else error
 
 
 def _reason(error: Exception) -> str:
@@ -183,34 +192,32 @@ def _reason(error: Exception) -> str:
     if isinstance(error, PartialAnswer):
         return str(error)
     status = _status(error)
-    return f"HTTP status {status}" if status else type(error.__context__ or error).__name__
+    return f"HTTP status {status}" if status else type(_cause(error)).__name__
 
 
 def _collect(query: ItemSearch) -> dict[str, Any]:
     """All features of a search by id, page after page.
 
-    An empty page is not the end while it names a next one, and a page that came before is no new one.
+    An empty page is asked for twice, and is not the end while it names a next one.
 
     Raises:
-        PartialAnswer: The pages lead nowhere, or fewer items came than the server counts.
+        PartialAnswer: A page came before, the pages do not end, or fewer items came than the server counts.
     """
     found: dict[str, Any] = {}
-    asked: list[Request] = []
     request: Request | None = Request(str(query.method), query.url, query.get_parameters())
-    matched = idle = 0
-    while request and request not in asked and idle < IDLE_PAGES:
-        page = _page(query, request, follows=bool(asked))
-        asked.append(request)
-        known = len(found)
-        for feature in page["features"]:
-            found.setdefault(_id(feature), feature)
-        idle = idle + 1 if len(found) == known else 0
+    matched = pages = empty = 0
+    while request and empty < EMPTY_PAGES:
+        page = _page(query, request, follows=pages > 0)
+        page = page if page["features"] else _page(query, request, follows=pages > 0)
+        new = {_id(feature): feature for feature in page["features"]}
+        if new and new.keys() <= found.keys():
+            break
+        found |= new
         matched = _count(page, "Matched") or matched
+        pages, empty = pages + 1, 0 if new else empty + 1
         request = _next(page, request)
-    if len(found) < matched:
-        raise PartialAnswer(f"{len(found)} of {matched} items came")
-    if request and not matched:
-        raise PartialAnswer("its pages lead in a circle")
+    if len(found) < matched or (request and not matched):
+        raise PartialAnswer(f"{len(found)} of {matched or 'more'} items came, then pages that came before or none")
     return found
 
 

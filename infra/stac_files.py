@@ -100,7 +100,7 @@ def _from_parquet(data: bytes) -> Items:
 def _from_json(data: bytes) -> Items:
     features = json.loads(data)["features"]
     shapes = [_shape(feature) for feature in features]
-    collections = [str(feature["collection"]) if "collection" in feature else "" for feature in features]
+    collections = [str(feature.get("collection")) if isinstance(feature, dict) else "" for feature in features]
     return Items(features, np.array(collections), shapely.bounds(np.array(shapes, object)).reshape(-1, 4))
 
 

@@ -30,10 +30,13 @@ def draw(count: int, params: SampleParams) -> NDArray[np.float64]:
 def _places(count: int, params: SampleParams) -> NDArray[np.float64]:
     if params.places == "list":
         return read_points(str(params.source))[:count]
-    if params.places == "class":
-        classes, bounds = read_classes(str(params.source))
-        return draw_classes(count, params.seed, classes, bounds)
-    return draw_land(count, params.seed, params.south, params.north)
+    try:
+        if params.places == "class":
+            classes, bounds = read_classes(str(params.source))
+            return draw_classes(count, params.seed, classes, bounds, params.south, params.north)
+        return draw_land(count, params.seed, params.south, params.north)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def source_digest(params: SampleParams) -> dict[str, str]:
@@ -65,7 +68,7 @@ def read_points(url: str) -> NDArray[np.float64]:
 
 
 def read_classes(url: str) -> tuple[NDArray[np.integer], tuple[float, float, float, float]]:
-    """A class raster, (lat, lon) north up, and its bounds in degrees.
+    """A class raster, (lat, lon) north up with 0 where it has no data, and its bounds in degrees.
 
     Raises:
         UserError: There is no such raster, or it is not in longitude and latitude.
@@ -73,7 +76,8 @@ def read_classes(url: str) -> tuple[NDArray[np.integer], tuple[float, float, flo
     try:
         data = storage.read(storage.as_url(url))
         with rasterio.MemoryFile(data) as file, file.open() as raster:
-            classes, bounds, crs = raster.read(1), raster.bounds, raster.crs
+            classes = raster.read(1, masked=True).filled(0)
+            bounds, crs = raster.bounds, raster.crs
     except (FileNotFoundError, rasterio.errors.RasterioError) as error:
         raise UserError(f"{url} is no class raster ({type(error).__name__}): give a GeoTIFF") from None
     if crs is None or not crs.is_geographic or classes.dtype.kind not in "iu":

@@ -4,7 +4,7 @@ import datetime
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pystac
@@ -40,46 +40,78 @@ def choose(
         params: How to choose.
     """
     corners = patch_corners(candidates[:, 1:3], params.patch_pixels * params.resolution_m)
-    trusted = [not decide(item.to_dict(transform_hrefs=False)).quarantined for item in items]
+    scenes = [describe(item) for item in items]
     holds = [_holds(item, corners) for item in items]
-    answers = []
-    for i, candidate in enumerate(candidates):
-        here = [(item, good) for item, held, good in zip(items, holds, trusted, strict=True) if held[i]]
-        scene, reason = _choose([item for item, good in here if good], candidate, params)
-        quarantined = reason == "no scene" and not all(good for _, good in here)
-        answers.append((scene, "radiometry quarantined" if quarantined else reason))
-    return answers
+    return [
+        _choose([scene for scene, held in zip(scenes, holds, strict=True) if held[i]], candidate, params)
+        for i, candidate in enumerate(candidates)
+    ]
+
+
+class Scene(NamedTuple):
+    """An item, and what decides whether it is chosen."""
+
+    item: pystac.Item
+    """The item."""
+    tile: str
+    """MGRS tile."""
+    overpass: str
+    """The acquisition: the same for every processing of it."""
+    version: tuple[int, int]
+    """Processing baseline, (0, 0) where nothing tells it."""
+    day: datetime.date
+    """When it was taken."""
+    cloud: float
+    """Cloud cover in percent, 100 where it is not told."""
+    quarantined: bool
+    """Whether nobody knows what its numbers mean."""
+
+
+def describe(item: pystac.Item) -> Scene:
+    """What decides whether an item is chosen."""
+    facts, told = _facts(item), item.properties.get("eo:cloud_cover")
+    return Scene(
+        item=item,
+        tile=tile(facts),
+        overpass=acquisition(facts),
+        version=baseline(facts) or (0, 0),
+        day=_day(item),
+        cloud=100.0 if told is None else float(told),
+        quarantined=decide(facts).quarantined,
+    )
 
 
 def _choose(
-    items: list[pystac.Item], candidate: NDArray[np.float64], params: SampleParams
+    scenes: list[Scene], candidate: NDArray[np.float64], params: SampleParams
 ) -> tuple[pystac.Item | None, str]:
-    tiles = {tile(_facts(item)) for item in items}
+    tiles = {scene.tile for scene in scenes}
     if params.places == "tile" and tiles and candidate[4] * TILES >= len(tiles):
         return None, "passed over for equal tiles"
-    found = newest(items)
     if params.scene == "seasons":
-        found = [item for item in found if SEASON[_day(item).month] == candidate[3]]
+        scenes = [scene for scene in scenes if SEASON[scene.day.month] == candidate[3]]
+    found = newest(scene for scene in scenes if not scene.quarantined)
     if not found:
-        return None, "no scene"
+        return None, "radiometry quarantined" if scenes else "no scene"
     if params.scene == "nearest":
         day = datetime.date.fromisoformat(str(params.date))
-        return min(found, key=lambda item: (abs((_day(item) - day).days), _cloud(item), item.id)), ""
-    return min(found, key=lambda item: (_cloud(item), item.id)), ""
+        return min(found, key=lambda scene: (abs((scene.day - day).days), scene.cloud, scene.item.id)).item, ""
+    return min(found, key=lambda scene: (scene.cloud, scene.item.id)).item, ""
 
 
-def newest(items: Iterable[pystac.Item]) -> list[pystac.Item]:
-    """Of items of one acquisition and tile only the newest processing baseline."""
-    found: dict[str, pystac.Item] = {}
-    for item in items:
-        overpass = acquisition(_facts(item))
-        found[overpass] = max(found.get(overpass, item), item, key=lambda i: (version(i), i.id))
+def newest(scenes: Iterable[Scene]) -> list[Scene]:
+    """Of scenes of one acquisition and tile only the newest processing baseline."""
+    found: dict[str, Scene] = {}
+    for scene in scenes:
+        rival = found.get(scene.overpass, scene)
+        found[scene.overpass] = max(rival, scene, key=lambda s: (s.version, s.item.id))
     return list(found.values())
 
 
 def _facts(item: pystac.Item) -> dict[str, Any]:
-    """What names the item, without copying all of it."""
-    return {"id": item.id, "properties": item.properties | {"datetime": item.properties.get("datetime") or _day(item)}}
+    """The item as a dictionary, without copying all of it."""
+    taken = {"datetime": item.properties.get("datetime") or _day(item)}
+    assets = {key: {"href": asset.href, **asset.extra_fields} for key, asset in item.assets.items()}
+    return {"id": item.id, "properties": item.properties | taken, "assets": assets}
 
 
 def explain(place: str) -> dict[str, Any]:
@@ -98,12 +130,6 @@ def explain(place: str) -> dict[str, Any]:
     if not isinstance(item, dict) or item.get("type") != "Feature" or not isinstance(item.get("assets"), dict):
         raise UserError(f"{place} is no STAC item: give a GeoJSON Feature with assets")
     return asdict(decide(item))
-
-
-def _cloud(item: pystac.Item) -> float:
-    """The cloud cover; the worst where it is not told."""
-    told = item.properties.get("eo:cloud_cover")
-    return 100.0 if told is None else float(told)
 
 
 def _day(item: pystac.Item) -> datetime.date:
@@ -135,4 +161,4 @@ def version(item: pystac.Item) -> tuple[int, int]:
 
 def asset_keys(item: pystac.Item) -> dict[str, str]:
     """Asset key by band name (`B04`) and `SCL`."""
-    return band_assets({"assets": {key: asset.to_dict() for key, asset in item.assets.items()}})
+    return band_assets(_facts(item))

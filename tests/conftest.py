@@ -1,5 +1,6 @@
 """Fixtures for all: the sandbox's real servers, the real data for checks, and a clean environment."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+import stac_geoparquet.arrow
 from hypothesis import settings
 from prefect.testing.utilities import prefect_test_harness
 
@@ -78,3 +81,30 @@ def fixtures_dir():
     if not found.is_dir():
         pytest.skip(f"no real data at {found}: set RANGEGRID_FIXTURES")
     return found
+
+
+PROVIDERS = {
+    "sentinel2l2a01.blob.core.windows.net": "Planetary Computer",
+    "e84-earth-search-sentinel-data": "Earth Search, Collection 1",
+    "sentinel-cogs": "Earth Search",
+}
+
+
+@pytest.fixture(scope="session")
+def real_items(fixtures_dir):
+    """Every real item of Sentinel-2 as a dictionary, by its provider; one item can be in several files."""
+    found = {name: [] for name in PROVIDERS.values()}
+    for path in sorted(fixtures_dir.rglob("*.json")):
+        content = json.loads(path.read_text())
+        for item in content.get("features", [content]):
+            if item["type"] == "Feature":
+                found[_provider(item)].append(item)
+    for path in sorted(fixtures_dir.rglob("*.parquet")):
+        for item in stac_geoparquet.arrow.stac_table_to_items(pyarrow.parquet.read_table(path)):
+            found[_provider(item)].append(item)
+    return found
+
+
+def _provider(item):
+    hrefs = " ".join(asset["href"] for asset in item["assets"].values())
+    return next(name for sign, name in PROVIDERS.items() if sign in hrefs)

@@ -4,6 +4,7 @@ Items are plain dictionaries here. Earth Search names bands by colour (`red`), P
 Copernicus by number and pixel size (`B04_10m`); baseline, tile and acquisition stand in properties or only in a name.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,10 +24,12 @@ NAMES = {
     "B12": "swir22",
     "SCL": "scl",
 }
+COMMON = {common: band for band, common in NAMES.items()}
 BASELINE_KEYS = ("s2:processing_baseline", "processing:version", "sentinel:processing_baseline")
 PRODUCT_KEYS = ("s2:product_uri", "s2:datatake_id", "sentinel:product_id", "s2:product_id")
 TILE = re.compile(r"(?<![0-9A-Z])T?(\d{1,2})([C-HJ-NP-X][A-HJ-NP-Z]{2})(?![0-9A-Z])")
 SENSED = re.compile(r"(S2[A-Z])_(?:MSIL2A_)?(\d{8}T\d{6})")
+SIZED = re.compile(r"(\w+)_(\d+)m")
 TEST_BASELINE = (99, 99)  # what Sen2Cor writes at a user's own run: it tells nothing of the format
 
 
@@ -79,26 +82,39 @@ def acquisition(item: Mapping[str, Any]) -> str:
 def band_assets(item: Mapping[str, Any]) -> dict[str, str]:
     """Asset key by band name (`B04`) and `SCL`: by key, by common name, or by what the asset says of its band."""
     listed = item.get("assets")
-    assets = listed if isinstance(listed, Mapping) else {}
-    known = [(key, asset) for key, asset in assets.items() if isinstance(asset, Mapping)]
-    ranked = {band: sorted(rank for rank in (_rank(band, *pair) for pair in known) if rank) for band in NAMES}
-    return {band: found[0][-1] for band, found in ranked.items() if found}
+    best: dict[str, tuple[int, str]] = {}
+    for key, asset in (listed if isinstance(listed, Mapping) else {}).items():
+        if isinstance(asset, Mapping) and (fit := _fit(key, asset)):
+            band, rank = fit
+            best[band] = min(best.get(band, (rank, key)), (rank, key))
+    return {band: best[band][1] for band in NAMES if band in best}
 
 
-def _rank(band: str, key: str, asset: Mapping[str, Any]) -> tuple[int, int, str] | None:
-    """How well an asset fits a band, the best first: the exact key, the common name, then the finest of its pixels."""
-    if key in (band, NAMES[band]):
-        return int(key != band), 0, key
-    sized = re.fullmatch(rf"{band}_(\d+)m", key)
-    bands = [entry for entry in entries(asset) if entry.get("name")]
-    named = len(bands) == 1 and bands[0]["name"] == band and "visual" not in key
-    if not (sized or named):
-        return None
-    return 2, int(sized[1]) if sized else _pixel(asset), key
+def _fit(key: str, asset: Mapping[str, Any]) -> tuple[str, int] | None:
+    """The band of an asset, and how sure that is: the exact key, the common name, then the finest pixels first."""
+    if key in NAMES:
+        return key, 0
+    if key in COMMON:
+        return COMMON[key], 1
+    if (match := SIZED.fullmatch(key)) and match[1] in NAMES:
+        return match[1], 1 + int(match[2])
+    named = [str(entry["name"]) for entry in entries(asset) if entry.get("name")]
+    if len(named) == 1 and named[0] in NAMES and "visual" not in key:
+        return named[0], 2 + _pixel(asset)
+    return None
 
 
 def _pixel(asset: Mapping[str, Any]) -> int:
-    return round(asset["gsd"]) if isinstance(asset.get("gsd"), int | float) else 0
+    return round(number(asset.get("gsd")) or 0)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or nothing: JSON can hold true, NaN and integers beyond any float."""
+    try:
+        found = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def entries(asset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

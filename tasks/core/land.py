@@ -33,6 +33,12 @@ def is_land(lonlat: NDArray[np.float64]) -> NDArray[np.bool_]:
     return mask()[row, column]
 
 
+def has_land(south: float, north: float) -> bool:
+    """Whether there is land between two latitudes in degrees."""
+    first, last = ((limit + 90) * CELLS_PER_DEGREE for limit in (south, north))
+    return bool(mask()[int(first) : int(np.ceil(last))].any())
+
+
 def land_mask(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> NDArray[np.bool_]:
     """(lat, lon): whether the centre of each grid cell lies on land."""
     points = np.stack(np.meshgrid(lon, lat), axis=-1).reshape(-1, 2)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.core.items import band_assets, baselines, entries, properties
+from tasks.core.items import band_assets, baselines, entries, number, properties
 
 NODATA = 0  # before and after the shift: mask first, then shift
 OFFSET = -1000
@@ -23,13 +23,10 @@ APPLIED_KEYS = ("earthsearch:boa_offset_applied", "sentinel:boa_offset_applied")
 PROVIDERS = {
     "sentinel2l2a01.blob.core.windows.net": "Planetary Computer never takes the offset off",
     "e84-earth-search-sentinel-data": "Earth Search's Collection 1 leaves the offset in and declares it",
-    "sentinel-cogs": "Earth Search takes the offset off these files where boa_offset_applied says so",
+    "sentinel-cogs": "Earth Search takes the offset off these files where boa_offset_applied says so; "
+    "some say false and are without it, which only the pixels tell",  # its issues 66 and 71
 }
 NEVER_APPLIES = "sentinel2l2a01.blob.core.windows.net"
-
-
-class Contradiction(ValueError):
-    """Signals that no documented rule reconciles."""
 
 
 @dataclass(frozen=True)
@@ -59,97 +56,96 @@ def decide(item: Mapping[str, Any]) -> Radiometry:
     Returns:
         The decision with its reasons; `quarantined` where the signals cannot be reconciled.
     """
-    reasons: list[str] = []
-    try:
-        shifted = _by_baseline(item, reasons)
-        declared = _by_bands(item, reasons)
-        applied = _by_flag(item, reasons)
-        return _resolve(shifted, declared, applied, _provider(item, reasons), reasons)
-    except Contradiction as why:
-        return Radiometry(0, False, (*reasons, str(why)), quarantined=True)
+    assets = [item["assets"][key] for band, key in band_assets(item).items() if band != "SCL"]
+    said: list[str] = []
+    against: list[str] = []
+    shifted = _by_baseline(item, said, against)
+    declared = _by_bands(item, assets, said, against)
+    applied = _by_flag(item, said, against)
+    provider = _provider(assets, said, against)
+    _compare(shifted, declared, applied, provider, against)
+    if against:
+        return Radiometry(0, False, (*said, *against), quarantined=True)
+    if applied:
+        return Radiometry(0, True, (*said, "taken off already: a declared offset would be taken off twice"))
+    if shifted or declared:
+        return Radiometry(OFFSET, False, (*said, "the offset is still in the numbers"))
+    return Radiometry(0, False, (*said, "no offset in the numbers"))
 
 
-def _by_baseline(item: Mapping[str, Any], reasons: list[str]) -> bool | None:
+def _by_baseline(item: Mapping[str, Any], said: list[str], against: list[str]) -> bool | None:
     """Whether ESA's processing added the offset."""
     versions = baselines(item)
     told = ", ".join(dict.fromkeys(f"{major:02d}.{minor:02d}" for major, minor in versions))
-    reasons += [f"processing baseline {told}"] * bool(told)
+    said += [f"processing baseline {told}"] * bool(told)
     shifted = {version >= BASELINE_WITH_OFFSET for version in versions}
-    if len(shifted) > 1:
-        raise Contradiction("the baselines are from before and after the offset")
-    return next(iter(shifted), None)
+    against += ["the baselines are from before and after the offset"] * (len(shifted) > 1)
+    return shifted.pop() if len(shifted) == 1 else None
 
 
-def _by_bands(item: Mapping[str, Any], reasons: list[str]) -> bool | None:
-    """Whether the bands declare that the offset is to be added."""
-    declared = {_dn(*pair) for pair in declarations(item) if pair[1] is not None}
-    told = ", ".join(sorted("no number" if offset is None else str(offset) for offset in declared))
-    reasons += [f"the bands declare an offset of {told}"] * bool(told)
-    if declared - {0, OFFSET} or len(declared) > 1:
-        raise Contradiction("the bands contradict each other or the format")
-    return OFFSET in declared if declared else None
-
-
-def declarations(item: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """Scale and offset that each asset of a reflectance band declares, per band, for the asset or for the item.
+def _by_bands(
+    item: Mapping[str, Any], assets: list[Mapping[str, Any]], said: list[str], against: list[str]
+) -> bool | None:
+    """Whether the bands declare that the offset is to be added.
 
     Only the assets that are read count: Earth Search's original JPEG 2000 files beside them are not shifted.
     """
-    found = []
-    for band, key in band_assets(item).items():
-        asset = item["assets"][key]
-        listed = [entry for entry in entries(asset) if {"offset", "raster:offset"} & set(entry)]
-        for entry in listed or [{}]:
-            places = (entry, asset, properties(item))
-            found += [] if band == "SCL" else [tuple(_first(name, places) for name in ("scale", "offset"))]
-    return found
+    pairs = [pair for asset in assets for pair in _declarations(asset, properties(item))]
+    declared = {_dn(scale, offset) for scale, offset in pairs if offset is not None}
+    told = ", ".join(sorted("no number" if offset is None else str(offset) for offset in declared))
+    said += [f"the bands declare an offset of {told}"] * bool(told)
+    odd = bool(declared - {0, OFFSET}) or len(declared) > 1
+    against += ["the bands contradict each other or the format"] * odd
+    return OFFSET in declared if declared and not odd else None
 
 
-def _first(name: str, places: tuple[Mapping[str, Any], ...]) -> Any:
-    own = places[0].get(name)
-    return own if own is not None else next((p[f"raster:{name}"] for p in places if f"raster:{name}" in p), None)
+def _declarations(asset: Mapping[str, Any], item: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Scale and offset as declared for each band of an asset, else for the asset, else for the whole item."""
+    listed = [entry for entry in entries(asset) if {"offset", "raster:offset"} & set(entry)]
+    return [(_told("scale", e, asset, item), _told("offset", e, asset, item)) for e in listed or [{}]]
+
+
+def _told(name: str, band: Mapping[str, Any], *wider: Mapping[str, Any]) -> Any:
+    """A value of the raster extension: `offset` in STAC 1.0's bands, `raster:offset` everywhere in STAC 1.1."""
+    values = (band.get(name), *(place.get(f"raster:{name}") for place in (band, *wider)))
+    return next((value for value in values if value is not None), None)
 
 
 def _dn(scale: Any, offset: Any) -> int | None:
     """An offset of reflectance in DN; nothing where scale or offset is not the format's."""
-    if isinstance(offset, int | float) and isinstance(scale, int | float) and math.isclose(scale, SCALE):
-        return round(offset / SCALE) if math.isfinite(offset) else None
-    return None
+    per_dn, told = number(scale), number(offset)
+    return round(told / SCALE) if per_dn and told is not None and math.isclose(per_dn, SCALE) else None
 
 
-def _by_flag(item: Mapping[str, Any], reasons: list[str]) -> bool | None:
+def _by_flag(item: Mapping[str, Any], said: list[str], against: list[str]) -> bool | None:
     """Whether the provider says that the offset is taken off."""
     told = {key: properties(item)[key] for key in APPLIED_KEYS if properties(item).get(key) is not None}
-    reasons += [f"{key} is {str(value).lower()}" for key, value in told.items()]
-    if any(not isinstance(value, bool) for value in told.values()) or len(set(told.values())) > 1:
-        raise Contradiction("boa_offset_applied is neither true nor false")
-    return next(iter(told.values()), None)
+    said += [f"{key} is {str(value).lower()}" for key, value in told.items()]
+    odd = any(not isinstance(value, bool) for value in told.values()) or len(set(map(str, told.values()))) > 1
+    against += ["boa_offset_applied is neither true nor false"] * odd
+    return next(iter(told.values()), None) if not odd else None
 
 
-def _provider(item: Mapping[str, Any], reasons: list[str]) -> str:
+def _provider(assets: list[Mapping[str, Any]], said: list[str], against: list[str]) -> str:
     """The provider whose files the bands are, known by their address."""
-    hrefs = [str(item["assets"][key].get("href", "")) for key in band_assets(item).values()]
+    hrefs = [str(asset.get("href", "")) for asset in assets]
     found = [name for name in PROVIDERS if any(name in href for href in hrefs)]
-    reasons += [PROVIDERS[name] for name in found]
-    if len(found) > 1:
-        raise Contradiction("the bands are files of several providers")
-    return found[0] if found else ""
+    said += [PROVIDERS[name] for name in found]
+    against += ["the bands are files of several providers"] * (len(found) > 1)
+    return found[0] if len(found) == 1 else ""
 
 
-def _resolve(
-    shifted: bool | None, declared: bool | None, applied: bool | None, provider: str, reasons: list[str]
-) -> Radiometry:
+def _compare(
+    shifted: bool | None, declared: bool | None, applied: bool | None, provider: str, against: list[str]
+) -> None:
+    """Adds what no documented rule reconciles."""
     if applied:
-        if provider == NEVER_APPLIES or shifted is False:
-            raise Contradiction("taken off, it is said, where there is nothing to take off or nobody who would")
-        return Radiometry(0, True, (*reasons, "applied by the provider: a declared offset would be taken off twice"))
-    if shifted is None and declared is None:
-        raise Contradiction("neither baseline nor bands tell the offset")
-    if declared is not None and shifted not in (None, declared):
-        raise Contradiction("baseline and bands contradict each other")
-    if shifted or declared:
-        return Radiometry(OFFSET, False, (*reasons, "offset still in the numbers"))
-    return Radiometry(0, False, (*reasons, "no offset in the numbers"))
+        against += ["it was never in the numbers, and cannot have been taken off"] * (shifted is False)
+        against += ["the provider never takes it off"] * (provider == NEVER_APPLIES)
+    elif shifted is None and declared is None and not against:
+        against.append("neither baseline nor bands tell the offset")
+    elif None not in (shifted, declared) and shifted != declared:
+        against.append("baseline and bands contradict each other")
 
 
 def to_reflectance(dn: NDArray[np.uint16], offset: NDArray[np.int64] | int) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ Every stream is one of candidates, in an order that the seed alone decides: to a
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.core.land import is_land
+from tasks.core.land import has_land, is_land
 
 BLOCK = 4096  # draws at a time; the stream must not depend on how many places are asked for
 ZONE_DEGREES, BAND_DEGREES = 6.0, 8.0
@@ -28,7 +28,12 @@ def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> N
 
     Returns:
         (n, 2) in degrees (lon, lat).
+
+    Raises:
+        ValueError: There is no land between the limits.
     """
+    if not has_land(south, north):
+        raise ValueError(f"there is no land between {south} and {north} degrees: widen --south and --north")
     rng = np.random.default_rng(seed)
     found: list[NDArray[np.float64]] = []
     low, high = np.sin(np.radians([south, north]))
@@ -47,29 +52,41 @@ def grid_zone(lonlat: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def draw_classes(
-    n: int, seed: int, classes: NDArray[np.integer], bounds: tuple[float, float, float, float]
+    n: int,
+    seed: int,
+    classes: NDArray[np.integer],
+    bounds: tuple[float, float, float, float],
+    south: float = -80.0,
+    north: float = 84.0,
 ) -> NDArray[np.float64]:
     """The first `n` places of a stream that visits the classes of a raster in turn, each uniformly by its area.
 
     Args:
         n: Number of places.
         seed: Seed of the stream.
-        classes: (lat, lon), north up; 0 is no class.
+        classes: (lat, lon), north up; 0 and less is no class.
         bounds: West, south, east, north of the raster in degrees.
+        south: Southern limit in degrees: pixels whose centre is beyond it belong to no class.
+        north: Northern limit in degrees.
 
     Returns:
         (n, 2) in degrees (lon, lat).
 
     Raises:
-        ValueError: The raster has no class.
+        ValueError: The raster has no class between the limits.
     """
-    names = np.unique(classes[classes != 0])
-    if not len(names):
-        raise ValueError("the class raster is 0 everywhere, which is no class: give one with classes above 0")
-    west, south, east, north = bounds
+    west, bottom, east, top = bounds
     height, width = classes.shape
-    size = np.array([(east - west) / width, (north - south) / height])
-    weights = np.cos(np.radians(north - (np.arange(height) + 0.5) * size[1]))
+    size = np.array([(east - west) / width, (top - bottom) / height])
+    centres = top - (np.arange(height) + 0.5) * size[1]
+    classes = np.where(((south <= centres) & (centres <= north))[:, None], classes, 0)
+    names = np.unique(classes[classes > 0])
+    if not len(names):
+        raise ValueError(
+            f"the class raster is 0 everywhere between {south} and {north} degrees, which is no class: "
+            "give one with classes above 0"
+        )
+    weights = np.cos(np.radians(centres))
     turns = -(-n // len(names))
     streams = []
     for name in names:
@@ -79,8 +96,9 @@ def draw_classes(
         u = rng.random((turns, 3))  # row by row: a longer stream begins with the shorter one
         pixel = np.searchsorted(cumulative, u[:, 0] * cumulative[-1])
         lon = west + (columns[pixel] + u[:, 1]) * size[0]
-        lat = north - (rows[pixel] + u[:, 2]) * size[1]
-        streams.append(np.column_stack([lon, lat]))
+        low, high = (np.clip(top - (rows[pixel] + edge) * size[1], south, north) for edge in (1, 0))
+        lat = high - u[:, 2] * (high - low)
+        streams.append(np.column_stack([(lon + 180) % 360 - 180, lat]))
     return np.stack(streams, axis=1).reshape(-1, 2)[:n]
 
 

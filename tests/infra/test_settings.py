@@ -3,6 +3,7 @@
 import pytest
 
 from infra import clusters
+from infra.catalogs import Catalog, catalogs
 from infra.errors import UserError
 from infra.settings import settings
 
@@ -27,6 +28,16 @@ def test_a_bad_value_names_the_variable(monkeypatch):
     monkeypatch.setenv("RANGEGRID_WORKERS", "many")
     with pytest.raises(UserError, match="RANGEGRID_WORKERS is 'many'"):
         settings()
+
+
+def test_the_second_catalog_is_there_only_where_it_is_set(monkeypatch):
+    monkeypatch.setenv("RANGEGRID_STAC_URL", "https://first.example")
+    monkeypatch.setenv("RANGEGRID_COLLECTION", "a")
+    assert catalogs() == [Catalog("https://first.example", "a")]
+    monkeypatch.setenv("RANGEGRID_FALLBACK_STAC_URL", "s3://bucket/items.parquet")
+    assert catalogs()[1] == Catalog("s3://bucket/items.parquet", "a")
+    monkeypatch.setenv("RANGEGRID_FALLBACK_COLLECTION", "b")
+    assert catalogs()[1] == Catalog("s3://bucket/items.parquet", "b")
 
 
 def test_secrets_do_not_show(monkeypatch):

@@ -102,7 +102,6 @@ def check(client: Client, params: SampleParams, planned: Cost) -> None:
     Raises:
         UserError: Too few places, too little memory, or storage or catalog that lack what is asked.
     """
-    storage.check_writable(settings().storage_url, planned.bytes_stored)
     available = len(draw(params.patches, params))
     if available < params.patches:
         raise UserError(
@@ -116,6 +115,7 @@ def check(client: Client, params: SampleParams, planned: Cost) -> None:
             f"a shard of {params.shard_patches} patches needs {planned.worker_bytes / 1e9:.1f} GB on a worker that has "
             f"{room / 1e9:.1f} GB for each of its threads: lower --shard-patches, or give the workers more"
         )
+    storage.check_writable(settings().storage_url, planned.bytes_stored)
     check_bands(params)
 
 

@@ -121,6 +121,11 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     assert "no space is left at" in ran.stdout, ran.stderr
 
 
+def test_too_small_a_disk_is_refused_before_it_is_full(tmp_path):
+    with pytest.raises(UserError, match=r"GB free and the run stores 1,000,000,000.0 GB: free some, or set RANGEGRID_"):
+        storage.check_writable(tmp_path.as_uri(), 10**18)
+
+
 def test_an_unknown_scheme_is_refused():
     with pytest.raises(UserError, match="use file:///directory or s3://bucket/prefix"):
         storage.write("gs://bucket/x", b"")

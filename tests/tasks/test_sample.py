@@ -1,18 +1,27 @@
 """Sampling from the sandbox's real STAC and S3 servers, in every way."""
 
+import hashlib
+import json
+import os
+
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import zarr
+from pydantic import ValidationError
 from pyproj import Transformer
 from rasterio.session import DummySession
 from rasterio.windows import Window
 
 from infra import clusters, storage
 from infra.errors import UserError
-from tasks.estimate import estimate
-from tasks.params import SampleParams
-from tasks.patches import open_patches
+from tasks.core.items import NAMES
+from tasks.core.sampling import grid_zone
+from tasks.estimate import Archive, estimate
+from tasks.params import BANDS, SampleParams
+from tasks.patches import open_patches, read_parts
 from tasks.sample import sample_patches
 
 COMMON = {
@@ -70,6 +79,32 @@ def test_values_are_what_rasterio_reads(run, sandbox):
     assert "| requests |" in storage.read(storage.join(patches.url, "run.md")).decode()
 
 
+def test_the_store_is_what_it_says_to_plain_readers(run, sandbox):
+    """Zarr, GeoPandas and hashlib alone, on S3."""
+    url = f"{sandbox.environment()['RANGEGRID_STORAGE_URL']}/plain"
+    os.environ["RANGEGRID_STORAGE_URL"] = url  # the fixture's patch takes it back
+    patches = run(patches=25)
+    options = {"endpoint_url": sandbox.endpoint, "key": sandbox.keys[0], "secret": sandbox.keys[1]}
+    group = zarr.open_group(f"{patches.url}/patches.zarr", mode="r", storage_options=options)
+    pixels, manifest = group["pixels"], gpd.read_parquet(f"{patches.url}/manifest.parquet", storage_options=options)
+    assert (pixels.shape, pixels.dtype, pixels.chunks) == ((25, 3, 16, 16), np.uint16, (1, 3, 16, 16))
+    assert pixels.metadata.dimension_names == ("patch", "band", "y", "x")
+    assert pixels.attrs.asdict() == {"bands": ["B02", "B04", "B08"], "resolution_m": 5000.0}
+    assert manifest.crs.to_epsg() == 4326
+    assert manifest.row_id.is_unique
+    for patch, row in zip(pixels[:], manifest.itertuples(), strict=True):
+        assert row.sha256 == hashlib.sha256(patch.astype("<u2").tobytes()).hexdigest()
+        assert row.nodata_fraction == (patch == 0).any(0).mean()
+        assert row.item_id in row.href
+        assert "?" not in row.href
+        assert (row.geometry.x, row.geometry.y) == (row.lon, row.lat)
+    assert manifest.clear_fraction.between(0.5, 1).all()
+    assert manifest.saturated_fraction.between(0, 0.01).all()
+    filled = manifest[["datetime", "platform", "baseline", "offset_reason", "catalog", "collection"]]
+    assert (filled != "").all().all()
+    assert set(manifest.offset[manifest.baseline >= "04.00"]) <= {-1000}
+
+
 def test_a_larger_sample_holds_the_smaller(run):
     small, large = run(patches=12).manifest, run(patches=30).manifest
     both = large.merge(small, on="row_id")
@@ -121,8 +156,62 @@ def test_a_wrong_list_is_refused_before_work(run, tmp_path, text, message):
         run(places="list", source=str(tmp_path / "wrong.csv"))
 
 
+def test_bands_are_known_before_work(run):
+    with pytest.raises(
+        UserError, match=r"items have no B05: give --bands of B02, B03, B04, B08, or set RANGEGRID_COLL"
+    ):
+        run(bands=("B02", "B05"))
+    with pytest.raises(ValidationError, match="give bands of Sentinel-2 L2A, each once: B01, B02"):
+        run(bands=("B02", "B10"))
+
+
+def test_a_list_too_short_is_refused_before_work(run, points):
+    with pytest.raises(
+        UserError, match=r"points.csv offers 40 places for 41 patches: ask for fewer patches, or give a"
+    ):
+        run(places="list", source=str(points), patches=41)
+
+
+def test_a_shard_too_large_for_a_worker_is_refused_before_work(run):
+    with pytest.raises(UserError, match=r"a shard of 100000 patches needs \d+\.\d GB .* lower --shard-patches"):
+        run(patches=10_000, patch_pixels=2048, shard_patches=100_000)
+
+
+def test_a_resolution_that_does_not_fit_is_told(run):
+    with pytest.raises(UserError, match=r"5000 m pixels does not fit windows of 3000 m pixels"):
+        run(resolution_m=3_000)
+
+
 def test_the_estimate_counts_real_places():
     small, large = (estimate(SampleParams(**COMMON | {"patches": n}), 2) for n in (100, 1000))
     assert small.places == pytest.approx(100 / 0.55, abs=1)
     assert small.requests < large.requests
     assert large.bytes_stored == pytest.approx(1000 * 3 * 16 * 16 * 1.4, rel=0.01)
+
+
+def test_the_estimate_is_what_a_run_takes(run, fixtures_dir, tmp_path, monkeypatch):
+    """All bands of the real scene, whose pixels are ten times as large: within a factor of 1.5, by its own counts."""
+    folder, rng = fixtures_dir / "s2_scene_29RKH", np.random.default_rng(1)
+    item = json.loads((folder / "S2A_29RKH_20200219_0_L2A.json").read_text())
+    common = {common: band for band, common in NAMES.items()}
+    item["assets"] = {name: {"href": str(folder / f"{band}.tif")} for name, band in common.items()}
+    (tmp_path / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": [item]}))
+    monkeypatch.setenv("RANGEGRID_STAC_URL", str(tmp_path / "items.json"))
+    monkeypatch.setenv("RANGEGRID_COLLECTION", item["collection"])
+    x, y = rng.uniform(210_000, 300_000, 60), rng.uniform(2_700_000, 2_790_000, 60)
+    lon, lat = Transformer.from_crs(32629, 4326, always_xy=True).transform(x, y)
+    pd.DataFrame({"lon": lon, "lat": lat}).to_csv(tmp_path / "points.csv", index=False)
+    asked = {"patches": 40, "places": "list", "source": str(tmp_path / "points.csv"), "datetime": "2020-02-19"}
+    asked |= {"bands": BANDS, "patch_pixels": 64, "resolution_m": 100.0, "shard_patches": 40, "south": -80, "north": 84}
+    patches = run(**asked)
+    archive = Archive(scene=lambda places: np.zeros(len(places)), accepted=1.0, finest_m=100.0)
+    planned = estimate(SampleParams(**COMMON | asked), 2, archive)
+    (part,) = read_parts(patches.url, "parts", 0, [0], ["row_id"])
+    (screened,) = read_parts(patches.url, "screen", 0, [int(grid_zone(np.array([[lon[0], lat[0]]]))[0])], ["row_id"])
+    requests = part.attrs["requests"] + screened.attrs["requests"]
+    read = part.attrs["bytes_read"] + screened.attrs["bytes_read"]
+    stored = storage.size(storage.join(patches.url, "patches.zarr"))
+    print(planned, requests, read, stored)
+    assert planned.requests / 1.5 < requests < planned.requests * 1.5
+    assert planned.bytes_read / 1.5 < read < planned.bytes_read * 1.5
+    assert planned.bytes_stored / 1.5 < stored < planned.bytes_stored * 1.5

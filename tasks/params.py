@@ -149,6 +149,18 @@ class PublishParams(Params):
     """Cells along one side of a tile, which is one shard and one unit of work; a multiple of 20."""
     tolerance: float = Field(0.0, ge=0, le=0.1)
     """Relative error of the visual part that interpolation may leave, 99th percentile of a tile; 0: all exact."""
+    compact_dims: int | None = Field(None, ge=1)
+    """Principal components to keep of the visual part, for example 64; unset, all of it."""
+    keep_sums: bool = False
+    """Keeps the sums behind the grid beside it, twice its size, so that a later grid can have it as parent."""
+    parent: str | None = None
+    """URL of a grid with kept sums, of a former database: only the images that came and went are computed."""
+
+    @model_validator(mode="after")
+    def _exact(self) -> Self:
+        if self.tolerance and (self.keep_sums or self.parent):
+            raise ValueError("sums are those of exact cells: give keep_sums and parent without a tolerance")
+        return self
 
 
 class EmbedParams(Params):

@@ -28,6 +28,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from tasks.core.geodesic import Spectrum, degree_of
+from tasks.core.sums import Halves, Sums
 
 Name = Literal["range+", "range", "top1", "topk", "none"]
 Precision = Literal["float32", "float64", "tf32", "bf16"]
@@ -36,7 +37,6 @@ NAMES: tuple[Name, ...] = ("range+", "range", "top1", "topk", "none")
 TEMPERATURES = {"range": 15.0, "range+": 12.0}
 SAFE_TEMPERATURE = 60.0  # exp(60) times 1e7 images stays below float32's largest, exp(-60) above its smallest
 QUERY_TILE, KEY_TILE = 1000, 2048  # a tile of weights (8 MB) stays in the cache between the two products
-KEPT = 0.05  # share of a place's weight that must stay for its sums to be updated: 1e-7 / 0.05 of error
 BATCH = 4000  # places of one batch of a stream: 20 MB of embeddings
 
 
@@ -82,64 +82,6 @@ class Encodes(Protocol):
 
     def embed(self, lonlat: NDArray[np.float64]) -> NDArray[np.float32]:
         """Unit location embeddings."""
-
-
-@dataclass(frozen=True)
-class Sums:
-    """A soft selection before its division: the sums of disjoint parts of a database add."""
-
-    numerator: Tensor
-    """(m, v) sum of weight times value."""
-    denominator: Tensor
-    """(m,) sum of weights."""
-    shift: Tensor
-    """(m,) weights are exp(logit - shift)."""
-
-    def __add__(self, other: "Sums") -> "Sums":
-        return self._with(other, 1)
-
-    def __sub__(self, other: "Sums") -> "Sums":
-        return self._with(other, -1)
-
-    def _with(self, other: "Sums", sign: int) -> "Sums":
-        shift = torch.maximum(self.shift, other.shift)
-        ours, theirs = torch.exp(self.shift - shift), sign * torch.exp(other.shift - shift)
-        numerator = ours[:, None] * self.numerator + theirs[:, None] * other.numerator
-        return Sums(numerator, ours * self.denominator + theirs * other.denominator, shift)
-
-    @property
-    def mean(self) -> Tensor:
-        """The selection, (m, v)."""
-        return self.numerator / self.denominator[:, None]
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Both halves of a soft method, unmixed."""
-
-    semantic: Sums
-    """By likeness to the image."""
-    geodesic: Sums | None
-    """By nearness on the sphere; none where the method has no such half."""
-
-    def __add__(self, other: "Halves") -> "Halves":
-        return Halves(self.semantic + other.semantic, _both(self.geodesic, other.geodesic, 1))
-
-    def __sub__(self, other: "Halves") -> "Halves":
-        return Halves(self.semantic - other.semantic, _both(self.geodesic, other.geodesic, -1))
-
-    def mix(self, beta: float) -> NDArray[np.float32]:
-        """The visual part for one beta, (m, v)."""
-        if self.geodesic is None:
-            return self.semantic.mean.float().cpu().numpy()
-        semantic, geodesic = self.semantic.mean, self.geodesic.mean
-        return torch.lerp(geodesic, semantic.to(geodesic), beta).float().cpu().numpy()
-
-
-def _both(one: Sums | None, other: Sums | None, sign: int) -> Sums | None:
-    if one is None or other is None:
-        return None
-    return one + other if sign > 0 else one - other
 
 
 class RetrievalIndex:
@@ -335,27 +277,6 @@ def retrieve_sharded(
 ) -> Halves:
     """Both halves over a database in parts: what `RetrievalIndex.halves` gives of the whole."""
     return reduce(add, (shard.halves(queries, lonlat, method) for shard in shards))
-
-
-def updated(before: Halves, added: Halves | None, removed: Halves | None) -> tuple[Halves, NDArray[np.bool_]]:
-    """What the sums of some places become when images come and go: work in proportion to the change.
-
-    Args:
-        before: Sums over the former database.
-        added: Sums over the images that come.
-        removed: Sums over the images that go.
-
-    Returns:
-        The sums over the new database, and which places to retrieve anew (m,): those that lost nearly all
-        their weight, where a difference of large sums is left with few digits.
-    """
-    after = before if added is None else before + added
-    after = after if removed is None else after - removed
-    pairs = [(before.semantic, after.semantic)]
-    if before.geodesic is not None and after.geodesic is not None:
-        pairs.append((before.geodesic, after.geodesic))
-    lost = [new.denominator * torch.exp(new.shift - old.shift) < KEPT * old.denominator for old, new in pairs]
-    return after, reduce(torch.logical_or, lost).cpu().numpy()
 
 
 def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], method: Method) -> NDArray[np.float32]:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream, retrieve_sharded, unit_vectors, updated
+from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream, retrieve_sharded, unit_vectors
+from tasks.core.sums import Halves, updated
 
 RNG = np.random.default_rng(0)
 
@@ -158,10 +159,21 @@ def test_an_updated_database_is_a_rebuilt_one(rows):
             name: RetrievalIndex(*(a[chosen] for a in index)).halves(queries, lonlat, Method())
             for name, chosen in {"old": old, "come": come, "gone": gone, "all": (old | come) & ~gone}.items()
         }
-        after, anew = updated(sums["old"], sums["come"], sums["gone"])
+        after, anew = updated(sums["old"].scaled(), sums["come"], sums["gone"])
         close(after.mix(0.5)[~anew], sums["all"].mix(0.5)[~anew], 1e-5)
         assert anew[0] == gone[rows - 1]
         assert anew.mean() < 0.2
+
+
+@pytest.mark.parametrize("method", [Method(), Method("range"), Method(temperature=300.0)])
+def test_kept_sums_are_the_sums(method):
+    index, queries, lonlat = RetrievalIndex(*database(60)), unit(RNG.normal(size=(9, 16))), places(9)
+    halves = index.halves(queries, lonlat, method).scaled()
+    kept = Halves.unpack(halves.pack(), 1 + method.has_geodesic)
+    close(kept.mix(0.3), halves.mix(0.3))
+    for sums, exact in zip(kept.sums, halves.sums, strict=True):
+        torch.testing.assert_close(sums.denominator, torch.ones(9, dtype=torch.float64), atol=1e-5, rtol=0)
+        torch.testing.assert_close(sums.shift, exact.shift, atol=0, rtol=0)
 
 
 def test_spectra_of_shards_add():

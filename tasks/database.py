@@ -31,7 +31,7 @@ from tasks.cards import read_card, write_card
 NAMES = ("keys", "values", "locations", "row_ids")
 FOREIGN = ("locs", "satclip_embeddings", "image_embeddings")
 UNIT_TOLERANCE = 1e-4
-IMPORTED_ROWS = 4096  # per shard of an imported database, so that parts of it can be read
+IMPORTED_ROWS = 1024  # per shard of an imported database, so that parts of it can be read
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,16 @@ class EmbedParams(Params):
     """Adds columns: effective_images, largest_weight, distance_km to the nearest image."""
     top_images: int = Field(0, ge=0, le=100)
     """Adds a column image_ids: row ids of that many images with the largest weights."""
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    """Where the database lives and the products run: cpu, cuda, cuda:1."""
+    precision: Literal["float32", "float64", "tf32", "bf16"] = "float32"
+    """Of the products; float64 takes three times as long, tf32 is for cuda, bf16 rounds weights and values."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.precision == "tf32" and self.device == "cpu":
+            raise ValueError("precision tf32 is a mode of cuda: give device cuda, or precision float32")
+        return self
 
 
 class EvaluateParams(Params):

@@ -37,6 +37,7 @@ NAMES: tuple[Name, ...] = ("range+", "range", "top1", "topk", "none")
 TEMPERATURES = {"range": 15.0, "range+": 12.0}
 SAFE_TEMPERATURE = 60.0  # exp(60) times 1e7 images stays below float32's largest, exp(-60) above its smallest
 QUERY_TILE, KEY_TILE = 1000, 2048  # a tile of weights (8 MB) stays in the cache between the two products
+GPU_QUERIES, GPU_SHARE = 4096, 0.125  # of a tile on a GPU: queries, and what its weights take of the free memory
 BATCH = 1000  # places of one batch of a stream: its sums and harmonics, in float64, take 100 MB
 
 
@@ -128,6 +129,7 @@ class RetrievalIndex:
         self.values = torch.as_tensor(np.ascontiguousarray(values, np.float32)).to(device, VALUES[precision])
         self.locations = np.asarray(locations, np.float64)
         self.places = torch.as_tensor(unit_vectors(locations)).to(device)
+        self.query_tile, self.key_tile = tile_sizes(device, len(keys))
         self._spectra: dict[float, Spectrum] = {}
 
     def __len__(self) -> int:
@@ -170,14 +172,14 @@ class RetrievalIndex:
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
         """Cosines and rows of the `k` most similar keys (all, if there are fewer), best first, each (m, k)."""
         g = torch.as_tensor(queries, dtype=self.dtype, device=self.device)
-        tiles = [self._nearest(g[rows], min(k, len(self))) for rows in _tiles(len(g), QUERY_TILE)]
+        tiles = [self._nearest(g[rows], min(k, len(self))) for rows in _tiles(len(g), self.query_tile)]
         empty = [(g.new_empty(0, k), g.new_empty(0, k, dtype=torch.long))]
         cosines, rows = zip(*(tiles or empty), strict=True)
         return torch.cat(cosines), torch.cat(rows)
 
     def _nearest(self, g: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best = g.new_empty(len(g), 0), g.new_empty(len(g), 0, dtype=torch.long)
-        for rows in _tiles(len(self), KEY_TILE):
+        for rows in _tiles(len(self), self.key_tile):
             cosines = g @ self.keys[rows].T
             found = torch.arange(rows.start, rows.start + cosines.shape[1], device=g.device).expand_as(cosines)
             cosines, found = torch.cat([best[0], cosines], 1), torch.cat([best[1], found], 1)
@@ -197,13 +199,13 @@ class RetrievalIndex:
         sums = Sums(g.new_zeros(len(g), self.values.shape[1]), g.new_zeros(len(g)), g.new_zeros(len(g)))
         if temperature > SAFE_TEMPERATURE:
             sums.shift.copy_(temperature * self.nearest(queries, 1)[0][:, 0])
-        for rows in _tiles(len(g), QUERY_TILE):
+        for rows in _tiles(len(g), self.query_tile):
             part = Sums(sums.numerator[rows], sums.denominator[rows], sums.shift[rows])
             self._accumulate(part, g[rows] * temperature, hot=temperature > SAFE_TEMPERATURE)
         return sums
 
     def _accumulate(self, sums: Sums, scaled: Tensor, hot: bool) -> None:
-        for rows in _tiles(len(self), KEY_TILE):
+        for rows in _tiles(len(self), self.key_tile):
             weights = scaled @ self.keys[rows].T
             if hot:
                 weights.sub_(sums.shift[:, None])
@@ -248,18 +250,26 @@ class RetrievalIndex:
         shape = (len(x), self.values.shape[1])
         zeros = x.new_zeros(shape, dtype=self.dtype)
         sums = Sums(zeros, zeros.new_zeros(len(x)), x.new_zeros(len(x)))
-        for rows in _tiles(len(x), QUERY_TILE):
+        for rows in _tiles(len(x), self.query_tile):
             part = Sums(sums.numerator[rows], sums.denominator[rows], sums.shift[rows])
-            part.shift.copy_(_largest(x[rows], self.places))
-            for images in _tiles(len(self), KEY_TILE):
+            part.shift.copy_(_largest(x[rows], self.places, self.key_tile))
+            for images in _tiles(len(self), self.key_tile):
                 weights = torch.addmm(-part.shift[:, None], x[rows], self.places[images].T).to(self.dtype).exp_()
                 self._add(part, weights, images)
         return sums
 
 
-def _largest(queries: Tensor, keys: Tensor) -> Tensor:
+def tile_sizes(device: str, images: int) -> tuple[int, int]:
+    """Queries and keys of a tile of weights: on a CPU what stays in the cache, on a GPU a share of what is free."""
+    if not device.startswith("cuda"):
+        return QUERY_TILE, KEY_TILE
+    free, _ = torch.cuda.mem_get_info(device)
+    return GPU_QUERIES, min(images, max(KEY_TILE, int(GPU_SHARE * free) // (4 * GPU_QUERIES)))
+
+
+def _largest(queries: Tensor, keys: Tensor, tile: int) -> Tensor:
     """Each query's largest product, (m,)."""
-    return reduce(torch.maximum, [(queries @ keys[rows].T).amax(1) for rows in _tiles(len(keys), KEY_TILE)])
+    return reduce(torch.maximum, [(queries @ keys[rows].T).amax(1) for rows in _tiles(len(keys), tile)])
 
 
 def _tiles(count: int, size: int) -> Iterator[slice]:

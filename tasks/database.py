@@ -31,6 +31,7 @@ from tasks.cards import read_card, write_card
 NAMES = ("keys", "values", "locations", "row_ids")
 FOREIGN = ("locs", "satclip_embeddings", "image_embeddings")
 UNIT_TOLERANCE = 1e-4
+IMPORTED_ROWS = 1024  # per shard of an imported database, so that parts of it can be read
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,15 @@ def open_database(url: str) -> Database:
     return Database(**_read(url), card=card)
 
 
-def read_rows(url: str, start: int, stop: int) -> Database:
-    """Reads images `start` to `stop` of a finished database into memory: a worker's part of a large one."""
+def read_rows(url: str, rows: slice | list[int]) -> Database:
+    """Reads some images of a finished database into memory: a worker's part of a large one, or chosen rows."""
     card = read_card(url, "database")
-    return Database(**{name: np.asarray(_array(url, name, "r")[start:stop]) for name in NAMES}, card=card)
+    return Database(**{name: np.asarray(_array(url, name, "r").oindex[rows]) for name in NAMES}, card=card)
+
+
+def stored_values(url: str) -> zarr.Array:
+    """The values of a database, (n, v), to be read in blocks."""
+    return _array(url, "values", "r")
 
 
 def _read(url: str) -> dict[str, NDArray]:
@@ -188,9 +194,10 @@ def import_npz(path: Path, url: str, checkpoint: str) -> dict[str, Any]:
     _same_dim(keys, space, path)
     _no_duplicates(locations, values, str(path))
     keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-    create_database(url, len(keys), keys.shape[1], values.shape[1], len(keys))
+    create_database(url, len(keys), keys.shape[1], values.shape[1], IMPORTED_ROWS)
     rows = {"keys": keys, "values": values, "locations": locations, "row_ids": np.full(len(keys), -1)}
-    write_rows(url, 0, rows)
+    for start in range(0, len(keys), IMPORTED_ROWS):
+        write_rows(url, start, {name: array[start : start + IMPORTED_ROWS] for name, array in rows.items()})
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return finish_database(
         url,

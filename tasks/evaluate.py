@@ -15,7 +15,8 @@ from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.labels import LabelSet, demo_labels
 from tasks.params import EvaluateParams
 from tasks.pictures import score_chart
-from tasks.publish import load, read_pair
+from tasks.publish import read_pair
+from tasks.tiles import load
 from tasks.units import progress
 
 METHODS = {

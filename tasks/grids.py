@@ -7,7 +7,13 @@ embedding  embedding, lat, lon   float32 visual part (the retrieved values), the
                                          (the unit location embedding); NaN: no land, no data
 lat        lat                   float64 cell centres, degrees north, from north to south
 lon        lon                   float64 cell centres, degrees east, from west to east
+components value, compact        float32 of a compact grid: orthonormal principal components, so that
+                                         embedding[:compact] @ components.T + mean restores the values
+mean       value                 float32 of a compact grid: what was subtracted from the values
 ========== ===================== ======= ======================================================
+
+Beside it, where they are kept for updates, `sums.zarr`: the same tiles of one variable `sums`, (sum, lat, lon) float32,
+of which each half of the retrieval has numerators, denominator and shift (`tasks.core.sums`).
 
 One shard holds all dimensions of one tile and is written with one PUT; a tile without land has no shard. So
 the presence of a shard is the record of its work.
@@ -25,14 +31,18 @@ from zarr.codecs import ZstdCodec
 
 from infra import storage
 from infra.errors import UserError
+from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
 
 VARIABLE = "embedding"
+SUMS = "sums"
 CHUNK_CELLS = 20  # cells along one side of a chunk: one point reads all its dimensions from 1.6 MB
 CHUNK_DIMS = 64
 
 
-def template(spec: GridSpec, visual: int, location: int, attrs: dict[str, Any]) -> xr.Dataset:
+def template(
+    spec: GridSpec, visual: int, location: int, attrs: dict[str, Any], projection: Projection | None = None
+) -> xr.Dataset:
     """The empty grid: coordinates, attributes and a lazily empty variable.
 
     Args:
@@ -40,18 +50,33 @@ def template(spec: GridSpec, visual: int, location: int, attrs: dict[str, Any]) 
         visual: Dimensions of the retrieved part.
         location: Dimensions of the location part.
         attrs: Attributes to add: provenance, attribution.
+        projection: What made the retrieved part compact.
     """
     dims = visual + location
-    data = dask.array.full((dims, *spec.shape), np.nan, dtype="float32", chunks=(dims, spec.tile, spec.tile))
-    dataset = xr.Dataset(
-        {VARIABLE: (("embedding_dim", "lat", "lon"), data, {"long_name": "RANGE embedding", "units": "1"})},
+    dataset = _empty(spec, VARIABLE, "embedding_dim", dims, {"long_name": "RANGE embedding", "units": "1"})
+    blocks = {"visual": [0, visual], "location": [visual, dims]}
+    attrs = _conventions(spec) | {"geoemb:blocks": blocks} | attrs
+    if projection is not None:
+        dataset["components"] = ("value_dim", "compact_dim"), projection.components
+        dataset["mean"] = "value_dim", projection.mean
+        attrs["rangegrid:explained_variance"] = round(projection.explained, 6)
+    return dataset.assign_attrs(attrs)
+
+
+def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any]) -> xr.Dataset:
+    """The empty sums of a grid: for each half the numerators, then denominator and shift."""
+    return _empty(spec, SUMS, "sum", halves * (visual + 2), {}).assign_attrs(attrs)
+
+
+def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]) -> xr.Dataset:
+    data = dask.array.full((size, *spec.shape), np.nan, dtype="float32", chunks=(size, spec.tile, spec.tile))
+    return xr.Dataset(
+        {name: ((dim, "lat", "lon"), data, attrs)},
         coords={
             "lat": ("lat", spec.lat, {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"}),
             "lon": ("lon", spec.lon, {"standard_name": "longitude", "units": "degrees_east", "axis": "X"}),
         },
     )
-    blocks = {"visual": [0, visual], "location": [visual, dims]}
-    return dataset.assign_attrs(_conventions(spec) | {"geoemb:blocks": blocks} | attrs)
 
 
 def _conventions(spec: GridSpec) -> dict[str, Any]:
@@ -70,8 +95,9 @@ def _conventions(spec: GridSpec) -> dict[str, Any]:
 
 
 def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
-    """Writes the metadata and the coordinates of a template; no values."""
-    dims = dataset.sizes["embedding_dim"]
+    """Writes the metadata and the coordinates of a template; no values of its cells."""
+    variable = VARIABLE if VARIABLE in dataset else SUMS
+    dims = dataset[variable].shape[0]
     chunk = min(CHUNK_CELLS, spec.tile)
     if spec.tile % chunk:
         raise UserError(
@@ -93,17 +119,17 @@ def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
             compute=False,
             zarr_format=3,
             consolidated=True,
-            encoding={VARIABLE: encoding},
+            encoding={variable: encoding},
         )
 
 
-def write_tile(url: str, tile: Tile, values: NDArray[np.float32]) -> None:
+def write_tile(url: str, tile: Tile, values: NDArray[np.float32], variable: str = VARIABLE) -> None:
     """Writes one tile, (dim, rows, columns), as one whole shard.
 
     Raises:
         UserError: The tile is not one whole shard of the stored grid.
     """
-    array = zarr.open_array(storage.zarr_store(storage.join(url, VARIABLE)), mode="r+")
+    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r+")
     side = array.shards[1]
     expected = tuple(min(side, n - start) for n, start in zip(array.shape[1:], (tile.row, tile.column), strict=True))
     if (tile.row % side, tile.column % side) != (0, 0) or (tile.rows, tile.columns) != expected:
@@ -120,3 +146,16 @@ def written(url: str, spec: GridSpec, tiles: list[Tile]) -> set[Tile]:
     for i in {tile.row // spec.tile for tile in tiles}:
         rows[i] = set(storage.names(storage.join(url, VARIABLE, "c", "0", str(i))))
     return {tile for tile in tiles if str(tile.column // spec.tile) in rows[tile.row // spec.tile]}
+
+
+def read_tile(url: str, tile: Tile, variable: str = VARIABLE) -> NDArray[np.float32]:
+    """One tile, (dim, rows, columns)."""
+    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r")
+    return np.asarray(array[(slice(None), *tile.window)])
+
+
+def read_projection(url: str) -> Projection:
+    """What made the grid compact."""
+    group = zarr.open_group(storage.zarr_store(url), mode="r")
+    mean, components = (np.asarray(group[name]) for name in ("mean", "components"))
+    return Projection(mean, components, group.attrs["rangegrid:explained_variance"])

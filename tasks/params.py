@@ -157,6 +157,18 @@ class PublishParams(Params):
     """Cells along one side of a tile, which is one shard and one unit of work; a multiple of 20."""
     tolerance: float = Field(0.0, ge=0, le=0.1)
     """Relative error of the visual part that interpolation may leave, 99th percentile of a tile; 0: all exact."""
+    compact_dims: int | None = Field(None, ge=1)
+    """Principal components to keep of the visual part, for example 64; unset, all of it."""
+    keep_sums: bool = False
+    """Keeps the sums behind the grid beside it, twice its size, so that a later grid can have it as parent."""
+    parent: str | None = None
+    """URL of a grid with kept sums, of a former database: only the images that came and went are computed."""
+
+    @model_validator(mode="after")
+    def _exact(self) -> Self:
+        if self.tolerance and (self.keep_sums or self.parent):
+            raise ValueError("sums are those of exact cells: give keep_sums and parent without a tolerance")
+        return self
 
 
 class EmbedParams(Params):
@@ -174,6 +186,16 @@ class EmbedParams(Params):
     """Adds columns: effective_images, largest_weight, distance_km to the nearest image."""
     top_images: int = Field(0, ge=0, le=100)
     """Adds a column image_ids: row ids of that many images with the largest weights."""
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    """Where the database lives and the products run: cpu, cuda, cuda:1."""
+    precision: Literal["float32", "float64", "tf32", "bf16"] = "float32"
+    """Of the products; float64 takes three times as long, tf32 is for cuda, bf16 rounds weights and values."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.precision == "tf32" and self.device == "cpu":
+            raise ValueError("precision tf32 is a mode of cuda: give device cuda, or precision float32")
+        return self
 
 
 class EvaluateParams(Params):

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+import torch
 import zarr
 from numpy.typing import ArrayLike, NDArray
 
@@ -133,6 +134,7 @@ def open_embedder(checkpoint: str, database: str, params: EmbedParams, points: i
     Raises:
         UserError: One of the two is not there, or they do not belong together.
     """
+    _check_device(params.device)
     with tempfile.TemporaryDirectory() as scratch:
         space = _imported(checkpoint, ".ckpt", lambda path, url: import_satclip(path, url), f"{scratch}/checkpoint")
         images = _imported(database, ".npz", lambda path, url: import_npz(path, url, space), f"{scratch}/database")
@@ -153,7 +155,9 @@ def open_embedder(checkpoint: str, database: str, params: EmbedParams, points: i
         "attribution": data.card.get("attribution", ""),
         **compact,
     }
-    index = RetrievalIndex(data.keys, values, data.locations, queries=points)
+    index = RetrievalIndex(
+        data.keys, values, data.locations, queries=points, device=params.device, precision=params.precision
+    )
     return Embedder(encoder, index, data.row_ids, params, attrs)
 
 
@@ -176,6 +180,12 @@ def _compact(data: Database, dims: int | None) -> tuple[NDArray[np.float32], dic
 
 def _method(params: EmbedParams) -> Method:
     return Method(params.method, params.beta, params.k)
+
+
+def _check_device(device: str) -> None:
+    count = torch.cuda.device_count()
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
+        raise UserError(f"there is no {device} here: PyTorch finds {count} CUDA devices. Give --device cpu")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

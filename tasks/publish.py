@@ -1,7 +1,10 @@
-"""The publish step: RANGE+ at every land cell of a global grid, tile by tile on Dask."""
+"""The publish step: RANGE+ at every land cell of a global grid, tile by tile on Dask.
 
-from dataclasses import dataclass
-from functools import lru_cache, partial
+A grid may keep the sums behind it. A later grid, of the database as it has become since, then takes them as its
+parent's, and computes only the images that came and went (`tasks.updates`).
+"""
+
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,34 +17,18 @@ from infra.settings import settings
 from tasks import grids
 from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, product_url, read_card, write_card
-from tasks.checkpoint import load_checkpoint
-from tasks.core.adaptive import Cells, Report, embed_cells
+from tasks.core.adaptive import Report
+from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
 from tasks.core.land import land_mask
-from tasks.core.location import LocationEncoder
-from tasks.core.retrieval import Method, RetrievalIndex
-from tasks.database import open_database
+from tasks.core.retrieval import Method
+from tasks.database import stored_values
 from tasks.params import PublishParams
 from tasks.pictures import world_map
+from tasks.shards import Part, parts_of, publish_in_parts
+from tasks.tiles import GRID, Job, land_tiles, publish_tile
 from tasks.units import log, run_units
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every tile of one grid needs; small, so that it travels to the workers with each unit."""
-
-    grid: str
-    """URL of the grid's Zarr."""
-    checkpoint: str
-    """URL of the checkpoint."""
-    database: str
-    """URL of the database."""
-    spec: GridSpec
-    """The grid."""
-    method: Method
-    """The retrieval."""
-    tolerance: float
-    """Relative error that interpolation may leave; 0: every cell exactly."""
+from tasks.updates import home_of, kept_sums, read_parent, update_tile, write_changes
 
 
 def publish_grid(client: Client, checkpoint: str, database: str, params: PublishParams) -> str:
@@ -57,30 +44,44 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         The URL of the grid's Zarr.
 
     Raises:
-        UserError: The two do not belong together, or a tile could not be made.
+        UserError: The two (or the parent) do not belong together, or a tile could not be made.
     """
     card = read_pair(checkpoint, database)
-    made_of = {"database": card["fingerprint"], **params.model_dump()}
-    home = product_url("grids", made_of)
+    kept = kept_sums(card, params)
+    parent = read_parent(params.parent, kept) if params.parent else {}
+    made_of = {"database": card["fingerprint"], **params.model_dump(), "parent": parent.get("fingerprint")}
     job = Job(
-        grid=storage.join(home, "grid.zarr"),
+        home=product_url("grids", made_of),
         checkpoint=checkpoint,
         database=database,
         spec=GridSpec(params.step_degrees, params.tile_cells),
-        method=Method(params.method, beta=params.beta),
+        method=Method(params.method, params.beta),
         tolerance=params.tolerance,
+        compact_dims=params.compact_dims,
+        keep_sums=params.keep_sums,
+        parent=home_of(params.parent) if params.parent else None,
+        parent_database=parent.get("database"),
     )
-    prepare(job, {"rangegrid:made_of": made_of, "attribution": card["attribution"]})
+    parts = parts_of(client, job, card)
+    prepare(job, card, {"rangegrid:made_of": made_of, "attribution": card["attribution"]})
     tiles = land_tiles(job.spec)
     done = grids.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
-    reports = run_units(client, partial(publish_tile, job), [t for t in tiles if t not in done], label="publish")
+    reports = publish_tiles(client, job, parts, [tile for tile in tiles if tile not in done])
     log().info("%d places retrieved for %d cells", sum(r.evaluated for r in reports), sum(r.cells for r in reports))
     validate(job.grid, job.spec, tiles)
-    show(home, job, card["attribution"])
-    write_card(home, "grid", fingerprint=fingerprint(made_of), made_of=made_of, database=database)
+    show(job, card["attribution"])
+    sums = kept if job.keep_sums else None
+    write_card(job.home, "grid", fingerprint=fingerprint(made_of), made_of=made_of, database=database, sums=sums)
     storage.write_json(storage.join(settings().storage_url, "grids", "latest.json"), {"grid": job.grid})
     return job.grid
+
+
+def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> list[Report]:
+    """Makes tiles by the way that fits: in parts, as an update, or each from the whole database."""
+    if parts:
+        return publish_in_parts(client, job, parts, tiles)
+    return run_units(client, partial(update_tile if job.parent else publish_tile, job), tiles, label="publish")
 
 
 def read_pair(checkpoint: str, database: str) -> dict[str, Any]:
@@ -95,48 +96,37 @@ def read_pair(checkpoint: str, database: str) -> dict[str, Any]:
     return card
 
 
-def prepare(job: Job, attrs: dict[str, Any]) -> None:
-    """Writes the grid's template unless it is there."""
+def prepare(job: Job, card: dict[str, Any], attrs: dict[str, Any]) -> None:
+    """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid."""
     if storage.exists(storage.join(job.grid, "zarr.json")):
         return
-    encoder, index = load(job.checkpoint, job.database)
-    grids.create(job.grid, job.spec, grids.template(job.spec, index.values.shape[1], encoder.dim, attrs))
+    if job.parent:
+        write_changes(job, card["images"])
+    visual, halves = job.compact_dims or card["value_dim"], 1 + job.method.has_geodesic
+    if job.keep_sums:
+        grids.create(job.sums, job.spec, grids.sums_template(job.spec, visual, halves, attrs))
+    projection = find_projection(job) if job.compact_dims else None
+    grids.create(job.grid, job.spec, grids.template(job.spec, visual, card["key_dim"], attrs, projection))
 
 
-@lru_cache(maxsize=2)
-def load(checkpoint: str, database: str) -> tuple[LocationEncoder, RetrievalIndex]:
-    """The encoder and the index, loaded once per worker process."""
-    data = open_database(database)
-    index = RetrievalIndex(data.keys, data.values, data.locations)
-    return load_checkpoint(checkpoint).location, index
+def find_projection(job: Job) -> Projection:
+    """The parent's projection, whose space the sums are in, or the principal components of this database."""
+    if job.parent:
+        return grids.read_projection(storage.join(job.parent, GRID))
+    values, dims = stored_values(job.database), job.compact_dims
+    assert dims is not None  # for the type checker
+    if dims > min(values.shape):
+        raise UserError(f"--compact-dims {dims}: the database's values have {min(values.shape)} components")
+    return Projection.fit(values, dims)
 
 
-def land_tiles(spec: GridSpec) -> list[Tile]:
-    """The tiles with a land cell, in the grid's order."""
-    land = land_mask(spec.lon, spec.lat)
-    return [tile for tile in spec.tiles() if land[tile.window].any()]
-
-
-def publish_tile(job: Job, tile: Tile) -> Report:
-    """Embeds the land cells of one tile and writes it as one shard; tells how."""
-    encoder, index = load(job.checkpoint, job.database)
-    rows, columns = tile.window
-    lon, lat = job.spec.lon[columns], job.spec.lat[rows]
-    land = land_mask(lon, lat)
-    vectors, report = embed_cells(encoder, index, Cells(lon, lat, land), job.method, job.tolerance)
-    values = np.full((vectors.shape[1], tile.rows, tile.columns), np.nan, np.float32)
-    values[:, land] = vectors.T
-    grids.write_tile(job.grid, tile, values)
-    return report
-
-
-def show(home: str, job: Job, attribution: str) -> None:
+def show(job: Job, attribution: str) -> None:
     """Keeps the world in embedding colours beside the grid."""
     vectors = zarr.open_array(storage.zarr_store(storage.join(job.grid, grids.VARIABLE)), mode="r")
     title = f"The world in {job.method.name.upper()} colours, {job.spec.step:g} degree"
     caption = f"First three principal components of the embeddings. {attribution}."
     picture = world_map(vectors, job.spec.lat, job.spec.lon, title, caption)
-    keep_picture(storage.join(home, "world.png"), picture, "world-map", title)
+    keep_picture(storage.join(job.home, "world.png"), picture, "world-map", title)
 
 
 def validate(url: str, spec: GridSpec, tiles: list[Tile]) -> None:

@@ -1,56 +1,100 @@
-"""A database that no worker can hold: every worker holds a part, and their sums add."""
+"""A database that no worker can hold whole: every worker holds a part, and the sums of the parts add.
 
-from functools import lru_cache, reduce
+A tile is a task for each part, on the worker that holds it, and a tree of additions; arrays travel from worker to
+worker alone. A part that a worker lost or never had is read by the one that does its work, so a dead worker costs
+time alone.
+"""
+
+from functools import lru_cache
+from itertools import pairwise
 from operator import add
+from typing import Any
 
 import numpy as np
-from distributed import Client
-from numpy.typing import NDArray
+from distributed import Client, Future
 
-from tasks.cards import read_card
-from tasks.core.retrieval import Halves, Method, RetrievalIndex
+from infra.errors import UserError
+from tasks.core.adaptive import Report
+from tasks.core.grid import Tile
+from tasks.core.retrieval import RetrievalIndex
+from tasks.core.sums import Halves
 from tasks.database import read_rows
+from tasks.tiles import LOADING, Job, deliver, index_of, land_cells, load_encoder
+from tasks.units import RETRIES, follow
+
+MEMORY_SHARE = 0.5  # of a worker's memory that images may take; sums, harmonics and the program need the rest
+AHEAD = 3  # tiles in the making: more would pile up sums where one worker is slow
+
+Part = tuple[int, int]
 
 
-def halves_on_workers(
-    client: Client, database: str, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method
-) -> Halves:
-    """Both halves over the whole database, each worker summing its part; what travels does not grow with it.
-
-    A part that a worker lost or never had is read by the one that does its work, so a dead worker costs time alone.
+def parts_of(client: Client, job: Job, card: dict[str, Any]) -> dict[str, Part]:
+    """The rows that each worker is to hold a part of; empty where any worker can hold all.
 
     Args:
         client: The Dask cluster.
-        database: URL of the database, which every worker reaches.
-        queries: Unit location embeddings, (m, d); some thousand at a time.
-        lonlat: The places they embed, (m, 2) in degrees.
-        method: `range` or `range+`.
+        job: The grid.
+        card: The database's card.
+
+    Raises:
+        UserError: Not even all workers together can, or the grid needs the database whole.
     """
-    workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
-    images = read_card(database, "database")["images"]
-    edges = np.linspace(0, images, min(len(workers), images) + 1).astype(int).tolist()
-    futures = [
-        client.submit(
-            _halves,
-            (database, edges[i], edges[i + 1]),
-            queries,
-            lonlat,
-            method,
-            workers=[worker],
-            allow_other_workers=True,
-            pure=False,
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    limit = min(MEMORY_SHARE * (worker["memory_limit"] or np.inf) for worker in workers.values())
+    size = card["images"] * (card["key_dim"] + card["value_dim"]) * 4
+    if size <= limit:
+        return {}
+    if job.tolerance or job.parent:
+        raise UserError(
+            f"the database {job.database} takes {size / 1e9:.3g} GB, which no worker can hold, and interpolation and "
+            "updates need it whole: publish without --tolerance and --parent, or give each worker more memory"
         )
-        for i, worker in enumerate(workers[: len(edges) - 1])
-    ]
-    return reduce(add, client.gather(futures))
+    if size > limit * len(workers):
+        raise UserError(
+            f"the database {job.database} takes {size / 1e9:.3g} GB, and {len(workers)} workers hold "
+            f"{limit / 1e9:.3g} GB each: start {int(np.ceil(size / limit))} workers, or give each more memory"
+        )
+    edges = np.linspace(0, card["images"], min(len(workers), card["images"]) + 1).astype(int).tolist()
+    return dict(zip(sorted(workers), pairwise(edges), strict=False))
 
 
-def _halves(part: tuple[str, int, int], queries: NDArray, lonlat: NDArray, method: Method) -> Halves:
-    return _index(*part).halves(queries, lonlat, method)
+def publish_in_parts(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> list[Report]:
+    """Publishes tiles from a database in parts, by worker."""
+    made: list[Future] = []
+    for i, tile in enumerate(tiles):
+        earlier = made[i - AHEAD] if i >= AHEAD else None
+        sums = [_submit(client, part_sums, job, part, tile, earlier, workers=[w]) for w, part in parts.items()]
+        made.append(_submit(client, finish_tile, job, tile, _added(client, sums)))
+    return follow(client, made, tiles, label="publish")
+
+
+def _submit(client: Client, *call: Any, workers: list[str] | None = None) -> Future:
+    return client.submit(*call, workers=workers, allow_other_workers=bool(workers), pure=False, retries=RETRIES)
+
+
+def _added(client: Client, sums: list[Future]) -> Future:
+    """Their total, by a tree: no worker holds the sums of more than two parts."""
+    while len(sums) > 1:
+        pairs = [sums[i : i + 2] for i in range(0, len(sums), 2)]
+        sums = [_submit(client, add, *pair) if len(pair) > 1 else pair[0] for pair in pairs]
+    return sums[0]
+
+
+def part_sums(job: Job, part: Part, tile: Tile, _: Report | None) -> Halves:
+    """The sums of a tile's land cells over one part of the database, once an earlier tile is written."""
+    places = land_cells(job.spec, tile).lonlat
+    with LOADING:
+        index, encoder = load_part(job.database, part, job.projected_by), load_encoder(job.checkpoint)
+    return index.halves(encoder.embed(places), places, job.method)
 
 
 @lru_cache(maxsize=1)
-def _index(database: str, start: int, stop: int) -> RetrievalIndex:
+def load_part(database: str, part: Part, projected_by: str | None) -> RetrievalIndex:
     """A worker's part, read once per process."""
-    data = read_rows(database, start, stop)
-    return RetrievalIndex(data.keys, data.values, data.locations)
+    return index_of(read_rows(database, slice(*part)), projected_by)
+
+
+def finish_tile(job: Job, tile: Tile, sums: Halves) -> Report:
+    """Writes a tile from its sums over all parts."""
+    places = land_cells(job.spec, tile).lonlat
+    return deliver(job, tile, load_encoder(job.checkpoint).embed(places), sums.scaled(), len(places))

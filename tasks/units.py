@@ -7,9 +7,9 @@ may run a unit twice when a worker dies, a rerun does only what is left, and two
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from distributed import Client, as_completed
+from distributed import Client, Future, as_completed
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
@@ -53,10 +53,23 @@ def run_units(
     Raises:
         UnitsFailed: A unit failed; the message gives the first causes.
     """
-    results: dict[int, R] = {}
+    futures = client.map(function, units, pure=False, retries=RETRIES, batch_size=256)
+    return follow(client, futures, units, label=label, name=name, max_failed_fraction=max_failed_fraction)
+
+
+def follow(
+    client: Client,
+    futures: list[Future],
+    units: Sequence[T],
+    *,
+    label: str,
+    name: Callable[[T], str] = str,
+    max_failed_fraction: float = 0.0,
+) -> list[Any]:
+    """The results of units that were submitted, one future each: as `run_units`, which does both."""
+    results: dict[int, Any] = {}
     failures: list[str] = []
     with progress(label, len(units)) as advance:
-        futures = client.map(function, units, pure=False, retries=RETRIES, batch_size=256)
         position = {future.key: i for i, future in enumerate(futures)}
         try:
             for future in as_completed(futures):

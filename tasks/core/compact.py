@@ -4,12 +4,25 @@ The weights of a soft selection add to 1, so selecting projected values is proje
 product is exact in its own space, at a fraction of the cost.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 8192  # images at a time
+
+
+class Rows(Protocol):
+    """A table in memory, or one in storage that is read in blocks."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, v)."""
+
+    def __getitem__(self, rows: slice, /) -> Any:
+        """Some rows, as an array."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +37,15 @@ class Projection:
     """Share of the values' variance that the components keep."""
 
     @classmethod
-    def fit(cls, values: NDArray[np.float32], dims: int = 64) -> "Projection":
-        """Fits to (n, v) values.
+    def fit(cls, values: Rows, dims: int = 64) -> "Projection":
+        """Fits to (n, v) values, two passes over them block by block.
 
         Raises:
             ValueError: There are fewer than `dims` dimensions.
         """
         if not 1 <= dims <= values.shape[1]:
             raise ValueError(f"values of length {values.shape[1]} have no {dims} components: use 1 to that many")
-        mean = values.mean(0, dtype=np.float64)
+        mean = sum(block.sum(0, dtype=np.float64) for block in _blocks(values)) / values.shape[0]
         variances, vectors = np.linalg.eigh(_covariance(values, mean))
         chosen = vectors[:, ::-1][:, :dims]
         chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(0), np.arange(dims)])
@@ -49,13 +62,13 @@ class Projection:
         return compact @ self.components.T + self.mean
 
 
-def _covariance(values: NDArray[np.float32], mean: NDArray[np.float64]) -> NDArray[np.float64]:
+def _covariance(values: Rows, mean: NDArray[np.float64]) -> NDArray[np.float64]:
     total = np.zeros((len(mean), len(mean)))
     for block in _blocks(values):
         centred = block - mean
         total += centred.T @ centred
-    return total / len(values)
+    return total / values.shape[0]
 
 
-def _blocks(values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    return [values[start : start + BLOCK] for start in range(0, max(1, len(values)), BLOCK)]
+def _blocks(values: Rows) -> Iterator[NDArray[np.float32]]:
+    return (np.asarray(values[start : start + BLOCK]) for start in range(0, max(1, values.shape[0]), BLOCK))

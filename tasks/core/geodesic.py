@@ -24,7 +24,7 @@ from tasks.core.harmonics import spherical_harmonics
 TAIL = 1e-12  # largest error of one weight
 FLOOR = 1e-5  # smallest mean weight that is trusted: TAIL / FLOOR = 1e-7 of the result
 MAX_DEGREE = 96  # beyond, the harmonics cost more than they save: t above about 150
-BLOCK = 2048  # images at a time: their harmonics take 40 MB
+BLOCK = 512  # images at a time: their harmonics take 10 MB
 
 Float = NDArray[np.float64]
 

@@ -28,6 +28,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from tasks.core.geodesic import Spectrum, degree_of
+from tasks.core.sums import Halves, Sums
 
 Name = Literal["range+", "range", "top1", "topk", "none"]
 Precision = Literal["float32", "float64", "tf32", "bf16"]
@@ -36,8 +37,8 @@ NAMES: tuple[Name, ...] = ("range+", "range", "top1", "topk", "none")
 TEMPERATURES = {"range": 15.0, "range+": 12.0}
 SAFE_TEMPERATURE = 60.0  # exp(60) times 1e7 images stays below float32's largest, exp(-60) above its smallest
 QUERY_TILE, KEY_TILE = 1000, 2048  # a tile of weights (8 MB) stays in the cache between the two products
-KEPT = 0.05  # share of a place's weight that must stay for its sums to be updated: 1e-7 / 0.05 of error
-BATCH = 4000  # places of one batch of a stream: 20 MB of embeddings
+GPU_QUERIES, GPU_SHARE = 4096, 0.125  # of a tile on a GPU: queries, and what its weights take of the free memory
+BATCH = 1000  # places of one batch of a stream: its sums and harmonics, in float64, take 100 MB
 
 
 @dataclass(frozen=True)
@@ -84,64 +85,6 @@ class Encodes(Protocol):
         """Unit location embeddings."""
 
 
-@dataclass(frozen=True)
-class Sums:
-    """A soft selection before its division: the sums of disjoint parts of a database add."""
-
-    numerator: Tensor
-    """(m, v) sum of weight times value."""
-    denominator: Tensor
-    """(m,) sum of weights."""
-    shift: Tensor
-    """(m,) weights are exp(logit - shift)."""
-
-    def __add__(self, other: "Sums") -> "Sums":
-        return self._with(other, 1)
-
-    def __sub__(self, other: "Sums") -> "Sums":
-        return self._with(other, -1)
-
-    def _with(self, other: "Sums", sign: int) -> "Sums":
-        shift = torch.maximum(self.shift, other.shift)
-        ours, theirs = torch.exp(self.shift - shift), sign * torch.exp(other.shift - shift)
-        numerator = ours[:, None] * self.numerator + theirs[:, None] * other.numerator
-        return Sums(numerator, ours * self.denominator + theirs * other.denominator, shift)
-
-    @property
-    def mean(self) -> Tensor:
-        """The selection, (m, v)."""
-        return self.numerator / self.denominator[:, None]
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Both halves of a soft method, unmixed."""
-
-    semantic: Sums
-    """By likeness to the image."""
-    geodesic: Sums | None
-    """By nearness on the sphere; none where the method has no such half."""
-
-    def __add__(self, other: "Halves") -> "Halves":
-        return Halves(self.semantic + other.semantic, _both(self.geodesic, other.geodesic, 1))
-
-    def __sub__(self, other: "Halves") -> "Halves":
-        return Halves(self.semantic - other.semantic, _both(self.geodesic, other.geodesic, -1))
-
-    def mix(self, beta: float) -> NDArray[np.float32]:
-        """The visual part for one beta, (m, v)."""
-        if self.geodesic is None:
-            return self.semantic.mean.float().cpu().numpy()
-        semantic, geodesic = self.semantic.mean, self.geodesic.mean
-        return torch.lerp(geodesic, semantic.to(geodesic), beta).float().cpu().numpy()
-
-
-def _both(one: Sums | None, other: Sums | None, sign: int) -> Sums | None:
-    if one is None or other is None:
-        return None
-    return one + other if sign > 0 else one - other
-
-
 class RetrievalIndex:
     """A database ready for retrieval."""
 
@@ -177,7 +120,7 @@ class RetrievalIndex:
                 f"{len(keys)} keys, {len(values)} values and {len(locations)} locations are no database: "
                 "each image has one of each"
             )
-        norms = np.linalg.norm(keys, axis=1)
+        norms = np.sqrt(np.einsum("ij,ij->i", keys, keys))  # without a copy of the keys
         if not np.allclose(norms, 1, atol=1e-3):
             raise ValueError(f"keys are not unit vectors (norms from {norms.min():g} to {norms.max():g})")
         self.device, self.precision, self.expected = device, precision, queries
@@ -186,6 +129,7 @@ class RetrievalIndex:
         self.values = torch.as_tensor(np.ascontiguousarray(values, np.float32)).to(device, VALUES[precision])
         self.locations = np.asarray(locations, np.float64)
         self.places = torch.as_tensor(unit_vectors(locations)).to(device)
+        self.query_tile, self.key_tile = tile_sizes(device, len(keys))
         self._spectra: dict[float, Spectrum] = {}
 
     def __len__(self) -> int:
@@ -228,14 +172,14 @@ class RetrievalIndex:
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
         """Cosines and rows of the `k` most similar keys (all, if there are fewer), best first, each (m, k)."""
         g = torch.as_tensor(queries, dtype=self.dtype, device=self.device)
-        tiles = [self._nearest(g[rows], min(k, len(self))) for rows in _tiles(len(g), QUERY_TILE)]
+        tiles = [self._nearest(g[rows], min(k, len(self))) for rows in _tiles(len(g), self.query_tile)]
         empty = [(g.new_empty(0, k), g.new_empty(0, k, dtype=torch.long))]
         cosines, rows = zip(*(tiles or empty), strict=True)
         return torch.cat(cosines), torch.cat(rows)
 
     def _nearest(self, g: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best = g.new_empty(len(g), 0), g.new_empty(len(g), 0, dtype=torch.long)
-        for rows in _tiles(len(self), KEY_TILE):
+        for rows in _tiles(len(self), self.key_tile):
             cosines = g @ self.keys[rows].T
             found = torch.arange(rows.start, rows.start + cosines.shape[1], device=g.device).expand_as(cosines)
             cosines, found = torch.cat([best[0], cosines], 1), torch.cat([best[1], found], 1)
@@ -255,13 +199,13 @@ class RetrievalIndex:
         sums = Sums(g.new_zeros(len(g), self.values.shape[1]), g.new_zeros(len(g)), g.new_zeros(len(g)))
         if temperature > SAFE_TEMPERATURE:
             sums.shift.copy_(temperature * self.nearest(queries, 1)[0][:, 0])
-        for rows in _tiles(len(g), QUERY_TILE):
+        for rows in _tiles(len(g), self.query_tile):
             part = Sums(sums.numerator[rows], sums.denominator[rows], sums.shift[rows])
             self._accumulate(part, g[rows] * temperature, hot=temperature > SAFE_TEMPERATURE)
         return sums
 
     def _accumulate(self, sums: Sums, scaled: Tensor, hot: bool) -> None:
-        for rows in _tiles(len(self), KEY_TILE):
+        for rows in _tiles(len(self), self.key_tile):
             weights = scaled @ self.keys[rows].T
             if hot:
                 weights.sub_(sums.shift[:, None])
@@ -306,18 +250,26 @@ class RetrievalIndex:
         shape = (len(x), self.values.shape[1])
         zeros = x.new_zeros(shape, dtype=self.dtype)
         sums = Sums(zeros, zeros.new_zeros(len(x)), x.new_zeros(len(x)))
-        for rows in _tiles(len(x), QUERY_TILE):
+        for rows in _tiles(len(x), self.query_tile):
             part = Sums(sums.numerator[rows], sums.denominator[rows], sums.shift[rows])
-            part.shift.copy_(_largest(x[rows], self.places))
-            for images in _tiles(len(self), KEY_TILE):
+            part.shift.copy_(_largest(x[rows], self.places, self.key_tile))
+            for images in _tiles(len(self), self.key_tile):
                 weights = torch.addmm(-part.shift[:, None], x[rows], self.places[images].T).to(self.dtype).exp_()
                 self._add(part, weights, images)
         return sums
 
 
-def _largest(queries: Tensor, keys: Tensor) -> Tensor:
+def tile_sizes(device: str, images: int) -> tuple[int, int]:
+    """Queries and keys of a tile of weights: on a CPU what stays in the cache, on a GPU a share of what is free."""
+    if not device.startswith("cuda"):
+        return QUERY_TILE, KEY_TILE
+    free, _ = torch.cuda.mem_get_info(device)
+    return GPU_QUERIES, min(images, max(KEY_TILE, int(GPU_SHARE * free) // (4 * GPU_QUERIES)))
+
+
+def _largest(queries: Tensor, keys: Tensor, tile: int) -> Tensor:
     """Each query's largest product, (m,)."""
-    return reduce(torch.maximum, [(queries @ keys[rows].T).amax(1) for rows in _tiles(len(keys), KEY_TILE)])
+    return reduce(torch.maximum, [(queries @ keys[rows].T).amax(1) for rows in _tiles(len(keys), tile)])
 
 
 def _tiles(count: int, size: int) -> Iterator[slice]:
@@ -335,27 +287,6 @@ def retrieve_sharded(
 ) -> Halves:
     """Both halves over a database in parts: what `RetrievalIndex.halves` gives of the whole."""
     return reduce(add, (shard.halves(queries, lonlat, method) for shard in shards))
-
-
-def updated(before: Halves, added: Halves | None, removed: Halves | None) -> tuple[Halves, NDArray[np.bool_]]:
-    """What the sums of some places become when images come and go: work in proportion to the change.
-
-    Args:
-        before: Sums over the former database.
-        added: Sums over the images that come.
-        removed: Sums over the images that go.
-
-    Returns:
-        The sums over the new database, and which places to retrieve anew (m,): those that lost nearly all
-        their weight, where a difference of large sums is left with few digits.
-    """
-    after = before if added is None else before + added
-    after = after if removed is None else after - removed
-    pairs = [(before.semantic, after.semantic)]
-    if before.geodesic is not None and after.geodesic is not None:
-        pairs.append((before.geodesic, after.geodesic))
-    lost = [new.denominator * torch.exp(new.shift - old.shift) < KEPT * old.denominator for old, new in pairs]
-    return after, reduce(torch.logical_or, lost).cpu().numpy()
 
 
 def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], method: Method) -> NDArray[np.float32]:

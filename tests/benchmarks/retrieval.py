@@ -5,8 +5,8 @@
 trained encoder: random weights are no field of embeddings. Both arguments are as `rangegrid embed` takes them.
 """
 
-import multiprocessing
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,11 +26,14 @@ from tasks.core.evidence import evidence
 from tasks.core.grid import GridSpec
 from tasks.core.land import land_mask
 from tasks.core.location import LocationEncoder
-from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream
+from tasks.core.retrieval import Method, RetrievalIndex, embed
+from tasks.database import create_database, finish_database, write_rows
 from tasks.params import EmbedParams
 from tasks.points import open_embedder
+from tests.benchmarks.memory import HEADER
 
 IMAGES, KEY, VALUE, PLACES, ROUNDS = 82_000, 256, 1024, 2000, 5
+SHARD = 512  # images
 BETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SQUARE = 4096  # side of the matrices whose product is the machine's limit
 TILES = 8
@@ -81,10 +84,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder))
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        bare, held, few, many = pool.apply(memory)
-    print(f"memory in MB: the program {bare:.0f}, the database {held:.0f};")
-    print(f"with both, at most {few:.0f} for {PLACES} places and {many:.0f} for a stream of {10 * PLACES}")
+        memory(Path(folder))
 
 
 def compare(folder: Path) -> None:
@@ -154,23 +154,20 @@ def _difference(encoder: LocationEncoder, index: RetrievalIndex, peers: dict[str
     return float(np.abs(ours - theirs)[:, :VALUE].max() / np.abs(theirs[:, :VALUE]).max())
 
 
-def memory() -> tuple[float, float, float, float]:
-    """MB of the bare program and of the database's arrays; and the peak with both, in one batch and in a stream."""
-    bare, encoder = _resident("VmRSS"), LocationEncoder(40)
-    index = RetrievalIndex(*database())
-    held = sum(a.nbytes for a in (index.keys, index.values, index.places, index.locations)) / 1e6
-    peaks = []
+def memory(folder: Path) -> None:
+    """Prints the peak memory for few places and for many, each in a process of its own."""
+    keys, values, where = database()
+    url = f"{folder.as_uri()}/database"
+    create_database(url, IMAGES, KEY, VALUE, SHARD)
+    for start in range(0, IMAGES, SHARD):
+        rows = slice(start, min(start + SHARD, IMAGES))
+        ids = np.arange(rows.start, rows.stop)
+        write_rows(url, start, {"keys": keys[rows], "values": values[rows], "locations": where[rows], "row_ids": ids})
+    finish_database(url, checkpoint="", fingerprint="")
+    print(f"\nMB of a process of its own\n{HEADER}", flush=True)
     for count in (PLACES, 10 * PLACES):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        for _ in embed_stream(encoder, index, places(count, np.random.default_rng(1)), Method()):
-            pass
-        peaks.append(_resident("VmHWM"))
-    return bare, held, peaks[0], peaks[1]
-
-
-def _resident(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1e3
+        call = [sys.executable, "-m", "tests.benchmarks.memory", f"{folder.as_uri()}/imported", url, str(count)]
+        subprocess.run(call, check=True)
 
 
 def compare_grids(checkpoint: str, database: str) -> None:

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import BarycentricInterpolator
 
-from tasks.core.adaptive import CHECKS, MARGIN, Cells, barycentric, chebyshev, embed_cells, relative_error
+from tasks.core.adaptive import (
+    CHECKS,
+    MARGIN,
+    Cells,
+    barycentric,
+    chebyshev,
+    embed_cells,
+    low_degrees,
+    relative_error,
+)
 from tasks.core.grid import GridSpec
 from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
@@ -53,6 +62,37 @@ def test_zero_tolerance_evaluates_every_cell(encoder, index):
     found, report = embed_cells(encoder, index, cells, Method(), 0)
     np.testing.assert_allclose(found, embed(encoder, index, cells.lonlat, Method()), atol=3e-6)
     assert (report.evaluated, report.nodes) == (len(found), 0)
+
+
+class Spiked:
+    """A smooth field with a narrow spike, away from the checked cells, at a node of every kind of tile."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def embed(self, lonlat):
+        away = np.hypot(*(np.asarray(lonlat) - self.at).T)
+        field = np.ones((len(lonlat), DIM))
+        field[:, 0] += 5 * np.exp(-((away / 0.12) ** 2))
+        return (field / np.linalg.norm(field, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_what_the_random_cells_miss_the_highest_degrees_show(index):
+    """A spike of some cells in 3,600, the size of the gap between nodes: most random checks would pass."""
+    cells = tile()
+    spot = np.array([chebyshev(cells.lon, 9)[4], chebyshev(cells.lat, 9)[4]])
+    found, report = embed_cells(Spiked(spot), index, cells, Method("range"), 1e-2)
+    expected = embed(Spiked(spot), index, cells.lonlat, Method("range"))
+    assert np.quantile(relative_error(found[:, :VISUAL], expected[:, :VISUAL]), 0.99) <= 1e-2
+    assert report.nodes != 9
+
+
+@pytest.mark.parametrize("n", [3, 9, 24])
+def test_low_degrees_are_those_of_numpy(n):
+    nodes, values = np.cos(np.pi * (np.arange(n) + 0.5) / n), np.random.default_rng(n).normal(size=n)
+    series = np.polynomial.chebyshev.chebfit(nodes, values, n - 1)
+    expected = np.polynomial.chebyshev.chebval(nodes, series[: n - 2])
+    np.testing.assert_allclose(low_degrees(n, n - 2) @ values, expected, atol=1e-10)
 
 
 class Rough:

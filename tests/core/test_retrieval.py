@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import rangegeo
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream, retrieve_sharded, unit_vectors, updated
+from tasks.checkpoint import export_satclip, save_checkpoint
+from tasks.core import retrieval
+from tasks.core.location import LocationEncoder
+from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream, retrieve_sharded, unit_vectors
+from tasks.core.sums import Halves, updated
 
 RNG = np.random.default_rng(0)
 
@@ -158,10 +162,21 @@ def test_an_updated_database_is_a_rebuilt_one(rows):
             name: RetrievalIndex(*(a[chosen] for a in index)).halves(queries, lonlat, Method())
             for name, chosen in {"old": old, "come": come, "gone": gone, "all": (old | come) & ~gone}.items()
         }
-        after, anew = updated(sums["old"], sums["come"], sums["gone"])
+        after, anew = updated(sums["old"].scaled(), sums["come"], sums["gone"])
         close(after.mix(0.5)[~anew], sums["all"].mix(0.5)[~anew], 1e-5)
         assert anew[0] == gone[rows - 1]
         assert anew.mean() < 0.2
+
+
+@pytest.mark.parametrize("method", [Method(), Method("range"), Method(temperature=300.0)])
+def test_kept_sums_are_the_sums(method):
+    index, queries, lonlat = RetrievalIndex(*database(60)), unit(RNG.normal(size=(9, 16))), places(9)
+    halves = index.halves(queries, lonlat, method).scaled()
+    kept = Halves.unpack(halves.pack(), 1 + method.has_geodesic)
+    close(kept.mix(0.3), halves.mix(0.3))
+    for sums, exact in zip(kept.sums, halves.sums, strict=True):
+        torch.testing.assert_close(sums.denominator, torch.ones(9, dtype=torch.float64), atol=1e-5, rtol=0)
+        torch.testing.assert_close(sums.shift, exact.shift, atol=0, rtol=0)
 
 
 def test_spectra_of_shards_add():
@@ -193,6 +208,7 @@ def test_temperature_leads_from_the_mean_to_the_nearest():
     np.testing.assert_allclose(sharp, index[1][nearest], atol=1e-3)
 
 
+@settings(max_examples=20)
 @given(st.floats(-360, 360), st.sampled_from([40, MANY]))
 def test_turning_the_earth_turns_the_geodesic_half(degrees, rows):
     keys, values, where = database(rows, v=2)
@@ -200,6 +216,32 @@ def test_turning_the_earth_turns_the_geodesic_half(degrees, rows):
     here = RetrievalIndex(keys, values, where).retrieve(queries, lonlat, Method(beta=0))
     there = RetrievalIndex(keys, values, turned(where, degrees))
     close(there.retrieve(queries, turned(lonlat, degrees), Method(beta=0)), here)
+
+
+@given(st.permutations(range(40)), st.sampled_from([Method("top1"), Method("topk", k=7)]))
+def test_the_order_of_the_database_changes_no_nearest_image(order, method):
+    index, queries = database(40), unit(RNG.normal(size=(3, 16)))
+    one = RetrievalIndex(*index).retrieve(queries, places(3), method)
+    other = RetrievalIndex(*(a[list(order)] for a in index)).retrieve(queries, places(3), method)
+    close(one, other)
+
+
+@pytest.mark.parametrize("method", [Method("top1"), Method("topk", k=4)])
+def test_hard_retrieval_of_one_image_and_of_duplicates(method):
+    """Of equal images any may be taken: they have equal values."""
+    keys, values, where = database(1)
+    queries = unit(RNG.normal(size=(4, 16)))
+    for copies in (1, 6):
+        index = RetrievalIndex(*(np.repeat(a, copies, 0) for a in (keys, values, where)))
+        close(index.retrieve(queries, places(4), method), np.repeat(values, 4, 0))
+
+
+def test_tiles_on_a_gpu_take_a_share_of_what_is_free(monkeypatch):
+    assert retrieval.tile_sizes("cpu", 10**7) == (retrieval.QUERY_TILE, retrieval.KEY_TILE)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 80 << 30))
+    queries, keys = retrieval.tile_sizes("cuda", 10**7)
+    assert queries * keys * 4 == pytest.approx(retrieval.GPU_SHARE * (8 << 30), rel=1e-3)
+    assert retrieval.tile_sizes("cuda:1", 5000)[1] == 5000
 
 
 @pytest.mark.parametrize("method", [*SOFT, Method("top1"), Method("topk"), Method("none")])
@@ -212,7 +254,7 @@ def test_no_places_give_no_embeddings(method):
 def test_a_stream_is_the_whole_in_parts():
     index, lonlat = RetrievalIndex(*database(10)), places(9001)
     parts = list(embed_stream(Constant(), index, lonlat, Method()))
-    assert max(map(len, parts)) < 9001
+    assert max(map(len, parts)) <= retrieval.BATCH
     np.testing.assert_array_equal(np.concatenate(parts), embed(Constant(), index, lonlat, Method()))
 
 
@@ -232,24 +274,29 @@ def test_bf16_rounds_values_alone():
     )
 
 
-@pytest.mark.parametrize("name", ["RANGE", "RANGE+"])
-def test_equals_the_authors_package(name, tmp_path):
-    from tasks.checkpoint import export_satclip, save_checkpoint
-    from tasks.core.location import LocationEncoder
+METHODS = [Method("range"), Method(), Method(beta=0.0), Method(beta=0.9)]
 
-    torch.manual_seed(0)
-    encoder = LocationEncoder(degree=10, hidden=64, dim=16, basis="analytic")
-    keys, values, where = database(500)
-    where = where.astype(np.float32).astype(np.float64)
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("rows", "seed"), [(1, 0), (2, 1), (500, 2), (MANY, 3)])
+def test_equals_the_authors_package(method, rows, seed, tmp_path):
+    """Row by row, on a random checkpoint and database; poles, 180 degrees, images themselves and duplicates too."""
+    torch.manual_seed(seed)
+    encoder = LocationEncoder(10, hidden=64, dim=16, basis="analytic")
+    keys, values, where = (np.concatenate([a, a[:5]]) for a in database(rows, seed=seed))
+    values, where = np.abs(values), where.astype(np.float32).astype(np.float64)  # features are no less than 0
     np.savez(tmp_path / "db.npz", locs=where, satclip_embeddings=keys, image_embeddings=values)
     save_checkpoint((tmp_path / "checkpoint").as_uri(), encoder)
     export_satclip((tmp_path / "checkpoint").as_uri(), tmp_path / "model.ckpt")
-    theirs = rangegeo.RANGE(
-        name, device="cpu", pretrained_path=str(tmp_path / "model.ckpt"), db_path=str(tmp_path / "db.npz")
-    )
-    lonlat = np.concatenate([places(200), SPECIAL])
-    ours = embed(encoder, RetrievalIndex(keys, values, where), lonlat, Method(name.lower()))
-    close(ours, theirs.encode(lonlat), 1e-5)
+    files = {"pretrained_path": str(tmp_path / "model.ckpt"), "db_path": str(tmp_path / "db.npz")}
+    theirs = rangegeo.RANGE(method.name.upper(), beta=method.beta, device="cpu", **files)
+    lonlat = np.concatenate([places(200), SPECIAL, where[:20]])
+    found, expected = embed(encoder, RetrievalIndex(keys, values, where), lonlat, method), theirs.encode(lonlat)
+    for part in (slice(8), slice(8, None)):
+        error = np.linalg.norm(found[:, part] - expected[:, part], axis=1)
+        assert (error / np.linalg.norm(expected[:, part], axis=1)).max() <= 1e-5
+    location = embed(encoder, RetrievalIndex(keys, values, where), lonlat, Method("none"))
+    np.testing.assert_array_equal(location, found[:, 8:])
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,7 @@ def refused(ran, message):
         ("nowhere/out.zarr", {}, "there is no directory"),
         ("out.zarr", {"compact_dims": 99}, "values have 8 components"),
         ("out.zarr", {"method": "none", "evidence": True}, "rests on no image"),
+        ("out.zarr", {"device": "cuda:99"}, "there is no cuda:99 here"),
     ],
 )
 def test_bad_options_are_refused(home, tmp_path, output, options, message):

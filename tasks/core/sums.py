@@ -1,0 +1,141 @@
+"""Soft selections before their division: the sums of disjoint parts of a database add, and can be kept.
+
+Kept sums serve any beta, and follow a database that changes with work in proportion to the change. They are kept
+*scaled*: `shift` is the log of the largest weight that the sums ever had since they were retrieved, so that their
+rounding is relative to exp(shift), and `denominator` is the share of that weight that is left. Where little is left, a
+difference of large numbers has few digits: such places are retrieved anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+KEPT = 0.05  # share of a place's weight that must be left for its sums to be updated: 1e-7 / 0.05 of error
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A soft selection before its division: the sums of disjoint parts of a database add."""
+
+    numerator: Tensor
+    """(m, v) sum of weight times value."""
+    denominator: Tensor
+    """(m,) sum of weights."""
+    shift: Tensor
+    """(m,) weights are exp(logit - shift)."""
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return self._with(other, 1)
+
+    def __sub__(self, other: "Sums") -> "Sums":
+        return self._with(other, -1)
+
+    def _with(self, other: "Sums", sign: int) -> "Sums":
+        shift = torch.maximum(self.shift, other.shift)
+        ours, theirs = torch.exp(self.shift - shift), sign * torch.exp(other.shift - shift)
+        numerator = ours[:, None] * self.numerator + theirs[:, None] * other.numerator
+        return Sums(numerator, ours * self.denominator + theirs * other.denominator, shift)
+
+    @property
+    def mean(self) -> Tensor:
+        """The selection, (m, v)."""
+        return self.numerator / self.denominator[:, None]
+
+    def scaled(self, least: float = 0.0) -> "Sums":
+        """The same sums, in float64, with denominators of 1; those below `least` are left as if they were that.
+
+        The shift is a float32 number, so that keeping it as one loses nothing.
+        """
+        shift = self.shift.double()
+        new = (shift + self.denominator.double().clamp(min=least).log()).float().double()
+        factor = torch.exp(shift - new)
+        return Sums(self.numerator.double() * factor[:, None], self.denominator.double() * factor, new)
+
+    def replaced(self, where: Tensor, by: "Sums") -> "Sums":
+        """These sums with those of some places, (m,) true, put in place of theirs."""
+        return Sums(*(_replaced(a, where, b) for a, b in zip(self._parts, by._parts, strict=True)))
+
+    @property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.numerator, self.denominator, self.shift
+
+
+def _replaced(old: Tensor, where: Tensor, new: Tensor) -> Tensor:
+    old = old.clone()
+    old[where] = new.to(old)
+    return old
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Both halves of a soft method, unmixed."""
+
+    semantic: Sums
+    """By likeness to the image."""
+    geodesic: Sums | None
+    """By nearness on the sphere; none where the method has no such half."""
+
+    @property
+    def sums(self) -> list[Sums]:
+        """Those that there are."""
+        return [self.semantic] if self.geodesic is None else [self.semantic, self.geodesic]
+
+    def __add__(self, other: "Halves") -> "Halves":
+        return _halves([a + b for a, b in zip(self.sums, other.sums, strict=True)])
+
+    def __sub__(self, other: "Halves") -> "Halves":
+        return _halves([a - b for a, b in zip(self.sums, other.sums, strict=True)])
+
+    def mix(self, beta: float) -> NDArray[np.float32]:
+        """The visual part for one beta, (m, v)."""
+        if self.geodesic is None:
+            return self.semantic.mean.float().cpu().numpy()
+        semantic, geodesic = self.semantic.mean, self.geodesic.mean
+        return torch.lerp(geodesic, semantic.to(geodesic), beta).float().cpu().numpy()
+
+    def scaled(self, least: float = 0.0) -> "Halves":
+        """Both halves scaled."""
+        return _halves([sums.scaled(least) for sums in self.sums])
+
+    def replaced(self, where: NDArray[np.bool_], by: "Halves") -> "Halves":
+        """These with those of some places, (m,) true, put in place of theirs."""
+        there = torch.from_numpy(where)
+        return _halves([a.replaced(there, b) for a, b in zip(self.sums, by.sums, strict=True)])
+
+    def pack(self) -> NDArray[np.float32]:
+        """As one array to keep, (m, halves * (v + 2)): numerators, denominator and shift of each half. To be scaled."""
+        columns = [c for s in self.sums for c in (s.numerator, s.denominator[:, None], s.shift[:, None])]
+        return torch.cat([c.float().cpu() for c in columns], 1).numpy()
+
+    @classmethod
+    def unpack(cls, kept: NDArray[np.float32], halves: int) -> "Halves":
+        """From what `pack` made of one half or two."""
+        parts = torch.from_numpy(kept).double().chunk(halves, 1)
+        return _halves([Sums(part[:, :-2], part[:, -2], part[:, -1]) for part in parts])
+
+
+def _halves(sums: Sequence[Sums]) -> Halves:
+    return Halves(sums[0], sums[1] if len(sums) > 1 else None)
+
+
+def updated(before: Halves, added: Halves | None, removed: Halves | None) -> tuple[Halves, NDArray[np.bool_]]:
+    """What the sums of some places become when images come and go: work in proportion to the change.
+
+    Args:
+        before: Sums over the former database, as `scaled` or an earlier update left them.
+        added: Sums over the images that come.
+        removed: Sums over the images that go.
+
+    Returns:
+        The sums over the new database, and which places to retrieve anew (m,): those that lost nearly all
+        of the largest weight they had, where a difference of large sums is left with few digits.
+    """
+    after = before if added is None else before + added.scaled()
+    after = after if removed is None else after - removed.scaled()
+    lost = [sums.denominator < KEPT for sums in after.sums]
+    return after.scaled(1.0), reduce(torch.logical_or, lost).cpu().numpy()

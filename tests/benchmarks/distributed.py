@@ -1,0 +1,107 @@
+"""Tiles per second of one and of two separately started workers of one thread.
+
+`python -m tests.benchmarks.distributed` publishes the same grid with one `dask worker` and with two, first with the
+whole database in each, then with a database in as many parts as there are workers. Loading is not counted: each
+worker has loaded what it needs, and built the spectrum, by a coarser grid before.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from distributed import Client
+
+from infra.sandbox import servers
+from tasks.cards import read_card
+from tasks.checkpoint import save_checkpoint
+from tasks.core.grid import GridSpec
+from tasks.core.location import LocationEncoder
+from tasks.core.retrieval import Method
+from tasks.database import create_database, finish_database, write_rows
+from tasks.publish import prepare, publish_tiles
+from tasks.shards import Part
+from tasks.tiles import Job, land_tiles
+from tests.benchmarks.retrieval import KEY, VALUE, machine, places
+
+IMAGES, SHARD = 20_000, 1000
+STEP, TILE = 2.0, 20  # degrees, cells: 5,300 cells of land in 34 tiles
+COARSE = 10.0
+ROUNDS = 2
+
+
+@contextmanager
+def cluster(workers: int) -> Iterator[Client]:
+    """A scheduler and workers of one thread, each a process of its own."""
+    (port,) = servers.free_ports(1)
+    address = f"tcp://{servers.HOST}:{port}"
+    commands = [["scheduler", "--host", servers.HOST, "--port", str(port), "--no-dashboard"]]
+    commands += [["worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]] * workers
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, "-m", "dask", *command], env=environment, stderr=subprocess.DEVNULL)
+        for command in commands
+    ]
+    try:
+        with Client(address, timeout="60s") as client:
+            client.wait_for_workers(workers, timeout=120)
+            yield client
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(20)
+
+
+def make(home: str) -> Job:
+    """A random encoder and database, stored, and the grid to publish."""
+    space = save_checkpoint(f"{home}/checkpoint", LocationEncoder(20))["fingerprint"]
+    rng, url = np.random.default_rng(0), f"{home}/database"
+    create_database(url, IMAGES, KEY, VALUE, SHARD)
+    for start in range(0, IMAGES, SHARD):
+        keys = rng.normal(size=(SHARD, KEY)).astype(np.float32)
+        keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+        values, ids = rng.normal(size=(SHARD, VALUE)).astype(np.float32), np.arange(start, start + SHARD)
+        write_rows(url, start, {"keys": keys, "values": values, "locations": places(SHARD, rng), "row_ids": ids})
+    finish_database(url, checkpoint=space, fingerprint="")
+    return Job("", f"{home}/checkpoint", url, GridSpec(STEP, TILE), Method(), 0, None, False, None, None)
+
+
+def rate(client: Client, job: Job, home: str, parts: dict[str, Part]) -> float:
+    """Cells per second, the best of some runs."""
+    best = 0.0
+    for number, step in enumerate([COARSE] + [STEP] * ROUNDS):
+        run = replace(job, home=f"{home}/{len(parts)}-{number}", spec=GridSpec(step, TILE))
+        prepare(run, read_card(job.database, "database"), {})
+        start = time.perf_counter()
+        cells = sum(report.cells for report in publish_tiles(client, run, parts, land_tiles(run.spec)))
+        if number:
+            best = max(best, cells / (time.perf_counter() - start))
+    return best
+
+
+def main() -> None:
+    """Prints the table."""
+    print(machine())
+    print(f"{IMAGES} x ({KEY} keys, {VALUE} values), {STEP:g} degree, cells/s, best of {ROUNDS}")
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder).as_uri()
+        job, found = make(home), {}
+        for workers in (1, 2):
+            with cluster(workers) as client:
+                names = sorted(client.scheduler_info(n_workers=-1)["workers"])
+                edges = np.linspace(0, IMAGES, workers + 1).astype(int).tolist()
+                parts = {name: (edges[i], edges[i + 1]) for i, name in enumerate(names)}
+                found[workers] = [rate(client, job, f"{home}/{workers}", p) for p in ({}, parts)]
+    print(f"{'':<22}{'1 worker':>10}{'2 workers':>11}{'ratio':>7}")
+    for name, one, two in zip(("whole in each", "in parts"), found[1], found[2], strict=True):
+        print(f"{name:<22}{one:>10.0f}{two:>11.0f}{two / one:>7.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Grids as the publish step stores them: compact ones, kept sums, and updates against grids made anew."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from sklearn.decomposition import PCA
+
+from infra import clusters, storage
+from infra.errors import UserError
+from tasks import tiles as tiles_module
+from tasks import updates
+from tasks.cards import read_card
+from tasks.checkpoint import save_checkpoint
+from tasks.core.location import LocationEncoder
+from tasks.core.retrieval import RetrievalIndex
+from tasks.database import create_database, finish_database, write_rows
+from tasks.grids import read_projection
+from tasks.params import PublishParams
+from tasks.publish import publish_grid
+from tests.core.test_retrieval import close, database
+
+STEP = {"step_degrees": 10.0, "tile_cells": 5}
+KEEPS = PublishParams(**STEP, keep_sums=True)
+IMAGES, VALUES, DIM = 400, 8, 16
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The storage, with a checkpoint in it."""
+    folder = tmp_path_factory.mktemp("publish")
+    torch.manual_seed(0)
+    save_checkpoint((folder / "checkpoint").as_uri(), LocationEncoder(6, hidden=16, dim=DIM))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def client():
+    with clusters.connect("threads", 2) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def publish(home, client):
+    return lambda database, params: publish_grid(client, f"{home.as_uri()}/checkpoint", database, params)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The (place, image) pairs that were computed."""
+    counted = []
+    real = RetrievalIndex.halves
+
+    def halves(index, queries, lonlat, method):
+        counted.append(len(queries) * len(index))
+        return real(index, queries, lonlat, method)
+
+    monkeypatch.setattr(RetrievalIndex, "halves", halves)
+    return counted
+
+
+def images(rows, changed=()):
+    """Chosen rows of a database of 1000 images, some with another value."""
+    keys, values, where = database(1000, DIM, VALUES)
+    values[list(changed)] += 1
+    return {"keys": keys[rows], "values": values[rows], "locations": where[rows], "row_ids": np.asarray(rows)}
+
+
+def store(home, name, arrays, checkpoint=None, shard=150):
+    """A database in storage."""
+    url, count = f"{home.as_uri()}/{name}", len(arrays["keys"])
+    create_database(url, count, arrays["keys"].shape[1], arrays["values"].shape[1], shard)
+    for start in range(0, count, shard):
+        write_rows(url, start, {n: a[start : start + shard] for n, a in arrays.items()})
+    space = checkpoint or read_card(f"{home.as_uri()}/checkpoint", "checkpoint")["fingerprint"]
+    finish_database(url, checkpoint=space, fingerprint=name, attribution="nobody")
+    return url
+
+
+@pytest.fixture(scope="module")
+def before(home):
+    return store(home, "before", images(np.arange(IMAGES)))
+
+
+@pytest.fixture(scope="module")
+def parent(publish, before):
+    return publish(before, KEEPS)
+
+
+@pytest.fixture(scope="module")
+def after(home):
+    """In another order, as an extended sample is: 12 images gone, 20 new ones, 3 with another value."""
+    rows = np.random.default_rng(5).permutation(np.r_[12:IMAGES, 500:520])
+    return store(home, "after", images(rows, changed=(20, 21, 22)))
+
+
+def embeddings(grid):
+    return xr.open_zarr(grid).embedding.values
+
+
+def same(grid, other, tolerance=1e-5):
+    found, expected = embeddings(grid), embeddings(other)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    close(found[np.isfinite(found)], expected[np.isfinite(expected)], tolerance)
+
+
+def contents(grid):
+    return {path: path.read_bytes() for path in storage_path(grid).parent.rglob("*") if path.is_file()}
+
+
+def storage_path(url):
+    return Path(url.removeprefix("file://"))
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "range"}, {"beta": 1.0}, {"compact_dims": 3}])
+def test_an_update_is_a_grid_made_anew(publish, before, after, products, options):
+    params = PublishParams(**STEP, keep_sums=True, **options)
+    parent = publish(before, params)
+    stored = contents(parent)
+    cells = int(np.isfinite(embeddings(parent)[0]).sum())
+    products.clear()
+    child = publish(after, params.model_copy(update={"parent": parent}))
+    assert sum(products) < cells * (2 * (12 + 3) + 20 + 3 + 0.02 * IMAGES)
+    assert contents(parent) == stored
+    assert child != parent
+    products.clear()
+    if "compact_dims" in options:
+        expected = publish(after, PublishParams(**STEP))
+        projection = read_projection(parent)
+        visual = projection.apply(np.moveaxis(embeddings(expected)[:VALUES], 0, -1))
+        found = np.moveaxis(embeddings(child)[:3], 0, -1)
+        close(found[np.isfinite(found)], visual[np.isfinite(visual)], 1e-5)
+        np.testing.assert_array_equal(read_projection(child).components, projection.components)
+    else:
+        same(child, publish(after, params))
+        assert sum(products) == cells * 408
+
+
+def test_sums_serve_any_beta(publish, before, parent, products):
+    child = publish(before, PublishParams(**STEP, beta=0.2, parent=parent))
+    assert products == []
+    same(child, publish(before, PublishParams(**STEP, beta=0.2)), 1e-6)
+
+
+def test_updates_of_updates_stay_exact(home, publish, parent):
+    """Images go until, for many cells, nearly all the weight has gone; then they come back."""
+    grid = parent
+    for i, rows in enumerate([np.arange(100, IMAGES), np.arange(210, IMAGES), np.arange(300, IMAGES)]):
+        url = store(home, f"fewer{i}", images(rows))
+        grid = publish(url, KEEPS.model_copy(update={"parent": grid}))
+    same(grid, publish(url, PublishParams(**STEP)))
+    for i, rows in enumerate([np.arange(240, IMAGES), np.arange(IMAGES)]):
+        url = store(home, f"more{i}", images(rows))
+        if i == 0:
+            grid = publish(url, KEEPS.model_copy(update={"parent": grid}))
+    same(grid, publish(f"{home.as_uri()}/more0", PublishParams(**STEP)))
+
+
+def test_an_interrupted_update_goes_on(publish, parent, after, monkeypatch):
+    """Sums of a tile are there before its mark, and what is there already is not made again."""
+    whole = publish(after, KEEPS.model_copy(update={"parent": parent}))
+    expected = contents(whole)
+    (storage_path(whole).parent / "card.json").unlink()
+    shard = sorted((storage_path(whole) / "embedding/c/0/1").iterdir())[0]
+    shard.unlink()
+    calls = []
+    real = updates.deliver
+    monkeypatch.setattr(updates, "deliver", lambda *a: (calls.append(a[1]), real(*a))[1])
+    assert publish(after, KEEPS.model_copy(update={"parent": parent})) == whole
+    assert len(calls) == 1
+    assert contents(whole).keys() == expected.keys()
+    same(whole, publish(after, PublishParams(**STEP)))
+
+
+def test_kept_sums_leave_the_grid_as_it_is(publish, before, parent):
+    same(parent, publish(before, PublishParams(**STEP)), 1e-6)
+    sums = xr.open_zarr(parent.replace("grid.zarr", "sums.zarr")).sums
+    assert sums.shape == (2 * (VALUES + 2), 18, 36)
+    assert read_card(parent.removesuffix("/grid.zarr"), "grid")["sums"]["geodesic_temperature"] == 40
+
+
+def test_a_compact_grid_leads_back_to_the_values(publish, before):
+    compact = xr.open_zarr(publish(before, PublishParams(**STEP, compact_dims=5)))
+    whole = xr.open_zarr(publish(before, PublishParams(**STEP)))
+    assert compact.attrs["geoemb:blocks"] == {"visual": [0, 5], "location": [5, 5 + DIM]}
+    pca = PCA(5).fit(images(np.arange(IMAGES))["values"].astype(np.float64))
+    assert compact.attrs["rangegrid:explained_variance"] == pytest.approx(pca.explained_variance_ratio_.sum(), abs=1e-5)
+    visual = whole.embedding[:VALUES].transpose("lat", "lon", "embedding_dim").values
+    land = np.isfinite(visual[..., 0])
+    expected = pca.inverse_transform(pca.transform(visual[land]))
+    found = compact.embedding[:5].values[:, land].T @ compact.components.values.T + compact["mean"].values
+    close(found, expected, 1e-5)
+
+
+def test_the_database_is_loaded_once_per_process(publish, home, monkeypatch):
+    """Two threads make 20 tiles and more from one copy."""
+    url = store(home, "counted", images(np.arange(50)))
+    loads = []
+    real = tiles_module.open_database
+    monkeypatch.setattr(tiles_module, "open_database", lambda url: (loads.append(url), real(url))[1])
+    publish(url, PublishParams(**STEP))
+    assert loads == [url]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"method": "range"}, "semantic_temperature 12.0 and not 15.0"),
+        ({"beta": 1.0}, "geodesic_temperature 40.0 and not None"),
+        ({"tile_cells": 6}, "tile_cells 5 and not 6"),
+        ({"compact_dims": 2}, "compact_dims None and not 2"),
+    ],
+)
+def test_a_parent_of_another_kind_is_refused(publish, parent, before, params, message):
+    with pytest.raises(UserError, match=message):
+        publish(before, PublishParams(**STEP | params, parent=parent))
+
+
+def test_parents_that_cannot_be_are_refused(publish, home, parent, before):
+    with pytest.raises(UserError, match="there is no finished grid at"):
+        publish(before, PublishParams(**STEP, parent=f"{home.as_uri()}/nothing/grid.zarr"))
+    with pytest.raises(UserError, match="kept no sums: publish it with --keep-sums true"):
+        publish(before, PublishParams(**STEP, parent=publish(before, PublishParams(**STEP))))
+    with pytest.raises(UserError, match=r"of the 300 images .* 300 came and 400 went .* Publish without --parent"):
+        publish(store(home, "other", images(np.arange(500, 800))), PublishParams(**STEP, parent=parent))
+    with pytest.raises(ValueError, match="without a tolerance"):
+        PublishParams(tolerance=0.1, keep_sums=True)
+    with pytest.raises(UserError, match="values have 8 components"):
+        publish(before, PublishParams(**STEP, compact_dims=9))
+
+
+def test_a_parent_whose_database_has_changed_is_refused(publish, home):
+    url = store(home, "rewritten", images(np.arange(40)))
+    parent = publish(url, KEEPS)
+    storage.delete(url)
+    with pytest.raises(UserError, match="there is no finished database"):
+        publish(store(home, "next", images(np.arange(41))), PublishParams(**STEP, parent=parent))
+
+
+def test_images_are_known_by_row_place_and_content(home):
+    rows = np.arange(60)
+    old = store(home, "old", images(rows))
+    arrays = images(rows[::-1], changed=(7,))
+    arrays["keys"] *= 1 + 1e-7 * np.random.default_rng(0).normal(size=arrays["keys"].shape).astype("f4")
+    arrays["locations"][59 - 8] += 1
+    arrays["row_ids"][59 - 9] = 999
+    new = store(home, "new", arrays)
+    found = updates.changes(old, new)
+    assert found.removed == [7, 8, 9]
+    assert found.added == [59 - 9, 59 - 8, 59 - 7]
+
+
+def test_the_same_image_many_times_is_counted(home):
+    """Imported databases have no row ids; a place may have many images."""
+    arrays = images(np.zeros(5, int))
+    arrays["row_ids"][:] = -1
+    old = store(home, "five", arrays)
+    new = store(home, "three", {name: array[:3] for name, array in arrays.items()})
+    assert (updates.changes(old, new).added, updates.changes(old, new).removed) == ([], [3, 4])
+    assert (updates.changes(new, old).added, updates.changes(new, old).removed) == ([3, 4], [])

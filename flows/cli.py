@@ -105,10 +105,11 @@ sample_app.command("plan", help="Tell what a run would cost, before it runs.")(w
 
 @command(TrainParams)
 def train(patches: Patches, params: TrainParams) -> None:
-    """Train the contrastive location encoder."""
-    from flows.train import train as flow
+    """Train the contrastive location encoder; under torchrun, in several processes."""
+    from flows.train import run
 
-    print(flow(patches, params))
+    if url := run(patches, params):
+        print(url)
 
 
 @command(EncodeParams)

@@ -78,8 +78,8 @@ def test_a_rerun_finds_what_is_there(client, home, monkeypatch):
 
 def test_a_killed_training_resumes_to_the_same_weights(client, home, tmp_path, monkeypatch):
     patches = mock_patches(f"{home}/patches/p")
-    monkeypatch.setattr(train_module, "SAVE_EVERY", 10)
-    whole = read_card(train_model(client, patches, PARAMS), "checkpoint")
+    params = PARAMS.model_copy(update={"save_every": 10})
+    whole = read_card(train_model(client, patches, params), "checkpoint")
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", (tmp_path / "other").as_uri())
     step, calls = Trainer.step, []
 
@@ -91,8 +91,8 @@ def test_a_killed_training_resumes_to_the_same_weights(client, home, tmp_path, m
 
     monkeypatch.setattr(Trainer, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        train_model(client, patches, PARAMS)
-    resumed = read_card(train_model(client, patches, PARAMS), "checkpoint")
+        train_model(client, patches, params)
+    resumed = read_card(train_model(client, patches, params), "checkpoint")
     assert calls[25] == 20
     assert resumed["fingerprint"] == whole["fingerprint"]
     assert resumed["history"] == whole["history"]

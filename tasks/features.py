@@ -81,11 +81,15 @@ def _written(url: str, view: int) -> set[int]:
 
 
 def _try(url: str, patches: str, name: str, views: int) -> None:
-    """Encodes one image in its last view, the smallest, so that what the encoder refuses is told before the work."""
+    """Encodes one image in its last view, the smallest, so that what the encoder cannot do is told before the work."""
+    image = view_of(open_store(patches).reflectance(slice(0, 1)), views - 1)
     try:
-        open_encoder(url, patches, name).encode(view_of(open_store(patches).reflectance(slice(0, 1)), views - 1))
-    except ValueError as error:
-        raise UserError(f"{error} (view {views - 1} of {patches}); fewer views may do") from error
+        open_encoder(url, patches, name).encode(image)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the encoder {name} does not take view {views - 1} of {patches}, {image.shape[3]} x {image.shape[2]} "
+            f"pixels ({error}): train on fewer views, or sample larger patches"
+        ) from error
 
 
 def _fit(url: str, patches: str, images: int, params: EncoderParams) -> None:

@@ -13,8 +13,9 @@ from distributed import Client, as_completed
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from infra.errors import UserError
 
@@ -95,7 +96,7 @@ def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
     """
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     artifact = _Artifact(label, total)
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bars:
+    with _Noted(*columns, console=Console(stderr=True)) as bars:
         bar = bars.add_task(label, total=total, note="")
 
         def advance(done: int, note: str = "") -> None:
@@ -104,6 +105,14 @@ def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
 
         yield advance
     artifact.finish()
+
+
+class _Noted(Progress):
+    """Progress bars, each with its note on the line below: beside the bar a narrow terminal has no room for it."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield from (Text(task.fields["note"]) for task in self.tasks if task.fields["note"])
 
 
 class _Artifact:

@@ -80,9 +80,11 @@ def test_imported_weights_embed_as_rangegeo(home, tmp_path, degree, harmonics):
     file = satclip_file(tmp_path / "satclip.ckpt", degree, harmonics)
     import_satclip(file, f"{home}/imported")
     ours = load_checkpoint(f"{home}/imported").location
+    assert ours.first.weight.dtype == torch.float64
     theirs = load_satclip_location_encoder(file)(torch.from_numpy(places())).detach().numpy()
     assert relative(embed_by(ours, places()), theirs) < 1e-6
     unit = theirs / np.linalg.norm(theirs, axis=1, keepdims=True)
+    assert relative(ours.embed(places()), unit) < 1e-6
     assert relative(ours.float().embed(places()), unit) < 1e-3  # float32, 30 times in a sine
 
 
@@ -163,7 +165,8 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(home):
     images, location, projection, encoder, card = trained(home)
     loaded = load_checkpoint(f"{home}/trained")
     assert loaded.card == card
-    assert card["encoder"] == {"name": "rcf", "bands": ["red", "nir"], "dim": 24}
+    stated = {"name": "rcf", "bands": ["red", "nir"], "dim": 24, "resolution_m": None}
+    assert card["encoder"] == stated | {"normalisation": encoder.normalisation}
     assert card["architecture"]["smoothness"] == 1.0
     assert not loaded.location.training
     np.testing.assert_array_equal(loaded.location.embed(places()), location.embed(places()))

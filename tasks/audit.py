@@ -139,7 +139,8 @@ def together(name: str, source: NDArray, target: NDArray, seed: int) -> Iterator
     """Whether two tables belong together row by row, and the same of one of them shuffled."""
     try:
         found = alignment(source, target, seed)
-        canary = alignment(source, np.random.default_rng(seed).permutation(target), seed)
+        rng = np.random.default_rng((seed, len(target)))  # not the generator that may have shuffled the table
+        canary = alignment(source, rng.permutation(target), seed)
     except ValueError as error:
         yield Finding(name, None, str(error))
         return

@@ -75,8 +75,9 @@ def identity(params: EncoderParams) -> dict[str, Any]:
 
 def _weights_file(place: str) -> str:
     """The .safetensors itself, where a checkpoint's directory was given."""
-    inside = storage.join(storage.as_url(place), "model.safetensors")
-    return inside if storage.exists(inside) else place
+    url = storage.as_url(place)
+    inside = storage.join(url, "model.safetensors")
+    return inside if not storage.exists(url) and storage.exists(inside) else place
 
 
 def read_weights(place: str) -> dict[str, NDArray]:

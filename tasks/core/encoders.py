@@ -187,7 +187,9 @@ LOADED: dict[str, Load] = {"rcf": load_rcf} | {name: partial(load_tower, name) f
 def image_encoder_builder(function: Load) -> Load:
     """Marks `function(arrays, bands)` as one that `load_encoder("module:function", …)` may call.
 
-    A checkpoint's card names its encoder and may come from anyone: so what is not marked is not called.
+    It is called with the arrays of a file first, and with the `arrays()` of what it returned ever after.
+
+    A checkpoint's card names its encoder and may come from anyone, so what is not marked is not called.
     """
     function.builds_image_encoder = True  # type: ignore[attr-defined]
     return function
@@ -210,13 +212,17 @@ def load_encoder(name: str, arrays: Arrays, bands: tuple[str, ...]) -> ImageEnco
 
     Args:
         name: One of the table above, or `package.module:function` of a marked function.
-        arrays: By name.
+        arrays: By name: of a file of weights, or what the encoder's own `arrays()` gave.
         bands: Of the images; an encoder with bands of its own does not look at them.
 
     Raises:
         ValueError: The name is unknown, or the arrays are not its own.
     """
-    encoder = _builder(name)(arrays, bands)
+    build = _builder(name)
+    try:
+        encoder = build(arrays, bands)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} cannot be built of these weights: {' '.join(str(error).split())[:200]}") from error
     if encoder.name != name:
         raise ValueError(f"{name} builds an encoder that calls itself {encoder.name!r}: they must be the same")
     return encoder

@@ -8,9 +8,9 @@ from tasks.core.encoders import TorchEncoder, image_encoder_builder
 @image_encoder_builder
 def build(arrays, bands):
     """The mean of each of two bands, times a weight."""
-    module = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(2, 2, bias=False))
-    module.load_state_dict({"2.weight": torch.from_numpy(arrays["weight"])})
-    return TorchEncoder("tests.core.my_encoder:build", module, ("nir", "red"), 2, size=8, resolution_m=None)
+    module = torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(2, 2, bias=False))
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    return TorchEncoder("tests.core.my_encoder:build", module, ("B04", "B02"), 2, size=16)
 
 
 @image_encoder_builder

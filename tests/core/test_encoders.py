@@ -127,10 +127,10 @@ def test_bands_are_taken_by_name():
 
 
 def test_a_module_of_the_users_own():
-    arrays = {"weight": np.array([[1, 0], [0, 3]], "f4")}
-    encoder = load_encoder("tests.core.my_encoder:build", arrays, ("red", "nir"))
-    image = np.stack([np.full((8, 8), 0.25), np.full((8, 8), 0.5)])[None].astype("f4")  # red, nir
-    np.testing.assert_allclose(encoder.encode(take_bands(image, ("red", "nir"), encoder.bands)), [[0.5, 0.75]])
+    arrays = {"2.weight": np.array([[1, 0], [0, 3]], "f4")}
+    encoder = load_encoder("tests.core.my_encoder:build", arrays, ("B02", "B04"))
+    image = np.stack([np.full((8, 8), 0.25), np.full((8, 8), 0.5)])[None].astype("f4")  # B02, B04
+    np.testing.assert_allclose(encoder.encode(take_bands(image, ("B02", "B04"), encoder.bands)), [[0.5, 0.75]])
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,13 @@ def test_a_module_of_the_users_own():
 )
 def test_what_is_no_encoder_is_refused_and_not_called(name, message):
     with pytest.raises(ValueError, match=message):
-        load_encoder(name, {"weight": np.eye(2, dtype="f4")}, ("red", "nir"))
+        load_encoder(name, {"2.weight": np.eye(2, dtype="f4")}, ("red", "nir"))
+
+
+@pytest.mark.parametrize("name", ["rcf", "tests.core.my_encoder:build"])
+def test_weights_that_do_not_fit_are_refused(name):
+    with pytest.raises(ValueError, match="cannot be built of these weights"):
+        load_encoder(name, {"other": np.eye(2, dtype="f4")}, ("red", "nir"))
 
 
 def test_a_tower_without_weights_is_refused():

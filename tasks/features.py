@@ -5,6 +5,7 @@
 `card.json`. View 0 is the image itself; the others are what training may see in its place.
 """
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any
@@ -14,16 +15,20 @@ import torch
 import zarr
 from distributed import Client
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialise
 
 from infra import storage
 from infra.errors import UserError
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
-from tasks.core.images import ImageEncoder, fit_encoder, load_encoder
+from tasks.checkpoint import describe
+from tasks.core.encoders import fit_encoder, load_encoder
+from tasks.core.images import ImageEncoder, take_bands
+from tasks.foreign import read_file
 from tasks.params import EncoderParams
 from tasks.patches import Patches, open_patches
-from tasks.units import run_units
+from tasks.units import log, run_units
 
 SHARD = 512  # images: 2 MB of features, some seconds of work
 SYMMETRIES = 8  # of the square
@@ -37,10 +42,10 @@ def features_url(patches: str, params: EncoderParams, views: int) -> str:
 
 
 def _made_of(patches: str, params: EncoderParams, views: int) -> dict[str, Any]:
-    return {"patches": read_card(patches, "patches")["fingerprint"], "views": views, **params.model_dump()}
+    return {"patches": read_card(patches, "patches")["fingerprint"], "views": views, **identity(params)}
 
 
-def encode_features(client: Client, patches: str, params: EncoderParams, views: int) -> str:
+def encode_features(client: Client, patches: str, params: EncoderParams, views: int = 1) -> str:
     """Encodes all views of all patches by one encoder, resuming what an earlier run began.
 
     Args:
@@ -60,9 +65,10 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
     if is_finished(url):
         return url
     images = len(open_store(patches).manifest)
-    _fit(url, patches, images, params)
-    _try(url, patches, params.name, views)
-    _create(url, views, images, params.dim)
+    _prepare(url, patches, params)
+    encoder = open_encoder(url, patches, params.name)
+    _try(encoder, patches, views)
+    _create(url, views, images, encoder.dim)
     units = [(view, shard) for view in range(views) for shard in range(-(-images // SHARD))]
     done = {(view, shard) for view in range(views) for shard in _written(url, view)}
     run_units(
@@ -71,7 +77,9 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
         [unit for unit in units if unit not in done],
         label="features",
     )
-    write_card(url, "features", fingerprint=fingerprint(made_of), made_of=made_of, images=images)
+    write_card(
+        url, "features", fingerprint=fingerprint(made_of), made_of=made_of, images=images, encoder=describe(encoder)
+    )
     return url
 
 
@@ -80,29 +88,90 @@ def _written(url: str, view: int) -> set[int]:
     return {int(name) for name in there if name.isdigit()}
 
 
-def _try(url: str, patches: str, name: str, views: int) -> None:
+def _try(encoder: ImageEncoder, patches: str, views: int) -> None:
     """Encodes one image in its last view, the smallest, so that what the encoder cannot do is told before the work."""
-    image = view_of(open_store(patches).reflectance(slice(0, 1)), views - 1)
+    source, view = open_store(patches), views - 1
     try:
-        open_encoder(url, patches, name).encode(image)
+        encode_rows(encoder, source, slice(0, 1), view)
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the encoder {name} does not take view {views - 1} of {patches}, {image.shape[3]} x {image.shape[2]} "
-            f"pixels ({error}): train on fewer views, or sample larger patches"
+            f"the encoder {encoder.name} does not take view {view} of {patches} ({error}): train on fewer views, "
+            "or sample larger patches"
         ) from error
 
 
-def _fit(url: str, patches: str, images: int, params: EncoderParams) -> None:
+def identity(params: EncoderParams) -> dict[str, Any]:
+    """What decides an encoder: its parameters, with the digest of its weights in place of where they are."""
+    if params.weights is None:
+        return params.model_dump()
+    digest = hashlib.sha256(read_file(_weights_file(params.weights), "a .safetensors")).hexdigest()
+    return {**params.model_dump(), "weights": digest}
+
+
+def _weights_file(place: str) -> str:
+    """The .safetensors itself, where a checkpoint's directory was given."""
+    url = storage.as_url(place)
+    inside = storage.join(url, "model.safetensors")
+    return inside if not storage.exists(url) and storage.exists(inside) else place
+
+
+def read_weights(place: str) -> dict[str, NDArray]:
+    """Weights of an image encoder, by name.
+
+    Args:
+        place: Path or URL of a .safetensors, or of a checkpoint, whose image encoder is taken.
+
+    Raises:
+        UserError: None is there, or it is no such file.
+    """
+    file = _weights_file(place)
+    try:
+        tensors = parse(read_file(file, "a .safetensors"))
+    except SafetensorError as error:
+        raise UserError(f"{place} is no .safetensors ({error}): convert the weights to one first") from error
+    arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
+    if file == place:
+        return arrays
+    return {name.removeprefix("encoder."): a for name, a in arrays.items() if name.startswith("encoder.")}
+
+
+def _prepare(url: str, patches: str, params: EncoderParams) -> None:
     where = storage.join(url, "encoder.safetensors")
     if storage.exists(where):
         return
     source = open_store(patches)
     try:
-        encoder = fit_encoder(params.name, _sample(source), source.bands, params.dim, params.seed)
+        if params.weights is not None:
+            encoder = load_encoder(params.name, read_weights(params.weights), source.bands)
+        else:
+            encoder = fit_encoder(params.name, _sample(source), source.bands, params.dim, params.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
+    check_takes(encoder, source, encoder.name)
     tensors = {name: torch.from_numpy(array) for name, array in encoder.arrays().items()}
     storage.create(where, serialise(tensors))
+
+
+def check_takes(encoder: ImageEncoder, source: Patches, taker: str) -> None:
+    """Refuses patches without a band that the encoder takes, and warns of another resolution than its own.
+
+    Raises:
+        UserError: A band is missing.
+    """
+    missing = [band for band in encoder.bands if band not in source.bands]
+    if missing:
+        raise UserError(
+            f"{source.url} has the bands {', '.join(source.bands)} and {taker} takes "
+            f"{', '.join(encoder.bands)}: sample patches with {', '.join(missing)}, or use another encoder"
+        )
+    metres = source.card.get("made_of", {}).get("resolution_m")
+    if encoder.resolution_m and metres and metres != encoder.resolution_m:
+        log().warning("%s was trained on pixels of %g m; these have %g m", encoder.name, encoder.resolution_m, metres)
+
+
+def encode_rows(encoder: ImageEncoder, source: Patches, rows: slice, view: int = 0) -> NDArray[np.float32]:
+    """Features of a view of some patches, (n, feature), from the bands that the encoder takes."""
+    return encoder.encode(view_of(take_bands(source.reflectance(rows), source.bands, encoder.bands), view))
 
 
 def _sample(source: Patches) -> NDArray[np.float32]:
@@ -168,12 +237,17 @@ def encode_shard(url: str, patches: str, name: str, unit: tuple[int, int]) -> No
     view, shard = unit
     images = len(open_store(patches).manifest)
     rows = slice(shard * SHARD, min((shard + 1) * SHARD, images))
-    reflectance = view_of(open_store(patches).reflectance(rows), view)
-    _array(url, "r+")[view, rows] = open_encoder(url, patches, name).encode(reflectance)
+    values = encode_rows(open_encoder(url, patches, name), open_store(patches), rows, view)
+    _array(url, "r+")[view, rows] = values
 
 
 def _array(url: str, mode: Any) -> zarr.Array:
     return zarr.open_array(storage.zarr_store(storage.join(url, "features.zarr", "features")), mode=mode)
+
+
+def read_features(url: str, rows: slice = slice(None)) -> NDArray[np.float32]:
+    """Rows of the features of the untouched images, (n, feature)."""
+    return np.asarray(_array(url, "r")[0, rows])
 
 
 class StoredFeatures:

@@ -93,11 +93,13 @@ class EncoderParams(Params):
     """Which image encoder."""
 
     name: str = "rcf"
-    """A registered image encoder; `rcf` needs no downloaded weights."""
+    """`rcf`, satclip-vit16, satclip-resnet18, satclip-resnet50, satmae or module:function; all but rcf need weights."""
+    weights: str | None = None
+    """Path or URL of a .safetensors, or of an imported SatCLIP checkpoint."""
     dim: int = Field(1024, ge=2, le=8192, multiple_of=2)
-    """Length of a feature vector, and so of the database's values."""
+    """Length of a feature vector of `rcf`, and so of the database's values; the others have their own."""
     seed: int = 0
-    """Of the encoder's random choices."""
+    """Of the random choices of `rcf`."""
 
 
 class TrainParams(Params):
@@ -151,9 +153,18 @@ class TrainParams(Params):
         return self
 
 
+class ValueParams(EncoderParams):
+    """Which image encoder makes the database's values."""
+
+    name: str = "checkpoint"
+    """`checkpoint`, its own image encoder, or one by name as in training, beside the checkpoint's keys."""
+
+
 class EncodeParams(Params):
     """How the database is written."""
 
+    values: ValueParams = Field(default_factory=ValueParams)
+    """The image encoder of the values."""
     shard_rows: int = Field(512, ge=1, le=65_536)
     """Images per shard, which is one unit of work."""
 

@@ -30,7 +30,7 @@ from tasks.core.contrastive import (
     train,
 )
 from tasks.core.location import LocationEncoder
-from tasks.features import StoredFeatures, encode_features, features_url, open_encoder, open_store
+from tasks.features import StoredFeatures, encode_features, features_url, identity, open_encoder, open_store
 from tasks.params import TrainParams
 from tasks.pictures import loss_curve
 from tasks.units import log, progress
@@ -75,6 +75,7 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
     """
     source = read_card(patches, "patches")
     made_of = {"patches": source["fingerprint"], **params.model_dump(exclude=NOT_CONTENT)}
+    made_of["encoder"] = identity(params.encoder)
     url = product_url("checkpoints", made_of)
     if is_finished(url):
         return url

@@ -37,12 +37,22 @@ sandbox_app = typer.Typer(no_args_is_help=True, help="Local STAC, S3 and Prefect
 app.add_typer(sandbox_app, name="sandbox")
 sample_app = typer.Typer(invoke_without_command=True, help="Sample Sentinel-2 patches from a STAC catalog.")
 app.add_typer(sample_app, name="sample")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Exchange checkpoints with SatCLIP and rangegeo.")
+app.add_typer(checkpoint_app, name="checkpoint")
+database_app = typer.Typer(no_args_is_help=True, help="Exchange databases with rangegeo, and audit them.")
+app.add_typer(database_app, name="database")
 
 Patches = Annotated[str, typer.Argument(help="URL of the patches.")]
 Checkpoint = Annotated[str, typer.Argument(help="URL of the checkpoint.")]
 Database = Annotated[str, typer.Argument(help="URL of the database.")]
+Product = Annotated[str, typer.Argument(help="Directory or URL of the product.")]
+New = Annotated[str, typer.Argument(help="Directory or URL of the product to make.")]
+Output = Annotated[str, typer.Argument(help="Path or URL of the file to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
+Space = Annotated[str, typer.Option("--checkpoint", help="Directory or URL of the checkpoint of its keys.")]
 Directory = Annotated[Path, typer.Option(help="Where the sandbox keeps its data and its state.")]
 SANDBOX = Path(".sandbox")
+MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 INTERRUPTED = 130  # what a shell reports for SIGINT, and what typer makes of a KeyboardInterrupt
 
 
@@ -70,6 +80,12 @@ def command(model: type[Params]) -> Callable[[Callable[..., Any]], Callable[...,
         return function
 
     return register
+
+
+def _url(place: str) -> str:
+    from infra.storage import as_url
+
+    return as_url(place)
 
 
 def _sample(context: typer.Context, params: SampleParams) -> None:
@@ -105,10 +121,11 @@ sample_app.command("plan", help="Tell what a run would cost, before it runs.")(w
 
 @command(TrainParams)
 def train(patches: Patches, params: TrainParams) -> None:
-    """Train the contrastive location encoder."""
-    from flows.train import train as flow
+    """Train the contrastive location encoder; under torchrun, in several processes."""
+    from flows.train import run
 
-    print(flow(patches, params))
+    if url := run(patches, params):
+        print(url)
 
 
 @command(EncodeParams)
@@ -116,7 +133,7 @@ def encode(patches: Patches, checkpoint: Checkpoint, params: EncodeParams) -> No
     """Encode patches into the two-resolution database."""
     from flows.encode import encode as flow
 
-    print(flow(patches, checkpoint, params))
+    print(flow(_url(patches), _url(checkpoint), params))
 
 
 @command(PublishParams)
@@ -142,12 +159,73 @@ def embed(
     database: Annotated[str, typer.Option(help="Directory or URL of the database, or a range_db .npz.")],
     output: Annotated[Path, typer.Option(help="The .parquet or .zarr to write.")],
     params: EmbedParams,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Embed a list of points: their columns, and their embedding."""
     from tasks.points import embed_file
 
     print(embed_file(points, checkpoint, database, output, params, overwrite=overwrite))
+
+
+@checkpoint_app.command("import")
+def import_checkpoint(
+    file: Annotated[str, typer.Argument(help="Path or URL of a satclip-*.ckpt.")], directory: New
+) -> None:
+    """Import a SatCLIP checkpoint, both towers; nothing in the file is executed."""
+    from tasks.checkpoint import import_satclip
+
+    url = _url(directory)
+    card = import_satclip(file, url)
+    print(url)
+    print(card.get("image_side") or f"image encoder {card['encoder']['name']}", file=sys.stderr)
+
+
+@checkpoint_app.command("export")
+def export_checkpoint(checkpoint: Product, file: Output, overwrite: Overwrite = False) -> None:
+    """Export a checkpoint as a .ckpt that rangegeo loads."""
+    from tasks.checkpoint import export_satclip
+
+    print(export_satclip(_url(checkpoint), file, overwrite))
+
+
+@database_app.command("import")
+def import_database(
+    file: Annotated[str, typer.Argument(help="Path or URL of a range_db_*.npz.")], directory: New, checkpoint: Space
+) -> None:
+    """Import a published RANGE database; its numbers are checked, nothing in the file is executed."""
+    from tasks.database import import_npz
+
+    url = _url(directory)
+    import_npz(file, url, _url(checkpoint))
+    print(url)
+
+
+@database_app.command("export")
+def export_database(database: Product, file: Output, overwrite: Overwrite = False) -> None:
+    """Export a database as a .npz that rangegeo reads."""
+    from tasks.database import export_npz
+
+    print(export_npz(_url(database), file, overwrite))
+
+
+@database_app.command("audit")
+def audit(
+    database: Product,
+    patches: Annotated[str | None, typer.Option(help="Directory or URL of the patches, to encode some again.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Directory or URL of the checkpoint of its keys.")] = None,
+    sample: Annotated[int, typer.Option(min=2, help="Images to encode again.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check that a database is sound, and that key, value and place of a row belong to one image."""
+    from tasks.audit import audit_database
+
+    findings = audit_database(_url(database), patches and _url(patches), checkpoint and _url(checkpoint), sample)
+    if as_json:
+        print(json.dumps([vars(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{MARKS[finding.passed]}  {finding.check:<38}{finding.detail}")
+    raise typer.Exit(1 if any(finding.passed is False for finding in findings) else 0)
 
 
 @command(PipelineParams)

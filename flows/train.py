@@ -1,8 +1,11 @@
 """Deployment `train`: the contrastive location encoder."""
 
+import os
+
 from prefect import flow
 
 from infra import clusters
+from tasks import train as plain
 from tasks.params import TrainParams
 from tasks.steps import train_model
 
@@ -20,3 +23,11 @@ def train(patches: str, params: TrainParams = TrainParams()) -> str:
     """
     with clusters.connect() as client:
         return train_model(client, patches, params)
+
+
+def run(patches: str, params: TrainParams) -> str | None:
+    """The flow; under torchrun the flow in the first process, whose URL is returned, and its part in the others."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        return train(patches, params)
+    plain.train_model(None, patches, params)
+    return None

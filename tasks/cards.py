@@ -46,6 +46,20 @@ def write_card(url: str, kind: str, **content: Any) -> dict[str, Any]:
     return card
 
 
+def made_before(url: str, kind: str, made_of: Any) -> dict[str, Any] | None:
+    """The card of the same product made at `url` before; none where nothing is finished.
+
+    Raises:
+        UserError: Another product is there.
+    """
+    if not is_finished(url):
+        return None
+    card = storage.read_json(storage.join(url, "card.json"))
+    if card.get("kind") != kind or card.get("made_of") != made_of:
+        raise UserError(f"{url} holds another {card.get('kind')} already: name a directory of its own")
+    return card
+
+
 def product_url(kind: str, made_of: Any) -> str:
     """Where the product made of `made_of` lives: `<storage>/<kind>/<fingerprint>`."""
     return storage.join(settings().storage_url, kind, fingerprint(made_of))

@@ -9,13 +9,13 @@ card.json                    architecture, image encoder, fingerprint (of the we
                              metrics, history
 ============================ ======================================================================
 
-An imported SatCLIP checkpoint has the location part alone: it can embed and retrieve, but encode no images.
+An imported SatCLIP checkpoint has all three where its image tower is a published one; else the location part
+alone: it can embed and retrieve, but encode no images.
 """
 
 import argparse
 import hashlib
 import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,22 @@ from torch import Tensor
 
 from infra import storage
 from infra.errors import UserError
-from tasks.cards import read_card, write_card
+from tasks.cards import made_before, read_card, write_card
 from tasks.core.contrastive import ImageProjection
+from tasks.core.encoders import load_encoder, load_tower
 from tasks.core.harmonics import Basis
-from tasks.core.images import ImageEncoder, load_encoder
+from tasks.core.images import ImageEncoder
 from tasks.core.location import LocationEncoder
+from tasks.foreign import check_free, read_file, write_file
 
 ALLOWED: list[Any] = [argparse.Namespace]  # what Lightning puts beside plain containers and tensors
-PREFIX = "model.location.nnet."
+FOREIGN_LOCATION = "model.location.nnet"
+LARGEST = {"legendre_polys": 100, "capacity": 4096, "num_hidden_layers": 16, "embed_dim": 4096}
+VISION = {  # SatCLIP's vision_layers: our encoder, and the name of its last layer
+    "moco_vit16": ("satclip-vit16", "head"),
+    "moco_resnet18": ("satclip-resnet18", "fc"),
+    "moco_resnet50": ("satclip-resnet50", "fc"),
+}
 FOREIGN_BASIS: dict[str, Basis] = {"analytic": "analytic", "closed-form": "orthonormal"}
 
 
@@ -47,9 +55,9 @@ class Checkpoint:
     location: LocationEncoder
     """Places into the space."""
     projection: ImageProjection | None
-    """Image features into the space; none in an imported checkpoint."""
+    """Image features into the space; none where only the location part was imported."""
     encoder: ImageEncoder | None
-    """Images to features; none in an imported checkpoint."""
+    """Images to features; none where only the location part was imported."""
     card: dict[str, Any]
     """What it is and how it was made."""
 
@@ -74,7 +82,7 @@ def save_checkpoint(
     if projection is not None and encoder is not None:
         arrays = {name: torch.from_numpy(array) for name, array in encoder.arrays().items()}
         tensors |= _named("projection", projection.state_dict()) | _named("encoder", arrays)
-        card["encoder"] = {"name": encoder.name, "bands": list(encoder.bands), "dim": encoder.dim}
+        card["encoder"] = describe(encoder)
     data = serialise(tensors)
     storage.write(storage.join(url, "model.safetensors"), data)
     return write_card(
@@ -84,6 +92,17 @@ def save_checkpoint(
         architecture=location.architecture,
         **card,
     )
+
+
+def describe(encoder: ImageEncoder) -> dict[str, Any]:
+    """What an image encoder states, for a card."""
+    return {
+        "name": encoder.name,
+        "bands": list(encoder.bands),
+        "dim": encoder.dim,
+        "resolution_m": encoder.resolution_m,
+        "normalisation": encoder.normalisation,
+    }
 
 
 def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +126,10 @@ def load_checkpoint(url: str) -> Checkpoint:
     if "encoder" not in card:
         return Checkpoint(location, None, None, card)
     arrays = {name: tensor.numpy() for name, tensor in _part(tensors, "encoder").items()}
-    encoder = load_encoder(card["encoder"]["name"], arrays, tuple(card["encoder"]["bands"]))
+    try:
+        encoder = load_encoder(card["encoder"]["name"], arrays, tuple(card["encoder"]["bands"]))
+    except ValueError as error:
+        raise UserError(f"the image encoder of {url} cannot be loaded: {error}") from error
     projection = ImageProjection(encoder.dim, location.dim)
     projection.load_state_dict(_part(tensors, "projection"))
     return Checkpoint(location, projection.eval(), encoder, card)
@@ -118,66 +140,103 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 
-def import_satclip(path: Path, url: str) -> dict[str, Any]:
-    """Imports the location encoder of a SatCLIP Lightning checkpoint; nothing in the file is executed.
+def import_satclip(source: str | Path, url: str) -> dict[str, Any]:
+    """Imports a SatCLIP Lightning checkpoint; nothing in the file is executed.
+
+    Both towers come along where the image one is of a kind that SatCLIP published: its pooled features are the
+    image encoder, its last layer the projection. Other image towers are left out, and the card says so.
 
     Args:
-        path: `satclip-*.ckpt`, as microsoft/satclip and rangegeo read it.
+        source: Path or URL of a `satclip-*.ckpt`, as microsoft/satclip and rangegeo read it.
         url: Directory of the new checkpoint.
 
     Returns:
-        The new checkpoint's card.
+        The new checkpoint's card, or that of an earlier import of the same file.
 
     Raises:
-        UserError: The file is not such a checkpoint, or has parts that this project does not have.
+        UserError: The file is not such a checkpoint or has parts that this project does not have, or another
+            product is at `url`.
     """
-    content = _unpickle(path)
+    data = read_file(source, "a satclip-*.ckpt")
+    made_of = {"file": Path(source).name, "sha256": hashlib.sha256(data).hexdigest()}
+    if there := made_before(url, "checkpoint", made_of):
+        return there
+    content = _unpickle(data, source)
     try:
         settings = dict(_mapping(content["hyper_parameters"]))
-        weights = {k.removeprefix(PREFIX): v for k, v in content["state_dict"].items() if k.startswith(PREFIX)}
-        location = _from_foreign(settings, weights)
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path} is not a SatCLIP checkpoint ({error}): give a satclip-*.ckpt") from error
-    made_of = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return save_checkpoint(url, location, source="SatCLIP", made_of=made_of)
+        weights = dict(content["state_dict"])
+        location = _location_of(settings, _part(weights, FOREIGN_LOCATION))
+        encoder, projection, note = _image_side_of(settings, _part(weights, "model.visual"), location.dim)
+    except UserError:
+        raise
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{source} is not a SatCLIP checkpoint ({_first_line(error)}): give a satclip-*.ckpt"
+        ) from error
+    return save_checkpoint(url, location, projection, encoder, source="SatCLIP", made_of=made_of, **note)
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
+def _unpickle(data: bytes, source: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}: give the path of a satclip-*.ckpt") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile file may fail in any way
         raise UserError(
-            f"{path} is no checkpoint that can be read without running code from it ({reason[:200]}): "
+            f"{source} is no checkpoint that can be read without running code from it ({_first_line(error)}): "
             "give a satclip-*.ckpt as published"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     return vars(value) if isinstance(value, argparse.Namespace) else value
 
 
-def _from_foreign(settings: dict[str, Any], weights: dict[str, Tensor]) -> LocationEncoder:
+def _location_of(settings: dict[str, Any], weights: dict[str, Tensor]) -> LocationEncoder:
     _require(settings, "le_type", ["sphericalharmonics"])
     _require(settings, "pe_type", ["siren"])
     _require(settings, "harmonics_calculation", list(FOREIGN_BASIS))
-    layers = int(settings["num_hidden_layers"])
-    location = LocationEncoder(
-        degree=int(settings["legendre_polys"]),
-        hidden=int(settings["capacity"]),
-        layers=layers,
-        dim=int(settings["embed_dim"]),
-        basis=FOREIGN_BASIS[settings["harmonics_calculation"]],
-    )
-    ours = {_our_name(name, layers): tensor for name, tensor in weights.items()}
+    degree, hidden, layers, dim = (_size(settings, name) for name in LARGEST)
+    location = LocationEncoder(degree, hidden, layers, dim, FOREIGN_BASIS[settings["harmonics_calculation"]])
+    ours = {_our_name(name, layers): _floats(name, tensor) for name, tensor in weights.items()}
     if location.basis == "orthonormal":
-        ours["layers.0.weight"] = ours["layers.0.weight"] * _signs(location.degree)
+        ours["layers.0.weight"] = ours["layers.0.weight"] * _signs(degree)
     location = location.to(ours["layers.0.weight"].dtype)
     location.load_state_dict(ours)
     return location
+
+
+def _size(settings: dict[str, Any], name: str) -> int:
+    """A size that the file claims, before memory is taken for it."""
+    value = settings[name]
+    if not isinstance(value, int) or not 1 <= value <= LARGEST[name]:
+        raise UserError(f"the checkpoint's {name} is {value!r}: only 1 to {LARGEST[name]} can be imported")
+    return value
+
+
+def _floats(name: str, tensor: Tensor) -> Tensor:
+    value = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    if not torch.isfinite(value).all():
+        raise UserError(f"the checkpoint's {name} has numbers that are not finite: it is damaged")
+    return value
+
+
+def _image_side_of(
+    settings: dict[str, Any], visual: dict[str, Tensor], dim: int
+) -> tuple[ImageEncoder | None, ImageProjection | None, dict[str, Any]]:
+    """Image encoder and projection, or neither and a note of why."""
+    kind = settings.get("vision_layers")
+    if not visual or str(kind) not in VISION:
+        why = f"vision_layers {kind!r} is none of {', '.join(VISION)}" if visual else "the file has no model.visual"
+        return None, None, {"image_side": f"not imported: {why}"}
+    name, head = VISION[str(kind)]
+    encoder = load_tower(name, {key: _floats(key, tensor).numpy() for key, tensor in visual.items()})
+    projection = ImageProjection(encoder.dim, dim)
+    projection.linear.load_state_dict(_part(visual, head))
+    return encoder, projection, {}
 
 
 def _require(settings: dict[str, Any], name: str, known: list[str]) -> None:
@@ -199,36 +258,60 @@ def _signs(degree: int) -> Tensor:
     return torch.from_numpy(np.where(orders % 2, -1.0, 1.0)).float()
 
 
-def export_satclip(url: str, path: Path) -> None:
-    """Writes the location encoder as a SatCLIP checkpoint that rangegeo and microsoft/satclip read.
+def export_satclip(url: str, target: str | Path, overwrite: bool = False) -> str:
+    """Writes a SatCLIP checkpoint that rangegeo reads.
 
     Weights of the orthonormal basis are written for their `closed-form` harmonics, which are stable; their
-    `analytic` ones are wrong by up to 8 % near the poles.
+    `analytic` ones are wrong by up to 8 % near the poles. A SatCLIP image tower is written too, with the
+    projection as its last layer; any other image encoder has no place in the format.
 
     Args:
         url: The checkpoint.
-        path: The file to write.
+        target: Path or URL of the file to write.
+        overwrite: Whether a file that is there is replaced.
+
+    Returns:
+        The file's URL.
     """
-    location = load_checkpoint(url).location
+    check_free(target, overwrite)
+    model = load_checkpoint(url)
+    visual, settings = _visual_of(model)
+    weights = _named(FOREIGN_LOCATION, _their_location(model.location)) | _named("model.visual", visual)
+    buffer = io.BytesIO()
+    torch.save({"hyper_parameters": _settings_of(model.location) | settings, "state_dict": weights}, buffer)
+    return write_file(target, buffer.getvalue(), overwrite)
+
+
+def _their_location(location: LocationEncoder) -> dict[str, Tensor]:
     ours = dict(location.state_dict())
     ours["layers.0.weight"] = ours["layers.0.weight"].double() * location.damping
     if location.basis == "orthonormal":
         ours["layers.0.weight"] *= _signs(location.degree)
     layers = len(location.layers) - 1
-    weights = {PREFIX + _their_name(name, layers): tensor for name, tensor in ours.items()}
-    torch.save({"hyper_parameters": _settings_of(location), "state_dict": weights}, path)
+    return {_their_name(name, layers): tensor for name, tensor in ours.items()}
+
+
+def _visual_of(model: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The image side in SatCLIP's terms, standardisation folded into the last layer; nothing if it has none."""
+    kinds = {name: (kind, head) for kind, (name, head) in VISION.items()}
+    if model.encoder is None or model.projection is None or model.encoder.name not in kinds:
+        return {}, {}
+    kind, head = kinds[model.encoder.name]
+    projection = model.projection
+    weight = projection.linear.weight.detach() / projection.std
+    last = {"weight": weight, "bias": projection.linear.bias.detach() - weight @ projection.mean}
+    tower = {name: torch.from_numpy(array) for name, array in model.encoder.arrays().items()}
+    return tower | _named(head, last), {"vision_layers": kind}
 
 
 def _settings_of(location: LocationEncoder) -> dict[str, Any]:
     foreign = {ours: theirs for theirs, ours in FOREIGN_BASIS.items()}
+    sizes = zip(LARGEST, (location.degree, location.hidden, len(location.layers) - 1, location.dim), strict=True)
     return {
         "le_type": "sphericalharmonics",
         "pe_type": "siren",
-        "legendre_polys": location.degree,
         "harmonics_calculation": foreign[location.basis],
-        "embed_dim": location.dim,
-        "capacity": location.architecture["hidden"],
-        "num_hidden_layers": location.architecture["layers"],
+        **dict(sizes),
         "min_radius": 1,  # of other encodings; read by their constructor
         "max_radius": 360,
         "frequency_num": 10,

@@ -14,8 +14,8 @@ checkpoint's space the keys live in.
 """
 
 import hashlib
+import io
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
-from tasks.cards import read_card, write_card
+from tasks.cards import made_before, read_card, write_card
+from tasks.foreign import check_free, read_file, write_file
 
 NAMES = ("keys", "values", "locations", "row_ids")
 FOREIGN = ("locs", "satclip_embeddings", "image_embeddings")
@@ -65,7 +66,9 @@ def create_database(url: str, images: int, key: int, value: int, rows: int) -> N
     shapes = {"keys": ((images, key), "f4"), "values": ((images, value), "f4")}
     shapes |= {"locations": ((images, 2), "f8"), "row_ids": ((images,), "i8")}
     for name, (shape, dtype) in shapes.items():
-        if name not in group:
+        if name in group:
+            _same_shape(group[name].shape, shape, url)
+        else:
             group.create_array(
                 name,
                 shape=shape,
@@ -73,6 +76,11 @@ def create_database(url: str, images: int, key: int, value: int, rows: int) -> N
                 chunks=(min(rows, images), *shape[1:]),
                 fill_value=_missing(dtype),
             )
+
+
+def _same_shape(there: tuple[int, ...], shape: tuple[int, ...], url: str) -> None:
+    if there != shape:
+        raise UserError(f"{url} holds an unfinished database of shape {there}, not {shape}: delete it, or name another")
 
 
 def _missing(dtype: str) -> float | int:
@@ -152,15 +160,15 @@ def check(keys: NDArray, values: NDArray, locations: NDArray, source: str) -> No
     Raises:
         UserError: Lengths differ, a value is not finite, a place is not on Earth, or a key has no direction.
     """
-    if not len(keys) == len(values) == len(locations) or not len(keys):
-        raise UserError(
-            f"{source} has {len(locations)} places, {len(keys)} keys and {len(values)} values: every image "
-            "needs one of each"
-        )
-    if keys.ndim != 2 or values.ndim != 2 or locations.shape[1:] != (2,):
+    if keys.ndim != 2 or values.ndim != 2 or locations.shape[1:] != (2,) or not keys.size or not values.size:
         raise UserError(
             f"{source} has keys {keys.shape}, values {values.shape} and places {locations.shape}: all are "
             "tables with one row per image, places with longitude and latitude"
+        )
+    if not len(keys) == len(values) == len(locations):
+        raise UserError(
+            f"{source} has {len(locations)} places, {len(keys)} keys and {len(values)} values: every image "
+            "needs one of each"
         )
     for name, array in (("places", locations), ("keys", keys), ("values", values)):
         _refuse(~np.isfinite(array).all(1), source, f"{name} that are not finite")
@@ -174,53 +182,62 @@ def _refuse(wrong: NDArray[np.bool_], source: str, what: str) -> None:
         raise UserError(f"{source} has {wrong.sum()} {what} (first in row {wrong.argmax()}): mend the file")
 
 
-def import_npz(path: Path, url: str, checkpoint: str) -> dict[str, Any]:
+def import_npz(source: str | Path, url: str, checkpoint: str) -> dict[str, Any]:
     """Imports a database in the published layout; nothing in the file is executed.
 
     Args:
-        path: `range_db_*.npz` with `locs` (lon, lat in degrees), `satclip_embeddings`, `image_embeddings`.
+        source: Path or URL of a `range_db_*.npz` with `locs` (lon, lat in degrees), `satclip_embeddings`,
+            `image_embeddings`.
         url: Directory of the new database.
         checkpoint: URL of the checkpoint whose space the keys live in.
 
     Returns:
-        The new database's card.
+        The new database's card, or that of an earlier import of the same file.
 
     Raises:
-        UserError: The file is no such database, or its numbers cannot be right.
+        UserError: The file is no such database, its numbers cannot be right, or another product is at `url`.
     """
-    space = read_card(checkpoint, "checkpoint")
-    locations, keys, values = _load_npz(path)
-    check(keys, values, locations, str(path))
-    _same_dim(keys, space, path)
-    _no_duplicates(locations, values, str(path))
+    space, data = read_card(checkpoint, "checkpoint"), read_file(source, "a range_db_*.npz")
+    name, digest = Path(source).name, hashlib.sha256(data).hexdigest()
+    made_of = {"file": name, "sha256": digest, "checkpoint": space["fingerprint"]}
+    if there := made_before(url, "database", made_of):
+        return there
+    locations, keys, values = _load_npz(data, source)
+    check(keys, values, locations, str(source))
+    _same_dim(keys, space, source)
+    _refuse(repeated(locations, values), str(source), "images that are there twice, place and value")
     keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
     create_database(url, len(keys), keys.shape[1], values.shape[1], IMPORTED_ROWS)
     rows = {"keys": keys, "values": values, "locations": locations, "row_ids": np.full(len(keys), -1)}
     for start in range(0, len(keys), IMPORTED_ROWS):
         write_rows(url, start, {name: array[start : start + IMPORTED_ROWS] for name, array in rows.items()})
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return finish_database(
         url,
         fingerprint=digest[:12],
         checkpoint=space["fingerprint"],
-        made_of={"file": path.name, "sha256": digest},
-        attribution=f"imported from {path.name}",
+        made_of=made_of,
+        attribution=f"imported from {name}",
     )
 
 
-def _load_npz(path: Path) -> list[NDArray]:
+def _load_npz(data: bytes, source: str | Path) -> list[NDArray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return [np.asarray(file[name], t) for name, t in zip(FOREIGN, ("f8", "f4", "f4"), strict=True)]
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}: give the path of a range_db_*.npz") from None
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return [_numbers(file[name], t) for name, t in zip(FOREIGN, ("f8", "f4", "f4"), strict=True)]
     except KeyError as error:
-        raise UserError(f"{path} lacks an array ({error}): it needs {', '.join(FOREIGN)}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no readable .npz of plain numbers ({error}): give a range_db_*.npz") from error
+        raise UserError(f"{source} lacks an array ({error}): it needs {', '.join(FOREIGN)}") from None
+    except Exception as error:  # a hostile file may fail in any way
+        raise UserError(f"{source} is no readable .npz of plain numbers ({error}): give a range_db_*.npz") from error
 
 
-def _same_dim(keys: NDArray, space: dict[str, Any], path: Path) -> None:
+def _numbers(array: NDArray, dtype: str) -> NDArray:
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"an array has the type {array.dtype}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as not finite
+        return array.astype(dtype)
+
+
+def _same_dim(keys: NDArray, space: dict[str, Any], path: str | Path) -> None:
     dim = space["architecture"]["dim"]
     if keys.shape[1] != dim:
         raise UserError(
@@ -229,15 +246,27 @@ def _same_dim(keys: NDArray, space: dict[str, Any], path: Path) -> None:
         )
 
 
-def _no_duplicates(locations: NDArray, values: NDArray, source: str) -> None:
+def repeated(locations: NDArray, values: NDArray) -> NDArray[np.bool_]:
+    """Which images are there already in an earlier row, with the same place and value."""
     rows = np.column_stack([locations, values]).view(f"V{8 * (2 + values.shape[1])}").ravel()
     _, first = np.unique(rows, return_index=True)
-    repeated = np.ones(len(rows), bool)
-    repeated[first] = False
-    _refuse(repeated, source, "images that are there twice, place and value")
+    again = np.ones(len(rows), bool)
+    again[first] = False
+    return again
 
 
-def export_npz(url: str, path: Path) -> None:
-    """Writes a database in the published layout, which rangegeo reads."""
-    data = open_database(url)
-    np.savez(path, locs=data.locations, satclip_embeddings=data.keys, image_embeddings=data.values)
+def export_npz(url: str, target: str | Path, overwrite: bool = False) -> str:
+    """Writes a database in the published layout, which rangegeo reads.
+
+    Args:
+        url: The database.
+        target: Path or URL of the file to write.
+        overwrite: Whether a file that is there is replaced.
+
+    Returns:
+        The file's URL.
+    """
+    check_free(target, overwrite)
+    data, buffer = open_database(url), io.BytesIO()
+    np.savez(buffer, locs=data.locations, satclip_embeddings=data.keys, image_embeddings=data.values)
+    return write_file(target, buffer.getvalue(), overwrite)

@@ -6,12 +6,14 @@ from distributed import Client
 
 from infra.errors import UserError
 from tasks.cards import fingerprint, is_finished, product_url, read_card
-from tasks.checkpoint import Checkpoint, keys_of, load_checkpoint
+from tasks.checkpoint import Checkpoint, describe, keys_of, load_checkpoint
 from tasks.core.images import ImageEncoder
 from tasks.database import create_database, finish_database, write_rows, written_shards
-from tasks.features import open_store
+from tasks.features import check_takes, encode_features, encode_rows, identity, open_store, read_features
 from tasks.params import EncodeParams
 from tasks.units import run_units
+
+OWN = "checkpoint"  # as the name of the values' encoder: the checkpoint's own
 
 
 def encode_database(client: Client, patches: str, checkpoint: str, params: EncodeParams) -> str:
@@ -31,16 +33,19 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
     """
     source, space = read_card(patches, "patches"), read_card(checkpoint, "checkpoint")
     made_of = {"patches": source["fingerprint"], "checkpoint": space["fingerprint"], **params.model_dump()}
+    made_of["values"] = identity(params.values)
     url = product_url("databases", made_of)
     if is_finished(url):
         return url
-    model = load(checkpoint)
-    encoder = image_encoder(model, patches)
+    encoder = image_encoder(load(checkpoint), patches)
+    features = None if params.values.name == OWN else encode_features(client, patches, params.values)
+    seen = describe(encoder) if features is None else read_card(features, "features")["encoder"]
     images = len(open_store(patches).manifest)
-    create_database(url, images, model.location.dim, encoder.dim, params.shard_rows)
+    create_database(url, images, load(checkpoint).location.dim, seen["dim"], params.shard_rows)
     done = written_shards(url)
     shards = [i for i in range(-(-images // params.shard_rows)) if i not in done]
-    run_units(client, partial(encode_shard, url, patches, checkpoint, params.shard_rows), shards, label="encode")
+    job = partial(encode_shard, url, patches, checkpoint, features, params.shard_rows)
+    run_units(client, job, shards, label="encode")
     finish_database(
         url,
         fingerprint=fingerprint(made_of),
@@ -48,6 +53,7 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
         patches=source["fingerprint"],
         checkpoint=space["fingerprint"],
         encoder=space["encoder"],
+        values={"encoder": seen, "features": features},
         attribution=source.get("attribution", ""),
     )
     return url
@@ -63,32 +69,27 @@ def image_encoder(model: Checkpoint, patches: str) -> ImageEncoder:
     """The checkpoint's image encoder, after checking that it takes the bands of the patches.
 
     Raises:
-        UserError: They differ, or the checkpoint has no image side.
+        UserError: One is missing, or the checkpoint has no image side.
     """
     if model.encoder is None:
         raise UserError(
-            "this checkpoint was imported and encodes no images: import the database that was published "
-            "with it, or train a checkpoint on your patches"
+            "this checkpoint was imported without an image tower and encodes no images: import the database "
+            "that was published with it, or train a checkpoint on your patches"
         )
-    bands = tuple(open_store(patches).bands)
-    if bands != tuple(model.encoder.bands):
-        raise UserError(
-            f"{patches} has the bands {', '.join(bands)} and the checkpoint takes "
-            f"{', '.join(model.encoder.bands)}: train a checkpoint on these patches, or sample those bands"
-        )
+    check_takes(model.encoder, open_store(patches), "the checkpoint")
     return model.encoder
 
 
-def encode_shard(url: str, patches: str, checkpoint: str, shard_rows: int, shard: int) -> None:
-    """Encodes one shard of patches and writes it whole."""
+def encode_shard(url: str, patches: str, checkpoint: str, features: str | None, shard_rows: int, shard: int) -> None:
+    """Encodes one shard of patches and writes it whole; values come from `features` where they are given."""
     source, model = open_store(patches), load(checkpoint)
     start = shard * shard_rows
     rows = slice(start, min(start + shard_rows, len(source.manifest)))
     places = source.manifest.iloc[rows]
-    values = image_encoder(model, patches).encode(source.reflectance(rows))
+    seen = encode_rows(image_encoder(model, patches), source, rows)
     arrays = {
-        "keys": keys_of(model, values),
-        "values": values,
+        "keys": keys_of(model, seen),
+        "values": seen if features is None else read_features(features, rows),
         "locations": places[["lon", "lat"]].to_numpy("f8"),
         "row_ids": places["row_id"].to_numpy("i8"),
     }

@@ -101,11 +101,13 @@ class EncoderParams(Params):
     """Which image encoder."""
 
     name: str = "rcf"
-    """A registered image encoder; `rcf` needs no downloaded weights."""
+    """`rcf`, satclip-vit16, satclip-resnet18, satclip-resnet50, satmae or module:function; all but rcf need weights."""
+    weights: str | None = None
+    """Path or URL of a .safetensors, or of an imported SatCLIP checkpoint."""
     dim: int = Field(1024, ge=2, le=8192, multiple_of=2)
-    """Length of a feature vector, and so of the database's values."""
+    """Length of a feature vector of `rcf`, and so of the database's values; the others have their own."""
     seed: int = 0
-    """Of the encoder's random choices."""
+    """Of the random choices of `rcf`."""
 
 
 class TrainParams(Params):
@@ -125,21 +127,52 @@ class TrainParams(Params):
     """Share of hidden units dropped in training."""
     steps: int = Field(400, ge=1, le=1_000_000)
     """Optimiser steps."""
+    views: int = Field(1, ge=1, le=16)
+    """Views of each image to train on: itself, 7 turned and mirrored ones, then as many of its corners."""
     batch: int = Field(1024, ge=2, le=65_536)
     """Pairs in a batch: each image is told from all others in it."""
+    shuffle: int = Field(65_536, ge=2)
+    """Pairs that are shuffled together, and so held in memory; the rest is read as its turn comes."""
     lr: float = Field(1e-3, gt=0, le=1)
     """Highest learning rate, after the warm-up."""
     weight_decay: float = Field(0.01, ge=0, le=10)
-    """AdamW's weight decay."""
+    """AdamW's weight decay, of matrices alone."""
+    mask_km: float = Field(0.0, ge=0, le=2000)
+    """Places in a batch that are this near are not told apart; 0: all are."""
     held_out_share: float = Field(0.1, ge=0, le=0.5)
     """Share of the 10-degree blocks whose pairs only measure retrieval."""
-    seed: int = 0
+    patience: int = Field(0, ge=0, le=20)
+    """Twentieths of the steps without better held-out retrieval that end training, with the best weights; 0: none."""
+    seed: int = Field(0, ge=0)
     """Of the weights, the batches and the held-out blocks."""
+    save_every: int = Field(100, ge=1)
+    """Steps after which the state is stored that a killed run goes on from."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes the first of cuda, mps and cpu that is there."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of the matrix products above the harmonics; bf16 is for GPUs."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.patience and not self.held_out_share:
+            raise ValueError("patience needs held-out pairs: give held_out_share above 0, or patience 0")
+        if self.shuffle < self.batch:
+            raise ValueError(f"shuffle {self.shuffle} is less than a batch of {self.batch}: give at least the batch")
+        return self
+
+
+class ValueParams(EncoderParams):
+    """Which image encoder makes the database's values."""
+
+    name: str = "checkpoint"
+    """`checkpoint`, its own image encoder, or one by name as in training, beside the checkpoint's keys."""
 
 
 class EncodeParams(Params):
     """How the database is written."""
 
+    values: ValueParams = Field(default_factory=ValueParams)
+    """The image encoder of the values."""
     shard_rows: int = Field(512, ge=1, le=65_536)
     """Images per shard, which is one unit of work."""
 

@@ -1,38 +1,69 @@
-"""The train step: image features once, then the contrastive location encoder."""
+"""The train step: image features once, then the contrastive location encoder, in one process or in several."""
 
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from distributed import Client
+from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
 from tasks.artifacts import keep_picture
 from tasks.cards import is_finished, product_url, read_card
 from tasks.checkpoint import dump_state, parse_state, save_checkpoint
-from tasks.core.contrastive import ImageProjection, Pairs, Progress, Schedule, Trainer, hold_out, train
+from tasks.core.contrastive import (
+    FITTED_ON,
+    ImageProjection,
+    Pairs,
+    Progress,
+    Schedule,
+    Trainer,
+    hold_out,
+    plan,
+    process,
+    train,
+)
 from tasks.core.location import LocationEncoder
-from tasks.features import encode_features, open_encoder, open_store, read_features
+from tasks.features import StoredFeatures, encode_features, features_url, identity, open_encoder, open_store
 from tasks.params import TrainParams
 from tasks.pictures import loss_curve
 from tasks.units import log, progress
 
 BLOCK_DEGREES = 10
-REPORTS = 20  # points of the loss curve
-SAVE_EVERY = 100  # steps: what a killed run repeats at most, some seconds
+REPORTS = 20  # points of the loss curve; patience counts in them
+PATIENCE = timedelta(days=7)  # of processes that wait for the first, which encodes the features
+NOT_CONTENT = {"device", "save_every"}  # parameters that decide nothing but where and how safely
 
 
 def schedule(params: TrainParams) -> Schedule:
     """The core's schedule, with a tenth of the steps, at most 100, as warm-up."""
-    warmup = min(100, params.steps // 10)
-    return Schedule(params.steps, params.batch, params.lr, params.weight_decay, warmup, params.seed)
+    return Schedule(
+        params.steps,
+        params.batch,
+        params.lr,
+        params.weight_decay,
+        warmup=min(100, params.steps // 10),
+        seed=params.seed,
+        window=params.shuffle,
+        mask_km=params.mask_km,
+        patience=params.patience,
+        precision=params.precision,
+    )
 
 
-def train_model(client: Client, patches: str, params: TrainParams) -> str:
+def train_model(client: Client | None, patches: str, params: TrainParams) -> str:
     """Trains the location encoder against the images of a patch store, resuming where a run stopped.
 
+    Under torchrun every process calls this; the first one does all but its share of the training too.
+
     Args:
-        client: The Dask cluster that encodes the images.
+        client: The Dask cluster that encodes the images; the first process's.
         patches: URL of the patches.
         params: Architecture and schedule.
 
@@ -40,81 +71,158 @@ def train_model(client: Client, patches: str, params: TrainParams) -> str:
         The URL of the checkpoint.
 
     Raises:
-        UserError: There are too few patches, or an image could not be encoded.
+        UserError: There are too few patches, an image could not be encoded, or there is no such device.
     """
     source = read_card(patches, "patches")
-    made_of = {"patches": source["fingerprint"], **params.model_dump()}
+    made_of = {"patches": source["fingerprint"], **params.model_dump(exclude=NOT_CONTENT)}
+    made_of["encoder"] = identity(params.encoder)
     url = product_url("checkpoints", made_of)
     if is_finished(url):
         return url
-    features = encode_features(client, patches, params.encoder)
-    pairs = load_pairs(patches, features, params)
-    trainer = new_trainer(pairs, params)
-    history = fit(trainer, pairs, storage.join(url, "training.pt"))
-    save_checkpoint(
-        url,
-        trainer.location,
-        trainer.projection,
-        open_encoder(features, patches, params.encoder.name),
-        patches=source["fingerprint"],
-        attribution=source.get("attribution", ""),
-        made_of=made_of,
-        metrics=history[-1],
-        history=history,
-    )
-    picture = loss_curve(history, "Contrastive training", source.get("attribution", ""))
-    keep_picture(storage.join(url, "loss.png"), picture, "loss-curve", "Loss and held-out retrieval accuracy")
-    storage.delete(storage.join(url, "training.pt"))
+    with processes(params.device) as device:
+        lonlat, held_out = split(patches, params)
+        features = features_url(patches, params.encoder, params.views)
+        if client is not None:
+            encode_features(client, patches, params.encoder, params.views)
+        _wait()
+        pairs = Pairs(lonlat, StoredFeatures(features, params.shuffle), held_out)
+        trainer = new_trainer(pairs, params, device)
+        fit(trainer, pairs, storage.join(url, "training.pt"), params.save_every)
+        if client is not None:
+            encoder = open_encoder(features, patches, params.encoder.name)
+            _save(url, trainer, encoder, source, made_of)
     return url
 
 
-def load_pairs(patches: str, features: str, params: TrainParams) -> Pairs:
-    """Places, features and which of them are held out."""
-    manifest = open_store(patches).manifest
-    lonlat = manifest[["lon", "lat"]].to_numpy("f8")
+def _save(url: str, trainer: Trainer, encoder: Any, source: dict[str, Any], made_of: dict[str, Any]) -> None:
+    history, attribution = [vars(now) for now in trainer.history], source.get("attribution", "")
+    save_checkpoint(
+        url,
+        trainer.location.cpu(),
+        trainer.projection.cpu(),
+        encoder,
+        patches=source["fingerprint"],
+        attribution=attribution,
+        made_of=made_of,
+        metrics=vars(trainer.result),
+        history=history,
+    )
+    picture = loss_curve(history, "Contrastive training", attribution)
+    keep_picture(storage.join(url, "loss.png"), picture, "loss-curve", "Loss and held-out retrieval accuracy")
+    storage.delete(storage.join(url, "training.pt"))
+
+
+@contextmanager
+def processes(name: str) -> Iterator[str]:
+    """The device to train on; under torchrun in its process group, which is left at the end.
+
+    Raises:
+        UserError: This machine has no such device.
+    """
+    device = choose_device(name)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+    try:
+        yield device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def choose_device(name: str) -> str:
+    """`auto` or a device's name as the device to train on.
+
+    Raises:
+        UserError: This machine has no such device.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = [device for device in there if there[device]]
+    if name != "auto" and name not in found:
+        raise UserError(f"the device {name!r} is not on this machine: use auto or one of {', '.join(found)}")
+    return found[0] if name == "auto" else name
+
+
+def _wait() -> None:
+    if process()[1] > 1:
+        torch.distributed.barrier()
+
+
+def split(patches: str, params: TrainParams) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Places of the patches, and which of them are held out.
+
+    Raises:
+        UserError: What is left is less than one batch, or nothing is held out where patience needs it.
+    """
+    lonlat = open_store(patches).manifest[["lon", "lat"]].to_numpy("f8")
     held_out = hold_out(lonlat, BLOCK_DEGREES, params.held_out_share, params.seed)
-    if (~held_out).sum() < 2:
-        raise UserError(f"{patches} has {len(lonlat)} patches: training needs at least some hundred, sample more")
-    return Pairs(lonlat, read_features(features), held_out)
+    try:
+        plan(held_out, schedule(params), run=1, views=1)
+    except ValueError as error:
+        raise UserError(f"{patches} has {len(lonlat)} patches: {error}") from error
+    if params.patience and not held_out.any():
+        raise UserError(
+            f"patience needs held-out pairs and no {BLOCK_DEGREES}-degree block of {patches} is held out: "
+            "sample more of the Earth, raise held_out_share, or give patience 0"
+        )
+    return lonlat, held_out
 
 
-def new_trainer(pairs: Pairs, params: TrainParams) -> Trainer:
+def new_trainer(pairs: Pairs, params: TrainParams, device: str = "cpu") -> Trainer:
     """A trainer with initial weights from the seed."""
     torch.manual_seed(params.seed)
     location = LocationEncoder(
         params.degree, params.hidden, dim=params.dim, dropout=params.dropout, smoothness=params.smoothness
     )
-    projection = ImageProjection(pairs.features.shape[1], params.dim).fit(pairs.features[~pairs.held_out])
-    return Trainer(location, projection, schedule(params))
+    rows = np.flatnonzero(~pairs.held_out)
+    if len(rows) > FITTED_ON:
+        rows = np.sort(np.random.default_rng(params.seed).choice(rows, FITTED_ON, replace=False))
+    projection = ImageProjection(pairs.features.shape[2], params.dim).fit(pairs.untouched(rows))
+    return Trainer(location, projection, schedule(params), device)
 
 
-def fit(trainer: Trainer, pairs: Pairs, state: str) -> list[dict[str, Any]]:
-    """Trains to the end of the schedule; `state` is the URL of what a killed run goes on from.
-
-    Returns:
-        The progress after every twentieth of the steps.
-    """
-    history: list[dict[str, Any]] = _resume(trainer, state)
-    steps = trainer.schedule.steps
-    every = max(1, steps // REPORTS)
-    with progress("train", steps) as advance:
+def fit(trainer: Trainer, pairs: Pairs, state: str, save_every: int) -> None:
+    """Trains to the end; `state` is the URL of what a killed run goes on from, stored each `save_every` steps."""
+    _resume(trainer, state)
+    steps, first = trainer.schedule.steps, process()[0] == 0
+    with progress("train", steps) if first else nullcontext(_silent) as advance:
         advance(trainer.step_number)
+        rate = _throughput(trainer)
+        note = ""
+        for now in train(trainer, pairs, max(1, steps // REPORTS)):
+            if now:
+                note = _note(now, rate())
+                log().info("step %d of %d: %s", now.step, steps, note)
+            advance(1, note)
+            if first and trainer.step_number % save_every == 0 and not trainer.finished:
+                storage.write(state, dump_state(trainer.state()))
+        advance(steps - trainer.step_number, note)
 
-        def report(now: Progress) -> None:
-            advance(now.step - (history[-1]["step"] if history else 0))
-            history.append(vars(now))
-            log().info("%s", now)
-            if now.step % (every * max(1, SAVE_EVERY // every)) == 0 and now.step < steps:
-                storage.write(state, dump_state({"trainer": trainer.state(), "history": history}))
 
-        train(trainer, pairs, every, report)
-    return history
+def _silent(*_: Any) -> None:
+    """Progress is shown by the first process."""
 
 
-def _resume(trainer: Trainer, state: str) -> list[dict[str, Any]]:
+def _throughput(trainer: Trainer) -> Callable[[], float]:
+    """Pairs per second since the last call."""
+    last = [trainer.step_number, time.perf_counter()]
+
+    def rate() -> float:
+        before, last[:] = tuple(last), [trainer.step_number, time.perf_counter()]
+        return trainer.schedule.batch * (last[0] - before[0]) / (last[1] - before[1])
+
+    return rate
+
+
+def _note(now: Progress, rate: float) -> str:
+    return f"loss {now.loss:.3f}, scale {now.scale:.1f}, held-out retrieval {now.accuracy:.1%}, {rate:,.0f} pairs/s"
+
+
+def _resume(trainer: Trainer, state: str) -> None:
     if not storage.exists(state):
-        return []
-    saved = parse_state(storage.read(state))
-    trainer.restore(saved["trainer"])
+        return
+    trainer.restore(parse_state(storage.read(state)))
     log().info("training goes on from step %d", trainer.step_number)
-    return saved["history"]

@@ -13,8 +13,9 @@ from distributed import Client, Future, as_completed
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from infra.errors import UserError
 
@@ -103,34 +104,43 @@ def _cause(error: BaseException | None) -> str:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
     """A progress bar in the terminal and, inside a Prefect run, a progress artifact.
 
     Yields:
-        A function to call with the number of units just done.
+        A function to call with the number of units just done and, where there is more to tell, a short note.
     """
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     artifact = _Artifact(label, total)
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task(label, total=total)
+    with _Noted(*columns, console=Console(stderr=True)) as bars:
+        bar = bars.add_task(label, total=total, note="")
 
-        def advance(done: int) -> None:
-            bars.advance(bar, done)
-            artifact.advance(done)
+        def advance(done: int, note: str = "") -> None:
+            bars.update(bar, advance=done, note=note)
+            artifact.advance(done, note)
 
         yield advance
     artifact.finish()
+
+
+class _Noted(Progress):
+    """Progress bars, each with its note on the line below: beside the bar a narrow terminal has no room for it."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield from (Text(task.fields["note"]) for task in self.tasks if task.fields["note"])
 
 
 class _Artifact:
     """The Prefect side of a progress bar; does nothing outside a run."""
 
     def __init__(self, label: str, total: int) -> None:
+        self.label, self.note = label, ""
         self.done, self.shown, self.total = 0, 0.0, max(total, 1)
         self.id = create_progress_artifact(0.0, description=label) if in_run() else None
 
-    def advance(self, done: int) -> None:
-        self.done += done
+    def advance(self, done: int, note: str) -> None:
+        self.done, self.note = self.done + done, note
         percent = 100.0 * self.done / self.total
         if percent - self.shown >= 100 / ARTIFACT_STEPS:
             self._show(percent)
@@ -142,7 +152,8 @@ class _Artifact:
     def _show(self, percent: float) -> None:
         self.shown = percent
         if self.id is not None:
-            update_progress_artifact(self.id, min(percent, 100.0))
+            described = f"{self.label}: {self.note}" if self.note else self.label
+            update_progress_artifact(self.id, min(percent, 100.0), description=described)
 
 
 def in_run() -> bool:

@@ -1,15 +1,13 @@
-"""Image encoders by name: reflectance in, one vector per image out.
+"""What an image encoder is, reflectance in, one vector per image out; and the one that needs no weights.
 
-An encoder states its bands, its resolution and what it does to nodata. The default needs no downloaded
-weights: `rcf`, random convolutional features as in MOSAIKS (Rolf et al. 2021, 10.1038/s41467-021-24638-z).
-Its filters are small windows cut from the images themselves, whitened; a feature is the mean over the image
-of one filter's response above or below a threshold. So features tell how colours, edges and textures are
-distributed.
+An encoder states its bands, its resolution and what it does to the numbers. `rcf` is random convolutional
+features as in MOSAIKS (Rolf et al. 2021, 10.1038/s41467-021-24638-z). Its filters are small windows cut from
+the images themselves, whitened; a feature is the mean over the image of one filter's response above or below a
+threshold. So features tell how colours, edges and textures are distributed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,6 +32,14 @@ class ImageEncoder(Protocol):
     @property
     def dim(self) -> int:
         """Length of a feature vector."""
+
+    @property
+    def resolution_m(self) -> float | None:
+        """Pixel size in metres that it was made for; none: any."""
+
+    @property
+    def normalisation(self) -> str:
+        """What it does to reflectance and to nodata, in words."""
 
     def encode(self, reflectance: Images) -> NDArray[np.float32]:
         """(n, band, y, x) reflectance in 0..1, NaN where there is none, to (n, dim)."""
@@ -81,6 +87,8 @@ class RandomConvolutionalFeatures:
     coarsen: tuple[int, ...]
     """For each scale, the pixels along one side that are averaged first."""
     name: str = "rcf"
+    resolution_m: float | None = None
+    normalisation: str = "each band to mean 0 and deviation 1 of the sample; nodata to its band's mean in the image"
 
     @property
     def dim(self) -> int:
@@ -90,7 +98,7 @@ class RandomConvolutionalFeatures:
     @torch.no_grad()
     def encode(self, reflectance: Images) -> NDArray[np.float32]:
         """(n, band, y, x) reflectance, NaN where there is none, to (n, dim)."""
-        _check_images(reflectance, self.bands)
+        check_images(reflectance, self.bands)
         out = np.empty((len(reflectance), self.dim), np.float32)
         for start in range(0, len(reflectance), BATCH):
             images = torch.from_numpy(self._standardise(reflectance[start : start + BATCH]))
@@ -116,7 +124,23 @@ class RandomConvolutionalFeatures:
         return {"mean": self.mean, "std": self.std, "coarsen": np.array(self.coarsen, np.int64), **scales}
 
 
-def _check_images(images: Images, bands: tuple[str, ...]) -> None:
+def take_bands(images: Images, has: tuple[str, ...], wants: tuple[str, ...]) -> Images:
+    """The bands that an encoder wants, by name and in its order.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    missing = [band for band in wants if band not in has]
+    if missing:
+        raise ValueError(
+            f"the images have the bands {', '.join(has)} and the encoder takes {', '.join(wants)}: sample patches "
+            f"with {', '.join(missing)}, or use another encoder"
+        )
+    return images if wants == has else images[:, [has.index(band) for band in wants]]
+
+
+def check_images(images: Images, bands: tuple[str, ...]) -> None:
+    """Refuses what is no (n, band, y, x) of these bands."""
     if images.ndim != 4 or images.shape[1] != len(bands):
         raise ValueError(
             f"images have shape {images.shape}: this encoder takes (n, {len(bands)}, y, x) with the bands "
@@ -158,7 +182,7 @@ def fit_rcf(
         seed: Of the choice of windows and thresholds; the same seed and sample give the same encoder.
         scales: Sizes of structure.
     """
-    _check_images(sample, bands)
+    check_images(sample, bands)
     _check_size(sample, scales)
     mean = np.asarray(np.nanmean(sample, (0, 2, 3), dtype=np.float64), np.float32)
     spread = np.nanstd(sample, (0, 2, 3), dtype=np.float64)
@@ -225,37 +249,3 @@ def load_rcf(arrays: dict[str, NDArray], bands: tuple[str, ...]) -> RandomConvol
         tuple(arrays[f"thresholds{i}"] for i in range(len(coarsen))),
         coarsen,
     )
-
-
-Load = Callable[[dict[str, NDArray], tuple[str, ...]], ImageEncoder]
-Fit = Callable[..., ImageEncoder]
-
-ENCODERS: dict[str, tuple[Fit, Load]] = {}
-
-
-def register(name: str, fit: Fit, load: Load) -> None:
-    """Makes an encoder known: `fit(sample, bands, dim, seed)` and `load(arrays, bands)` return one."""
-    ENCODERS[name] = (fit, load)
-
-
-register("rcf", fit_rcf, load_rcf)
-
-
-def fit_encoder(name: str, sample: Images, bands: tuple[str, ...], dim: int, seed: int) -> ImageEncoder:
-    """A named encoder fitted to a sample of images.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    return _named(name)[0](sample, bands, dim, seed)
-
-
-def load_encoder(name: str, arrays: dict[str, Any], bands: tuple[str, ...]) -> ImageEncoder:
-    """A named encoder from its stored arrays."""
-    return _named(name)[1](arrays, bands)
-
-
-def _named(name: str) -> tuple[Fit, Load]:
-    if name not in ENCODERS:
-        raise ValueError(f"the image encoder {name!r} is unknown: use one of {', '.join(sorted(ENCODERS))}")
-    return ENCODERS[name]

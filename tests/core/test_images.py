@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tasks.core.images import fit_encoder, fit_rcf, load_encoder, standardise
+from tasks.core.encoders import fit_encoder, load_encoder
+from tasks.core.images import fit_rcf, standardise
 
 BANDS = ("red", "nir")
 

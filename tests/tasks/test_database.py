@@ -1,5 +1,8 @@
 """The database: shards, exchange with rangegeo, and files that must be refused."""
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -143,12 +146,55 @@ def broken(name, index, value):
         (arrays() | {"satclip_embeddings": np.ones((N, 9), "f4")}, "length 9 and the checkpoint embeds to 8"),
         ({"locs": arrays()["locs"]}, "lacks an array"),
         (arrays() | {"locs": np.array([object()])}, "no readable .npz of plain numbers"),
+        (arrays() | {"locs": np.array(["north"] * N)}, "no readable .npz of plain numbers.*type <U5"),
+        (arrays() | {"locs": np.float64(3)}, "tables"),
+        (arrays() | {"image_embeddings": np.zeros((N, 0))}, "tables"),
+        (arrays() | {"image_embeddings": np.full((N, 3), 1e300)}, "not finite"),
     ],
 )
 def test_bad_files_are_refused(home, space, tmp_path, data, message):
     np.savez(tmp_path / "bad.npz", **data)
     with pytest.raises(UserError, match=message):
         import_npz(tmp_path / "bad.npz", f"{home}/database", space)
+
+
+def test_nothing_good_is_overwritten(home, space, tmp_path):
+    np.savez(tmp_path / "db.npz", **arrays())
+    card = import_npz(tmp_path / "db.npz", f"{home}/database", space)
+    assert import_npz(tmp_path / "db.npz", f"{home}/database", space) == card
+    np.savez(tmp_path / "other.npz", **broken("locs", (0, 0), 1.0))
+    with pytest.raises(UserError, match="holds another database already"):
+        import_npz(tmp_path / "other.npz", f"{home}/database", space)
+    with pytest.raises(UserError, match="holds another checkpoint already"):
+        import_npz(tmp_path / "db.npz", space, space)
+    with pytest.raises(UserError, match=r"db\.npz is there already: name another file, or give --overwrite"):
+        export_npz(f"{home}/database", tmp_path / "db.npz")
+    export_npz(f"{home}/database", tmp_path / "db.npz", overwrite=True)
+    assert open_database(f"{home}/database").card == card
+
+
+def test_an_unfinished_database_of_another_shape_is_refused(home, space, tmp_path):
+    create_database(f"{home}/database", N + 1, DIM, VALUES, rows=10)
+    np.savez(tmp_path / "db.npz", **arrays())
+    with pytest.raises(UserError, match=r"unfinished database of shape \(26, 8\), not \(25, 8\): delete it"):
+        import_npz(tmp_path / "db.npz", f"{home}/database", space)
+
+
+def test_an_archive_that_expands_beyond_reason_is_refused(home, space, tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", **arrays() | {"image_embeddings": np.zeros((25, 100_000), "f4")})
+    with pytest.raises(UserError, match=r"would expand to 10,\d+,\d+: give a range_db"):
+        import_npz(tmp_path / "bomb.npz", f"{home}/database", space)
+
+
+def test_a_header_that_claims_a_petabyte_is_refused(home, space, tmp_path):
+    np.savez(tmp_path / "lies.npz", **{name: a for name, a in arrays().items() if name != "locs"})
+    header = io.BytesIO()
+    claims = {"descr": "<f8", "fortran_order": False, "shape": (10**14, 2)}
+    np.lib.format.write_array_header_1_0(header, claims)
+    with zipfile.ZipFile(tmp_path / "lies.npz", "a") as archive:
+        archive.writestr("locs.npy", header.getvalue() + bytes(400))
+    with pytest.raises(UserError, match=r"no readable \.npz"):
+        import_npz(tmp_path / "lies.npz", f"{home}/database", space)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 cut short", b"text"])

@@ -1,0 +1,203 @@
+"""Image networks in plain PyTorch: ViT and ResNet up to their pooled features.
+
+Modules and parameters have timm's names and timm's order of operations, so published weights fit as they are;
+the last layer (`head`, `fc`) is not here: for a contrastive model it is the projection.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+EPSILON = 1e-6  # of a ViT's layer norms; PyTorch's own default is 1e-5
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, token, dim) to the same."""
+        n, length, dim = tokens.shape
+        split = self.qkv(tokens).reshape(n, length, 3, self.heads, dim // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).reshape(n, length, dim))
+
+
+class Mlp(nn.Module):
+    """The feed-forward half of a block."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, token, dim) to the same."""
+        return self.fc2(functional.gelu(self.fc1(tokens)))
+
+
+class Block(nn.Module):
+    """One transformer block, normalised before each half."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPSILON)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=EPSILON)
+        self.mlp = Mlp(dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, token, dim) to the same."""
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class PatchEmbed(nn.Module):
+    """Squares of the image as tokens."""
+
+    def __init__(self, channels: int, dim: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channel, y, x) to (n, token, dim)."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT (Dosovitskiy et al. 2021) without its head."""
+
+    def __init__(
+        self, channels: int, dim: int, depth: int, heads: int, patch: int = 16, size: int = 224, mean: bool = False
+    ) -> None:
+        """Random weights, to be loaded over.
+
+        Args:
+            channels: Of the image.
+            dim: Length of a token, and of the features.
+            depth: Number of blocks.
+            heads: Number of attention heads.
+            patch: Pixels along one side of a token's square.
+            size: Pixels along one side of an image.
+            mean: Whether the features are the mean of the squares' tokens, as of a masked autoencoder, or
+                the class token.
+        """
+        super().__init__()
+        self.mean = mean
+        self.patch_embed = PatchEmbed(channels, dim, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=EPSILON)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channel, size, size) to (n, dim)."""
+        tokens = self.patch_embed(images)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], 1) + self.pos_embed
+        tokens = self.norm(self.blocks(tokens))
+        return tokens[:, 1:].mean(1) if self.mean else tokens[:, 0]
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut."""
+
+    widening = 1
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = shortcut(inputs, width, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, inputs, y, x) to (n, width, y / stride, x / stride)."""
+        out = functional.relu(self.bn1(self.conv1(images)))
+        return functional.relu(self.bn2(self.conv2(out)) + self.downsample(images))
+
+
+class Bottleneck(nn.Module):
+    """A 3 x 3 convolution between two of 1 x 1, beside a shortcut."""
+
+    widening = 4
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = shortcut(inputs, 4 * width, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, inputs, y, x) to (n, 4 * width, y / stride, x / stride)."""
+        out = functional.relu(self.bn1(self.conv1(images)))
+        out = functional.relu(self.bn2(self.conv2(out)))
+        return functional.relu(self.bn3(self.conv3(out)) + self.downsample(images))
+
+
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """The identity where shapes agree, else a 1 x 1 convolution."""
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class ResNet(nn.Module):
+    """A ResNet (He et al. 2016) without its last layer."""
+
+    def __init__(self, channels: int, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...]) -> None:
+        """Random weights, to be loaded over.
+
+        Args:
+            channels: Of the image.
+            block: The kind of block.
+            depths: Blocks at each of the four sizes.
+        """
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        inputs = 64
+        for i, depth in enumerate(depths):
+            width, outputs = 64 * 2**i, 64 * 2**i * block.widening
+            strides = [2 if i else 1] + [1] * (depth - 1)
+            blocks = [block(outputs if j else inputs, width, stride) for j, stride in enumerate(strides)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            inputs = outputs
+        self.sizes = len(depths)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channel, y, x) to (n, feature)."""
+        out = functional.max_pool2d(functional.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
+        for i in range(self.sizes):
+            out = self.get_submodule(f"layer{i + 1}")(out)
+        return out.mean((2, 3))
+
+
+def vit_small(channels: int) -> VisionTransformer:
+    """ViT-S/16: 384 features."""
+    return VisionTransformer(channels, dim=384, depth=12, heads=6)
+
+
+def vit_large_mean(channels: int) -> VisionTransformer:
+    """ViT-L/16, mean of the squares' tokens: 1024 features."""
+    return VisionTransformer(channels, dim=1024, depth=24, heads=16, mean=True)
+
+
+def resnet18(channels: int) -> ResNet:
+    """ResNet-18: 512 features."""
+    return ResNet(channels, BasicBlock, (2, 2, 2, 2))
+
+
+def resnet50(channels: int) -> ResNet:
+    """ResNet-50: 2048 features."""
+    return ResNet(channels, Bottleneck, (3, 4, 6, 3))

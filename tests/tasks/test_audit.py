@@ -193,6 +193,11 @@ def test_weights_are_read_from_a_checkpoint_or_a_file(tmp_path):
         np.testing.assert_array_equal(found["bn1.weight"], tower.arrays()["bn1.weight"])
 
 
+def test_weights_without_a_name_are_refused():
+    with pytest.raises(ValueError, match="need the name of their encoder"):
+        ValueParams(weights="satmae.safetensors")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -16,6 +16,7 @@ from tasks.cards import read_card
 from tasks.checkpoint import keys_of
 from tasks.core.alignment import alignment
 from tasks.core.harmonics import spherical_harmonics
+from tasks.core.images import ImageEncoder
 from tasks.database import UNIT_TOLERANCE, Database, check, open_database, repeated
 from tasks.encode import image_encoder, load
 from tasks.features import encode_rows, open_encoder, open_store
@@ -59,11 +60,11 @@ def audit_database(
     data = open_database(database)
     findings = [*numbers(data, database), fingerprint_of(data, "checkpoint", checkpoint)]
     findings.append(fingerprint_of(data, "patches", patches))
-    if patches is None or checkpoint is None:
+    if patches is None or checkpoint is None or (data.row_ids < 0).all():  # or no row leads back to an image
         return [*findings, *by_statistics(data, seed)]
-    if all(finding.passed is not False for finding in findings):
-        findings += by_encoding(data, patches, checkpoint, sample, seed)
-    return findings
+    if any(finding.passed is False for finding in findings):
+        return [*findings, Finding("images", None, "none encoded again: first mend what failed")]
+    return [*findings, *by_encoding(data, patches, checkpoint, sample, seed)]
 
 
 def numbers(data: Database, database: str) -> Iterator[Finding]:
@@ -109,14 +110,26 @@ def encode_again(data: Database, patches: str, checkpoint: str, rows: NDArray) -
     """Keys and values of some patches by the encoders that the database's card names."""
     source, model = open_store(patches), load(checkpoint)
     encoder = image_encoder(model, patches)
-    made = data.card.get("values", {})
-    other = open_encoder(made["features"], patches, made["encoder"]["name"]) if made.get("features") else None
+    other = values_encoder(data, patches)
     keys, values = [], []
     for row in rows.tolist():
         seen = encode_rows(encoder, source, slice(row, row + 1))
         keys.append(keys_of(model, seen))
         values.append(seen if other is None else encode_rows(other, source, slice(row, row + 1)))
     return np.concatenate(keys), np.concatenate(values)
+
+
+def values_encoder(data: Database, patches: str) -> ImageEncoder | None:
+    """The encoder of the values; none where it is the checkpoint's own.
+
+    Raises:
+        UserError: It is no longer where the card says.
+    """
+    made = data.card.get("values", {})
+    if not made.get("features"):
+        return None
+    read_card(made["features"], "features")
+    return open_encoder(made["features"], patches, made["encoder"]["name"])
 
 
 def compare(stored: NDArray, again: NDArray) -> tuple[bool, str]:

@@ -167,6 +167,12 @@ class ValueParams(EncoderParams):
     name: str = "checkpoint"
     """`checkpoint`, its own image encoder, or one by name as in training, beside the checkpoint's keys."""
 
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.name == "checkpoint" and self.weights:
+            raise ValueError("weights of the values need the name of their encoder, such as satmae")
+        return self
+
 
 class EncodeParams(Params):
     """How the database is written."""

@@ -83,7 +83,7 @@ class LocationEncoder(nn.Module):
         return self.first.weight * self.damping
 
     def forward(self, lonlat: NDArray[np.float64] | Tensor) -> Tensor:
-        """Embeds places.
+        """Embeds places; gradients reach the weights, not the places, whose harmonics are constants.
 
         Args:
             lonlat: (n, 2) longitude and latitude in degrees.

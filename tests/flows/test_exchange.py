@@ -83,7 +83,7 @@ def test_the_audit_tells_good_from_shuffled(folder, rangegrid):
         (["checkpoint", "import", "nowhere.ckpt", "a"], "there is no file nowhere.ckpt"),
         (["checkpoint", "export", "space", "satclip.ckpt"], "is there already: name another file, or give --overwrite"),
         (["checkpoint", "export", "nowhere", "a.ckpt"], "there is no finished checkpoint at file://"),
-        (["database", "import", "satclip.ckpt", "a", "--checkpoint", "space"], "satclip.ckpt is no readable .npz"),
+        (["database", "import", "satclip.ckpt", "a", "--checkpoint", "space"], "satclip.ckpt lacks an array"),
         (["database", "import", "range_db.npz", "a", "--checkpoint", "b"], "there is no finished checkpoint at"),
         (["database", "export", "space", "a.npz"], "holds 'checkpoint', not 'database'"),
         (["database", "audit", "space"], "holds 'checkpoint', not 'database'"),

@@ -19,6 +19,7 @@ from tasks.core.images import fit_rcf
 from tasks.core.location import LocationEncoder
 from tasks.database import export_npz, import_npz, open_database
 from tasks.encode import encode_database
+from tasks.features import read_weights
 from tasks.params import EncodeParams, ValueParams
 from tasks.patches import MANIFEST, create, open_patches, write_manifest, write_shard
 from tests.core.test_encoders import weights
@@ -83,7 +84,7 @@ def failed(findings):
 
 def test_a_good_database_passes_every_check(made):
     findings = audit_database(made["database"], made["patches"], made["checkpoint"])
-    assert not failed(findings)
+    assert not failed(findings), findings
     checks = {finding.check for finding in findings if finding.passed}
     assert {"numbers", "checkpoint", "patches", "row ids", "places", "keys encoded again"} <= checks
     assert {"keys shuffled, must differ", "values shuffled, must differ"} <= checks
@@ -149,9 +150,10 @@ def published(made, tmp_path):
         ("locs", ["places and keys", "places and values"]),
     ],
 )
-def test_a_foreign_database_is_told_by_statistics(published, name, broken):
+def test_a_foreign_database_is_told_by_statistics(made, published, name, broken):
     """As the published builder could make it: one list in another order than the rest."""
     assert not failed(audit_database(published()))
+    assert not failed(audit_database(published(), made["patches"], made["checkpoint"]))  # no row leads to a patch
     assert failed(audit_database(published(**{name: np.random.default_rng(1).permutation}))) == broken
 
 
@@ -170,8 +172,30 @@ def test_values_of_their_own_encoder(client, made, tmp_path, monkeypatch):
     assert read_card(database, "database")["values"]["encoder"]["bands"] == ["B04", "B02"]
     assert encode_database(client, made["patches"], made["checkpoint"], params) == database
     assert not failed(audit_database(database, made["patches"], made["checkpoint"]))
+    monkeypatch.setattr("tasks.audit.encode_rows", lambda encoder, *_: np.ones((1, encoder.dim), "f4"))
+    assert "values encoded again" in failed(audit_database(database, made["patches"], made["checkpoint"]))
+    monkeypatch.undo()
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
+    storage.delete(read_card(database, "database")["values"]["features"])
+    with pytest.raises(UserError, match="there is no finished features at"):
+        audit_database(database, made["patches"], made["checkpoint"])
     save_file({"2.weight": 2 * arrays["2.weight"]}, tmp_path / "own.safetensors")
     assert encode_database(client, made["patches"], made["checkpoint"], params) != database
+
+
+def test_weights_are_read_from_a_checkpoint_or_a_file(tmp_path):
+    tower = load_tower("satclip-resnet18", weights("satclip-resnet18"))
+    save_checkpoint((tmp_path / "tower").as_uri(), LocationEncoder(3, hidden=8, dim=4), ImageProjection(512, 4), tower)
+    save_file(tower.arrays(), tmp_path / "tower.safetensors")
+    for place in (tmp_path / "tower", (tmp_path / "tower").as_uri(), tmp_path / "tower.safetensors"):
+        found = read_weights(str(place))
+        assert set(found) == set(tower.arrays())
+        np.testing.assert_array_equal(found["bn1.weight"], tower.arrays()["bn1.weight"])
+
+
+def test_weights_without_a_name_are_refused():
+    with pytest.raises(ValueError, match="need the name of their encoder"):
+        ValueParams(weights="satmae.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,20 @@ header or a tile holds is judged by a parser that stands corrupt bytes.
 import asyncio
 import os
 import struct
-from collections.abc import Coroutine, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from tempfile import NamedTemporaryFile
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import rasterio
+from affine import TransformNotInvertibleError
 from numpy.typing import NDArray
 from pyproj import Transformer
-from rasterio.errors import RasterioError
+from pyproj.exceptions import ProjError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.windows import Window
 
 from infra.errors import UserError
@@ -45,7 +47,10 @@ Windows = list[NDArray | None]
 
 
 class CorruptHeader(Exception):
-    """The first bytes of an asset are no TIFF header."""
+    """The first bytes of an asset are no TIFF header, or one that contradicts itself."""
+
+
+CORRUPT = (CorruptHeader, RasterioError, CRSError, ProjError, TransformNotInvertibleError, struct.error)
 
 
 def read_scene(
@@ -142,29 +147,40 @@ async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 async def _read_asset(asset: Ranges, places: Places) -> Windows:
     """The windows of one asset, which is read anew while its bytes make no sense."""
     for _ in range(READINGS):
-        with NamedTemporaryFile(suffix=".tif") as file, suppress(RasterioError, struct.error, CorruptHeader):
+        with suppress(*CORRUPT), _sparse_file() as (file, name):
             await _fetch_header(asset, file)
-            problem, spans = await asyncio.to_thread(_plan, file.name, places)
+            problem, spans = await asyncio.to_thread(_plan, name, places)
             if problem:
                 raise asset.failure(UnreadableAsset, problem)
             await _all(_fetch(asset, file, *span) for span in merged(spans))
-            return await asyncio.to_thread(_decode, file.name, places)
+            return await asyncio.to_thread(_decode, name, places)
     raise asset.failure(UnreadableAsset, "its bytes are corrupt")
 
 
-async def _fetch(asset: Ranges, file: IO[bytes], start: int, stop: int) -> None:
-    os.pwrite(file.fileno(), await asset.read(start, stop), start)
+@contextmanager
+def _sparse_file() -> Iterator[tuple[int, str]]:
+    """Descriptor and path of a file for the bytes of one asset; in memory where the system can, i.e. Linux."""
+    if hasattr(os, "memfd_create"):
+        with open(os.memfd_create("asset"), "wb") as file:
+            yield file.fileno(), f"/proc/self/fd/{file.fileno()}"
+    else:
+        with NamedTemporaryFile(suffix=".tif") as named:
+            yield named.fileno(), named.name
 
 
-async def _fetch_header(asset: Ranges, file: IO[bytes]) -> None:
+async def _fetch(asset: Ranges, file: int, start: int, stop: int) -> None:
+    os.pwrite(file, await asset.read(start, stop), start)
+
+
+async def _fetch_header(asset: Ranges, file: int) -> None:
     """Puts an asset's header into a sparse file as large as the asset: nothing that GDAL parses is a hole."""
     head = await asset.read(0, HEADER)
     while (end := header_end(head)) > len(head):
         if end > min(asset.size, LARGEST_HEADER):
             raise CorruptHeader
         head += await asset.read(len(head), end)
-    os.ftruncate(file.fileno(), asset.size)
-    os.pwrite(file.fileno(), head, 0)
+    os.ftruncate(file, asset.size)
+    os.pwrite(file, head, 0)
 
 
 def header_end(head: bytes) -> int:
@@ -195,14 +211,18 @@ def _plan(name: str, places: Places) -> tuple[str, list[tuple[int, int]]]:
     """What makes an asset useless, and else the bytes of the tiles under the windows."""
     with rasterio.Env(**GDAL), rasterio.open(name, driver="GTiff") as source:
         if source.count != 1 or source.dtypes[0] not in NUMBERS or not source.crs:
-            return f"{source.count} bands of {source.dtypes[0]} in {source.crs or 'no CRS'}", []
+            return f"bands: {', '.join(source.dtypes)}, in {source.crs or 'no CRS'}", []
         height, width = source.block_shapes[0]
         tiles = {
             tile
             for columns, rows in filter(None, places.grids(source))
             for tile in product(np.unique(columns // width), np.unique(rows // height))
         }
-        return "", [span for tile in tiles if (span := _span(source, tile))]
+        spans = [span for tile in tiles if (span := _span(source, tile))]
+        largest = 2 * width * height * np.dtype(source.dtypes[0]).itemsize  # deflate adds less than a thousandth
+    if any(stop - start > largest or stop > os.stat(name).st_size + LEADER for start, stop in spans):
+        raise CorruptHeader
+    return "", spans
 
 
 def _span(source: rasterio.DatasetReader, tile: tuple[int, int]) -> tuple[int, int] | None:

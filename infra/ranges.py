@@ -18,11 +18,13 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 from yarl import URL
 
+from infra.catalogs import unsigned
 from infra.errors import UserError
 from infra.signing import forget, signed
 
 T = TypeVar("T")
 
+SCHEMES = ("", "file", "http", "https", "s3")
 ATTEMPTS = 6
 FIRST_WAIT = 0.5  # seconds before the second attempt, doubled before each further one: 15 s in all
 LONGEST_WAIT = 60.0  # seconds, also where the server asks for more
@@ -45,7 +47,7 @@ class Traffic:
     """What reading took; counts go on where it fails."""
 
     requests: int = 0
-    """Range requests, repeated ones included."""
+    """Range requests sent, repeated ones included."""
     bytes: int = 0
     """Bytes of their bodies."""
 
@@ -71,6 +73,8 @@ class Ranges:
     """
 
     def __init__(self, href: str, traffic: Traffic) -> None:
+        if urlsplit(href).scheme not in SCHEMES:
+            raise UserError(f"the asset {unsigned(href)} is not one that is read: http, https, s3 and file are")
         self.href, self.traffic = href, traffic
         self.size = 0
         self._url = ""  # signed: never shown
@@ -104,13 +108,13 @@ class Ranges:
         )
 
     async def _ask(self, start: int, stop: int) -> Answer:
-        self.traffic.requests += 1
         if urlsplit(self.href).scheme in ("", "file"):
             return self._from_disk(start, stop)
         try:
             self._url = url = self._url or await asyncio.to_thread(signed, self.href)
             headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-            async with _session(asyncio.get_running_loop()).get(URL(url, encoded=True), headers=headers) as response:
+            session = _session(asyncio.get_running_loop())
+            async with session.get(URL(url, encoded=True), headers=headers, trace_request_ctx=self.traffic) as response:
                 if response.status in (401, 403):
                     return await self._refused(url)
                 return _refusal(response) or self._whole(response, await self._body(response), start, stop)
@@ -128,6 +132,7 @@ class Ranges:
         except OSError as error:
             gone = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
             return Answer(problem=type(error).__name__, final=UnreadableAsset if gone else UnavailableAsset)
+        self.traffic.requests += 1
         self.traffic.bytes += len(body)
         return Answer(body)
 
@@ -219,11 +224,18 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
         return _loops[process]
 
 
+async def _count(session: aiohttp.ClientSession, context: Any, sent: aiohttp.TraceRequestHeadersSentParams) -> None:
+    """Counts what really goes out: aiohttp follows redirects, and asks again where a kept connection was closed."""
+    context.trace_request_ctx.requests += 1
+
+
 @lru_cache(maxsize=1)
 def _session(loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
     """The session of a loop, made on it; keeps connections open between scenes."""
+    trace = aiohttp.TraceConfig()
+    trace.on_request_headers_sent.append(_count)
     session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=CONNECTIONS), timeout=TIMEOUT, trust_env=True, raise_for_status=False
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS), timeout=TIMEOUT, trust_env=True, trace_configs=[trace]
     )
     atexit.register(lambda: asyncio.run_coroutine_threadsafe(session.close(), loop).result(5))
     return session

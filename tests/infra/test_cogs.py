@@ -12,10 +12,10 @@ from infra.errors import UserError
 EPSG, LEFT, TOP = 32631, 400_000.0, 5_500_000.0
 
 
-def write(path, data, resolution):
+def write(path, data, resolution, **options):
     profile = {"driver": "GTiff", "dtype": data.dtype, "count": 1, "height": data.shape[0], "width": data.shape[1]}
     profile |= {"crs": EPSG, "transform": from_origin(LEFT, TOP, resolution, resolution), "nodata": 0}
-    with rasterio.open(path, "w", **profile) as target:
+    with rasterio.open(path, "w", **profile | options) as target:
         target.write(data, 1)
     return str(path)
 
@@ -53,6 +53,65 @@ def test_bands_of_all_pixel_sizes_register(tmp_path, factor):
         column, row = rng.integers(128, 900 - 128), rng.integers(128, 600 - 128)
         (window,) = read_windows(href, place(LEFT + 10 * column, TOP - 10 * row), 256, 10)
         np.testing.assert_array_equal(window, fine[row - 128 : row + 128, column - 128 : column + 128])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"driver": "COG", "blocksize": 128, "compress": "deflate", "predictor": "yes"},
+        {"driver": "COG", "blocksize": 128, "compress": "zstd"},
+        {"compress": "lzw", "predictor": 2},
+        {"bigtiff": "yes", "tiled": True, "blockxsize": 64, "blockysize": 32},
+        {"endianness": "big", "compress": "deflate"},
+        {"bigtiff": "yes", "endianness": "big"},
+        {"tiled": True, "blockxsize": 16, "blockysize": 16},  # a header of 200 kB
+    ],
+)
+def test_every_layout_of_a_tiff_is_read(tmp_path, options):
+    data = np.random.default_rng(3).integers(1, 9000, (2000, 3000), dtype=np.uint16)
+    href = write(tmp_path / "a.tif", data, 10, **options)
+    places = np.concatenate([place(LEFT + 10 * column, TOP - 10 * row) for column, row in [(500, 300), (2900, 1900)]])
+    first, second = read_windows(href, places, 200, 10)
+    np.testing.assert_array_equal(first, data[200:400, 400:600])
+    np.testing.assert_array_equal(second, data[1800:2000, 2800:3000])
+
+
+def test_tiles_without_bytes_are_nodata(tmp_path):
+    data = np.zeros((512, 512), np.uint16)
+    data[:128, :128] = 7
+    href = write(tmp_path / "a.tif", data, 10, tiled=True, blockxsize=128, blockysize=128, sparse_ok=True)
+    (window,) = read_windows(href, place(LEFT + 1280, TOP - 1280), 128, 10)
+    np.testing.assert_array_equal(window, data[64:192, 64:192])
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"count": 2}, {"crs": None}])
+def test_what_is_no_band_is_unreadable(tmp_path, data, options):
+    href = write(tmp_path / "a.tif", data.astype(options.get("dtype", "uint16")), 10, **options)
+    with pytest.raises(UnreadableAsset, match=r"a\.tif cannot be read \(bands: .*, in (EPSG:32631|no CRS)\)"):
+        read_windows(href, place(LEFT + 1500, TOP - 800), 16, 10)
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(
+        UserError, match=r"the asset gs://bucket/a\.tif is not one that is read: http, https, s3 and file"
+    ):
+        read_windows("gs://bucket/a.tif?sig=x", place(LEFT, TOP), 16, 10)
+
+
+def test_a_whole_real_scene_reads_as_rasterio_reads_it(fixtures_dir):
+    """Twelve bands and the classification (here ten times as coarse), against rasterio's read of the whole asset."""
+    paths = {path.stem: path for path in (fixtures_dir / "s2_scene_29RKH").glob("[BS]*.tif")}
+    with rasterio.open(paths["B04"]) as source:
+        x, y = source.transform @ (np.array([130, 512, 900]), np.array([900, 512, 140]))
+        places = np.column_stack(Transformer.from_crs(source.crs, 4326, always_xy=True).transform(x, y))
+    found = read_scene({name: str(path) for name, path in paths.items()}, places, 256, 100)
+    assert len(found) == 13
+    for name, windows in found.items():
+        with rasterio.open(paths[name]) as source:
+            factor = 1098 // source.width
+            fine = source.read(1).repeat(factor, axis=0).repeat(factor, axis=1)
+        for window, (column, row) in zip(windows, [(130, 900), (512, 512), (900, 140)], strict=True):
+            np.testing.assert_array_equal(window, fine[row - 128 : row + 128, column - 128 : column + 128])
 
 
 def test_the_bands_of_a_real_scene_register(fixtures_dir):

@@ -12,11 +12,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from infra.cogs import HEADER, Traffic
+from infra.ranges import CONNECTIONS
 from tasks.core.sampling import grid_zone, square
 from tasks.params import SampleParams
 from tasks.places import draw
 
-THREADS = 8  # reads at a time in one unit: they wait for the network
+THREADS = 8  # scenes read at a time in one unit: they wait for the network
 LATENCY = 0.1  # seconds of one request to an archive in another region
 RATE = 50e6  # bytes per second of one machine's network
 PROCESS_BYTES = 350e6  # of a Python process with the libraries that a unit needs
@@ -89,7 +90,7 @@ def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -
 
     Args:
         params: The run.
-        workers: Dask workers, each with eight reads at a time.
+        workers: Dask worker processes.
         archive: What is read from.
     """
     n = params.patches
@@ -109,7 +110,7 @@ def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -
         requests=round(requests),
         bytes_read=round(read_bytes),
         bytes_stored=round(n * patch * archive.pixel_bytes / 2),
-        seconds=math.ceil(max(requests * LATENCY / (workers * THREADS), read_bytes / RATE)),
+        seconds=math.ceil(max(requests * LATENCY / (workers * CONNECTIONS), read_bytes / RATE)),
         worker_bytes=round(PROCESS_BYTES + min(n, params.shard_patches) * patch * 3),
     )
 

@@ -23,7 +23,7 @@ import pandas as pd
 from distributed import Client
 
 from infra import storage
-from infra.catalogs import ask, collection_title
+from infra.catalogs import ask, catalogs, collection_title, unsigned
 from infra.errors import UserError
 from infra.settings import settings
 from tasks import patches as store
@@ -64,13 +64,13 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     Raises:
         UserError: The catalog does not answer, has nothing that fits, or storage cannot be written.
     """
-    where = settings()
-    made_of = {"collection": where.collection, **params.model_dump(), **source_digest(params)}
+    sources = [[unsigned(c.url), c.collection] for c in catalogs()]
+    made_of = {"catalogs": sources, **params.model_dump(), **source_digest(params)}
     url = product_url("patches", made_of)
     if is_finished(url):
         log().info("%s is there already", url)
         return url
-    planned = estimate(params, where.workers)
+    planned = estimate(params, settings().workers)
     source = attribution()
     check(client, params, planned)
     store.create(url, *shape(params))

@@ -233,6 +233,7 @@ def stored(request):
 def test_a_killed_worker_costs_its_unit_alone(s3, home, params, cluster, undisturbed):
     """One of two worker processes is killed (kill -9) when the first shard arrives, while both are at work."""
     with clusters.connect(cluster) as client:
+        client.wait_for_workers(2)
         killed, _ = client.run(os.getpid).values()
         s3.inject(once_more(lambda: os.kill(killed, signal.SIGKILL)), when=stored, times=1)
         assert_same(product(sample_patches(client, params)), undisturbed)

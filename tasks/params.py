@@ -261,3 +261,12 @@ class PipelineParams(Params):
     """Which grid, which retrieval."""
     evaluate: EvaluateParams = Field(default_factory=EvaluateParams)
     """Which labels and splits."""
+
+    @model_validator(mode="after")
+    def _enough_patches(self) -> Self:
+        if self.train.batch > self.sample.patches:
+            raise ValueError(
+                f"a batch of {self.train.batch} pairs needs more than {self.sample.patches} patches: raise "
+                "sample.patches or lower train.batch"
+            )
+        return self

@@ -100,7 +100,9 @@ class LocationEncoder(nn.Module):
 
     def from_harmonics(self, features: Tensor) -> Tensor:
         """Embeds places whose harmonics are known: in training they are computed once."""
-        return self._after_first(functional.linear(features, self.first_weight, self.first.bias))
+        with torch.autocast(features.device.type, enabled=False):  # bf16 would blur 30 x in the sine
+            first = functional.linear(features, self.first_weight, self.first.bias)
+        return self._after_first(first)
 
     def _after_first(self, x: Tensor) -> Tensor:
         for i, layer in enumerate(self.layers[1:]):

@@ -1,7 +1,7 @@
 """Contrastive training: the chunked loss beside PyTorch's cross-entropies, large batches, and streamed features.
 
 `python -m tests.benchmarks.training` prints the tables, on random pairs; `losses`, `steps` or `streams` after it print
-one of them. Memory is the peak of a process of its own, program included (its own share is the first row's, about).
+one of them. Memory is the peak of a process of its own, program included: that alone is most of the first row.
 """
 
 import multiprocessing

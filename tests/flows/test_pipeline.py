@@ -1,11 +1,14 @@
 """The pipeline end to end: real STAC and S3 servers, separately started Dask workers, Prefect's test server."""
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import xarray as xr
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter
 
 from flows.pipeline import pipeline
 from infra import storage
@@ -79,6 +82,15 @@ def test_the_grid_is_the_brute_force(made):
 def weights(logits):
     raised = np.exp(logits - logits.max())
     return raised / raised.sum()
+
+
+def test_the_run_tells_how_training_stands(made):
+    with get_client(sync_client=True) as client:
+        shown = [
+            a.description for a in client.read_artifacts(artifact_filter=ArtifactFilter(type={"any_": ["progress"]}))
+        ]
+    told = r"train: loss \d+\.\d+, scale \d+\.\d, held-out retrieval \d+\.\d%, [\d,]+ pairs/s"
+    assert [text for text in shown if re.fullmatch(told, text or "")], shown
 
 
 def test_the_sea_has_no_values(made):

@@ -25,7 +25,7 @@ from tasks.core.location import LocationEncoder
 from tasks.database import open_database
 from tasks.encode import encode_database
 from tasks.features import StoredFeatures, encode_features, open_encoder, view_of
-from tasks.params import EncodeParams, EncoderParams, TrainParams
+from tasks.params import EncodeParams, EncoderParams, PipelineParams, SampleParams, TrainParams
 from tasks.patches import MANIFEST, create, open_patches, write_manifest, write_shard
 from tasks.train import train_model
 
@@ -236,6 +236,11 @@ def test_what_cannot_be_trained_is_refused_before_images_are_encoded(client, hom
 def test_parameters_that_do_not_fit_are_refused(values, message):
     with pytest.raises(ValidationError, match=message):
         TrainParams(**values)
+
+
+def test_a_pipeline_with_too_few_patches_is_refused_before_it_samples():
+    with pytest.raises(ValidationError, match=r"1024 pairs needs more than 500 patches: raise sample\.patches"):
+        PipelineParams(sample=SampleParams(patches=500))
 
 
 def test_too_small_views_are_refused_before_the_work(client, home, monkeypatch):

@@ -203,6 +203,13 @@ class PublishParams(Params):
     parent: str | None = None
     """URL of a grid with kept sums, of a former database: only the images that came and went are computed."""
 
+    @field_validator("step_degrees")
+    @classmethod
+    def _divides(cls, step: float) -> float:
+        if abs(180 / step - round(180 / step)) > 1e-9:
+            raise ValueError("a step divides 180 degrees: use for example 1, 0.5 or 0.25")
+        return step
+
     @model_validator(mode="after")
     def _exact(self) -> Self:
         if self.tolerance and (self.keep_sums or self.parent):

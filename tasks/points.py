@@ -264,6 +264,9 @@ def _check_names(path: Path, names: list[str]) -> None:
     missing = [name for name in ("lon", "lat") if name not in names]
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r} among {', '.join(names)}: name them lon and lat")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has {names.count(twice[0])} columns {twice[0]!r}: rename all but one")
     taken = {"embedding", "effective_images", "largest_weight", "distance_km", "image_ids"} & set(names)
     if taken:
         raise UserError(f"{path} has a column {min(taken)!r} already, which the output would add: rename it")

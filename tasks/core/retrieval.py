@@ -152,6 +152,15 @@ class RetrievalIndex:
         """
         if method.name == "none":
             return np.empty((len(queries), 0), np.float32)
+        self._check(queries, lonlat)
+        out = np.empty((len(queries), self.values.shape[1]), np.float32)
+        for rows in _tiles(len(queries), max(BATCH, self.query_tile)):
+            out[rows] = self._retrieve(queries[rows], lonlat[rows], method)
+        return out
+
+    def _retrieve(
+        self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method
+    ) -> NDArray[np.float32]:
         if method.name in ("top1", "topk"):
             rows = self.nearest(queries, 1 if method.name == "top1" else method.k)[1]
             return self.values[rows].float().mean(1).cpu().numpy()

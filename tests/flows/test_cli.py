@@ -24,6 +24,8 @@ def run(*arguments, **variables):
     [
         (["pipeline", "--sample-north", "95"], "--sample-north '95': Input should be less than or equal to 84"),
         (["publish", "--step-degrees", "-1", "a", "b"], "--step-degrees '-1'"),
+        (["publish", "--step-degrees", "0.7", "a", "b"], "a step divides 180 degrees"),
+        (["publish", "--tolerance", "0.01", "--keep-sums", "true", "a", "b"], "without a tolerance"),
         (["sample", "--bogus", "1"], "No such option"),
         (["nonsense"], "No such command"),
     ],

@@ -116,6 +116,8 @@ CSV = {
     "text.csv": ("lon,lat\n1,north\n", "cannot be read as a table of points"),
     "empty.csv": ("", "cannot be read as a table of points"),
     "header.csv": ("lon,lat\n", "has no points"),
+    "twice.csv": ("lon,lat,lon\n1,2,3\n", "has 2 columns 'lon': rename all but one"),
+    "semicolons.csv": ("lon;lat\n1;2\n", "has no column 'lon' among lon;lat"),
     "taken.csv": ("lon,lat,embedding\n1,2,3\n", "has a column 'embedding' already"),
     "points.txt": ("lon,lat\n1,2\n", "is of no kind that can be read"),
     "broken.parquet": ("lon,lat\n1,2\n", "cannot be read as a table of points"),

@@ -76,17 +76,26 @@ class Archive:
     finest_m: float = 10.0
     """Pixel size of the finest band in metres."""
 
-    def side(self, params: SampleParams, band: str) -> float:
-        """Side of a window in the band's own pixels."""
+    scene_m: float = 109_800.0
+    """Side of a scene in metres."""
+
+    def touch(self, params: SampleParams, band: str, places: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Opens, further requests and blocks of one band under windows at (n, 2) places.
+
+        A window touches 1 + side / block blocks along each axis. Those side by side are neighbours in the file: a row
+        is one request. Windows of one scene share what they both touch.
+        """
         pixel_m = self.coarseness.get(band, 1) * self.finest_m
-        return params.patch_pixels * min(1.0, params.resolution_m / pixel_m)
+        rows = 1 + params.patch_pixels * min(1.0, params.resolution_m / pixel_m) / self.block
+        blocks = max(1.0, (self.scene_m / pixel_m / self.block) ** 2)
+        _, windows = np.unique(self.scene(places), return_counts=True)
+        share = 1 - (1 - min(1.0, rows**2 / blocks)) ** windows
+        requests = np.maximum(1, share * blocks / rows * (1 - share))
+        return np.array([len(windows), requests.sum(), share.sum() * blocks])
 
 
 def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -> Cost:
     """The cost of a run by arithmetic on its real places; the catalog is not asked.
-
-    Each asset of a scene is opened by one request. A window touches as many blocks as its side and place make it, and
-    those side by side are neighbours in the file, so each row of blocks is one more request.
 
     Args:
         params: The run.
@@ -95,18 +104,20 @@ def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -
     """
     n = params.patches
     places = draw(min(math.ceil(n / archive.accepted), int(n * params.max_tries)), params)[:, 1:3]
-    scenes, read = (len(np.unique(archive.scene(part))) for part in (places, places[:n]))
-    windows = {"SCL": len(places)} | dict.fromkeys(params.bands, n)
-    opens = scenes + read * len(params.bands)
-    rows = {band: 1 + archive.side(params, band) / archive.block for band in windows}
-    requests = opens + sum(count * rows[band] for band, count in windows.items())
-    blocks = sum(count * rows[band] ** 2 for band, count in windows.items())
-    read_bytes = opens * archive.header_bytes + blocks * archive.block**2 * archive.pixel_bytes
+    touched = [
+        archive.touch(params, "SCL", places),
+        *(archive.touch(params, band, places[:n]) for band in params.bands),
+    ]
+    opens, further, blocks = sum(touched)
+    requests, read_bytes = (
+        opens + further,
+        opens * archive.header_bytes + blocks * archive.block**2 * archive.pixel_bytes,
+    )
     patch = len(params.bands) * params.patch_pixels**2 * 2
     return Cost(
         places=len(places),
         cells=len(np.unique(grid_zone(places))),
-        scenes=scenes,
+        scenes=int(touched[0][0]),
         requests=round(requests),
         bytes_read=round(read_bytes),
         bytes_stored=round(n * patch * archive.pixel_bytes / 2),

@@ -108,7 +108,7 @@ def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -
         archive.touch(params, "SCL", places),
         *(archive.touch(params, band, places[:n]) for band in params.bands),
     ]
-    opens, further, blocks = sum(touched)
+    opens, further, blocks = np.sum(touched, axis=0)
     requests, read_bytes = (
         opens + further,
         opens * archive.header_bytes + blocks * archive.block**2 * archive.pixel_bytes,

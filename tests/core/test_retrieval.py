@@ -201,7 +201,7 @@ def test_temperature_leads_from_the_mean_to_the_nearest():
     found = RetrievalIndex(*index)
     flat = found.retrieve(queries, lonlat, Method(temperature=0.0, geodesic_temperature=0.0))
     close(flat, np.broadcast_to(index[1].mean(0), flat.shape))
-    sharp = found.retrieve(queries, lonlat, Method("range", temperature=5000.0))
+    sharp = found.retrieve(queries, lonlat, Method("range", temperature=1e6))
     np.testing.assert_allclose(sharp, found.retrieve(queries, lonlat, Method("top1")), atol=1e-3)
     nearest = (unit_vectors(lonlat) @ unit_vectors(index[2]).T).argmax(1)
     sharp = found.retrieve(queries, lonlat, Method(beta=0, geodesic_temperature=1e6))

@@ -9,6 +9,7 @@ Labels are read by the probes alone, never by what is probed.
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from infra import clusters, sandbox
@@ -35,7 +38,7 @@ from tasks.features import RUN, RUNS, view_of
 from tasks.labels import demo_labels
 from tasks.params import EncoderParams, SampleParams, TrainParams
 from tasks.patches import Patches, open_patches
-from tasks.pictures import score_chart
+from tasks.pictures import INK, SECOND, score_chart
 from tasks.sample import sample_patches
 from tasks.train import BLOCK_DEGREES, new_trainer
 from tests.benchmarks.geoclip import embed_geoclip
@@ -45,15 +48,18 @@ HOME = SANDBOX / "study"
 SAMPLE = SampleParams(patches=40_000, patch_pixels=48, resolution_m=5000, bands=("B02", "B03", "B04", "B08"))
 POINTS = 3000  # of a task with real labels, at most, drawn at random
 MANY = 10_000  # where GeoCLIP is compared
-BLOCKS = 2  # blocked splits, whose mean counts
+BLOCKS = 5  # blocked splits, whose mean counts
 SEEDS = (0, 1, 2)  # of what is trained
 COMPARISON = "GeoCLIP"
-PICTURE = Path("docs/geoclip.png")
+PICTURE, CHART = Path("docs/geoclip.png"), Path("docs/study.png")
+LOCAL = "California housing"  # one state alone, so left out of the means
+NOT_THERE = (float("nan"), float("nan"))
 CAPTION = (
-    "Linear probes; pale: random split; full: blocks of 10 degrees (housing: 1 degree) held out, mean of 2 splits."
+    "Linear probes; pale: random split; full: blocks of 10 degrees (housing: 1 degree) held out, mean of 5 splits."
 )
 
 Embed = Callable[[NDArray[np.float64]], NDArray[np.float32]]
+Answer = dict[str, tuple[tuple[float, float], tuple[float, float]]]
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ def questions() -> dict[str, dict[str, Point]]:
     t, m = BASE.trained, lambda **changes: replace(BASE, method=Method(**changes))
     plus = "range+"
     return {
+        "seed": {str(n): t(seed=n) for n in SEEDS},
         "degree": {f"L = {n}": t(degree=n) for n in (10, 20, 30, 40)},
         "smoothness": {f"{s:g}": t(smoothness=s) for s in (0, 1, 2, 3)},
         "hidden": {str(n): t(hidden=n) for n in (256, 512, 1024)},
@@ -153,7 +160,7 @@ def tasks(points: int = POINTS) -> tuple[Task, ...]:
             _table(folder / "mosaiks_elevation.csv.gz", "MOSAIKS elevation", ("lon", "lat", "elevation"), points),
             _table(
                 folder / "california_housing.csv",
-                "California housing",
+                LOCAL,
                 ("longitude", "latitude", "median_house_value"),
                 points,
                 block_degrees=1.0,
@@ -294,9 +301,15 @@ def main() -> None:
         with clusters.connect() as client:
             study = Study(open_patches(sample_patches(client, SAMPLE)))
         print(machine(), flush=True)
+        answers = {}
         for name in asked:
             print(f"\n### {name}\n", flush=True)
-            compare(study) if name == COMPARISON else answer(study, questions()[name])
+            if name == COMPARISON:
+                compare(study)
+            else:
+                answers[name] = answer(study, questions()[name])
+    if len(answers) == len(questions()):
+        CHART.write_bytes(chart(answers))
 
 
 def machine() -> str:
@@ -306,16 +319,50 @@ def machine() -> str:
     return f"{model}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def answer(study: Study, points: dict[str, Point]) -> None:
-    """Prints the means over the tasks of each configuration: location encoder alone, and with retrieval."""
-    print("| | location encoder | with retrieval |\n|---|---|---|", flush=True)
+def answer(study: Study, points: dict[str, Point]) -> Answer:
+    """Prints what each configuration reaches, and returns it: of the location encoder alone, and with retrieval."""
+    print("| | location encoder | with retrieval | housing, with retrieval |\n|---|---|---|---|", flush=True)
+    found = {}
     for label, point in points.items():
-        alone = study.scores(replace(point, method=Method("none")))
-        print(f"| {label} | {_mean(alone)} | {_mean(study.scores(point))} |", flush=True)
+        alone, with_images = study.scores(replace(point, method=Method("none"))), study.scores(point)
+        found[label] = _mean(alone), _mean(with_images)
+        cells = [*found[label], with_images.get(LOCAL, NOT_THERE)]
+        print(f"| {label} | " + " | ".join("{:.3f} / {:.3f}".format(*cell) for cell in cells) + " |", flush=True)
+    return found
 
 
-def _mean(scores: dict[str, tuple[float, float]]) -> str:
-    return "{:.3f} / {:.3f}".format(*np.mean(list(scores.values()), axis=0))
+def _mean(scores: dict[str, tuple[float, float]]) -> tuple[float, float]:
+    """Of the global tasks: random split, blocked splits."""
+    random, blocked = np.mean([pair for task, pair in scores.items() if task != LOCAL], axis=0)
+    return float(random), float(blocked)
+
+
+def chart(answers: dict[str, Answer]) -> bytes:
+    """A panel per question: blocked means of the location encoder alone and with retrieval."""
+    columns = 5
+    rows = -(-len(answers) // columns)
+    figure = Figure(figsize=(13, 2.5 * rows), facecolor="white", layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for axes, (name, found) in zip(panels, answers.items(), strict=False):
+        for half, colour in enumerate(("#9db7c4", SECOND)):
+            axes.plot(list(found), [pair[half][1] for pair in found.values()], "o-", color=colour, ms=5)
+        axes.set_title(name, fontsize=10, color=INK, loc="left")
+        axes.tick_params(axis="x", labelsize=8, rotation=20 if max(map(len, found)) > 6 else 0)
+        axes.grid(axis="y", color="#e3e8ec", lw=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    for axes in panels[len(answers) :]:
+        axes.set_axis_off()
+    figure.suptitle(
+        "Mean score of the global tasks, blocks held out: location encoder (pale) and with retrieval (full)",
+        x=0.01,
+        ha="left",
+        color=INK,
+        fontsize=13,
+    )
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def compare(study: Study) -> None:

@@ -121,11 +121,11 @@ class TrainParams(Params):
     """Width of the two sine layers."""
     dim: int = Field(256, ge=2, le=4096)
     """Length of a location embedding and of a key."""
-    smoothness: float = Field(1.0, ge=0, le=4)
+    smoothness: float = Field(2.0, ge=0, le=4)
     """Harmonics of degree l enter times (1 + l) ** -smoothness; 0 is SatCLIP's own."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of hidden units dropped in training."""
-    steps: int = Field(400, ge=1, le=1_000_000)
+    steps: int = Field(150, ge=1, le=1_000_000)
     """Optimiser steps."""
     views: int = Field(1, ge=1, le=16)
     """Views of each image to train on: itself, 7 turned and mirrored ones, then as many of its corners."""

@@ -1,0 +1,31 @@
+"""The benchmarks' GeoCLIP beside the package's own class."""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from tests.benchmarks.geoclip import embed_geoclip, folder
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """The package's location encoder; its parents are stand-ins, since they import an image tower."""
+    home = folder()
+    for name, path in (("geoclip", home), ("geoclip.model", home / "model")):
+        parent = ModuleType(name)
+        parent.__path__ = [str(path)]
+        monkeypatch.setitem(sys.modules, name, parent)
+    return import_module("geoclip.model.location_encoder").LocationEncoder().eval()
+
+
+def test_geoclip_is_the_published_one(published, monkeypatch):
+    monkeypatch.undo()  # the package is found again as it is installed
+    rng = np.random.default_rng(0)
+    lonlat = np.column_stack([rng.uniform(-180, 180, 50), rng.uniform(-85, 85, 50)])
+    with torch.no_grad():
+        expected = published(torch.from_numpy(lonlat[:, ::-1].copy()).float())
+    np.testing.assert_allclose(embed_geoclip(lonlat), expected, atol=1e-4)

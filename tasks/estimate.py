@@ -75,7 +75,6 @@ class Archive:
     """Side of a band's pixels, in pixels of the finest band; 1 where it is not named."""
     finest_m: float = 10.0
     """Pixel size of the finest band in metres."""
-
     scene_m: float = 109_800.0
     """Side of a scene in metres."""
 
@@ -109,10 +108,8 @@ def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -
         *(archive.touch(params, band, places[:n]) for band in params.bands),
     ]
     opens, further, blocks = np.sum(touched, axis=0)
-    requests, read_bytes = (
-        opens + further,
-        opens * archive.header_bytes + blocks * archive.block**2 * archive.pixel_bytes,
-    )
+    requests = opens + further
+    read_bytes = opens * archive.header_bytes + blocks * archive.block**2 * archive.pixel_bytes
     patch = len(params.bands) * params.patch_pixels**2 * 2
     return Cost(
         places=len(places),

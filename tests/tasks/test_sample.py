@@ -211,7 +211,6 @@ def test_the_estimate_is_what_a_run_takes(run, fixtures_dir, tmp_path, monkeypat
     requests = part.attrs["requests"] + screened.attrs["requests"]
     read = part.attrs["bytes_read"] + screened.attrs["bytes_read"]
     stored = storage.size(storage.join(patches.url, "patches.zarr"))
-    print(planned, requests, read, stored)
     assert planned.requests / 1.5 < requests < planned.requests * 1.5
     assert planned.bytes_read / 1.5 < read < planned.bytes_read * 1.5
     assert planned.bytes_stored / 1.5 < stored < planned.bytes_stored * 1.5

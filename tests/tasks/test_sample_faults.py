@@ -26,7 +26,6 @@ from tasks.sample import sample_patches
 from tests.proxy import Proxy, corrupted, dropped, latency, named, path, status, truncated, wrong_length
 
 POINTS = 48  # in the list, all screened in one round
-
 RUNS = 4  # at most: what stays broken after a rerun or two is a fault of ours
 
 

@@ -38,7 +38,7 @@ TEMPERATURES = {"range": 15.0, "range+": 12.0}
 SAFE_TEMPERATURE = 60.0  # exp(60) times 1e7 images stays below float32's largest, exp(-60) above its smallest
 QUERY_TILE, KEY_TILE = 1000, 2048  # a tile of weights (8 MB) stays in the cache between the two products
 GPU_QUERIES, GPU_SHARE = 4096, 0.125  # of a tile on a GPU: queries, and what its weights take of the free memory
-BATCH = 1000  # places of one batch of a stream: its sums and harmonics, in float64, take 100 MB
+BATCH = 500  # places of one batch of a stream: its sums and harmonics, in float64, take 100 MB
 
 
 @dataclass(frozen=True)

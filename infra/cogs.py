@@ -145,16 +145,17 @@ async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def _read_asset(asset: Ranges, places: Places) -> Windows:
-    """The windows of one asset, which is read anew while its bytes make no sense."""
+    """The windows of one asset, which is read anew while its bytes make no sense, or none of a band."""
+    problem = ""
     for _ in range(READINGS):
         with suppress(*CORRUPT), _sparse_file() as (file, name):
             await _fetch_header(asset, file)
             problem, spans = await asyncio.to_thread(_plan, name, places)
             if problem:
-                raise asset.failure(UnreadableAsset, problem)
+                continue  # a header has no checksum: what it says may be so on the way alone
             await _all(_fetch(asset, file, *span) for span in merged(spans))
             return await asyncio.to_thread(_decode, name, places)
-    raise asset.failure(UnreadableAsset, "its bytes are corrupt")
+    raise asset.failure(UnreadableAsset, problem or "its bytes are corrupt")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import logging
 import time
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from rasterio.transform import from_origin
 from infra import ranges, storage
 from infra.cogs import Traffic, UnavailableAsset, UnreadableAsset, read_scene
 from infra.errors import UserError
-from tests.proxy import Proxy, corrupted, dropped, latency, path, status, truncated, wrong_length
+from tests.proxy import Proxy, corrupted, dropped, latency, named, path, status, truncated, wrong_length
 
 BUCKET, FOLDER = "rangegrid", "reading/scene"
 ASSETS = {"B02": 10, "B05": 20, "B01": 60, "SCL": 20}
+GEO_KEYS = (34735).to_bytes(2, "little")  # the tag that names the projection
 EPSG, LEFT, TOP, SIDE_M = 32631, 399_960, 5_500_020, 14_400
 
 
@@ -132,6 +134,16 @@ def test_a_fault_that_passes_leaves_no_trace(proxy, hrefs, places, peace, fault,
     proxy.inject(PASSING[fault], when=which, times=2)
     assert_peace(read_scene(hrefs, places, 128, 10), peace)
     assert sum(proxy.faults.values()) == 2
+
+
+def test_a_header_that_lost_its_projection_on_the_way_is_read_again(proxy, hrefs, places, peace):
+    def without_projection(request, ask):
+        reply = ask()
+        return replace(reply, body=reply.body.replace(GEO_KEYS, b"\0\0"))
+
+    proxy.inject(named("no projection", without_projection), when=header, times=2)
+    assert_peace(read_scene(hrefs, places, 128, 10), peace)
+    assert proxy.faults["no projection"] == 2
 
 
 def test_all_faults_together(proxy, hrefs, places, peace):

@@ -167,7 +167,7 @@ FAULTS = {
     "truncated": (truncated(), reads, {"share": 0.1}),
     "too long": (wrong_length(100), reads, {"share": 0.1}),
     "too short": (wrong_length(-100), reads, {"share": 0.1}),
-    "a tile corrupt on the way": (corrupted(), behind_header, {"share": 0.1, "times": 3}),
+    "a tile corrupt on the way": (corrupted(), behind_header, {"share": 0.6, "times": 3}),
 }
 
 

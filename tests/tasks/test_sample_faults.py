@@ -167,7 +167,11 @@ FAULTS = {
     "truncated": (truncated(), reads, {"share": 0.1}),
     "too long": (wrong_length(100), reads, {"share": 0.1}),
     "too short": (wrong_length(-100), reads, {"share": 0.1}),
-    "a tile corrupt on the way": (corrupted(), behind_header, {"share": 0.6, "times": 3}),
+    "a tile corrupt on the way": (
+        corrupted(),
+        behind_header,
+        {"share": 0.6, "times": 2},
+    ),  # 3 of one asset: corrupt for good
 }
 
 
@@ -177,7 +181,7 @@ def test_what_passes_leaves_no_trace(name, stac, s3, home, params, undisturbed):
     s3.inject(fault, when=when, **how)
     stac.inject(fault, when=searches, times=1)
     assert_same(product(sample_in_spite(params)), undisturbed)
-    assert s3.faults.total() >= 3
+    assert s3.faults.total() >= 2
     assert stac.faults.total() == 1
 
 

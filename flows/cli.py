@@ -42,14 +42,22 @@ app.add_typer(checkpoint_app, name="checkpoint")
 database_app = typer.Typer(no_args_is_help=True, help="Exchange databases with rangegeo, and audit them.")
 app.add_typer(database_app, name="database")
 
-Patches = Annotated[str, typer.Argument(help="URL of the patches.")]
-Checkpoint = Annotated[str, typer.Argument(help="URL of the checkpoint.")]
-Database = Annotated[str, typer.Argument(help="URL of the database.")]
-Product = Annotated[str, typer.Argument(help="Directory or URL of the product.")]
-New = Annotated[str, typer.Argument(help="Directory or URL of the product to make.")]
+
+def _url(place: str | None) -> str | None:
+    from infra.storage import as_url
+
+    return place and as_url(place)
+
+
+Patches = Annotated[str, typer.Argument(help="Directory or URL of the patches.", callback=_url)]
+Checkpoint = Annotated[str, typer.Argument(help="Directory or URL of the checkpoint.", callback=_url)]
+Database = Annotated[str, typer.Argument(help="Directory or URL of the database.", callback=_url)]
+New = Annotated[str, typer.Argument(help="Directory or URL of the product to make.", callback=_url)]
 Output = Annotated[str, typer.Argument(help="Path or URL of the file to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
-Space = Annotated[str, typer.Option("--checkpoint", help="Directory or URL of the checkpoint of its keys.")]
+Space = Annotated[
+    str, typer.Option("--checkpoint", help="Directory or URL of the checkpoint of its keys.", callback=_url)
+]
 Directory = Annotated[Path, typer.Option(help="Where the sandbox keeps its data and its state.")]
 SANDBOX = Path(".sandbox")
 MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
@@ -80,12 +88,6 @@ def command(model: type[Params]) -> Callable[[Callable[..., Any]], Callable[...,
         return function
 
     return register
-
-
-def _url(place: str) -> str:
-    from infra.storage import as_url
-
-    return as_url(place)
 
 
 def _sample(context: typer.Context, params: SampleParams) -> None:
@@ -133,7 +135,7 @@ def encode(patches: Patches, checkpoint: Checkpoint, params: EncodeParams) -> No
     """Encode patches into the two-resolution database."""
     from flows.encode import encode as flow
 
-    print(flow(_url(patches), _url(checkpoint), params))
+    print(flow(patches, checkpoint, params))
 
 
 @command(PublishParams)
@@ -174,18 +176,17 @@ def import_checkpoint(
     """Import a SatCLIP checkpoint, both towers; nothing in the file is executed."""
     from tasks.checkpoint import import_satclip
 
-    url = _url(directory)
-    card = import_satclip(file, url)
-    print(url)
+    card = import_satclip(file, directory)
+    print(directory)
     print(card.get("image_side") or f"image encoder {card['encoder']['name']}", file=sys.stderr)
 
 
 @checkpoint_app.command("export")
-def export_checkpoint(checkpoint: Product, file: Output, overwrite: Overwrite = False) -> None:
+def export_checkpoint(checkpoint: Checkpoint, file: Output, overwrite: Overwrite = False) -> None:
     """Export a checkpoint as a .ckpt that rangegeo loads."""
     from tasks.checkpoint import export_satclip
 
-    print(export_satclip(_url(checkpoint), file, overwrite))
+    print(export_satclip(checkpoint, file, overwrite))
 
 
 @database_app.command("import")
@@ -195,31 +196,34 @@ def import_database(
     """Import a published RANGE database; its numbers are checked, nothing in the file is executed."""
     from tasks.database import import_npz
 
-    url = _url(directory)
-    import_npz(file, url, _url(checkpoint))
-    print(url)
+    import_npz(file, directory, checkpoint)
+    print(directory)
 
 
 @database_app.command("export")
-def export_database(database: Product, file: Output, overwrite: Overwrite = False) -> None:
+def export_database(database: Database, file: Output, overwrite: Overwrite = False) -> None:
     """Export a database as a .npz that rangegeo reads."""
     from tasks.database import export_npz
 
-    print(export_npz(_url(database), file, overwrite))
+    print(export_npz(database, file, overwrite))
 
 
 @database_app.command("audit")
 def audit(
-    database: Product,
-    patches: Annotated[str | None, typer.Option(help="Directory or URL of the patches, to encode some again.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Directory or URL of the checkpoint of its keys.")] = None,
+    database: Database,
+    patches: Annotated[
+        str | None, typer.Option(help="Directory or URL of the patches, to encode some again.", callback=_url)
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Directory or URL of the checkpoint of its keys.", callback=_url)
+    ] = None,
     sample: Annotated[int, typer.Option(min=2, help="Images to encode again.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check that a database is sound, and that key, value and place of a row belong to one image."""
     from tasks.audit import audit_database
 
-    findings = audit_database(_url(database), patches and _url(patches), checkpoint and _url(checkpoint), sample)
+    findings = audit_database(database, patches, checkpoint, sample)
     if as_json:
         print(json.dumps([vars(finding) for finding in findings], indent=2))
     else:

@@ -15,10 +15,9 @@ it must:
 Source: RANGE (CVPR 2025), arXiv 2502.19781, and its released code.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from operator import add
 from typing import Literal, Protocol
 
 import numpy as np
@@ -289,13 +288,6 @@ def unit_vectors(lonlat: NDArray[np.float64]) -> NDArray[np.float64]:
     """Places in degrees (lon, lat), (n, 2), as points of the unit sphere, (n, 3)."""
     lon, lat = np.radians(np.asarray(lonlat, np.float64)).T
     return np.column_stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
-
-
-def retrieve_sharded(
-    shards: Sequence[RetrievalIndex], queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method
-) -> Halves:
-    """Both halves over a database in parts: what `RetrievalIndex.halves` gives of the whole."""
-    return reduce(add, (shard.halves(queries, lonlat, method) for shard in shards))
 
 
 def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], method: Method) -> NDArray[np.float32]:

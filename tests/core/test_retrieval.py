@@ -1,5 +1,8 @@
 """Retrieval against a float64 brute force and against the authors' package."""
 
+from functools import reduce
+from operator import add
+
 import numpy as np
 import pytest
 import rangegeo
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from tasks.checkpoint import export_satclip, save_checkpoint
 from tasks.core import retrieval
 from tasks.core.location import LocationEncoder
-from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream, retrieve_sharded, unit_vectors
+from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream, unit_vectors
 from tasks.core.sums import Halves, updated
 
 RNG = np.random.default_rng(0)
@@ -144,7 +147,7 @@ def test_the_sums_of_shards_add(cuts, method, hot):
     method = Method(method.name, method.beta, temperature=hot, geodesic_temperature=hot or 40.0)
     index, queries, lonlat = database(40), unit(RNG.normal(size=(3, 16))), places(3)
     shards = [RetrievalIndex(*parts) for parts in zip(*(np.split(a, sorted(cuts)) for a in index), strict=True)]
-    found = retrieve_sharded(shards, queries, lonlat, method).mix(method.beta)
+    found = reduce(add, (shard.halves(queries, lonlat, method) for shard in shards)).mix(method.beta)
     close(found, RetrievalIndex(*index).retrieve(queries, lonlat, method), 1e-4 if hot else 1e-6)
 
 

@@ -63,6 +63,7 @@ class Request(NamedTuple):
     """Of the query of a GET, or the body of a POST."""
 
 
+@lru_cache(maxsize=8)
 def open_api(url: str, collection: str) -> tuple[Client, pystac.Collection]:
     """A client of the STAC API at `url`, and the collection that it serves; kept for later calls.
 
@@ -70,11 +71,6 @@ def open_api(url: str, collection: str) -> tuple[Client, pystac.Collection]:
         CatalogUnavailable: Nothing answers there.
         UserError: It cannot be searched, or lacks the collection.
     """
-    return _opened(url, collection)
-
-
-@lru_cache(maxsize=8)
-def _opened(url: str, collection: str) -> tuple[Client, pystac.Collection]:
     return _patiently(url, lambda _: _open(url, collection))
 
 
@@ -98,7 +94,7 @@ def _collection(client: Client, collection: str) -> pystac.Collection | None:
     try:
         return client.get_collection(collection)
     except APIError as error:
-        if getattr(error, "status_code", None) not in (400, 404):
+        if _status(error) not in (400, 404):
             raise
         return None
 
@@ -146,7 +142,7 @@ def _filtered(client: Client, **query: Any) -> dict[str, Any]:
     try:
         return _collect(client.search(**query))
     except APIError as error:
-        if getattr(error, "status_code", None) not in FILTER_REFUSED:
+        if _status(error) not in FILTER_REFUSED:
             raise
         return {}
 

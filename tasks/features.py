@@ -61,7 +61,7 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
         UserError: The encoder does not take the patches, or one could not be encoded.
     """
     made_of = _made_of(patches, params, views)
-    url = features_url(patches, params, views)
+    url = product_url("features", made_of)
     if is_finished(url):
         return url
     images = len(open_store(patches).manifest)

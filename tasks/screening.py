@@ -76,16 +76,16 @@ def judge(table: pd.DataFrame, group: pd.DataFrame, params: SampleParams, traffi
             continue
         clear, saturated = 1 - _share(window, CLOUDY), _share(window, SATURATED)
         table.loc[i, ["clear_fraction", "saturated_fraction", "dark_share"]] = clear, saturated, _share(window, DARK)
-        table.loc[i, "reason"] = _reason(window, params)
+        table.loc[i, "reason"] = _reason(_share(window, NO_DATA), clear, saturated, params)
 
 
-def _reason(window: NDArray, params: SampleParams) -> str:
-    """Why a window of the scene classification is rejected; empty where it is good."""
-    if _share(window, NO_DATA) > params.max_nodata_fraction:
+def _reason(nodata: float, clear: float, saturated: float, params: SampleParams) -> str:
+    """Why a window of the scene classification with these shares is rejected; empty where it is good."""
+    if nodata > params.max_nodata_fraction:
         return NODATA
-    if 1 - _share(window, CLOUDY) < params.min_clear_fraction:
+    if clear < params.min_clear_fraction:
         return "not clear"
-    return "saturated" if _share(window, SATURATED) > params.max_saturated_fraction else ""
+    return "saturated" if saturated > params.max_saturated_fraction else ""
 
 
 def _share(window: NDArray, classes: tuple[int, ...]) -> float:

@@ -7,8 +7,8 @@ those of database shards add.
 
 a_l falls as exp(-l^2 / 2t), so the series is cut where what it leaves out is below TAIL: as |P_l| <= 1, each
 weight is off by at most sum_(l >= L) (2l + 1) a_l / 4 pi. At t = 40 that is degree 49, 2,401 terms in place of
-one for each image. Where no image is near, the sum itself is small and such an error would show: there
-`sums` says so, and the caller sums directly.
+one for each image. Where no image is near, the sum itself is small and such an error would show: `sums`
+says where, and the caller sums directly.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from scipy.special import ive
 from torch import Tensor
 
 from tasks.core.harmonics import spherical_harmonics
+from tasks.core.sums import Sums
 
 TAIL = 1e-12  # largest error of one weight
 FLOOR = 1e-5  # smallest mean weight that is trusted: TAIL / FLOOR = 1e-7 of the result
@@ -70,11 +71,29 @@ class Spectrum:
             raise ValueError(f"spectra of temperatures {self.temperature:g} and {other.temperature:g} do not add")
         return Spectrum(self.temperature, self.degree, self.images + other.images, self.moments + other.moments)
 
-    def sums(self, lonlat: Float) -> tuple[Tensor, Tensor, Tensor]:
-        """Numerators (m, v) and denominators (m,) at places, float64, and which of them can be trusted, (m,)."""
+    def sums(self, lonlat: Float) -> tuple[Sums, NDArray[np.bool_]]:
+        """The half at places (m, 2), in float64, and which are too far from all images to be trusted, (m,)."""
         found = torch.from_numpy(spherical_harmonics(lonlat, self.degree)).to(self.moments) @ self.moments
-        denominator = found[:, -1]
-        return found[:, :-1], denominator, denominator >= FLOOR * self.images
+        weights = found[:, -1]
+        sums = Sums(found[:, :-1], weights, torch.full_like(weights, self.temperature))
+        return sums, (weights < FLOOR * self.images).cpu().numpy()
+
+    @property
+    def weights(self) -> "Spectrum":
+        """Of the weights alone: as cheap a way to tell which places are too far."""
+        return Spectrum(self.temperature, self.degree, self.images, self.moments[:, -1:].clone())
+
+
+def pays(temperature: float, images: int, queries: int | None = None) -> bool:
+    """Whether a spectrum costs less than summing over the images: n m > (n + m) L^2, in float64 at half the speed.
+
+    Args:
+        temperature: t.
+        images: n.
+        queries: m; unset, many.
+    """
+    degree = degree_of(temperature)
+    return degree is not None and 2 * degree**2 * (1 / images + (1 / queries if queries else 0)) < 1
 
 
 def degree_of(temperature: float) -> int | None:

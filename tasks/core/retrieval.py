@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from tasks.core.geodesic import Spectrum, degree_of
+from tasks.core.geodesic import Spectrum, pays
 from tasks.core.sums import Halves, Sums
 
 Name = Literal["range+", "range", "top1", "topk", "none"]
@@ -175,7 +175,7 @@ class RetrievalIndex:
         self._check(queries, lonlat)
         torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
         geodesic = self._geodesic(lonlat, method.geodesic_temperature) if method.has_geodesic else None
-        return Halves(self._semantic(queries, method.semantic), geodesic)
+        return Halves(self.by_likeness(queries, method.semantic), geodesic)
 
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
         """Cosines and rows of the `k` most similar keys (all, if there are fewer), best first, each (m, k)."""
@@ -202,7 +202,8 @@ class RetrievalIndex:
                 "embed the places with the encoder that the database was made with"
             )
 
-    def _semantic(self, queries: NDArray[np.float32], temperature: float) -> Sums:
+    def by_likeness(self, queries: NDArray[np.float32], temperature: float) -> Sums:
+        """The semantic half, image by image."""
         g = torch.as_tensor(queries, dtype=self.dtype, device=self.device)
         sums = Sums(g.new_zeros(len(g), self.values.shape[1]), g.new_zeros(len(g)), g.new_zeros(len(g)))
         if temperature > SAFE_TEMPERATURE:
@@ -227,24 +228,10 @@ class RetrievalIndex:
             sums.numerator.add_(weights.to(self.values.dtype) @ self.values[rows])
 
     def _geodesic(self, lonlat: NDArray[np.float64], temperature: float) -> Sums:
-        if not self._has_spectrum(temperature):
-            return self._direct(lonlat, temperature)
-        numerator, denominator, trusted = self.spectrum(temperature).sums(lonlat)
-        sums = Sums(numerator, denominator, torch.full_like(denominator, temperature))
-        if not trusted.all():
-            far = self._direct(np.asarray(lonlat)[~trusted.cpu().numpy()], temperature)
-            sums.numerator[~trusted] = far.numerator.double()
-            sums.denominator[~trusted] = far.denominator.double()
-            sums.shift[~trusted] = far.shift.double()
-        return sums
-
-    def _has_spectrum(self, temperature: float) -> bool:
-        """Whether it costs less than summing over the images: n m > (n + m) L^2, in float64 at half the speed."""
-        degree = degree_of(temperature)
-        if degree is None:
-            return False
-        share = 1 / len(self) + (1 / self.expected if self.expected else 0)
-        return 2 * degree**2 * share < 1
+        if not pays(temperature, len(self), self.expected):
+            return self.by_nearness(lonlat, temperature)
+        sums, far = self.spectrum(temperature).sums(lonlat)
+        return sums.replaced(far, self.by_nearness(np.asarray(lonlat)[far], temperature)) if far.any() else sums
 
     def spectrum(self, temperature: float) -> Spectrum:
         """The geodesic half of the whole database, made once."""
@@ -252,8 +239,8 @@ class RetrievalIndex:
             self._spectra[temperature] = Spectrum.of(self.locations, self.values, temperature)
         return self._spectra[temperature]
 
-    def _direct(self, lonlat: NDArray[np.float64], temperature: float) -> Sums:
-        """By summing over the images; angles in float64, since float32's last bit times 40 would show."""
+    def by_nearness(self, lonlat: NDArray[np.float64], temperature: float) -> Sums:
+        """The geodesic half, image by image; angles in float64, since float32's last bit times 40 would show."""
         x = torch.as_tensor(unit_vectors(lonlat), device=self.device) * temperature
         shape = (len(x), self.values.shape[1])
         zeros = x.new_zeros(shape, dtype=self.dtype)

@@ -56,9 +56,10 @@ class Sums:
         factor = torch.exp(shift - new)
         return Sums(self.numerator.double() * factor[:, None], self.denominator.double() * factor, new)
 
-    def replaced(self, where: Tensor, by: "Sums") -> "Sums":
+    def replaced(self, where: NDArray[np.bool_], by: "Sums") -> "Sums":
         """These sums with those of some places, (m,) true, put in place of theirs."""
-        return Sums(*(_replaced(a, where, b) for a, b in zip(self._parts, by._parts, strict=True)))
+        there = torch.from_numpy(where)
+        return Sums(*(_replaced(a, there, b) for a, b in zip(self._parts, by._parts, strict=True)))
 
     @property
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,8 +105,7 @@ class Halves:
 
     def replaced(self, where: NDArray[np.bool_], by: "Halves") -> "Halves":
         """These with those of some places, (m,) true, put in place of theirs."""
-        there = torch.from_numpy(where)
-        return _halves([a.replaced(there, b) for a, b in zip(self.sums, by.sums, strict=True)])
+        return _halves([a.replaced(where, b) for a, b in zip(self.sums, by.sums, strict=True)])
 
     def pack(self) -> NDArray[np.float32]:
         """As one array to keep, (m, halves * (v + 2)): numerators, denominator and shift of each half. To be scaled."""

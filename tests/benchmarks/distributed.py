@@ -32,8 +32,8 @@ from tasks.shards import Part
 from tasks.tiles import Job, land_tiles
 from tests.benchmarks.retrieval import KEY, VALUE, machine, places
 
-IMAGES, SHARD = 20_000, 1000
-STEP, TILE = 2.0, 20  # degrees, cells: 5,300 cells of land in 34 tiles
+IMAGES, SHARD = 82_000, 1000  # the published database
+STEP, TILE = 1.0, 20
 COARSE = 10.0
 ROUNDS = 2
 

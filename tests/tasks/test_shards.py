@@ -23,6 +23,7 @@ from tests.core.test_retrieval import close, database
 from tests.tasks.test_publish import DIM, STEP, VALUES, embeddings, images, store
 
 ROWS = 200
+FEW = images(np.arange(ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -57,56 +58,69 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(cluster, monkeypatch):
-    """Workers of so little memory that a database of some thousand bytes takes two of them at least."""
-    workers = cluster[0].scheduler_info(n_workers=-1)["workers"].values()
-    size = ROWS * (DIM + VALUES) * 4
-    monkeypatch.setattr(shards, "MEMORY_SHARE", size / 2 / min(worker["memory_limit"] for worker in workers))
+    """Gives workers so little memory that a database of so many rows takes two of them at least."""
+    least = min(worker["memory_limit"] for worker in cluster[0].scheduler_info(n_workers=-1)["workers"].values())
+    return lambda rows: monkeypatch.setattr(shards, "MEMORY_SHARE", rows * (DIM + VALUES) * 4 / 2 / least)
 
 
-def publish(client, home, rows, **options):
-    url = store(home, f"database{rows}", images(np.arange(rows)))
+def publish(client, home, arrays, **options):
+    url = store(home, f"database{len(arrays['keys'])}", arrays)
     return publish_grid(client, f"{home.as_uri()}/checkpoint", url, PublishParams(**STEP | options))
 
 
-def expected(grid, beta=0.5):
+def expected(grid, arrays, beta=0.5):
     """Every land cell, in one process."""
     torch.manual_seed(0)
     encoder = LocationEncoder(6, hidden=16, dim=DIM).eval()
     land = np.isfinite(embeddings(grid)[0])
     row, column = np.nonzero(land)
     lonlat = np.column_stack([-175.0 + 10 * column, 85.0 - 10 * row])
-    index = RetrievalIndex(*(a[:ROWS] for a in database(1000, DIM, VALUES)))
+    index = RetrievalIndex(arrays["keys"], arrays["values"], arrays["locations"])
     return land, embed(encoder, index, lonlat, Method(beta=beta))
 
 
 @pytest.mark.parametrize("options", [{}, {"beta": 0.2, "keep_sums": True}])
 def test_the_parts_are_the_whole(cluster, home, small, options):
     client = cluster[0]
+    small(ROWS)
     client.run(shards.load_part.cache_clear)
-    grid = publish(client, home, ROWS, **options)
-    land, vectors = expected(grid, options.get("beta", 0.5))
+    grid = publish(client, home, FEW, **options)
+    land, vectors = expected(grid, FEW, options.get("beta", 0.5))
     close(embeddings(grid)[:, land].T, vectors, 1e-5)
     assert [info.misses for info in client.run(shards.load_part.cache_info).values()] == [1, 1, 1]  # not once a tile
 
 
+def test_one_spectrum_serves_all_parts_and_far_cells_are_summed_directly(cluster, home, small):
+    small(6000)
+    keys, values, where = database(6000, DIM, VALUES)
+    where[:, 1] = np.abs(where[:, 1])  # none south of the equator
+    arrays = {"keys": keys, "values": values, "locations": where, "row_ids": np.arange(6000)}
+    far = RetrievalIndex(keys, values, where).spectrum(40.0).sums(np.array([[0.0, -80.0], [0.0, 50.0]]))[1]
+    np.testing.assert_array_equal(far, [True, False])
+    grid = publish(cluster[0], home, arrays)
+    land, vectors = expected(grid, arrays)
+    close(embeddings(grid)[:, land].T, vectors, 1e-5)
+
+
 def test_a_dead_worker_costs_nothing_but_time(cluster, home, small):
     client, worker = cluster
+    small(ROWS)
     made = []
-    thread = threading.Thread(target=lambda: made.append(publish(client, home, ROWS)))
+    thread = threading.Thread(target=lambda: made.append(publish(client, home, FEW)))
     thread.start()
     while not list(Path(home).rglob("grid.zarr/embedding/c/*/*/*")):
         time.sleep(0.01)
     worker.kill()
     worker.wait()
     thread.join(300)
-    land, vectors = expected(made[0])
+    land, vectors = expected(made[0], FEW)
     close(embeddings(made[0])[:, land].T, vectors, 1e-5)
 
 
 def test_what_fits_no_worker_is_refused(cluster, home, monkeypatch):
     monkeypatch.setattr(shards, "MEMORY_SHARE", 1e-9)
     with pytest.raises(UserError, match=r"takes 1.92e-05 GB, and \d workers hold .* start \d+ workers"):
-        publish(cluster[0], home, ROWS)
+        publish(cluster[0], home, FEW)
     with pytest.raises(UserError, match="no worker can hold, and interpolation and updates need it whole"):
-        publish(cluster[0], home, ROWS + 1, tolerance=0.01)
+        publish(cluster[0], home, images(np.arange(ROWS + 1)), tolerance=0.01)
     assert not list(home.rglob("grid.zarr"))

@@ -202,6 +202,8 @@ class PublishParams(Params):
     """Keeps the sums behind the grid beside it, twice its size, so that a later grid can have it as parent."""
     parent: str | None = None
     """URL of a grid with kept sums, of a former database: only the images that came and went are computed."""
+    promote: bool = True
+    """Makes the grid the latest, which readers open, once it is found good; false: `rangegrid grid promote` does."""
 
     @field_validator("step_degrees")
     @classmethod

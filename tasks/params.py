@@ -219,6 +219,17 @@ class PublishParams(Params):
         return self
 
 
+class PruneParams(Params):
+    """Which versions of the grid to delete; never the latest, the previous one, or what these need."""
+
+    keep: int = Field(3, ge=0)
+    """How many of the newest versions are kept."""
+    unfinished: bool = False
+    """Also deletes what broken runs left; for when no run publishes."""
+    dry_run: bool = False
+    """Deletes nothing, and tells what would be deleted."""
+
+
 class EmbedParams(Params):
     """How points are embedded."""
 

@@ -231,9 +231,9 @@ def _rolled_back(pointer: Pointer, move: Move, known: Pointer) -> Pointer:
 def versions(pointer: Pointer | None = None) -> list[Version]:
     """All versions: finished ones first, newest first."""
     pointer = pointer or read_pointer()[0]
-    names = [name for name in storage.names(directory()) if "." not in name]
-    found = [_version(name, pointer) for name in names]
-    return sorted(found, key=lambda v: (v.finished is None, -v.finished.timestamp() if v.finished else 0, v.grid))
+    found = [_version(name, pointer) for name in storage.names(directory()) if "." not in name]
+    there = [version for version in found if version.card or storage.size(home_of(version.grid))]  # no empty directory
+    return sorted(there, key=lambda v: (v.finished is None, -v.finished.timestamp() if v.finished else 0, v.grid))
 
 
 def _version(name: str, pointer: Pointer) -> Version:

@@ -33,7 +33,11 @@ from infra.settings import settings
 
 T = TypeVar("T")
 
-ATTEMPTS = 5  # beyond obstore's own retries of 5xx: a server that restarts needs some seconds
+ATTEMPTS = 3  # beyond obstore's own, for what it takes for an answer: a body that is not whole, a lost connection
+RETRIES: Any = {  # obstore's, which are all that Zarr has: some 4 s, as long as a server that restarts needs
+    "max_retries": 6,
+    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 3},
+}
 FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
 REFUSED = (AlreadyExistsError, PreconditionError)  # an answer of the store, not a failure of it
 EMPTY = ("416 Range Not Satisfiable", "Requested range was invalid")  # what asking for byte 0 of nothing comes to
@@ -85,7 +89,7 @@ def _s3_with(
         prefix=prefix or None,
         config=options,
         client_options={"allow_http": bool(endpoint and endpoint.startswith("http://"))},
-        retry_config={"max_retries": 4},
+        retry_config=RETRIES,
     )
 
 

@@ -138,7 +138,7 @@ def write_tile(url: str, tile: Tile, values: NDArray[np.float32], variable: str 
     Raises:
         UserError: The tile is not one whole shard of the stored grid.
     """
-    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r+")
+    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r+", zarr_format=3)
     side = array.shards[1]
     expected = tuple(min(side, n - start) for n, start in zip(array.shape[1:], (tile.row, tile.column), strict=True))
     if (tile.row % side, tile.column % side) != (0, 0) or (tile.rows, tile.columns) != expected:
@@ -159,7 +159,7 @@ def written(url: str, spec: GridSpec, tiles: list[Tile]) -> set[Tile]:
 
 def read_tile(url: str, tile: Tile, variable: str = VARIABLE) -> NDArray[np.float32]:
     """One tile, (dim, rows, columns)."""
-    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r")
+    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r", zarr_format=3)
     return np.asarray(array[(slice(None), *tile.window)])
 
 

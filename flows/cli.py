@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flows import grids
 from flows.options import with_options
 from infra.errors import UserError
 from tasks.params import (
@@ -41,6 +42,7 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="Exchange checkpoints wi
 app.add_typer(checkpoint_app, name="checkpoint")
 database_app = typer.Typer(no_args_is_help=True, help="Exchange databases with rangegeo, and audit them.")
 app.add_typer(database_app, name="database")
+app.add_typer(grids.app, name="grid")
 
 
 def _url(place: str | None) -> str | None:
@@ -60,7 +62,6 @@ Space = Annotated[
 ]
 Directory = Annotated[Path, typer.Option(help="Where the sandbox keeps its data and its state.")]
 SANDBOX = Path(".sandbox")
-MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 INTERRUPTED = 130  # what a shell reports for SIGINT, and what typer makes of a KeyboardInterrupt
 
 
@@ -218,18 +219,13 @@ def audit(
         str | None, typer.Option(help="Directory or URL of the checkpoint of its keys.", callback=_url)
     ] = None,
     sample: Annotated[int, typer.Option(min=2, help="Images to encode again.")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: grids.AsJson = False,
 ) -> None:
     """Check that a database is sound, and that key, value and place of a row belong to one image."""
     from tasks.audit import audit_database
 
     findings = audit_database(database, patches, checkpoint, sample)
-    if as_json:
-        print(json.dumps([vars(finding) for finding in findings], indent=2))
-    else:
-        for finding in findings:
-            print(f"{MARKS[finding.passed]}  {finding.check:<38}{finding.detail}")
-    raise typer.Exit(1 if any(finding.passed is False for finding in findings) else 0)
+    grids.report(findings, as_json)
 
 
 @command(PipelineParams)

@@ -31,8 +31,8 @@ def connect(name: str | None = None, workers: int | None = None) -> Iterator[Cli
     Raises:
         UserError: The name is unknown, or no scheduler answers at the address.
     """
-    with suppress(ValueError):
-        yield Client.current(allow_global=True)
+    if outer := _current():
+        yield outer
         return
     dask.config.set({"distributed.logging.distributed": "critical"})  # for the worker processes
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # Prefect's set-up shows what was silent
@@ -47,6 +47,12 @@ def connect(name: str | None = None, workers: int | None = None) -> Iterator[Cli
             yield client
     else:
         raise UserError(f"the cluster {name!r} is unknown: set RANGEGRID_CLUSTER to one of {KNOWN}")
+
+
+def _current() -> Client | None:
+    with suppress(ValueError):
+        return Client.current(allow_global=True)
+    return None
 
 
 def _own(cluster: LocalCluster) -> Iterator[Client]:

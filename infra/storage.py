@@ -4,19 +4,27 @@ Every write is one whole object: it is there entirely or not at all. Credentials
 moment of use and are in no URL, so a URL may be logged, stored and sent to workers.
 """
 
+import fcntl
 import json
 import random
 import shutil
 import time
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import LocalStore, ObjectStore, S3Store
 from zarr.storage import ObjectStore as ZarrObjectStore
 
@@ -25,8 +33,13 @@ from infra.settings import settings
 
 T = TypeVar("T")
 
-ATTEMPTS = 5  # beyond obstore's own retries of 5xx: a server that restarts needs some seconds
+ATTEMPTS = 3  # beyond obstore's own, for what it takes for an answer: a body that is not whole, a lost connection
+RETRIES: Any = {  # obstore's, which are all that Zarr has: some 4 s, as long as a server that restarts needs
+    "max_retries": 6,
+    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 3},
+}
 FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
+REFUSED = (AlreadyExistsError, PreconditionError)  # an answer of the store, not a failure of it
 EMPTY = ("416 Range Not Satisfiable", "Requested range was invalid")  # what asking for byte 0 of nothing comes to
 LASTING = ("NoSuchBucket", "No space left", "os error 28")  # signs of what no further attempt mends
 
@@ -76,7 +89,7 @@ def _s3_with(
         prefix=prefix or None,
         config=options,
         client_options={"allow_http": bool(endpoint and endpoint.startswith("http://"))},
-        retry_config={"max_retries": 4},
+        retry_config=RETRIES,
     )
 
 
@@ -90,7 +103,7 @@ def patiently(call: Callable[[], T], url: str) -> T:
     for attempt in range(ATTEMPTS):
         try:
             return call()
-        except AlreadyExistsError:
+        except REFUSED:
             raise
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
@@ -131,23 +144,34 @@ def read(url: str) -> bytes:
         UserError: The store is unreachable or forbids it.
     """
     store, name = _locate(url)
+    return _get(store, name, url)[0]
+
+
+def read_tagged(url: str) -> tuple[bytes, str]:
+    """The whole object, and the tag of its version that `replace` takes.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: The store is unreachable or forbids it.
+    """
+    store, name = _locate(url)
     return _get(store, name, url)
 
 
-def _get(store: ObjectStore, name: str, url: str) -> bytes:
-    """The whole object, asked for as a range: its answer tells the object's size beside the body's."""
+def _get(store: ObjectStore, name: str, url: str) -> tuple[bytes, str]:
+    """The whole object, asked for as a range: its answer tells the object's size beside the body's; and its tag."""
 
-    def whole() -> bytes:
+    def whole() -> tuple[bytes, str]:
         try:
             answer = obstore.get(store, name, options={"range": {"offset": 0}})
         except BaseError as error:
             if any(sign in str(error) for sign in EMPTY):
-                return b""
+                return b"", str(obstore.head(store, name)["e_tag"])
             raise
         data = bytes(answer.bytes())
         if len(data) != answer.meta["size"]:
             raise OSError(f"{len(data)} bytes came for {answer.meta['size']}")
-        return data
+        return data, str(answer.meta["e_tag"])
 
     return patiently(whole, url)
 
@@ -166,6 +190,66 @@ def create(url: str, data: bytes) -> bool:
     except AlreadyExistsError:
         return False
     return True
+
+
+def replace(url: str, data: bytes, tag: str | None) -> bool:
+    """Writes the object if its version is still that of `tag`; of many who try, one succeeds.
+
+    The answer to a write can be lost, and the write, repeated, is then refused because of itself. So after a refusal
+    the object is read: if it is `data`, the write is taken for ours. Whoever must know puts a nonce in it.
+
+    Args:
+        url: The object.
+        data: Its new content.
+        tag: Of `read_tagged`; none: there is no object yet.
+
+    Returns:
+        Whether the object is `data` now.
+    """
+    store, name = _locate(url)
+    if url.startswith("file:"):
+        return _replace_local(url, data, tag)
+    mode: Any = "create" if tag is None else {"e_tag": tag}
+    try:
+        patiently(lambda: obstore.put(store, name, data, mode=mode, use_multipart=False), url)
+    except (*REFUSED, FileNotFoundError):
+        return _current(url)[0] == data
+    return True
+
+
+def _replace_local(url: str, data: bytes, tag: str | None) -> bool:
+    """A file system has no conditional write: the version is compared and the file renamed into place under a lock."""
+    with _locked(Path("/", _locate(url)[1])):
+        if _current(url)[1] != tag:
+            return False
+        write(url, data)
+    return True
+
+
+def _current(url: str) -> tuple[bytes | None, str | None]:
+    try:
+        return read_tagged(url)
+    except FileNotFoundError:
+        return None, None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file; the system releases it when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def modified(url: str) -> datetime:
+    """When the object was last written, in UTC.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    store, name = _locate(url)
+    return patiently(lambda: obstore.head(store, name), url)["last_modified"]
 
 
 def exists(url: str) -> bool:
@@ -282,4 +366,4 @@ def copy(source: str, target: str) -> None:
     if not paths:
         write(target, read(source))
     for path in paths:
-        write(join(target, path.removeprefix(name)), _get(store, path, source))
+        write(join(target, path.removeprefix(name)), _get(store, path, source)[0])

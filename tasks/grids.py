@@ -27,7 +27,9 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.buffer import Buffer
 from zarr.codecs import ZstdCodec
+from zarr.storage import MemoryStore
 
 from infra import storage
 from infra.errors import UserError
@@ -38,6 +40,7 @@ VARIABLE = "embedding"
 SUMS = "sums"
 CHUNK_CELLS = 20  # cells along one side of a chunk: one point reads all its dimensions from 1.6 MB
 CHUNK_DIMS = 64
+ROOT = "zarr.json"  # of the group, with the metadata of all arrays
 
 
 def template(
@@ -95,7 +98,10 @@ def _conventions(spec: GridSpec) -> dict[str, Any]:
 
 
 def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
-    """Writes the metadata and the coordinates of a template; no values of its cells."""
+    """Writes the metadata and the coordinates of a template; no values of its cells.
+
+    Object by object, the root last: a run that overlaps writes the same bytes, and no shard is touched that it made.
+    """
     variable = VARIABLE if VARIABLE in dataset else SUMS
     dims = dataset[variable].shape[0]
     chunk = min(CHUNK_CELLS, spec.tile)
@@ -111,16 +117,19 @@ def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
         "compressors": ZstdCodec(level=1),
         "_FillValue": np.float32(np.nan),
     }
+    files: dict[str, Buffer] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consolidated metadata")
         dataset.to_zarr(
-            storage.zarr_store(url),
+            MemoryStore(files),
             mode="w",
             compute=False,
             zarr_format=3,
             consolidated=True,
             encoding={variable: encoding},
         )
+    for name in sorted(files, key=lambda name: (name == ROOT, name)):
+        storage.write(storage.join(url, name), files[name].to_bytes())
 
 
 def write_tile(url: str, tile: Tile, values: NDArray[np.float32], variable: str = VARIABLE) -> None:
@@ -129,7 +138,7 @@ def write_tile(url: str, tile: Tile, values: NDArray[np.float32], variable: str 
     Raises:
         UserError: The tile is not one whole shard of the stored grid.
     """
-    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r+")
+    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r+", zarr_format=3)
     side = array.shards[1]
     expected = tuple(min(side, n - start) for n, start in zip(array.shape[1:], (tile.row, tile.column), strict=True))
     if (tile.row % side, tile.column % side) != (0, 0) or (tile.rows, tile.columns) != expected:
@@ -150,7 +159,7 @@ def written(url: str, spec: GridSpec, tiles: list[Tile]) -> set[Tile]:
 
 def read_tile(url: str, tile: Tile, variable: str = VARIABLE) -> NDArray[np.float32]:
     """One tile, (dim, rows, columns)."""
-    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r")
+    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r", zarr_format=3)
     return np.asarray(array[(slice(None), *tile.window)])
 
 

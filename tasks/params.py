@@ -202,6 +202,8 @@ class PublishParams(Params):
     """Keeps the sums behind the grid beside it, twice its size, so that a later grid can have it as parent."""
     parent: str | None = None
     """URL of a grid with kept sums, of a former database: only the images that came and went are computed."""
+    promote: bool = True
+    """Makes the grid the latest, which readers open, once it is found good; false: `rangegrid grid promote` does."""
 
     @field_validator("step_degrees")
     @classmethod
@@ -215,6 +217,17 @@ class PublishParams(Params):
         if self.tolerance and (self.keep_sums or self.parent):
             raise ValueError("sums are those of exact cells: give keep_sums and parent without a tolerance")
         return self
+
+
+class PruneParams(Params):
+    """Which versions of the grid to delete; never the latest, the previous one, or what these need."""
+
+    keep: int = Field(3, ge=0)
+    """How many of the newest versions are kept."""
+    unfinished: bool = False
+    """Also deletes what broken runs left; for when no run publishes."""
+    dry_run: bool = False
+    """Deletes nothing, and tells what would be deleted."""
 
 
 class EmbedParams(Params):

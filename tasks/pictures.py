@@ -43,6 +43,26 @@ def world_map(vectors: Sliced, lat: NDArray, lon: NDArray, title: str, caption: 
     return _png(figure)
 
 
+def change_map(change: NDArray, lat: NDArray, lon: NDArray, title: str, caption: str) -> bytes:
+    """The relative change of each cell, in powers of ten.
+
+    Args:
+        change: (lat, lon), NaN where there is none; what is below the scale has its lowest colour.
+        lat: Latitudes in degrees, north first.
+        lon: Longitudes in degrees.
+        title: Above the map.
+        caption: Below it.
+    """
+    figure, axes = _canvas(12, 6.6, title, caption)
+    x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
+    with np.errstate(divide="ignore"):
+        colours = axes.pcolormesh(x, y, np.log10(change), vmin=-6, vmax=0, cmap="magma_r", rasterized=True)
+    _outline(axes)
+    scale = figure.colorbar(colours, ax=axes, fraction=0.02, pad=0.01)
+    scale.set_ticks([-6, -4, -2, 0], labels=["1e-6", "1e-4", "0.01", "1"])
+    return _png(figure)
+
+
 def principal_colours(vectors: Sliced) -> NDArray[np.float32]:
     """(lat, lon, 4) colours: ranks of the first three components, transparent where there are no data.
 

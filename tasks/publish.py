@@ -7,20 +7,17 @@ parent's, and computes only the images that came and went (`tasks.updates`).
 from functools import partial
 from typing import Any
 
-import numpy as np
 import zarr
 from distributed import Client
 
 from infra import storage
 from infra.errors import UserError
-from infra.settings import settings
-from tasks import grids
+from tasks import grids, versions
 from tasks.artifacts import keep_picture
-from tasks.cards import fingerprint, product_url, read_card, write_card
+from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
-from tasks.core.land import land_mask
 from tasks.core.retrieval import Method
 from tasks.database import stored_values
 from tasks.params import PublishParams
@@ -29,10 +26,11 @@ from tasks.shards import Part, parts_of, publish_in_parts
 from tasks.tiles import GRID, Job, land_tiles, publish_tile
 from tasks.units import log, run_units
 from tasks.updates import home_of, kept_sums, read_parent, update_tile, write_changes
+from tasks.validation import refuse, validate_grid
 
 
 def publish_grid(client: Client, checkpoint: str, database: str, params: PublishParams) -> str:
-    """Publishes the grid of one database, resuming what an earlier run began.
+    """Publishes the grid of one database, resuming what an earlier run began, and makes it the latest once it is good.
 
     Args:
         client: The Dask cluster.
@@ -44,12 +42,14 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         The URL of the grid's Zarr.
 
     Raises:
-        UserError: The two (or the parent) do not belong together, or a tile could not be made.
+        UserError: The two (or the parent) do not belong together, a tile could not be made, the grid is not good, or
+            another run moved `latest` meanwhile.
     """
     card = read_pair(checkpoint, database)
     kept = kept_sums(card, params)
     parent = read_parent(params.parent, kept) if params.parent else {}
-    made_of = {"database": card["fingerprint"], **params.model_dump(), "parent": parent.get("fingerprint")}
+    decides = params.model_dump(exclude={"promote"})
+    made_of = {"database": card["fingerprint"], **decides, "parent": parent.get("fingerprint")}
     job = Job(
         home=product_url("grids", made_of),
         checkpoint=checkpoint,
@@ -62,6 +62,7 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         parent=home_of(params.parent) if params.parent else None,
         parent_database=parent.get("database"),
     )
+    since = versions.begin(job.grid)
     parts = parts_of(client, job, card)
     prepare(job, card, {"rangegrid:made_of": made_of, "attribution": card["attribution"]})
     tiles = land_tiles(job.spec)
@@ -69,12 +70,22 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
     reports = publish_tiles(client, job, parts, [tile for tile in tiles if tile not in done])
     log().info("%d places retrieved for %d cells", sum(r.evaluated for r in reports), sum(r.cells for r in reports))
-    validate(job.grid, job.spec, tiles)
+    made = {"fingerprint": fingerprint(made_of), "made_of": made_of, "database": database, "checkpoint": checkpoint}
+    refuse(job.grid, validate_grid(client, job.grid, made))
     show(job, card["attribution"])
-    sums = kept if job.keep_sums else None
-    write_card(job.home, "grid", fingerprint=fingerprint(made_of), made_of=made_of, database=database, sums=sums)
-    storage.write_json(storage.join(settings().storage_url, "grids", "latest.json"), {"grid": job.grid})
+    if not is_finished(job.home):  # its time is the version's age
+        write_card(job.home, "grid", **made, sums=kept if job.keep_sums else None)
+    if params.promote:
+        promote_unless_withdrawn(job.grid, since)
     return job.grid
+
+
+def promote_unless_withdrawn(grid: str, since: versions.Pointer) -> None:
+    """Makes a version the latest, unless it was rolled back: that decision is a person's, and so is its end."""
+    if versions.name_of(grid) in versions.read_pointer()[0].withdrawn:
+        log().warning("%s was rolled back, and is not promoted again but by `rangegrid grid promote`", grid)
+        return
+    log().info("the latest grid is %s", versions.promote(grid, since).grid)
 
 
 def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> list[Report]:
@@ -127,17 +138,3 @@ def show(job: Job, attribution: str) -> None:
     caption = f"First three principal components of the embeddings. {attribution}."
     picture = world_map(vectors, job.spec.lat, job.spec.lon, title, caption)
     keep_picture(storage.join(job.home, "world.png"), picture, "world-map", title)
-
-
-def validate(url: str, spec: GridSpec, tiles: list[Tile]) -> None:
-    """Refuses a grid with a missing tile, or whose values are not there exactly where land is.
-
-    Raises:
-        UserError: The grid is not whole.
-    """
-    missing = set(tiles) - grids.written(url, spec, tiles)
-    if missing:
-        raise UserError(f"{url} lacks {len(missing)} tiles, for example {min(map(str, missing))}: run again")
-    first = zarr.open_array(storage.zarr_store(storage.join(url, grids.VARIABLE)), mode="r")[0]
-    if not np.array_equal(np.isfinite(first), land_mask(spec.lon, spec.lat)):
-        raise UserError(f"{url} has values where there is no land, or none where there is: delete it and run again")

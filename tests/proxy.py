@@ -85,6 +85,11 @@ def dropped() -> Fault:
     return named("dropped", lambda request, ask: None)
 
 
+def lost() -> Fault:
+    """The server does as it is told, and its answer does not arrive."""
+    return named("lost", lambda request, ask: ask() and None)
+
+
 def truncated(keep: float = 0.5, honest: bool = False) -> Fault:
     """The body ends early; unless honest, Content-Length promises all of it and the connection is closed."""
 

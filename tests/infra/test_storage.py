@@ -11,7 +11,7 @@ import pytest
 
 from infra import storage
 from infra.errors import UserError
-from tests.proxy import Proxy, dropped, status, truncated, wrong_length
+from tests.proxy import Proxy, dropped, lost, status, truncated, wrong_length
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,3 +135,99 @@ def test_an_unwritable_directory_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError):
         storage.check_writable((tmp_path / "file" / "under").as_uri())
+
+
+def test_a_replacement_needs_the_version_that_it_replaces(root):
+    url = storage.join(root, "pointer")
+    assert storage.replace(url, b"one", None)
+    assert not storage.replace(url, b"other", None)
+    data, tag = storage.read_tagged(url)
+    assert data == b"one" == raw(url)
+    assert storage.replace(url, b"two", tag)
+    assert not storage.replace(url, b"three", tag)
+    assert not storage.replace(storage.join(root, "none"), b"x", tag)
+    assert not storage.exists(storage.join(root, "none"))
+    assert storage.read(url) == b"two"
+
+
+def test_an_empty_object_can_be_replaced(root):
+    url = storage.join(root, "empty")
+    storage.write(url, b"")
+    assert storage.replace(url, b"full", storage.read_tagged(url)[1])
+    assert storage.read(url) == b"full"
+
+
+def test_of_many_replacements_of_one_version_one_wins(root):
+    url, wins = storage.join(root, "contended"), []
+    storage.write(url, b"0")
+    tag = storage.read_tagged(url)[1]
+    threads = [
+        threading.Thread(target=lambda i=i: wins.append((storage.replace(url, b"%d" % i, tag), i))) for i in range(1, 9)
+    ]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    (winner,) = [i for won, i in wins if won]
+    assert storage.read(url) == b"%d" % winner
+
+
+COUNT_UP = """
+import sys
+from infra import storage
+for _ in range(20):
+    while True:
+        data, tag = storage.read_tagged(sys.argv[1])
+        if storage.replace(sys.argv[1], data + sys.argv[2].encode(), tag):
+            break
+"""
+
+
+def test_processes_lose_no_update(tmp_path):
+    url = storage.join(tmp_path.as_uri(), "counter")
+    storage.write(url, b"-")
+    started = [subprocess.Popen([sys.executable, "-c", COUNT_UP, url, name], cwd=ROOT) for name in "ab"]
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert sorted(storage.read(url).decode()) == sorted("-" + 20 * "ab")
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_a_lost_answer_is_recognised_as_ours(sandbox, tmp_path, monkeypatch, create):
+    url = f"{sandbox.environment()['RANGEGRID_STORAGE_URL']}/{tmp_path.name}/pointer"
+    with Proxy(sandbox.endpoint) as proxy:
+        monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", proxy.url)
+        if not create:
+            storage.write(url, b"old")
+        tag = None if create else storage.read_tagged(url)[1]
+        proxy.inject(lost(), lambda r: r.method == "PUT", times=1)
+        assert storage.replace(url, b"ours", tag)
+        assert proxy.faults["lost"] == 1
+        assert not storage.replace(url, b"other", tag)
+        assert storage.read(url) == b"ours"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from infra import storage
+with storage._locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_no_lock(tmp_path):
+    path = tmp_path / "pointer"
+    storage.write(path.as_uri(), b"old")
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        done = []
+        waiting = threading.Thread(
+            target=lambda: done.append(storage.replace(path.as_uri(), b"new", storage.read_tagged(path.as_uri())[1]))
+        )
+        waiting.start()
+        waiting.join(0.3)
+        assert not done
+        holder.kill()
+        waiting.join(60)
+    assert done == [True]
+    assert storage.read(path.as_uri()) == b"new"

@@ -1,0 +1,19 @@
+"""Deployment `prune`: deletes old versions of the grid."""
+
+from prefect import flow
+
+from tasks.params import PruneParams
+from tasks.steps import prune_grids
+
+
+@flow(name="prune", flow_run_name="prune to {params.keep}")
+def prune(params: PruneParams = PruneParams()) -> list[str]:
+    """Deletes old versions of the grid; never the latest, the previous one, or what these need.
+
+    Args:
+        params: What to keep.
+
+    Returns:
+        The URLs of what was (or would be) deleted.
+    """
+    return [version.grid for version in prune_grids(params.keep, unfinished=params.unfinished, dry_run=params.dry_run)]

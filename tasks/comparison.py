@@ -1,0 +1,121 @@
+"""What changed between two versions of a grid: which cells moved, by how much, and where.
+
+The two are read tile by tile on Dask; what comes back of a tile is two numbers a cell.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from distributed import Client
+from numpy.typing import NDArray
+
+from infra import storage
+from infra.errors import UserError
+from tasks import grids
+from tasks.cards import read_card
+from tasks.core.grid import GridSpec, Tile
+from tasks.pictures import change_map
+from tasks.tiles import land_tiles
+from tasks.units import run_units
+from tasks.updates import home_of
+from tasks.validation import opened, params_of
+
+MOVED = 1e-4  # relative change from which a cell counts as moved: what two exact computations may differ by
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+TINY = np.finfo(np.float32).tiny
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two versions of a grid differ by."""
+
+    change: NDArray[np.float32]
+    """(lat, lon) length of the difference, relative to the older vector's; NaN where one of them has no vector."""
+    cosine: NDArray[np.float32]
+    """(lat, lon) cosine of the two vectors."""
+    appeared: int
+    """Cells that have a vector in the newer grid alone."""
+    vanished: int
+    """Cells that have one in the older alone."""
+
+    def numbers(self, moved: float = MOVED) -> dict[str, Any]:
+        """The difference in a few numbers: counts, and quantiles over the cells that both have."""
+        known = np.isfinite(self.change)
+        change, cosine = self.change[known].astype(np.float64), self.cosine[known].astype(np.float64)
+        return {
+            "cells": int(known.sum()),
+            "moved": int((change > moved).sum()),
+            "appeared": self.appeared,
+            "vanished": self.vanished,
+            "relative_change": dict(_quantiles(change)),
+            "cosine": {f"{1 - float(q):g}": value for q, value in _quantiles(cosine, falling=True)},
+        }
+
+
+def _quantiles(values: NDArray[np.float64], falling: bool = False) -> Iterator[tuple[str, float]]:
+    for q in QUANTILES if len(values) else ():
+        yield f"{q:g}", float(np.quantile(values, 1 - q if falling else q))
+
+
+def diff(client: Client, old: str, new: str) -> Difference:
+    """Compares two versions of the same grid.
+
+    Args:
+        client: The Dask cluster.
+        old: URL of the older Zarr.
+        new: URL of the newer Zarr.
+
+    Raises:
+        UserError: Their cells or their dimensions are not the same.
+    """
+    spec = same_cells(old, new)
+    tiles = land_tiles(spec)
+    change, cosine = (np.full(spec.shape, np.nan, np.float32) for _ in range(2))
+    appeared = vanished = 0
+    parts = run_units(client, partial(compare_tile, old, new), tiles, label="diff")
+    for tile, (moved, turned, came, went) in zip(tiles, parts, strict=True):
+        change[tile.window], cosine[tile.window] = moved, turned
+        appeared, vanished = appeared + came, vanished + went
+    return Difference(change, cosine, appeared, vanished)
+
+
+def same_cells(old: str, new: str) -> GridSpec:
+    """The grid that both are on.
+
+    Raises:
+        UserError: They are on different ones, or have vectors of different length.
+    """
+    specs, shapes = [], []
+    for grid in (old, new):
+        params = params_of(read_card(home_of(grid), "grid"))
+        specs.append(GridSpec(params.step_degrees, params.tile_cells))
+        shapes.append(opened(grid)[grids.VARIABLE].shape)
+    if specs[0].step != specs[1].step or shapes[0] != shapes[1]:
+        raise UserError(
+            f"{old} is {shapes[0]} and {new} is {shapes[1]}: only vectors of the same cells can be compared"
+        )
+    return max(specs, key=lambda spec: spec.tile)
+
+
+def compare_tile(old: str, new: str, tile: Tile) -> tuple[NDArray[np.float32], NDArray[np.float32], int, int]:
+    """Relative change and cosine of a tile's cells, and how many appeared and vanished."""
+    before, after = grids.read_tile(old, tile), grids.read_tile(new, tile)
+    there, now = np.isfinite(before).all(0), np.isfinite(after).all(0)
+    lengths, product = np.linalg.norm(before, axis=0), (before * after).sum(0)
+    change = np.linalg.norm(after - before, axis=0) / np.maximum(lengths, TINY)
+    cosine = product / np.maximum(lengths * np.linalg.norm(after, axis=0), TINY)
+    return change, cosine, int((now & ~there).sum()), int((there & ~now).sum())
+
+
+def keep(difference: Difference, old: str, new: str, output: str) -> str:
+    """Writes the relative change as a map, PNG, to a path or URL, and returns its URL."""
+    names = [home_of(grid).rpartition("/")[2] for grid in (old, new)]
+    numbers, dataset, url = difference.numbers(), opened(new), storage.as_url(output)
+    title = f"Change from {names[0]} to {names[1]}"
+    caption = f"{numbers['moved']:,} of {numbers['cells']:,} cells moved by more than {MOVED:g} of their length."
+    picture = change_map(difference.change, dataset["lat"].values, dataset["lon"].values, title, caption)
+    storage.write(url, picture)
+    return url

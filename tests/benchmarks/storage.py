@@ -1,0 +1,104 @@
+"""Write throughput of tiles against raw PUTs of the same bytes, and s3fs against obstore.
+
+`python -m tests.benchmarks.storage` starts an S3 server of its own. Every way writes the same tiles of random float32,
+which hardly compress: as raw PUTs of the bytes of the shards; by `grids.write_tile` on obstore, as the publication
+does; and by zarr on s3fs. The rounds alternate, and the median of each way counts. The target is 70 % of raw PUTs.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import s3fs
+import zarr
+from zarr.storage import FsspecStore
+
+from infra import storage
+from infra.sandbox import servers
+from tasks import grids
+from tasks.core.grid import GridSpec, Tile
+from tests.benchmarks.retrieval import machine
+
+SPEC, DIMS = GridSpec(1.0, 60), 1280  # a shard of 60 x 60 cells: 18 MB
+TILES, ROUNDS = 4, 5
+BUCKET = "bench"
+
+
+def serve(directory: Path) -> servers.Process:
+    """An S3 server, in the environment from now on."""
+    ports, log = servers.free_ports(5), directory / "logs/s3.log"
+    (directory / "s3").mkdir()
+    keys = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "benchmark" * 4}
+    url = f"http://{servers.HOST}:{ports[0]}"
+    process = servers.start(servers.s3_command(directory / "s3", ports), log, keys, bound=True)
+    servers.wait("s3", lambda: servers.answers(url), process, log)
+    os.environ |= keys | {"RANGEGRID_S3_ENDPOINT": url}
+    s3fs.S3FileSystem(endpoint_url=url).mkdir(BUCKET)
+    return process
+
+
+def create(name: str) -> str:
+    """An empty grid; its URL."""
+    url = f"s3://{BUCKET}/{name}"
+    grids.create(url, SPEC, grids.template(SPEC, DIMS - 256, 256, {}))
+    return url
+
+
+def by_s3fs(url: str) -> zarr.Array:
+    """The grid's array through s3fs."""
+    options = {"endpoint_url": os.environ["RANGEGRID_S3_ENDPOINT"], "asynchronous": True}
+    files = s3fs.S3FileSystem(**options)
+    store = FsspecStore(files, path=storage.join(url.removeprefix("s3://"), grids.VARIABLE))
+    return zarr.open_array(store, mode="r+", zarr_format=3)
+
+
+def ways(tiles: list[Tile], values: np.ndarray) -> dict[str, Callable[[], None]]:
+    """The ways to write, by name; each writes all tiles once."""
+    url, other = create("obstore"), by_s3fs(create("s3fs"))
+    grids.write_tile(url, tiles[0], values)
+    (shard,) = [meta["path"] for meta in storage._list(storage.join(url, grids.VARIABLE, "c"))]
+    data = storage.read(f"s3://{BUCKET}/{shard}")
+    print(f"{TILES} shards of {len(data) / 1e6:.1f} MB, {values.nbytes / 1e6:.1f} MB of values each")
+
+    def raw() -> None:
+        for tile in tiles:
+            storage.write(f"s3://{BUCKET}/raw/{tile}", data)
+
+    def obstore() -> None:
+        for tile in tiles:
+            grids.write_tile(url, tile, values)
+
+    def fsspec() -> None:
+        for tile in tiles:
+            other[(slice(None), *tile.window)] = values
+
+    return {"raw PUT": raw, "zarr on obstore": obstore, "zarr on s3fs": fsspec}
+
+
+def main() -> None:
+    """Prints MB/s of values by way."""
+    print(machine())
+    tiles = list(SPEC.tiles())[:TILES]
+    values = np.random.default_rng(0).normal(size=(DIMS, SPEC.tile, SPEC.tile)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as directory:
+        process = serve(Path(directory))
+        writes = ways(tiles, values)
+        taken: dict[str, list[float]] = {name: [] for name in writes}
+        for _ in range(ROUNDS):
+            for name, write in writes.items():
+                start = time.perf_counter()
+                write()
+                taken[name].append(time.perf_counter() - start)
+        servers.stop(process)
+    raw = statistics.median(taken["raw PUT"])
+    for name, seconds in taken.items():
+        median = statistics.median(seconds)
+        print(f"{name:<16}{TILES * values.nbytes / 1e6 / median:>8.0f} MB/s {raw / median:>6.0%} of raw PUT")
+
+
+if __name__ == "__main__":
+    main()

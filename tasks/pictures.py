@@ -20,7 +20,9 @@ STRIP = 60  # rows read at a time
 class Sliced(Protocol):
     """An array in memory or in a store."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its lengths."""
 
     def __getitem__(self, index: Any, /) -> Any:
         """The part at `index`."""

@@ -14,7 +14,7 @@ from distributed import Client
 from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
-from tasks import grids
+from tasks import conventions, grids
 from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, product_url, read_card, write_card
 from tasks.core.adaptive import Report
@@ -26,6 +26,7 @@ from tasks.database import stored_values
 from tasks.params import PublishParams
 from tasks.pictures import world_map
 from tasks.shards import Part, parts_of, publish_in_parts
+from tasks.survey import Survey, kernels, survey
 from tasks.tiles import GRID, Job, land_tiles, publish_tile
 from tasks.units import log, run_units
 from tasks.updates import home_of, kept_sums, read_parent, update_tile, write_changes
@@ -61,9 +62,15 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         keep_sums=params.keep_sums,
         parent=home_of(params.parent) if params.parent else None,
         parent_database=parent.get("database"),
+        evidence=params.evidence,
     )
     parts = parts_of(client, job, card)
-    prepare(job, card, {"rangegrid:made_of": made_of, "attribution": card["attribution"]})
+    if parts and (params.evidence or params.dtype != "float32"):
+        raise UserError(
+            f"the database {database} is larger than a worker can hold, and evidence and the scales of a smaller dtype "
+            "need it whole: publish float32 without evidence, or give each worker more memory"
+        )
+    prepare(client, job, card, params, made_of, surveyed=not parts)
     tiles = land_tiles(job.spec)
     done = grids.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
@@ -96,17 +103,44 @@ def read_pair(checkpoint: str, database: str) -> dict[str, Any]:
     return card
 
 
-def prepare(job: Job, card: dict[str, Any], attrs: dict[str, Any]) -> None:
-    """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid."""
+def prepare(
+    client: Client, job: Job, card: dict[str, Any], params: PublishParams, made_of: dict[str, Any], surveyed: bool
+) -> None:
+    """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid.
+
+    Args:
+        client: The Dask cluster, one of whose workers measures the field first.
+        job: The grid.
+        card: The database's card.
+        params: What to publish.
+        made_of: What decides the grid's content.
+        surveyed: Whether a worker can hold the database, and so measure the field.
+    """
     if storage.exists(storage.join(job.grid, "zarr.json")):
         return
     if job.parent:
         write_changes(job, card["images"])
+    attrs = conventions.provenance(job.checkpoint, job.database, card["attribution"])
+    attrs |= {"rangegrid:made_of": made_of, "rangegrid:fingerprint": fingerprint(made_of)} | kernels(job)
+    attrs |= {"rangegrid:checkpoint": card["checkpoint"], "rangegrid:database": card["fingerprint"]}
     visual, halves = job.compact_dims or card["value_dim"], 1 + job.method.has_geodesic
     if job.keep_sums:
         grids.create(job.sums, job.spec, grids.sums_template(job.spec, visual, halves, attrs))
     projection = find_projection(job) if job.compact_dims else None
-    grids.create(job.grid, job.spec, grids.template(job.spec, visual, card["key_dim"], attrs, projection))
+    found = measure(client, job, params, projection) if surveyed else Survey({})
+    content = grids.Content(visual, card["key_dim"], params.dtype, found.scales, job.evidence)
+    grids.create(job.grid, job.spec, grids.template(job.spec, content, attrs | found.attrs, projection))
+
+
+def measure(client: Client, job: Job, params: PublishParams, projection: Projection | None) -> Survey:
+    """What is known of the field: the parent's findings for an update, else what a worker measures now."""
+    if job.parent:
+        attrs = zarr.open_group(storage.zarr_store(storage.join(job.parent, GRID)), mode="r").attrs
+        return Survey({name: attrs[name] for name in ("rangegrid:field",) if name in attrs})
+    (found,) = run_units(
+        client, partial(survey, job, params.dtype), [projection], label="survey", name=lambda _: "field"
+    )
+    return found
 
 
 def find_projection(job: Job) -> Projection:
@@ -122,7 +156,7 @@ def find_projection(job: Job) -> Projection:
 
 def show(job: Job, attribution: str) -> None:
     """Keeps the world in embedding colours beside the grid."""
-    vectors = zarr.open_array(storage.zarr_store(storage.join(job.grid, grids.VARIABLE)), mode="r")
+    vectors = grids.open_vectors(job.grid)
     title = f"The world in {job.method.name.upper()} colours, {job.spec.step:g} degree"
     caption = f"First three principal components of the embeddings. {attribution}."
     picture = world_map(vectors, job.spec.lat, job.spec.lon, title, caption)
@@ -138,6 +172,6 @@ def validate(url: str, spec: GridSpec, tiles: list[Tile]) -> None:
     missing = set(tiles) - grids.written(url, spec, tiles)
     if missing:
         raise UserError(f"{url} lacks {len(missing)} tiles, for example {min(map(str, missing))}: run again")
-    first = zarr.open_array(storage.zarr_store(storage.join(url, grids.VARIABLE)), mode="r")[0]
+    first = grids.open_vectors(url)[0]
     if not np.array_equal(np.isfinite(first), land_mask(spec.lon, spec.lat)):
         raise UserError(f"{url} has values where there is no land, or none where there is: delete it and run again")

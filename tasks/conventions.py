@@ -11,6 +11,7 @@ from tasks.core.grid import GridSpec
 
 COPERNICUS = "Copernicus Sentinel"  # in the attribution of what was made from Sentinel-2
 SENTINEL_2 = "https://dataspace.copernicus.eu/data-collections/copernicus-sentinel-data/sentinel-2"
+LEGAL_NOTICE = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
 METRES_PER_DEGREE = 111_319.49  # at the equator of WGS84
 ZARR = "https://raw.githubusercontent.com/zarr-conventions"
 GEOEMB = {
@@ -75,7 +76,8 @@ def provenance(checkpoint: str, database: str, attribution: str) -> dict[str, An
         attribution: What the database's card says of its source.
     """
     source = SENTINEL_2 if COPERNICUS in attribution else database
-    return {
+    terms = {"license": LEGAL_NOTICE} if COPERNICUS in attribution else {}
+    return terms | {
         "geoemb:model": checkpoint,
         "geoemb:source_data": [source],
         "geoemb:build_version": f"rangegrid {version('rangegrid')}",

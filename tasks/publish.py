@@ -15,7 +15,6 @@ from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
 from tasks import conventions, grids
-from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
@@ -24,8 +23,9 @@ from tasks.core.land import land_mask
 from tasks.core.retrieval import Method
 from tasks.database import stored_values
 from tasks.params import PublishParams
-from tasks.pictures import world_map
+from tasks.previews import draw, write_page
 from tasks.shards import Part, parts_of, publish_in_parts
+from tasks.stac import write_item
 from tasks.survey import Survey, kernels, survey
 from tasks.tiles import GRID, Job, land_tiles, publish_tile
 from tasks.units import log, run_units
@@ -120,7 +120,7 @@ def prepare(
         return
     if job.parent:
         write_changes(job, card["images"])
-    attrs = conventions.provenance(job.checkpoint, job.database, card["attribution"])
+    attrs = conventions.provenance(job.checkpoint, job.database, card["attribution"]) | period(card)
     attrs |= {"rangegrid:made_of": made_of, "rangegrid:fingerprint": fingerprint(made_of)} | kernels(job)
     attrs |= {"rangegrid:checkpoint": card["checkpoint"], "rangegrid:database": card["fingerprint"]}
     visual, halves = job.compact_dims or card["value_dim"], 1 + job.method.has_geodesic
@@ -130,6 +130,15 @@ def prepare(
     found = measure(client, job, params, projection) if surveyed else Survey({})
     content = grids.Content(visual, card["key_dim"], params.dtype, found.scales, job.evidence)
     grids.create(job.grid, job.spec, grids.template(job.spec, content, attrs | found.attrs, projection))
+
+
+def period(card: dict[str, Any]) -> dict[str, str]:
+    """The time window of a database's images, where the sample it was made from is still there."""
+    try:
+        patches = read_card(storage.join(settings().storage_url, "patches", card.get("patches", "none")), "patches")
+    except UserError:
+        return {}
+    return {"rangegrid:datetime": patches["made_of"]["datetime"]} if "datetime" in patches["made_of"] else {}
 
 
 def measure(client: Client, job: Job, params: PublishParams, projection: Projection | None) -> Survey:
@@ -155,12 +164,10 @@ def find_projection(job: Job) -> Projection:
 
 
 def show(job: Job, attribution: str) -> None:
-    """Keeps the world in embedding colours beside the grid."""
-    vectors = grids.open_vectors(job.grid)
-    title = f"The world in {job.method.name.upper()} colours, {job.spec.step:g} degree"
-    caption = f"First three principal components of the embeddings. {attribution}."
-    picture = world_map(vectors, job.spec.lat, job.spec.lon, title, caption)
-    keep_picture(storage.join(job.home, "world.png"), picture, "world-map", title)
+    """Keeps beside the grid what shows it: maps, a page, and its STAC item."""
+    draw(job, attribution)
+    write_page(job.home)
+    write_item(job.home)
 
 
 def validate(url: str, spec: GridSpec, tiles: list[Tile]) -> None:

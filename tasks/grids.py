@@ -36,7 +36,9 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.buffer import Buffer
 from zarr.codecs import ZstdCodec
+from zarr.storage import MemoryStore
 
 from infra import storage
 from infra.errors import UserError
@@ -55,6 +57,7 @@ EVIDENCE = {
 }
 CHUNK_CELLS = 20  # cells along one side of a chunk: one point reads all its dimensions from 1.6 MB
 CHUNK_DIMS = 64
+ROOT = "zarr.json"  # of the group, with the metadata of all arrays
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,19 @@ def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]
 
 
 def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
-    """Writes the metadata and the coordinates of a template; no values of its cells."""
+    """Writes the metadata and the coordinates of a template; no values of its cells.
+
+    Object by object, the root last: a run that overlaps writes the same bytes, and no shard is touched that it made.
+    """
     encoding = {str(name): _stored(spec, array) for name, array in dataset.items() if "lat" in array.dims}
+    files: dict[str, Buffer] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consolidated metadata")
         dataset.to_zarr(
-            storage.zarr_store(url), mode="w", compute=False, zarr_format=3, consolidated=True, encoding=encoding
+            MemoryStore(files), mode="w", compute=False, zarr_format=3, consolidated=True, encoding=encoding
         )
+    for name in sorted(files, key=lambda name: (name == ROOT, name)):
+        storage.write(storage.join(url, name), files[name].to_bytes())
 
 
 def _stored(spec: GridSpec, array: xr.DataArray) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A grid may keep the sums behind it. A later grid, of the database as it has beco
 parent's, and computes only the images that came and went (`tasks.updates`).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
 from tasks.core.land import land_mask
+from tasks.core.quantize import DType
 from tasks.core.retrieval import Method
 from tasks.database import stored_values
 from tasks.params import PublishParams
@@ -70,7 +72,8 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
             f"the database {database} is larger than a worker can hold, and evidence and the scales of a smaller dtype "
             "need it whole: publish float32 without evidence, or give each worker more memory"
         )
-    prepare(client, job, card, params, made_of, surveyed=not parts)
+    look = partial(measure, client, job, params.dtype)
+    prepare(job, card, provenance(job, card, made_of), *([] if parts else [look]))
     tiles = land_tiles(job.spec)
     done = grids.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
@@ -104,32 +107,38 @@ def read_pair(checkpoint: str, database: str) -> dict[str, Any]:
 
 
 def prepare(
-    client: Client, job: Job, card: dict[str, Any], params: PublishParams, made_of: dict[str, Any], surveyed: bool
+    job: Job,
+    card: dict[str, Any],
+    attrs: dict[str, Any],
+    look: Callable[[Projection | None], Survey] = lambda _: Survey({}),
 ) -> None:
     """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid.
 
     Args:
-        client: The Dask cluster, one of whose workers measures the field first.
         job: The grid.
         card: The database's card.
-        params: What to publish.
-        made_of: What decides the grid's content.
-        surveyed: Whether a worker can hold the database, and so measure the field.
+        attrs: Attributes of the grid: what made it.
+        look: Measures the field, once the projection of its values is known.
     """
     if storage.exists(storage.join(job.grid, "zarr.json")):
         return
     if job.parent:
         write_changes(job, card["images"])
-    attrs = conventions.provenance(job.checkpoint, job.database, card["attribution"]) | period(card)
-    attrs |= {"rangegrid:made_of": made_of, "rangegrid:fingerprint": fingerprint(made_of)} | kernels(job)
-    attrs |= {"rangegrid:checkpoint": card["checkpoint"], "rangegrid:database": card["fingerprint"]}
     visual, halves = job.compact_dims or card["value_dim"], 1 + job.method.has_geodesic
     if job.keep_sums:
         grids.create(job.sums, job.spec, grids.sums_template(job.spec, visual, halves, attrs))
     projection = find_projection(job) if job.compact_dims else None
-    found = measure(client, job, params, projection) if surveyed else Survey({})
-    content = grids.Content(visual, card["key_dim"], params.dtype, found.scales, job.evidence)
+    found = look(projection)
+    content = grids.Content(visual, card["key_dim"], found.dtype, found.scales, job.evidence)
     grids.create(job.grid, job.spec, grids.template(job.spec, content, attrs | found.attrs, projection))
+
+
+def provenance(job: Job, card: dict[str, Any], made_of: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that tell what made a grid: source and period, encoder, database, parameters, code, kernels."""
+    attrs = conventions.provenance(job.checkpoint, job.database, card["attribution"]) | period(card) | kernels(job)
+    made = {"made_of": made_of, "fingerprint": fingerprint(made_of)}
+    made |= {"checkpoint": card["checkpoint"], "database": card["fingerprint"]}
+    return attrs | {f"rangegrid:{name}": value for name, value in made.items()}
 
 
 def period(card: dict[str, Any]) -> dict[str, str]:
@@ -141,15 +150,13 @@ def period(card: dict[str, Any]) -> dict[str, str]:
     return {"rangegrid:datetime": patches["made_of"]["datetime"]} if "datetime" in patches["made_of"] else {}
 
 
-def measure(client: Client, job: Job, params: PublishParams, projection: Projection | None) -> Survey:
+def measure(client: Client, job: Job, dtype: DType, projection: Projection | None) -> Survey:
     """What is known of the field: the parent's findings for an update, else what a worker measures now."""
     if job.parent:
         attrs = zarr.open_group(storage.zarr_store(storage.join(job.parent, GRID)), mode="r").attrs
         return Survey({name: attrs[name] for name in ("rangegrid:field",) if name in attrs})
-    (found,) = run_units(
-        client, partial(survey, job, params.dtype), [projection], label="survey", name=lambda _: "field"
-    )
-    return found
+    found = run_units(client, partial(survey, job, dtype), [projection], label="survey", name=lambda _: "the field")
+    return found[0]
 
 
 def find_projection(job: Job) -> Projection:

@@ -32,6 +32,8 @@ class Survey:
 
     attrs: dict[str, Any]
     """For the grid's attributes."""
+    dtype: DType = "float32"
+    """How the grid's numbers are to be stored."""
     scales: dict[str, Scale] = field(default_factory=dict)
     """Of each block, for int8."""
 
@@ -56,7 +58,7 @@ def survey(job: Job, dtype: DType, projection: Projection | None) -> Survey:
         return Survey(attrs)
     scales = {name: Scale.fit(part) for name, part in blocks.items()} if dtype == "int8" else {}
     attrs["rangegrid:loss"] = {"dtype": dtype} | _loss(flat, blocks, scales)
-    return Survey(attrs | _quantization(dtype, scales), scales)
+    return Survey(attrs | _quantization(dtype, scales), dtype, scales)
 
 
 def _embedded(job: Job, places: NDArray[np.float64], projection: Projection | None) -> list[NDArray[np.float32]]:

@@ -50,11 +50,8 @@ class Layout:
         return f"{'e,y,x' if self.first else 'y,x,e'} {self.depth:>4} x {self.cells:>2} x {self.cells:>2}"
 
 
-LAYOUTS = [
-    Layout(first, depth, cells)
-    for first in (True, False)
-    for depth, cells in [(64, 20), (1280, 4), (256, 10), (16, 60)]
-]
+CHUNKS = [(1280, 4), (256, 10), (64, 20), (128, 20), (256, 20), (32, 30), (64, 30), (16, 60)]
+LAYOUTS = [Layout(first, depth, cells) for first in (True, False) for depth, cells in CHUNKS]
 
 
 def fields(spec: GridSpec, dims: int, rows: slice, columns: slice) -> NDArray[np.float32]:

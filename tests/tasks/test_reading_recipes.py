@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 import torch
-from sklearn.metrics import adjusted_rand_score
 
 from infra import clusters
 from tasks.cards import read_card
@@ -121,10 +120,10 @@ def test_a_table_of_points(read, whole):
 
 
 def test_a_country(read, whole):
-    total, weight = 0, 0
+    total, weight, country = 0, 0, france()
     for row, lat in enumerate(90 - STEP * (np.arange(90) + 0.5)):
         for column, lon in enumerate(-180 + STEP * (np.arange(180) + 0.5)):
-            if france().contains(shapely.Point(lon, lat)) and np.isfinite(whole[0, row, column]):
+            if np.isfinite(whole[0, row, column]) and country.contains(shapely.Point(lon, lat)):
                 total = total + whole[:, row, column] * np.cos(np.radians(lat))
                 weight += np.cos(np.radians(lat))
     np.testing.assert_allclose(read[1]["mean"], total / weight, rtol=1e-5)
@@ -138,10 +137,12 @@ def test_similarity_and_regions(read, whole):
     expected = centred @ place / np.linalg.norm(centred, axis=1) / np.linalg.norm(place)
     np.testing.assert_allclose(found["similarity"][known], expected, atol=1e-4)
     assert np.isnan(found["similarity"][~known]).all()
-    assert found["similarity"].max() == pytest.approx(1, abs=1e-4)
+    assert np.nanmax(found["similarity"]) == pytest.approx(1, abs=1e-4)
     assert set(found["regions"][~known]) == {-1}
     assert set(found["regions"][known]) == set(range(8))
-    assert adjusted_rand_score(found["regions"][known], data @ data[0] > np.median(data @ data[0])) > 0.02
+    scaled, regions = (data - data.mean(0)) / data.std(0), found["regions"][known]
+    within = sum(((scaled[regions == k] - scaled[regions == k].mean(0)) ** 2).sum() for k in range(8))
+    assert within < 0.8 * (scaled**2).sum()
 
 
 def test_a_probe_learns_from_the_grid(read):

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -61,6 +61,7 @@ Space = Annotated[
     str, typer.Option("--checkpoint", help="Directory or URL of the checkpoint of its keys.", callback=_url)
 ]
 Directory = Annotated[Path, typer.Option(help="Where the sandbox keeps its data and its state.")]
+Sampling = Literal["nearest", "bilinear"]
 SANDBOX = Path(".sandbox")
 INTERRUPTED = 130  # what a shell reports for SIGINT, and what typer makes of a KeyboardInterrupt
 
@@ -168,6 +169,20 @@ def embed(
     from tasks.points import embed_file
 
     print(embed_file(points, checkpoint, database, output, params, overwrite=overwrite))
+
+
+@app.command("sample-grid")
+def sample_grid(
+    points: Annotated[Path, typer.Argument(help="A .csv or .parquet with columns lon and lat, in degrees.")],
+    grid: Annotated[str, typer.Option(help="Directory or URL of the grid's Zarr.", callback=_url)],
+    output: Annotated[Path, typer.Option(help="The .parquet to write.")],
+    method: Annotated[Sampling, typer.Option(help="The cell of a point, or the weighted mean of four.")] = "nearest",
+    overwrite: Overwrite = False,
+) -> None:
+    """Add the vectors of a published grid to a list of points."""
+    from tasks.grid_sampling import sample_file
+
+    print(sample_file(points, grid, output, method, overwrite))
 
 
 @checkpoint_app.command("import")

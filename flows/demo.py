@@ -17,7 +17,7 @@ STAND_IN = "Everything above is NASA Blue Marble at about 7 km standing in for 1
 PICTURES = {
     "patches": ["samples.png"],
     "checkpoint": ["loss.png"],
-    "grid": ["world.png"],
+    "grid": ["world.png", "evidence.png"],
     "report": ["scores.png", "scores.md", "scores.json"],
 }
 OPTIONS = {
@@ -26,6 +26,7 @@ OPTIONS = {
     "--sample-resolution-m": "5000",
     "--sample-bands": '["B02","B03","B04","B08"]',
     "--publish-step-degrees": "0.5",
+    "--publish-evidence": "true",
 }
 FAREWELL = 20.0  # seconds in which an interrupted pipeline ends by itself
 

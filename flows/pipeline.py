@@ -9,6 +9,8 @@ from flows.sample import sample
 from flows.train import train
 from infra import clusters
 from tasks.params import PipelineParams
+from tasks.stac import write_item
+from tasks.updates import home_of
 
 
 @flow(name="pipeline", flow_run_name="pipeline, {params.sample.patches} patches")
@@ -27,6 +29,7 @@ def pipeline(params: PipelineParams = PipelineParams()) -> dict[str, str]:
         database = encode(patches, checkpoint, params.encode)
         grid = publish(checkpoint, database, params.publish)
         report = evaluate(checkpoint, database, params.evaluate)
+        write_item(home_of(grid))  # again: its score card is there now
     return {
         "patches": patches,
         "checkpoint": checkpoint,

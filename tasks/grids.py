@@ -1,25 +1,34 @@
 """The stored grid: a sharded Zarr v3 that plain xarray opens. The template below is the contract.
 
-========== ===================== ======= ======================================================
-variable   dims                  dtype   meaning
-========== ===================== ======= ======================================================
-embedding  embedding, lat, lon   float32 visual part (the retrieved values), then location part
-                                         (the unit location embedding); NaN: no land, no data
-lat        lat                   float64 cell centres, degrees north, from north to south
-lon        lon                   float64 cell centres, degrees east, from west to east
-components value, compact        float32 of a compact grid: orthonormal principal components, so that
-                                         embedding[:compact] @ components.T + mean restores the values
-mean       value                 float32 of a compact grid: what was subtracted from the values
-========== ===================== ======= ======================================================
+================ ===================== ======= ======================================================
+variable         dims                  dtype   meaning
+================ ===================== ======= ======================================================
+embedding        embedding, lat, lon   float32 visual part (the retrieved values), then location part
+                                       float16 (the unit location embedding); NaN: no land, no data
+block            embedding             string  `visual` or `location`, of each dimension
+lat              lat                   float64 cell centres, degrees north, from north to south
+lon              lon                   float64 cell centres, degrees east, from west to east
+effective_images lat, lon              float32 with evidence: exp of the entropy of the weights
+largest_weight   lat, lon              float32 with evidence: 1 where a single image decides
+distance_km      lat, lon              float32 with evidence: to the nearest image of the database
+components       value, compact        float32 of a compact grid: orthonormal principal components, so that
+                                               embedding[:compact] @ components.T + mean restores the values
+mean             value                 float32 of a compact grid: what was subtracted from the values
+================ ===================== ======= ======================================================
+
+A grid of int8 has, in place of `embedding`, the two variables `visual` and `location`, each with its own
+`scale_factor` and `add_offset`, and -128 for no data: xarray decodes them by itself.
 
 Beside it, where they are kept for updates, `sums.zarr`: the same tiles of one variable `sums`, (sum, lat, lon) float32,
 of which each half of the retrieval has numerators, denominator and shift (`tasks.core.sums`).
 
 One shard holds all dimensions of one tile and is written with one PUT; a tile without land has no shard. So
-the presence of a shard is the record of its work.
+the presence of a shard is the record of its work; of several variables, that of the one which is written last.
 """
 
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import dask.array
@@ -33,37 +42,87 @@ from zarr.storage import MemoryStore
 
 from infra import storage
 from infra.errors import UserError
+from tasks import conventions
 from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
+from tasks.core.quantize import NODATA, DType, Scale, half
 
 VARIABLE = "embedding"
+BLOCKS = ("visual", "location")
 SUMS = "sums"
-CHUNK_CELLS = 20  # cells along one side of a chunk: one point reads all its dimensions from 1.6 MB
-CHUNK_DIMS = 64
+EVIDENCE = {
+    "effective_images": "effective number of images, exp of the entropy of their weights",
+    "largest_weight": "largest weight of an image",
+    "distance_km": "great-circle distance to the nearest image",
+}
+CHUNK_CELLS, CHUNK_DIMS = 20, 256  # of a chunk, 0.4 MB: of those measured the quickest for the reads in docs/grid.md
 ROOT = "zarr.json"  # of the group, with the metadata of all arrays
 
 
+@dataclass(frozen=True)
+class Content:
+    """What the variables of a grid are."""
+
+    visual: int
+    """Dimensions of the retrieved part."""
+    location: int
+    """Dimensions of the location part."""
+    dtype: DType = "float32"
+    """How a number is stored."""
+    scales: dict[str, Scale] = field(default_factory=dict)
+    """Of each block, for int8."""
+    evidence: bool = False
+    """Whether there are the layers of evidence."""
+
+
 def template(
-    spec: GridSpec, visual: int, location: int, attrs: dict[str, Any], projection: Projection | None = None
+    spec: GridSpec, content: Content, attrs: dict[str, Any], projection: Projection | None = None
 ) -> xr.Dataset:
-    """The empty grid: coordinates, attributes and a lazily empty variable.
+    """The empty grid: coordinates, attributes and lazily empty variables.
 
     Args:
         spec: The grid.
-        visual: Dimensions of the retrieved part.
-        location: Dimensions of the location part.
+        content: What its variables are.
         attrs: Attributes to add: provenance, attribution.
         projection: What made the retrieved part compact.
     """
-    dims = visual + location
-    dataset = _empty(spec, VARIABLE, "embedding_dim", dims, {"long_name": "RANGE embedding", "units": "1"})
-    blocks = {"visual": [0, visual], "location": [visual, dims]}
-    attrs = _conventions(spec) | {"geoemb:blocks": blocks} | attrs
+    dataset = xr.merge([_embedding(spec, content), *_evidence(spec, content)])
+    own = conventions.embedding(spec, content.visual, content.location, content.dtype)
+    attrs = conventions.declared(conventions.placed(spec) | own, conventions.GEOEMB) | attrs
     if projection is not None:
         dataset["components"] = ("value_dim", "compact_dim"), projection.components
         dataset["mean"] = "value_dim", projection.mean
         attrs["rangegrid:explained_variance"] = round(projection.explained, 6)
     return dataset.assign_attrs(attrs)
+
+
+def _embedding(spec: GridSpec, content: Content) -> xr.Dataset:
+    sizes = dict(zip(BLOCKS, (content.visual, content.location), strict=True))
+    about = {"units": "1"}
+    if content.scales:
+        parts = [
+            _empty(spec, name, f"{name}_dim", size, {"long_name": f"{name} part of the RANGE embedding"} | about)
+            for name, size in sizes.items()
+        ]
+        for name, part in zip(BLOCKS, parts, strict=True):
+            scale = content.scales[name]
+            part[name].encoding = {
+                "dtype": "int8",
+                "scale_factor": scale.factor,
+                "add_offset": scale.offset,
+                "_FillValue": np.int8(NODATA),
+            }
+        return xr.merge(parts)
+    found = _empty(spec, VARIABLE, "embedding_dim", sum(sizes.values()), {"long_name": "RANGE embedding"} | about)
+    found[VARIABLE].encoding = {"dtype": content.dtype, "_FillValue": np.dtype(content.dtype).type(np.nan)}
+    names = np.repeat(np.array(BLOCKS, dtype=object), list(sizes.values()))
+    return found.assign_coords(block=("embedding_dim", names, {"long_name": "part of the embedding"}))
+
+
+def _evidence(spec: GridSpec, content: Content) -> Iterator[xr.Dataset]:
+    for name, meaning in EVIDENCE.items() if content.evidence else ():
+        units = "km" if name == "distance_km" else "1"
+        yield _empty(spec, name, "", 0, {"long_name": meaning, "units": units})
 
 
 def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any]) -> xr.Dataset:
@@ -72,29 +131,16 @@ def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any
 
 
 def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]) -> xr.Dataset:
-    data = dask.array.full((size, *spec.shape), np.nan, dtype="float32", chunks=(size, spec.tile, spec.tile))
-    return xr.Dataset(
-        {name: ((dim, "lat", "lon"), data, attrs)},
-        coords={
-            "lat": ("lat", spec.lat, {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"}),
-            "lon": ("lon", spec.lon, {"standard_name": "longitude", "units": "degrees_east", "axis": "X"}),
-        },
-    )
-
-
-def _conventions(spec: GridSpec) -> dict[str, Any]:
-    rows, columns = spec.shape
-    height, width = 180 / rows, 360 / columns
-    return {
-        "Conventions": "CF-1.11",
-        "geoemb:dimensions_axis": "embedding_dim",
-        "proj:code": "EPSG:4326",
-        "spatial:dimensions": ["lat", "lon"],
-        "spatial:bbox": [-180.0, -90.0, 180.0, 90.0],
-        "spatial:shape": [rows, columns],
-        "spatial:transform": [width, 0.0, -180.0, 0.0, -height, 90.0],
-        "spatial:registration": "pixel",
+    """A variable of (dim, lat, lon), or of (lat, lon) where `dim` has no name."""
+    dims, shape = ((dim, "lat", "lon"), (size,)) if dim else (("lat", "lon"), ())
+    data = dask.array.full((*shape, *spec.shape), np.nan, dtype="float32", chunks=(*shape, spec.tile, spec.tile))
+    coords: dict[str, Any] = {
+        "lat": ("lat", spec.lat, {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"}),
+        "lon": ("lon", spec.lon, {"standard_name": "longitude", "units": "degrees_east", "axis": "X"}),
     }
+    if dim:
+        coords[dim] = (dim, np.arange(size, dtype=np.int32))
+    return xr.Dataset({name: (dims, data, attrs)}, coords=coords)
 
 
 def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
@@ -102,65 +148,120 @@ def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
 
     Object by object, the root last: a run that overlaps writes the same bytes, and no shard is touched that it made.
     """
-    variable = VARIABLE if VARIABLE in dataset else SUMS
-    dims = dataset[variable].shape[0]
+    encoding = {str(name): _stored(spec, array) for name, array in dataset.items() if "lat" in array.dims}
+    files: dict[str, Buffer] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Consolidated metadata")
+        dataset.to_zarr(
+            MemoryStore(files), mode="w", compute=False, zarr_format=3, consolidated=True, encoding=encoding
+        )
+    for name in sorted(files, key=lambda name: (name == ROOT, name)):
+        storage.write(storage.join(url, name), files[name].to_bytes())
+
+
+def _stored(spec: GridSpec, array: xr.DataArray) -> dict[str, Any]:
+    """How a variable is stored: chunks, shards, compression, and its nodata where no shard is."""
     chunk = min(CHUNK_CELLS, spec.tile)
     if spec.tile % chunk:
         raise UserError(
             f"tile size {spec.tile} is not a multiple of the chunk of {chunk} cells: two chunks would share "
             f"a shard's edge. Use {chunk * max(1, spec.tile // chunk)} or {chunk * (spec.tile // chunk + 1)}"
         )
+    missing = array.encoding.get("_FillValue", np.float32(np.nan))
+    stored = {"compressors": ZstdCodec(level=1), "_FillValue": missing, "fill_value": missing}
+    if array.ndim == 2:
+        return stored | {"chunks": (spec.tile, spec.tile), "shards": (spec.tile, spec.tile)}
+    dims = array.shape[0]
     depth = min(CHUNK_DIMS, dims)
-    encoding = {
-        "chunks": (depth, chunk, chunk),
-        "shards": (-(-dims // depth) * depth, spec.tile, spec.tile),
-        "compressors": ZstdCodec(level=1),
-        "_FillValue": np.float32(np.nan),
-    }
-    files: dict[str, Buffer] = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Consolidated metadata")
-        dataset.to_zarr(
-            MemoryStore(files),
-            mode="w",
-            compute=False,
-            zarr_format=3,
-            consolidated=True,
-            encoding={variable: encoding},
-        )
-    for name in sorted(files, key=lambda name: (name == ROOT, name)):
-        storage.write(storage.join(url, name), files[name].to_bytes())
+    shard = (-(-dims // depth) * depth, spec.tile, spec.tile)
+    return array.encoding | stored | {"chunks": (depth, chunk, chunk), "shards": shard}
 
 
 def write_tile(url: str, tile: Tile, values: NDArray[np.float32], variable: str = VARIABLE) -> None:
-    """Writes one tile, (dim, rows, columns), as one whole shard.
+    """Writes one tile, (dim, rows, columns) or (rows, columns), as one whole shard of each variable that holds it.
 
     Raises:
-        UserError: The tile is not one whole shard of the stored grid.
+        UserError: The tile is not one whole shard of the stored grid, or its values are beyond what the grid stores.
     """
-    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r+", zarr_format=3)
-    side = array.shards[1]
-    expected = tuple(min(side, n - start) for n, start in zip(array.shape[1:], (tile.row, tile.column), strict=True))
+    start = 0
+    for array in _arrays(url, variable, "r+"):
+        _check_whole(array, tile)
+        part = values[start : start + array.shape[0]] if array.ndim == 3 else values
+        start += len(part)
+        array[(..., *tile.window)] = _encoded(array, part, tile)
+
+
+def _check_whole(array: zarr.Array, tile: Tile) -> None:
+    side = array.shards[-1]
+    expected = tuple(min(side, n - start) for n, start in zip(array.shape[-2:], (tile.row, tile.column), strict=True))
     if (tile.row % side, tile.column % side) != (0, 0) or (tile.rows, tile.columns) != expected:
         raise UserError(
             f"tile {tile} of {tile.rows} x {tile.columns} cells is not one whole shard of {side} x {side}: "
             "two workers could write the same shard. Use the grid's own tiles"
         )
-    array[(slice(None), *tile.window)] = values
+
+
+def _encoded(array: zarr.Array, values: NDArray[np.float32], tile: Tile) -> NDArray:
+    """The values as the array stores them."""
+    if array.dtype == np.int8:
+        return _scale(array).encode(values)
+    try:
+        return half(values) if array.dtype == np.float16 else values
+    except OverflowError as error:
+        raise UserError(f"tile {tile}: {error}. Publish with --dtype float32 or int8") from None
+
+
+def _scale(array: zarr.Array) -> Scale:
+    return Scale(array.attrs["scale_factor"], array.attrs["add_offset"])
+
+
+def _arrays(url: str, variable: str, mode: Any) -> list[zarr.Array]:
+    """What holds a variable: itself, or the blocks of an embedding in int8."""
+    group = zarr.open_group(storage.zarr_store(url), mode=mode)
+    return [group[name] for name in ((variable,) if variable in group else BLOCKS)]
 
 
 def written(url: str, spec: GridSpec, tiles: list[Tile]) -> set[Tile]:
     """The tiles whose shards are there."""
+    record = _arrays(url, VARIABLE, "r")[-1].basename
     rows: dict[int, set[str]] = {}
     for i in {tile.row // spec.tile for tile in tiles}:
-        rows[i] = set(storage.names(storage.join(url, VARIABLE, "c", "0", str(i))))
+        rows[i] = set(storage.names(storage.join(url, record, "c", "0", str(i))))
     return {tile for tile in tiles if str(tile.column // spec.tile) in rows[tile.row // spec.tile]}
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The embeddings of a stored grid as one array, (dim, lat, lon) float32, whatever their dtype; read as asked."""
+
+    arrays: tuple[zarr.Array, ...]
+    """One, or one per block."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(dim, lat, lon)."""
+        return sum(array.shape[0] for array in self.arrays), *self.arrays[0].shape[1:]
+
+    def __getitem__(self, index: Any) -> NDArray[np.float32]:
+        """A part: one dimension, `vectors[0]`, or all of them of a window, `vectors[:, rows, columns]`."""
+        if isinstance(index, int | np.integer):
+            return _decoded(self.arrays[0], int(index)) if index < self.arrays[0].shape[0] else self[:][index]
+        return np.concatenate([_decoded(array, index) for array in self.arrays])
+
+
+def open_vectors(url: str) -> Vectors:
+    """The embeddings of the grid at `url`."""
+    return Vectors(tuple(_arrays(url, VARIABLE, "r")))
+
+
+def _decoded(array: zarr.Array, index: Any) -> NDArray[np.float32]:
+    values = np.asarray(array[index])
+    return _scale(array).decode(values) if array.dtype == np.int8 else values.astype(np.float32, copy=False)
 
 
 def read_tile(url: str, tile: Tile, variable: str = VARIABLE) -> NDArray[np.float32]:
     """One tile, (dim, rows, columns)."""
-    array = zarr.open_array(storage.zarr_store(storage.join(url, variable)), mode="r", zarr_format=3)
-    return np.asarray(array[(slice(None), *tile.window)])
+    return Vectors(tuple(_arrays(url, variable, "r")))[(slice(None), *tile.window)]
 
 
 def read_projection(url: str) -> Projection:

@@ -198,6 +198,10 @@ class PublishParams(Params):
     """Relative error of the visual part that interpolation may leave, 99th percentile of a tile; 0: all exact."""
     compact_dims: int | None = Field(None, ge=1)
     """Principal components to keep of the visual part, for example 64; unset, all of it."""
+    dtype: Literal["float32", "float16", "int8"] = "float32"
+    """How a number is stored: 4, 2 or 1 bytes; what the fewer bytes lose is measured and told in the attributes."""
+    evidence: bool = False
+    """Adds layers of what a cell rests on: effective_images, largest_weight, distance_km; half the work again."""
     keep_sums: bool = False
     """Keeps the sums behind the grid beside it, twice its size, so that a later grid can have it as parent."""
     parent: str | None = None
@@ -216,6 +220,11 @@ class PublishParams(Params):
     def _exact(self) -> Self:
         if self.tolerance and (self.keep_sums or self.parent):
             raise ValueError("sums are those of exact cells: give keep_sums and parent without a tolerance")
+        if self.parent and (self.evidence or self.dtype != "float32"):
+            raise ValueError(
+                "evidence and the scales of dtype need a look at all images, which an update spares: give no parent, "
+                "or float32 without evidence"
+            )
         return self
 
 

@@ -10,6 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rasterio.enums import ColorInterp
+from rasterio.io import MemoryFile
+from rasterio.transform import from_bounds
 
 INK, FAINT, OCEAN, ACCENT, SECOND = "#1d2733", "#8a95a1", "#eef2f5", "#0b6e99", "#e07a3f"
 STAND_IN = "NASA Blue Marble at about 7 km stands in for 10 m Sentinel-2"
@@ -20,17 +23,19 @@ STRIP = 60  # rows read at a time
 class Sliced(Protocol):
     """An array in memory or in a store."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its lengths."""
 
     def __getitem__(self, index: Any, /) -> Any:
         """The part at `index`."""
 
 
-def world_map(vectors: Sliced, lat: NDArray, lon: NDArray, title: str, caption: str) -> bytes:
-    """The first three principal components of a grid as red, green and blue.
+def world_map(colours: NDArray[np.float32], lat: NDArray, lon: NDArray, title: str, caption: str) -> bytes:
+    """A grid in colours.
 
     Args:
-        vectors: (dim, lat, lon), NaN where there are none; read by strips, so that it may be larger than memory.
+        colours: (lat, lon, 4), as `principal_colours` makes them.
         lat: Latitudes in degrees, north first.
         lon: Longitudes in degrees.
         title: Above the map.
@@ -38,7 +43,7 @@ def world_map(vectors: Sliced, lat: NDArray, lon: NDArray, title: str, caption: 
     """
     figure, axes = _canvas(12, 6.6, title, caption)
     x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
-    axes.pcolormesh(x, y, principal_colours(vectors), rasterized=True)
+    axes.pcolormesh(x, y, colours, rasterized=True)
     _outline(axes)
     return _png(figure)
 
@@ -63,10 +68,38 @@ def change_map(change: NDArray, lat: NDArray, lon: NDArray, title: str, caption:
     return _png(figure)
 
 
+def layer_map(layer: NDArray[np.float32], lat: NDArray, lon: NDArray, title: str, caption: str, unit: str) -> bytes:
+    """One number per cell, (lat, lon), NaN where there is none; as `world_map`, with a scale in `unit`."""
+    figure, axes = _canvas(12, 6.6, title, caption)
+    x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
+    mesh = axes.pcolormesh(x, y, layer, cmap="viridis_r", rasterized=True)
+    _outline(axes)
+    scale = figure.colorbar(mesh, ax=axes, orientation="horizontal", fraction=0.03, pad=0.02, aspect=50)
+    scale.set_label(unit, color=FAINT)
+    scale.outline.set_visible(False)
+    return _png(figure)
+
+
+def geotiff(colours: NDArray[np.float32]) -> bytes:
+    """Colours of the whole Earth, (lat, lon, 4) north up, as a cloud-optimised GeoTIFF in EPSG:4326."""
+    height, width = colours.shape[:2]
+    bands = np.moveaxis(np.rint(colours * 255).astype(np.uint8), -1, 0)
+    options = {"count": 4, "dtype": "uint8", "crs": "EPSG:4326", "compress": "deflate"}
+    transform = from_bounds(-180, -90, 180, 90, width, height)
+    with MemoryFile() as memory:
+        with memory.open(driver="COG", height=height, width=width, transform=transform, **options) as file:
+            file.write(bands)
+            file.colorinterp = ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha
+        return bytes(memory.getbuffer())
+
+
 def principal_colours(vectors: Sliced) -> NDArray[np.float32]:
     """(lat, lon, 4) colours: ranks of the first three components, transparent where there are no data.
 
     Ranks use the whole range of each colour, whatever the few extremes are.
+
+    Args:
+        vectors: (dim, lat, lon), NaN where there are none; read by strips, so that it may be larger than memory.
     """
     dims, height, width = vectors.shape
     count, total, products = 0, np.zeros(dims), np.zeros((dims, dims))

@@ -118,13 +118,13 @@ def embed_file(
     Raises:
         UserError: Anything is wrong with the input; found before the work begins.
     """
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     _check_evidence(params)
-    total = _check_points(points)
+    total = check_points(points)
     embedder = open_embedder(checkpoint, database, params, total)
     write = _write_parquet if output.suffix == ".parquet" else _write_zarr
-    with _whole(output) as partial, progress("embed", total) as advance:
-        write(partial, embedder, _read(points), total, advance)
+    with whole(output) as partial, progress("embed", total) as advance:
+        write(partial, embedder, read_points(points), total, advance)
     return output
 
 
@@ -188,7 +188,7 @@ def _check_device(device: str) -> None:
         raise UserError(f"there is no {device} here: PyTorch finds {count} CUDA devices. Give --device cpu")
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
     if output.suffix not in OUTPUTS:
         raise UserError(f"the output {output} is of no kind that can be written: name it .parquet or .zarr")
     if not output.absolute().parent.is_dir():
@@ -202,11 +202,11 @@ def _check_evidence(params: EmbedParams) -> None:
         raise UserError("without retrieval an embedding rests on no image: drop --evidence and --top-images")
 
 
-def _check_points(path: Path) -> int:
+def check_points(path: Path) -> int:
     """The number of points, after one look at every one of them."""
     count = 0
-    for batch in _read(path, ["lon", "lat"]):
-        _check_places(_lonlat(batch), count, path)
+    for batch in read_points(path, ["lon", "lat"]):
+        _check_places(lonlat_of(batch), count, path)
         count += len(batch)
     if not count:
         raise UserError(f"{path} has no points: give one row per point")
@@ -224,13 +224,13 @@ def _check_places(lonlat: NDArray[np.float64], start: int, path: Path) -> None:
         )
 
 
-def _lonlat(batch: pa.Table) -> NDArray[np.float64]:
+def lonlat_of(batch: pa.Table) -> NDArray[np.float64]:
     columns = [batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False) for name in ("lon", "lat")]
     return np.column_stack(columns)
 
 
-def _read(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The points, in batches of BATCH rows; the last may have fewer.
+def read_points(path: Path, columns: list[str] | None = None, size: int = BATCH) -> Iterator[pa.Table]:
+    """The points, in batches of `size` rows; the last may have fewer.
 
     Raises:
         UserError: The file is not there, not readable, or lacks a column.
@@ -242,7 +242,7 @@ def _read(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
     try:
         schema, batches = _open_csv(path) if path.suffix == ".csv" else _open_parquet(path, columns)
         _check_names(path, schema.names)
-        yield from _batched(batch.select(columns or schema.names) for batch in batches)
+        yield from _batched((batch.select(columns or schema.names) for batch in batches), size)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} cannot be read as a table of points ({reason}): mend the file") from error
@@ -272,24 +272,24 @@ def _check_names(path: Path, names: list[str]) -> None:
         raise UserError(f"{path} has a column {min(taken)!r} already, which the output would add: rename it")
 
 
-def _batched(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """The same rows in tables of BATCH rows: one chunk of a Zarr array each, whatever the source's blocks are."""
+def _batched(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size` rows: one chunk of a Zarr array each, whatever the source's blocks are."""
     held: list[pa.RecordBatch] = []
     rows = 0
     for batch in batches:
         held.append(batch)
         rows += len(batch)
-        if rows >= BATCH:
+        if rows >= size:
             table = pa.Table.from_batches(held)
-            whole = rows - rows % BATCH
-            yield from (table.slice(start, BATCH) for start in range(0, whole, BATCH))
-            held, rows = table.slice(whole).to_batches(), rows - whole
+            cut = rows - rows % size
+            yield from (table.slice(start, size) for start in range(0, cut, size))
+            held, rows = table.slice(cut).to_batches(), rows - cut
     if rows:
         yield pa.Table.from_batches(held)
 
 
 @contextmanager
-def _whole(output: Path) -> Iterator[Path]:
+def whole(output: Path) -> Iterator[Path]:
     """A name to write to, which becomes `output` if nothing goes wrong, and else nothing."""
     partial = output.with_name(f".{output.name}.partial")
     _remove(partial)
@@ -314,8 +314,8 @@ def _write_parquet(
     writer = None
     try:
         for table in batches:
-            for name, array in embedder.columns(_lonlat(table)).items():
-                table = table.append_column(name, _arrow(array))
+            for name, array in embedder.columns(lonlat_of(table)).items():
+                table = table.append_column(name, vectors_column(array))
             if writer is None:
                 attrs = {b"rangegrid": json.dumps(embedder.attrs).encode()}
                 schema = table.schema.with_metadata((table.schema.metadata or {}) | attrs)
@@ -327,7 +327,7 @@ def _write_parquet(
             writer.close()
 
 
-def _arrow(array: NDArray) -> pa.Array:
+def vectors_column(array: NDArray) -> pa.Array:
     if array.ndim == 1:
         return pa.array(array)
     return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
@@ -340,7 +340,7 @@ def _write_zarr(
     group = zarr.create_group(store, attributes=embedder.attrs)
     start = 0
     for table in batches:
-        lonlat = _lonlat(table)
+        lonlat = lonlat_of(table)
         columns = {"lon": lonlat[:, 0], "lat": lonlat[:, 1], **embedder.columns(lonlat)}
         for name, array in columns.items():
             if name not in group:

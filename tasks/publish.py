@@ -4,6 +4,7 @@ A grid may keep the sums behind it. A later grid, of the database as it has beco
 parent's, and computes only the images that came and went (`tasks.updates`).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,17 +13,20 @@ from distributed import Client
 
 from infra import storage
 from infra.errors import UserError
-from tasks import grids, versions
-from tasks.artifacts import keep_picture
+from infra.settings import settings
+from tasks import conventions, grids, versions
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
+from tasks.core.quantize import DType
 from tasks.core.retrieval import Method
 from tasks.database import stored_values
 from tasks.params import PublishParams
-from tasks.pictures import world_map
+from tasks.previews import draw, write_page
 from tasks.shards import Part, parts_of, publish_in_parts
+from tasks.stac import write_item
+from tasks.survey import Survey, kernels, survey
 from tasks.tiles import GRID, Job, land_tiles, publish_tile
 from tasks.units import log, run_units
 from tasks.updates import home_of, kept_sums, read_parent, update_tile, write_changes
@@ -61,10 +65,17 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         keep_sums=params.keep_sums,
         parent=home_of(params.parent) if params.parent else None,
         parent_database=parent.get("database"),
+        evidence=params.evidence,
     )
     since = versions.begin(job.grid)
     parts = parts_of(client, job, card)
-    prepare(job, card, {"rangegrid:made_of": made_of, "attribution": card["attribution"]})
+    if parts and (params.evidence or params.dtype != "float32"):
+        raise UserError(
+            f"the database {database} is larger than a worker can hold, and evidence and the scales of a smaller dtype "
+            "need it whole: publish float32 without evidence, or give each worker more memory"
+        )
+    look = partial(measure, client, job, params.dtype)
+    prepare(job, card, provenance(job, card, made_of), *([] if parts else [look]))
     tiles = land_tiles(job.spec)
     done = grids.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
@@ -107,8 +118,20 @@ def read_pair(checkpoint: str, database: str) -> dict[str, Any]:
     return card
 
 
-def prepare(job: Job, card: dict[str, Any], attrs: dict[str, Any]) -> None:
-    """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid."""
+def prepare(
+    job: Job,
+    card: dict[str, Any],
+    attrs: dict[str, Any],
+    look: Callable[[Projection | None], Survey] = lambda _: Survey({}),
+) -> None:
+    """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid.
+
+    Args:
+        job: The grid.
+        card: The database's card.
+        attrs: Attributes of the grid: what made it.
+        look: Measures the field, once the projection of its values is known.
+    """
     if storage.exists(storage.join(job.grid, "zarr.json")):
         return
     if job.parent:
@@ -117,7 +140,35 @@ def prepare(job: Job, card: dict[str, Any], attrs: dict[str, Any]) -> None:
     if job.keep_sums:
         grids.create(job.sums, job.spec, grids.sums_template(job.spec, visual, halves, attrs))
     projection = find_projection(job) if job.compact_dims else None
-    grids.create(job.grid, job.spec, grids.template(job.spec, visual, card["key_dim"], attrs, projection))
+    found = look(projection)
+    content = grids.Content(visual, card["key_dim"], found.dtype, found.scales, job.evidence)
+    grids.create(job.grid, job.spec, grids.template(job.spec, content, attrs | found.attrs, projection))
+
+
+def provenance(job: Job, card: dict[str, Any], made_of: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that tell what made a grid: source and period, encoder, database, parameters, code, kernels."""
+    attrs = conventions.provenance(job.checkpoint, job.database, card["attribution"]) | period(card) | kernels(job)
+    made = {"made_of": made_of, "fingerprint": fingerprint(made_of)}
+    made |= {"checkpoint": card["checkpoint"], "database": card["fingerprint"]}
+    return attrs | {f"rangegrid:{name}": value for name, value in made.items()}
+
+
+def period(card: dict[str, Any]) -> dict[str, str]:
+    """The time window of a database's images, where the sample it was made from is still there."""
+    try:
+        patches = read_card(storage.join(settings().storage_url, "patches", card.get("patches", "none")), "patches")
+    except UserError:
+        return {}
+    return {"rangegrid:datetime": patches["made_of"]["datetime"]} if "datetime" in patches["made_of"] else {}
+
+
+def measure(client: Client, job: Job, dtype: DType, projection: Projection | None) -> Survey:
+    """What is known of the field: the parent's findings for an update, else what a worker measures now."""
+    if job.parent:
+        attrs = zarr.open_group(storage.zarr_store(storage.join(job.parent, GRID)), mode="r").attrs
+        return Survey({name: attrs[name] for name in ("rangegrid:field",) if name in attrs})
+    found = run_units(client, partial(survey, job, dtype), [projection], label="survey", name=lambda _: "the field")
+    return found[0]
 
 
 def find_projection(job: Job) -> Projection:
@@ -132,9 +183,7 @@ def find_projection(job: Job) -> Projection:
 
 
 def show(job: Job, attribution: str) -> None:
-    """Keeps the world in embedding colours beside the grid."""
-    vectors = zarr.open_array(storage.zarr_store(storage.join(job.grid, grids.VARIABLE)), mode="r")
-    title = f"The world in {job.method.name.upper()} colours, {job.spec.step:g} degree"
-    caption = f"First three principal components of the embeddings. {attribution}."
-    picture = world_map(vectors, job.spec.lat, job.spec.lon, title, caption)
-    keep_picture(storage.join(job.home, "world.png"), picture, "world-map", title)
+    """Keeps beside the grid what shows it: maps, a page, and its STAC item."""
+    draw(job, attribution)
+    write_page(job.home)
+    write_item(job.home)

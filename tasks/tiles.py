@@ -11,6 +11,7 @@ from infra import storage
 from tasks import grids
 from tasks.checkpoint import load_checkpoint
 from tasks.core.adaptive import Cells, Report, embed_cells
+from tasks.core.evidence import evidence
 from tasks.core.grid import GridSpec, Tile
 from tasks.core.land import land_mask
 from tasks.core.location import LocationEncoder
@@ -46,6 +47,8 @@ class Job:
     """URL of the directory of the grid that this one updates."""
     parent_database: str | None
     """URL of that grid's database."""
+    evidence: bool
+    """Whether the layers of evidence are stored too."""
 
     @property
     def grid(self) -> str:
@@ -113,12 +116,26 @@ def publish_tile(job: Job, tile: Tile) -> Report:
     """Embeds the land cells of one tile and writes it as one shard; tells how."""
     encoder, index = load(job.checkpoint, job.database, job.projected_by)
     cells = land_cells(job.spec, tile)
+    if job.evidence:
+        write_evidence(job, tile, cells, encoder, index)
     if not job.keep_sums:
         vectors, report = embed_cells(encoder, index, cells, job.method, job.tolerance)
         write_cells(job.grid, tile, cells, vectors, grids.VARIABLE)
         return report
     places, location = cells.lonlat, encoder.embed(cells.lonlat)
     return deliver(job, tile, location, index.halves(location, places, job.method).scaled(), len(places))
+
+
+def write_evidence(job: Job, tile: Tile, cells: Cells, encoder: LocationEncoder, index: RetrievalIndex) -> None:
+    """Writes what the cells rest on, a layer each; before their vectors, which are the record."""
+    found = evidence(index, encoder.embed(cells.lonlat), cells.lonlat, job.method)
+    layers: dict[str, NDArray] = {
+        "effective_images": found.images,
+        "largest_weight": found.largest,
+        "distance_km": found.distance_km,
+    }
+    for name, values in layers.items():
+        write_cells(job.grid, tile, cells, values[:, None].astype(np.float32), name)
 
 
 def deliver(job: Job, tile: Tile, location: NDArray[np.float32], halves: Halves, evaluated: int) -> Report:
@@ -143,4 +160,4 @@ def write_cells(url: str, tile: Tile, cells: Cells, vectors: NDArray[np.float32]
     """Writes one shard of a variable from the vectors of the wanted cells, (m, dim); NaN elsewhere."""
     values = np.full((vectors.shape[1], tile.rows, tile.columns), np.nan, np.float32)
     values[:, cells.wanted] = vectors.T
-    grids.write_tile(url, tile, values, variable)
+    grids.write_tile(url, tile, values[0] if variable in grids.EVIDENCE else values, variable)

@@ -71,7 +71,7 @@ def make(home: str) -> Job:
         values, ids = rng.normal(size=(SHARD, VALUE)).astype(np.float32), np.arange(start, start + SHARD)
         write_rows(url, start, {"keys": keys, "values": values, "locations": places(SHARD, rng), "row_ids": ids})
     finish_database(url, checkpoint=space, fingerprint="")
-    return Job("", f"{home}/checkpoint", url, GridSpec(STEP, TILE), Method(), 0, None, False, None, None)
+    return Job("", f"{home}/checkpoint", url, GridSpec(STEP, TILE), Method(), 0, None, False, None, None, False)
 
 
 def rate(client: Client, job: Job, home: str, parts: dict[str, Part]) -> tuple[float, float]:

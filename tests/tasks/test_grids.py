@@ -1,46 +1,130 @@
 """The stored grid: what plain xarray finds in it."""
 
+import json
+
+import jsonschema
 import numpy as np
 import pytest
 import xarray as xr
+import zarr_cm
 
+from infra import storage
 from infra.errors import UserError
-from tasks import grids
+from tasks import conventions, grids
 from tasks.core.grid import GridSpec, Tile
+from tasks.core.quantize import Scale
+from tests.test_architecture import ROOT
 
 SPEC = GridSpec(10.0, 5)
+SCALES = {"visual": Scale(0.02, 1.0), "location": Scale(0.01, 0.0)}
+CONTENTS = {
+    "float32": grids.Content(16, 8),
+    "float16": grids.Content(16, 8, "float16"),
+    "int8": grids.Content(16, 8, "int8", SCALES),
+}
+STEPS = {"float32": 0, "float16": 1e-3, "int8": 0.0101}  # the largest error of a value near 1
+
+
+def made(folder, content):
+    url = (folder / "grid.zarr").as_uri()
+    made_of = conventions.provenance("file:///checkpoint", "file:///database", "nobody")
+    grids.create(url, SPEC, grids.template(SPEC, content, made_of))
+    return url
 
 
 @pytest.fixture
 def url(tmp_path):
-    url = (tmp_path / "grid.zarr").as_uri()
-    grids.create(url, SPEC, grids.template(SPEC, 16, 8, {"attribution": "nobody"}))
-    return url
+    return made(tmp_path, CONTENTS["float32"])
 
 
-def test_plain_xarray_reads_what_was_written(url):
-    values = np.random.default_rng(0).normal(size=(24, *SPEC.shape)).astype(np.float32)
+def embedding(stored):
+    """As a reader without rangegrid puts it together."""
+    if "embedding" in stored:
+        return stored.embedding.values
+    return np.concatenate([stored.visual.values, stored.location.values])
+
+
+@pytest.mark.parametrize("dtype", CONTENTS)
+def test_plain_xarray_reads_what_was_written(tmp_path, dtype):
+    url = made(tmp_path, CONTENTS[dtype])
+    values = np.random.default_rng(0).uniform(-1, 1, size=(24, *SPEC.shape)).astype(np.float32)
+    values[:16] += 1
+    values[:, 3:7, 2:9] = np.nan
     tiles = list(SPEC.tiles())
     for tile in tiles[:-3]:
         grids.write_tile(url, tile, values[:, *tile.window])
+    for tile in tiles[-3:]:
+        values[:, *tile.window] = np.nan
+    found = embedding(xr.open_zarr(url))
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(values))
+    np.testing.assert_allclose(found, values, atol=STEPS[dtype])
+    for ours, theirs in [
+        (grids.open_vectors(url)[:], found),
+        (grids.open_vectors(url)[0], found[0]),
+        (grids.open_vectors(url)[20], found[20]),
+        (grids.read_tile(url, tiles[7]), found[:, *tiles[7].window]),
+    ]:
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_coordinates_and_attributes(url):
     stored = xr.open_zarr(url)
     assert stored.embedding.dims == ("embedding_dim", "lat", "lon")
     assert stored.embedding.dtype == np.float32
     assert stored.attrs["attribution"] == "nobody"
     assert stored.attrs["geoemb:blocks"] == {"visual": [0, 16], "location": [16, 24]}
     np.testing.assert_array_equal(stored.lat, SPEC.lat)
-    for tile in tiles[-3:]:
-        values[:, *tile.window] = np.nan
-    np.testing.assert_array_equal(stored.embedding, values)
+    np.testing.assert_array_equal(stored.embedding_dim, np.arange(24))
+    assert stored.embedding[(stored.block == "location").values].embedding_dim.values.tolist() == list(range(16, 24))
 
 
-def test_the_presence_of_a_shard_is_the_record_of_work(url):
+@pytest.mark.parametrize("dtype", CONTENTS)
+def test_the_attributes_keep_the_conventions(tmp_path, dtype):
+    node = storage.read_json(storage.join(made(tmp_path, CONTENTS[dtype]), "zarr.json"))
+    assert set(zarr_cm.detect_revisions(node["attributes"])) >= {"proj", "spatial"}
+    zarr_cm.validate_all(node)
+    schema = json.loads((ROOT / "tests/schemas/geoemb.json").read_text())
+    jsonschema.validate(node, schema)
+    del node["attributes"]["geoemb:model"]
+    with pytest.raises(jsonschema.ValidationError, match="geoemb:model"):
+        jsonschema.validate(node, schema)
+
+
+def test_where_no_shard_is_there_is_no_data(tmp_path):
+    stored = xr.open_zarr(made(tmp_path, CONTENTS["int8"]), mask_and_scale=False)
+    assert stored.visual.dtype == np.int8
+    assert (stored.visual == -128).all()
+
+
+def test_a_value_beyond_float16_is_refused_before_it_is_written(tmp_path):
+    url = made(tmp_path, CONTENTS["float16"])
+    tile = next(SPEC.tiles())
+    with pytest.raises(UserError, match=r"tile r00000-c00000: a value of 1e\+06 is beyond float16"):
+        grids.write_tile(url, tile, np.full((24, 5, 5), 1e6, np.float32))
+    assert grids.written(url, SPEC, [tile]) == set()
+
+
+@pytest.mark.parametrize("dtype", CONTENTS)
+def test_the_presence_of_a_shard_is_the_record_of_work(tmp_path, dtype):
+    url = made(tmp_path, CONTENTS[dtype])
     tiles = list(SPEC.tiles())
     assert grids.written(url, SPEC, tiles) == set()
     full = np.ones((24, 5, 5), np.float32)
     grids.write_tile(url, tiles[9], full)
     grids.write_tile(url, tiles[0], np.full_like(full, np.nan))
     assert grids.written(url, SPEC, tiles) == {tiles[9]}
+
+
+def test_layers_of_evidence_stand_beside_the_embedding(tmp_path):
+    url = made(tmp_path, grids.Content(16, 8, evidence=True))
+    tile = list(SPEC.tiles())[9]
+    layer = np.arange(25, dtype=np.float32).reshape(5, 5)
+    grids.write_tile(url, tile, layer, "distance_km")
+    stored = xr.open_zarr(url)
+    assert stored.distance_km.attrs["units"] == "km"
+    np.testing.assert_array_equal(stored.distance_km[tile.window], layer)
+    assert set(grids.EVIDENCE) < set(stored.data_vars)
+    assert grids.written(url, SPEC, [tile]) == set()
 
 
 @pytest.mark.parametrize("tile", [Tile(0, 2, 5, 5), Tile(0, 0, 5, 4), Tile(3, 5, 5, 5)])
@@ -52,4 +136,4 @@ def test_half_a_shard_is_refused(url, tile):
 def test_a_tile_size_that_splits_chunks_is_refused(tmp_path):
     spec = GridSpec(1.0, 30)
     with pytest.raises(UserError, match=r"tile size 30 is not a multiple .* Use 20 or 40"):
-        grids.create((tmp_path / "g").as_uri(), spec, grids.template(spec, 2, 1, {}))
+        grids.create((tmp_path / "g").as_uri(), spec, grids.template(spec, grids.Content(2, 1), {}))

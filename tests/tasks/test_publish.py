@@ -14,17 +14,23 @@ from tasks import tiles as tiles_module
 from tasks import updates
 from tasks.cards import read_card
 from tasks.checkpoint import save_checkpoint
+from tasks.core.evidence import evidence
+from tasks.core.field import DISTANCES_KM, PROBES
+from tasks.core.grid import GridSpec
 from tasks.core.location import LocationEncoder
-from tasks.core.retrieval import RetrievalIndex
+from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.database import create_database, finish_database, write_rows
 from tasks.grids import read_projection
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
+from tasks.survey import survey
+from tasks.tiles import Job
 from tests.core.test_retrieval import close, database
 
 STEP = {"step_degrees": 10.0, "tile_cells": 5}
 KEEPS = PublishParams(**STEP, keep_sums=True)
 IMAGES, VALUES, DIM = 400, 8, 16
+PROBED = PROBES * (2 + len(DISTANCES_KM))  # places that the survey embeds: those, and their neighbours
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +143,7 @@ def test_an_update_is_a_grid_made_anew(publish, before, after, products, options
         np.testing.assert_array_equal(read_projection(child).components, projection.components)
     else:
         same(child, publish(after, params))
-        assert sum(products) == cells * 408
+        assert sum(products) == (cells + PROBED) * 408
 
 
 def test_sums_serve_any_beta(publish, before, parent, products):
@@ -262,3 +268,44 @@ def test_the_same_image_many_times_is_counted(home):
     new = store(home, "three", {name: array[:3] for name, array in arrays.items()})
     assert (updates.changes(old, new).added, updates.changes(old, new).removed) == ([], [3, 4])
     assert (updates.changes(new, old).added, updates.changes(new, old).removed) == ([3, 4], [])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_fewer_bits_tell_what_they_lost(publish, before, parent, dtype):
+    """Every cell of the grid, not the sample alone, is as near to float32 as the attributes say."""
+    grid = xr.open_zarr(publish(before, PublishParams(**STEP, dtype=dtype)))
+    names = ["embedding"] if dtype == "float16" else ["visual", "location"]
+    found = np.concatenate([grid[name].values for name in names])
+    exact = embeddings(parent)
+    land = np.isfinite(exact[0])
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(exact))
+    a, b = found[:, land], exact[:, land]
+    cosines = (a * b).sum(0) / np.linalg.norm(a, axis=0) / np.linalg.norm(b, axis=0)
+    told = grid.attrs["rangegrid:loss"]
+    assert told["dtype"] == grid.attrs["geoemb:data_type"] == dtype
+    assert cosines.min() > told["cosine_min"] - 2e-3
+    assert told["location"]["cosine_min"] > 0.99
+    assert told["latitude_probe_r2"].keys() == {"float32", "stored"}
+
+
+def test_evidence_is_that_of_the_cells(publish, home, before):
+    grid = xr.open_zarr(publish(before, PublishParams(**STEP, evidence=True)))
+    lat, lon = (int(i[0]) for i in np.nonzero(np.isfinite(grid.distance_km.values)))
+    place = np.array([[float(grid.lon[lon]), float(grid.lat[lat])]])
+    encoder, index = tiles_module.load(f"{home.as_uri()}/checkpoint", before)
+    expected = evidence(index, encoder.embed(place), place, Method("range+", 0.5))
+    cell = grid.isel(lat=lat, lon=lon)
+    np.testing.assert_allclose(cell.distance_km, expected.distance_km[0], rtol=1e-6)
+    np.testing.assert_allclose(cell.effective_images, expected.images[0], rtol=1e-4)
+    np.testing.assert_allclose(cell.largest_weight, expected.largest[0], rtol=1e-4)
+    np.testing.assert_array_equal(np.isfinite(grid.distance_km), np.isfinite(grid.embedding[0]))
+
+
+def test_a_grid_finer_than_its_field_says_so(publish, home, before):
+    told = xr.open_zarr(publish(before, PublishParams(**STEP))).attrs["rangegrid:field"]
+    assert told["cell_km"] in told["distances_km"]
+    assert "warning" not in told
+    assert 0 < told["location_change"][0] < told["location_change"][-1]
+    job = Job("", f"{home.as_uri()}/checkpoint", before, GridSpec(0.01), Method(), 0.0, None, False, None, None, False)
+    fine = survey(job, "float32", None).attrs["rangegrid:field"]
+    assert fine["warning"].startswith("finer than the field: over one cell (1.1 km)")

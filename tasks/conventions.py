@@ -1,0 +1,90 @@
+"""The attributes of a grid that others read: CF, and the Zarr conventions `geoemb:`, `proj:` and `spatial:`.
+
+Sources: the conventions' own schemas, github.com/geo-embeddings/embeddings-zarr-convention and
+github.com/zarr-conventions; tests hold a grid to them.
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+from tasks.core.grid import GridSpec
+
+COPERNICUS = "Copernicus Sentinel"  # in the attribution of what was made from Sentinel-2
+SENTINEL_2 = "https://dataspace.copernicus.eu/data-collections/copernicus-sentinel-data/sentinel-2"
+LEGAL_NOTICE = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
+METRES_PER_DEGREE = 111_319.49  # at the equator of WGS84
+ZARR = "https://raw.githubusercontent.com/zarr-conventions"
+GEOEMB = {
+    "schema_url": "https://raw.githubusercontent.com/geo-embeddings/embeddings-zarr-convention/refs/tags/v1/schema.json",
+    "spec_url": "https://github.com/geo-embeddings/embeddings-zarr-convention/blob/v1/README.md",
+    "uuid": "61c12cc5-0e28-4056-999a-480cf3fb7e4c",
+    "name": "geoemb:",
+    "description": "Geoembeddings convention for geospatial embedding arrays with model provenance",
+}
+
+
+def _convention(name: str, uuid: str, description: str) -> dict[str, str]:
+    return {
+        "schema_url": f"{ZARR}/{name}/refs/tags/v0.1/schema.json",
+        "spec_url": f"https://github.com/zarr-conventions/{name}/blob/v0.1/README.md",
+        "uuid": uuid,
+        "name": name,
+        "description": description,
+    }
+
+
+PROJ = _convention(
+    "proj", "f17cb550-5864-4468-aeb7-f3180cfb622f", "Coordinate reference system information for geospatial data"
+)
+SPATIAL = _convention("spatial", "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4", "Spatial coordinate information")
+
+
+def placed(spec: GridSpec) -> dict[str, Any]:
+    """Where the cells are: CRS, box, transform."""
+    rows, columns = spec.shape
+    return {
+        "Conventions": "CF-1.11",
+        "zarr_conventions": [PROJ, SPATIAL],
+        "proj:code": "EPSG:4326",
+        "spatial:dimensions": ["lat", "lon"],
+        "spatial:bbox": [-180.0, -90.0, 180.0, 90.0],
+        "spatial:shape": [rows, columns],
+        "spatial:transform": [360 / columns, 0.0, -180.0, 0.0, -180 / rows, 90.0],
+        "spatial:registration": "pixel",
+    }
+
+
+def embedding(spec: GridSpec, visual: int, location: int, dtype: str) -> dict[str, Any]:
+    """What the vectors are; `provenance` adds what made them."""
+    return {
+        "geoemb:type": "pixel",
+        "geoemb:dimensions": visual + location,
+        "geoemb:data_type": dtype,
+        "geoemb:gsd": round(spec.step * METRES_PER_DEGREE, 1),
+        "geoemb:spatial_layout": "global",
+        "geoemb:dimensions_axis": "embedding_dim",
+        "geoemb:blocks": {"visual": [0, visual], "location": [visual, visual + location]},
+    }
+
+
+def provenance(checkpoint: str, database: str, attribution: str) -> dict[str, Any]:
+    """What made the vectors: the encoder, the source, the code.
+
+    Args:
+        checkpoint: URL of the checkpoint.
+        database: URL of the database.
+        attribution: What the database's card says of its source.
+    """
+    source = SENTINEL_2 if COPERNICUS in attribution else database
+    terms = {"license": LEGAL_NOTICE} if COPERNICUS in attribution else {}
+    return terms | {
+        "geoemb:model": checkpoint,
+        "geoemb:source_data": [source],
+        "geoemb:build_version": f"rangegrid {version('rangegrid')}",
+        "attribution": attribution,
+    }
+
+
+def declared(attrs: dict[str, Any], *conventions: dict[str, str]) -> dict[str, Any]:
+    """The attributes with more conventions declared."""
+    return attrs | {"zarr_conventions": [*attrs.get("zarr_conventions", []), *conventions]}

@@ -1,0 +1,81 @@
+"""How fine a field of embeddings is, measured: how much it changes over a distance, as a share of its variance.
+
+The structure function D(s) = mean |v(x + s) - v(x)|^2 / (2 variance) is 0 at s = 0 and 1 where places have nothing in
+common. A grid whose neighbouring cells share all but a hundredth of the variance draws the field finely, and adds no
+detail to it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.core.evidence import EARTH_RADIUS_KM
+from tasks.core.sampling import draw_land
+
+PROBES = 250  # places on land, each with one neighbour at every distance
+DISTANCES_KM = (25.0, 50.0, 100.0, 200.0, 400.0, 800.0, 1600.0)
+FINER = 0.01  # of the variance: cells that differ by less draw the same field with more cells
+HALF = 0.5
+
+Float = NDArray[np.float64]
+
+
+def probe_places(distances_km: tuple[float, ...], count: int = PROBES, seed: int = 0) -> Float:
+    """Places on land, each followed by its neighbours, (count, 1 + distances, 2) in degrees.
+
+    Args:
+        distances_km: Great-circle distances of the neighbours, each in a direction of its own.
+        count: Number of places.
+        seed: Of places and directions.
+    """
+    centres = draw_land(count, seed)
+    bearings = np.random.default_rng(seed).uniform(0, 2 * np.pi, (count, len(distances_km)))
+    angles = np.broadcast_to(np.array(distances_km) / EARTH_RADIUS_KM, bearings.shape)
+    return np.concatenate([centres[:, None], _moved(centres[:, None], bearings, angles)], axis=1)
+
+
+def _moved(lonlat: Float, bearings: Float, angles: Float) -> Float:
+    """Where one comes to from places, in directions clockwise from north, over angles in radians."""
+    lon, lat = np.radians(lonlat[..., 0]), np.radians(lonlat[..., 1])
+    up = np.sin(lat) * np.cos(angles) + np.cos(lat) * np.sin(angles) * np.cos(bearings)
+    east = np.sin(bearings) * np.sin(angles) * np.cos(lat)
+    turned = lon + np.arctan2(east, np.cos(angles) - np.sin(lat) * up)
+    lon_degrees = (np.degrees(turned) + 180) % 360 - 180
+    return np.stack([lon_degrees, np.degrees(np.arcsin(np.clip(up, -1, 1)))], axis=-1)
+
+
+@dataclass(frozen=True)
+class Change:
+    """The structure function of one block of an embedding."""
+
+    distances_km: tuple[float, ...]
+    """Rising."""
+    shares: tuple[float, ...]
+    """Of the variance, one per distance."""
+
+    @classmethod
+    def of(cls, vectors: NDArray[np.float32], distances_km: tuple[float, ...]) -> "Change":
+        """From vectors at `probe_places`, (count, 1 + distances, d)."""
+        vectors = vectors.astype(np.float64)
+        at, near = vectors[:, :1], vectors[:, 1:]
+        variance = ((at - at.mean(0)) ** 2).sum(-1).mean()
+        moved = ((near - at) ** 2).sum(-1).mean(0)
+        shares = moved / (2 * variance) if variance else np.zeros_like(moved)
+        return cls(distances_km, tuple(round(float(share), 5) for share in shares))
+
+    @property
+    def half_km(self) -> float | None:
+        """Where half of the variance is passed, in km; none within the distances."""
+        beyond = next((i for i, share in enumerate(self.shares) if share >= HALF), None)
+        if beyond is None:
+            return None
+        near, far = (0.0, self.distances_km[0]) if beyond == 0 else self.distances_km[beyond - 1 : beyond + 1]
+        low = 0.0 if beyond == 0 else self.shares[beyond - 1]
+        return round(near + (far - near) * (HALF - low) / (self.shares[beyond] - low), 1)
+
+
+def kernel_width_km(temperature: float) -> float:
+    """Full width at half maximum of exp(t (cos d - 1)), in km."""
+    half = np.arccos(max(-1.0, 1 - np.log(2) / temperature)) if temperature > 0 else np.pi
+    return round(float(2 * half * EARTH_RADIUS_KM), 1)

@@ -1,0 +1,230 @@
+"""What catalogs find: a STAC Item for each published grid, and the Collection of all of them.
+
+Both are made from what is stored, so they can be made again at any time: `write_item(home)` from the attributes of the
+grid's Zarr, `write_collection(grids)` from the items that are there. Links are relative, so a copied bucket stays
+whole. STAC 1.0.0 with the extensions datacube 2.1.0 and embeddings 0.0.1, which refers to that version of an Item.
+"""
+
+import posixpath
+from datetime import UTC, datetime
+from typing import Any
+
+from infra import storage
+from infra.settings import settings
+from tasks.cards import read_card
+from tasks.conventions import COPERNICUS, LEGAL_NOTICE
+from tasks.tiles import GRID
+
+ITEM, COLLECTION = "item.json", "collection.json"
+EXTENSIONS = [
+    "https://stac-extensions.github.io/datacube/v2.1.0/schema.json",
+    "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json",
+]
+BBOX = [-180.0, -90.0, 180.0, 90.0]
+RING = [[-180.0, -90.0], [180.0, -90.0], [180.0, 90.0], [-180.0, 90.0], [-180.0, -90.0]]
+ZARR, GEOTIFF = "application/vnd+zarr", "image/tiff; application=geotiff; profile=cloud-optimized"
+PREVIEWS = {
+    "world.png": ("thumbnail", "image/png", ["thumbnail", "overview"], "First three principal components"),
+    "world.tif": ("colours", GEOTIFF, ["visual"], "First three principal components, EPSG:4326"),
+    "evidence.png": ("evidence", "image/png", ["overview", "uncertainty"], "Distance to the nearest image"),
+    "index.html": ("page", "text/html", ["overview"], "The maps, and how to open the grid"),
+}
+
+
+def write_item(home: str) -> dict[str, Any]:
+    """Writes the Item of the grid in the directory `home`, and returns it."""
+    item = make_item(home)
+    storage.write_json(storage.join(home, ITEM), item)
+    return item
+
+
+def make_item(home: str) -> dict[str, Any]:
+    """The Item of a grid, from its Zarr's metadata and what lies beside it."""
+    node = storage.read_json(storage.join(home, GRID, "zarr.json"))
+    attrs, arrays = node["attributes"], node["consolidated_metadata"]["metadata"]
+    identity = posixpath.basename(home.rstrip("/"))
+    return {
+        "type": "Feature",
+        "stac_version": "1.0.0",
+        "stac_extensions": EXTENSIONS,
+        "id": identity,
+        "collection": "rangegrid",
+        "bbox": BBOX,
+        "geometry": {"type": "Polygon", "coordinates": [RING]},
+        "properties": _period(attrs) | _described(attrs, arrays) | _cube(attrs, arrays),
+        "links": [
+            *({"rel": rel, "href": f"../{COLLECTION}"} for rel in ("root", "parent", "collection")),
+            {"rel": "emb:model", "href": _from(home, attrs["geoemb:model"])},
+            *({"rel": "emb:source-data", "href": _from(home, url)} for url in attrs["geoemb:source_data"]),
+        ],
+        "assets": _assets(home, attrs),
+    }
+
+
+def _described(attrs: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "title": f"RANGE embeddings, {180 / attrs['spatial:shape'][0]:g} degree",
+        "description": attrs["attribution"],
+        "gsd": attrs["geoemb:gsd"],
+        "data_type": attrs["geoemb:data_type"],
+        "emb:runtime_parameters": attrs["rangegrid:made_of"],
+        "emb:spatial_coverage": "global land",
+        "rangegrid:code": attrs["geoemb:build_version"],
+    }
+    if quantization := attrs.get("geoemb:quantization"):
+        scaled = [arrays[name]["attributes"] for name in ("visual", "location") if name in arrays]
+        scales = {
+            "scale": [a["scale_factor"] for a in scaled],
+            "offset": [a["add_offset"] for a in scaled],
+        }
+        found["emb:quantization"] = quantization | (scales if scaled else {})
+    if "distance_km" in arrays:
+        meaning = "effective number and largest weight of the images behind a cell, and distance to the nearest"
+        found["emb:uncertainty"] = {"method": "evidence of retrieval", "description": meaning}
+    return found
+
+
+def _period(attrs: dict[str, Any]) -> dict[str, Any]:
+    """When the images are from, where their sample is still known; else when the item was made."""
+    window = attrs.get("rangegrid:datetime")
+    if window is None:
+        return {"datetime": _now()}
+    start, end = (moment if "T" in moment else f"{moment}T00:00:00Z" for moment in window.split("/"))
+    return {"datetime": None, "start_datetime": start, "end_datetime": end.replace("T00:00:00Z", "T23:59:59Z")}
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _cube(attrs: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
+    height, width = attrs["spatial:shape"]
+    dimensions: dict[str, Any] = {
+        "lon": {"type": "spatial", "axis": "x", "extent": [-180, 180], "step": 360 / width, "reference_system": 4326},
+        "lat": {"type": "spatial", "axis": "y", "extent": [-90, 90], "step": -180 / height, "reference_system": 4326},
+    }
+    variables: dict[str, Any] = {}
+    for name, array in arrays.items():
+        dims = array["dimension_names"]
+        if name not in dims and {"lat", "lon"} <= set(dims):
+            variables[name] = {"dimensions": dims, "variable_type": "data", "unit": array["attributes"]["units"]}
+            for dim, size in zip(dims, array["shape"], strict=True):
+                dimensions.setdefault(dim, {"type": "embedding", "extent": [0, size - 1], "step": 1})
+    return {"cube:dimensions": dimensions, "cube:variables": variables}
+
+
+def _assets(home: str, attrs: dict[str, Any]) -> dict[str, Any]:
+    assets: dict[str, Any] = {
+        "embeddings": {"href": f"./{GRID}", "type": ZARR, "roles": ["data"], "title": "The grid, for xarray.open_zarr"},
+        "model-card": {
+            "href": _from(home, storage.join(attrs["geoemb:model"], "card.json")),
+            "type": "application/json",
+            "roles": ["metadata"],
+            "title": "Architecture, training and metrics of the encoder",
+        },
+    }
+    there = storage.names(home)
+    for name, (key, kind, roles, title) in PREVIEWS.items():
+        if name in there:
+            assets[key] = {"href": f"./{name}", "type": kind, "roles": roles, "title": title}
+    if report := _report(attrs["rangegrid:database"]):
+        href = _from(home, storage.join(report, "scores.json"))
+        title = "Scores of linear probes on the same database"
+        assets["score-card"] = {"href": href, "type": "application/json", "roles": ["metadata"], "title": title}
+    return assets
+
+
+def _report(database: str) -> str | None:
+    """URL of a report on the same database, the last by name, if it was evaluated."""
+    reports = storage.join(settings().storage_url, "reports")
+    for name in reversed(storage.names(reports)):
+        url = storage.join(reports, name)
+        if read_card(url, "report")["made_of"]["database"] == database:
+            return url
+    return None
+
+
+def _from(home: str, url: str) -> str:
+    """The URL as seen from `home`: relative within our storage, else as it is."""
+    root = settings().storage_url.rstrip("/") + "/"
+    if not (url.startswith(root) and home.startswith(root)):
+        return url
+    return posixpath.relpath(url.removeprefix(root), home.removeprefix(root))
+
+
+def write_collection(grids: str, latest: str | None = None) -> dict[str, Any]:
+    """Writes the Collection of the items that are in the directories under `grids`, and returns it.
+
+    Args:
+        grids: URL of the directory of all grids.
+        latest: Id of the grid that is in force, whose fields the collection takes; unset, the last by name.
+
+    Raises:
+        FileNotFoundError: There is no item.
+    """
+    homes = [name for name in storage.names(grids) if not name.endswith(".json")]
+    items = {name: item for name in homes if (item := _read_item(storage.join(grids, name)))}
+    if not items:
+        raise FileNotFoundError(f"there is no {ITEM} under {grids}")
+    collection = make_collection(items, latest if latest in items else max(items))
+    storage.write_json(storage.join(grids, COLLECTION), collection)
+    return collection
+
+
+def _read_item(home: str) -> dict[str, Any] | None:
+    url = storage.join(home, ITEM)
+    return storage.read_json(url) if storage.exists(url) else None
+
+
+def make_collection(items: dict[str, dict[str, Any]], latest: str) -> dict[str, Any]:
+    """The Collection of items by id."""
+    shown = items[latest]
+    properties = shown["properties"]
+    times = [_extent(item["properties"]) for item in items.values()]
+    copernicus = COPERNICUS in properties["description"]
+    models = [
+        {**link, "href": link["href"].removeprefix("../")} for link in shown["links"] if link["rel"].startswith("emb:")
+    ]
+    return {
+        "type": "Collection",
+        "stac_version": "1.0.0",
+        "stac_extensions": EXTENSIONS,
+        "id": "rangegrid",
+        "title": "RANGE geo-embeddings of the land",
+        "description": f"Global grids of RANGE embeddings, one Item per version. {properties['description']}.",
+        "license": "proprietary",
+        "extent": {
+            "spatial": {"bbox": [BBOX]},
+            "temporal": {"interval": [[min(start for start, _ in times), max(end for _, end in times)]]},
+        },
+        "emb:type": "pixel",
+        "emb:dimensions": _dimensions(properties),
+        "data_type": properties["data_type"],
+        "gsd": properties["gsd"],
+        "emb:fit_for_use": ["classification", "regression", "retrieval"],
+        "cube:dimensions": properties["cube:dimensions"],
+        "cube:variables": properties["cube:variables"],
+        "summaries": {
+            "data_type": sorted({item["properties"]["data_type"] for item in items.values()}),
+            "gsd": sorted({item["properties"]["gsd"] for item in items.values()}),
+            "emb:dimensions": sorted({_dimensions(item["properties"]) for item in items.values()}),
+        },
+        "links": [
+            {"rel": "root", "href": f"./{COLLECTION}"},
+            *({"rel": "item", "href": f"./{name}/{ITEM}", "type": "application/geo+json"} for name in items),
+            {"rel": "latest-version", "href": f"./{latest}/{ITEM}", "type": "application/geo+json"},
+            *models,
+            *([{"rel": "license", "href": LEGAL_NOTICE, "title": "Terms of Copernicus Sentinel data"}] * copernicus),
+        ],
+    }
+
+
+def _extent(properties: dict[str, Any]) -> tuple[str, str]:
+    moment = properties["datetime"]
+    return properties.get("start_datetime", moment), properties.get("end_datetime", moment)
+
+
+def _dimensions(properties: dict[str, Any]) -> int:
+    """Length of a vector: of the embedding's dimension, or of those of its blocks."""
+    cube = properties["cube:dimensions"].values()
+    return sum(dim["extent"][1] + 1 for dim in cube if dim["type"] == "embedding")

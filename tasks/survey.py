@@ -1,0 +1,125 @@
+"""What is measured on a field of embeddings before its grid is written: how fine it is, and what fewer bits lose.
+
+Some hundred places on land and their neighbours are embedded exactly, as a cell would be. From them come the
+structure function (`tasks.core.field`), the scales of int8, and the loss of storing fewer bits: cosines, errors, and
+the score of a probe that asks the embeddings for the latitude, with 10-degree blocks held out.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.cards import read_card
+from tasks.core.compact import Projection
+from tasks.core.field import DISTANCES_KM, FINER, Change, kernel_width_km, probe_places
+from tasks.core.probes import blocked_split, score
+from tasks.core.quantize import DType, Scale, half, loss
+from tasks.core.retrieval import embed
+from tasks.database import open_database
+from tasks.grids import BLOCKS
+from tasks.tiles import Job, index_of, load, load_encoder
+from tasks.units import log
+
+KM_PER_DEGREE = 111.195  # of a great circle on the mean sphere
+BLOCK_DEGREES = 10.0
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found."""
+
+    attrs: dict[str, Any]
+    """For the grid's attributes."""
+    dtype: DType = "float32"
+    """How the grid's numbers are to be stored."""
+    scales: dict[str, Scale] = field(default_factory=dict)
+    """Of each block, for int8."""
+
+
+def survey(job: Job, dtype: DType, projection: Projection | None) -> Survey:
+    """Embeds the probes and measures.
+
+    Args:
+        job: The grid.
+        dtype: How its numbers will be stored.
+        projection: What makes its visual part compact.
+    """
+    cell_km = round(job.spec.step * KM_PER_DEGREE, 1)
+    distances = tuple(sorted({cell_km, *DISTANCES_KM}))
+    places = probe_places(distances)
+    flat = places.reshape(-1, 2)
+    visual, location = _embedded(job, flat, projection)
+    blocks = dict(zip(BLOCKS, (visual, location), strict=True))
+    changes = {name: Change.of(part.reshape(*places.shape[:2], -1), distances) for name, part in blocks.items()}
+    attrs: dict[str, Any] = {"rangegrid:field": _field(changes, cell_km)}
+    if dtype == "float32":
+        return Survey(attrs)
+    scales = {name: Scale.fit(part) for name, part in blocks.items()} if dtype == "int8" else {}
+    attrs["rangegrid:loss"] = {"dtype": dtype} | _loss(flat, blocks, scales)
+    return Survey(attrs | _quantization(dtype, scales), dtype, scales)
+
+
+def _embedded(job: Job, places: NDArray[np.float64], projection: Projection | None) -> list[NDArray[np.float32]]:
+    """Visual and location part; projecting the result is the same as projecting the values first."""
+    if projection is None:
+        encoder, index = load(job.checkpoint, job.database)
+    else:  # the tiles will want the projected values: these are not to stay in memory beside them
+        encoder, index = load_encoder(job.checkpoint), index_of(open_database(job.database), None, len(places))
+    vectors = embed(encoder, index, places, job.method)
+    visual, location = np.split(vectors, [index.values.shape[1]], axis=1)
+    return [visual if projection is None else projection.apply(visual), location]
+
+
+def _field(changes: dict[str, Change], cell_km: float) -> dict[str, Any]:
+    distances = next(iter(changes.values())).distances_km
+    found: dict[str, Any] = {"distances_km": list(distances), "cell_km": cell_km}
+    for name, change in changes.items():
+        found[f"{name}_change"] = list(change.shares)
+        found[f"{name}_half_km"] = change.half_km
+    cell = distances.index(cell_km)
+    largest = [max(change.shares[i] for change in changes.values()) for i in range(len(distances))]
+    enough = next((d for d, share in zip(distances, largest, strict=True) if share >= FINER), None)
+    if largest[cell] < FINER:
+        found["warning"] = (
+            f"finer than the field: over one cell ({cell_km:g} km) an embedding changes by {largest[cell]:.2%} of its "
+            f"variance; " + (f"cells of {enough:g} km differ by 1 %" if enough else "no distance changes it by 1 %")
+        )
+        log().warning("the grid is %s", found["warning"])
+    return found
+
+
+def _loss(
+    places: NDArray[np.float64], blocks: dict[str, NDArray[np.float32]], scales: dict[str, Scale]
+) -> dict[str, Any]:
+    stored = {name: _stored(part, scales.get(name)) for name, part in blocks.items()}
+    exact, back = (np.concatenate(list(parts.values()), axis=1) for parts in (blocks, stored))
+    split = blocked_split(places, BLOCK_DEGREES)
+    probes = {
+        name: round(score(vectors, places[:, 1], "regression", split), 4)
+        for name, vectors in (("float32", exact), ("stored", back))
+    }
+    parts = {name: loss(part, stored[name]) for name, part in blocks.items()}
+    return loss(exact, back) | parts | {"latitude_probe_r2": probes}
+
+
+def _stored(part: NDArray[np.float32], scale: Scale | None) -> NDArray[np.float32]:
+    """What a reader gets back."""
+    return scale.decode(scale.encode(part)) if scale else half(part).astype(np.float32)
+
+
+def _quantization(dtype: DType, scales: dict[str, Scale]) -> dict[str, Any]:
+    """As the geoemb: convention tells it; the scales of the two blocks are those of their variables."""
+    about: dict[str, Any] = {"method": "linear per block" if scales else "rounding", "original_dtype": "float32"}
+    return {"geoemb:quantization": about | {"quantized_dtype": dtype}}
+
+
+def kernels(job: Job) -> dict[str, Any]:
+    """The retrieval's kernels, as far as they are known without measuring."""
+    method, architecture = job.method, read_card(job.checkpoint, "checkpoint")["architecture"]
+    found = {"semantic_temperature": method.semantic, "harmonic_degree": architecture["degree"] - 1}
+    if method.has_geodesic:
+        found["geodesic_temperature"] = method.geodesic_temperature
+        found["geodesic_width_km"] = kernel_width_km(method.geodesic_temperature)
+    return {"rangegrid:kernels": found}

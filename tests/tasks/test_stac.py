@@ -1,0 +1,143 @@
+"""What lies beside a grid: the STAC item and collection against their schemas, previews that open."""
+
+import json
+import posixpath
+import re
+import xml.etree.ElementTree as ET
+from io import BytesIO
+from urllib.parse import urljoin
+
+import numpy as np
+import pystac
+import pytest
+import rasterio
+import torch
+from PIL import Image
+from pystac.validation import JsonSchemaSTACValidator, validate_dict
+
+from infra import clusters, storage
+from tasks.cards import write_card
+from tasks.checkpoint import save_checkpoint
+from tasks.core.location import LocationEncoder
+from tasks.grids import open_vectors
+from tasks.params import PublishParams
+from tasks.publish import publish_grid
+from tasks.stac import write_collection, write_item
+from tests.tasks.test_publish import DIM, STEP, VALUES, images, store
+from tests.test_architecture import ROOT
+
+SCHEMAS = ROOT / "tests/schemas/stac"
+CORE = "https://schemas.stacspec.org/v1.0.0"
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory):
+    """The directories of two grids of one database, in float32 and in int8 with evidence."""
+    folder = tmp_path_factory.mktemp("stac")
+    torch.manual_seed(0)
+    checkpoint = f"{folder.as_uri()}/checkpoints/one"
+    save_checkpoint(checkpoint, LocationEncoder(6, hidden=16, dim=DIM))
+    database = store(folder, "databases/one", images(np.arange(200)), checkpoint=read_space(checkpoint))
+    with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
+        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
+        params = PublishParams(**STEP), PublishParams(**STEP, dtype="int8", evidence=True)
+        grids = [publish_grid(client, checkpoint, database, each) for each in params]
+        yield [posixpath.dirname(grid) for grid in grids]
+
+
+def read_space(checkpoint):
+    return storage.read_json(f"{checkpoint}/card.json")["fingerprint"]
+
+
+@pytest.fixture(scope="module")
+def validator():
+    """pystac's, which finds every schema in the repository."""
+    found = JsonSchemaSTACValidator()
+    projjson = {"$schema": "http://json-schema.org/draft-07/schema#", "type": "object"}  # in no item: all say EPSG
+    found.schema_cache["https://proj.org/schemas/v0.4/projjson.schema.json"] = projjson
+    extensions = {"datacube": "v2.1.0", "embeddings": "v0.0.1"}
+    for path in SCHEMAS.glob("*.json"):
+        name, schema = path.stem, json.loads(path.read_text())
+        url = f"{CORE}/{'collection' if name == 'collection' else 'item'}-spec/json-schema/{name}.json"
+        if name in extensions:
+            url = f"https://stac-extensions.github.io/{name}/{extensions[name]}/schema.json"
+        found.schema_cache[url] = schema
+    return found
+
+
+def read(home, name):
+    return storage.read_json(f"{home}/{name}")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_item_is_valid(homes, validator, which):
+    item = read(homes[which], "item.json")
+    assert len(validate_dict(item, validator=validator)) == 3
+    del item["assets"]["embeddings"]
+    with pytest.raises(pystac.STACValidationError):
+        validate_dict(item, validator=validator)
+
+
+def test_the_collection_is_valid_and_leads_to_every_item(homes, validator):
+    grids = posixpath.dirname(homes[0])
+    ids = [posixpath.basename(home) for home in homes]
+    written = write_collection(grids, ids[0])
+    collection = read(grids, "collection.json")
+    assert written == collection
+    assert len(validate_dict(collection, validator=validator)) == 3
+    assert collection["data_type"] == "float32"
+    assert collection["summaries"]["data_type"] == ["float32", "int8"]
+    assert collection["emb:dimensions"] == VALUES + DIM
+    links = {link["href"] for link in collection["links"] if link["rel"] == "item"}
+    assert {storage.read_json(urljoin(f"{grids}/", link))["id"] for link in links} == set(ids)
+    (model,) = [link["href"] for link in collection["links"] if link["rel"] == "emb:model"]
+    assert storage.exists(urljoin(f"{grids}/", model) + "/card.json")
+
+
+def test_the_item_tells_the_scales_and_the_layers(homes):
+    properties = read(homes[1], "item.json")["properties"]
+    variables = read(homes[1], "grid.zarr/zarr.json")["consolidated_metadata"]["metadata"]
+    expected = [variables[name]["attributes"]["scale_factor"] for name in ("visual", "location")]
+    assert properties["emb:quantization"]["scale"] == expected
+    assert properties["cube:dimensions"]["visual_dim"]["extent"] == [0, VALUES - 1]
+    assert properties["cube:variables"]["distance_km"] == {
+        "dimensions": ["lat", "lon"],
+        "unit": "km",
+        "variable_type": "data",
+    }
+
+
+def test_every_asset_is_there(homes):
+    for home in homes:
+        for asset in read(home, "item.json")["assets"].values():
+            url = urljoin(f"{home}/", asset["href"])
+            assert storage.exists(url) or storage.names(url), url
+
+
+def test_a_report_becomes_the_score_card(homes):
+    home = homes[0]
+    database = read(home, "grid.zarr/zarr.json")["attributes"]["rangegrid:database"]
+    reports = urljoin(f"{home}/", "../../reports/some")
+    write_card(reports, "report", made_of={"database": database})
+    assert urljoin(f"{home}/", write_item(home)["assets"]["score-card"]["href"]) == f"{reports}/scores.json"
+    storage.delete(reports)
+
+
+def test_the_map_lies_where_the_grid_does(homes):
+    home = homes[0]
+    land = np.isfinite(open_vectors(f"{home}/grid.zarr")[0])
+    with rasterio.open(BytesIO(storage.read(f"{home}/world.tif"))) as picture:
+        assert picture.crs == "EPSG:4326"
+        assert picture.bounds == (-180, -90, 180, 90)
+        np.testing.assert_array_equal(picture.read(4) > 0, land)
+
+
+def test_the_page_shows_what_is_there(homes):
+    page = storage.read(f"{homes[1]}/index.html").decode()
+    for name in set(re.findall(r'(?:src|href)="([^"]+)"', page)):
+        assert storage.exists(f"{homes[1]}/{name}"), name
+    assert f"xr.open_zarr('{homes[1]}/grid.zarr')" in page
+    assert "cosine with float32" in page
+    assert Image.open(BytesIO(storage.read(f"{homes[1]}/evidence.png"))).width > 1000
+    body = re.sub(r"<(meta|img)([^>]*)>", r"<\1\2/>", page.split("<h1>")[1].split("<table>")[0])
+    ET.fromstring(f"<page><h1>{body}</page>")

@@ -13,7 +13,9 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
+from urllib.request import urlopen
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
@@ -25,6 +27,7 @@ from infra.settings import settings
 
 T = TypeVar("T")
 
+PATIENCE = 60.0  # seconds for an answer from the web
 ATTEMPTS = 5  # beyond obstore's own retries of 5xx: a server that restarts needs some seconds
 FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
 EMPTY = ("416 Range Not Satisfiable", "Requested range was invalid")  # what asking for byte 0 of nothing comes to
@@ -130,8 +133,23 @@ def read(url: str) -> bytes:
         FileNotFoundError: There is none.
         UserError: The store is unreachable or forbids it.
     """
+    if urlsplit(url).scheme in ("http", "https"):
+        return patiently(lambda: _download(url), url)
     store, name = _locate(url)
     return _get(store, name, url)
+
+
+def _download(url: str) -> bytes:
+    """A file of the web; one that is gone, or that may not be had, is not asked for again."""
+    try:
+        with urlopen(url, timeout=PATIENCE) as answer:
+            return answer.read()
+    except HTTPError as error:
+        if error.code in (404, 410):
+            raise FileNotFoundError(url) from None
+        if error.code in (401, 403):
+            raise UserError(f"access to {urlsplit(url)._replace(query='').geturl()} is refused: download it") from None
+        raise
 
 
 def _get(store: ObjectStore, name: str, url: str) -> bytes:

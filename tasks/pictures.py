@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -36,11 +36,11 @@ def world_map(vectors: Sliced, lat: NDArray, lon: NDArray, title: str, caption: 
         title: Above the map.
         caption: Below it.
     """
-    figure, axes = _canvas(12, 6.6, title, caption)
+    figure, axes = canvas(12, 6.6, title, caption)
     x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
     axes.pcolormesh(x, y, principal_colours(vectors), rasterized=True)
-    _outline(axes)
-    return _png(figure)
+    outline(axes)
+    return png(figure)
 
 
 def principal_colours(vectors: Sliced) -> NDArray[np.float32]:
@@ -80,15 +80,15 @@ def _strips(vectors: Sliced) -> Iterator[tuple[slice, NDArray[np.bool_], NDArray
 
 def sample_map(lonlat: NDArray[np.float64], title: str, caption: str) -> bytes:
     """Where patches were taken."""
-    figure, axes = _canvas(12, 6.6, title, caption)
-    _outline(axes)
+    figure, axes = canvas(12, 6.6, title, caption)
+    outline(axes)
     axes.scatter(*equal_earth(*lonlat.T), s=2.2, c=ACCENT, alpha=0.55, linewidths=0)
-    return _png(figure)
+    return png(figure)
 
 
 def loss_curve(history: list[dict[str, Any]], title: str, caption: str) -> bytes:
     """Loss and held-out accuracy by step."""
-    figure, axes = _canvas(9, 4.8, title, caption)
+    figure, axes = canvas(9, 4.8, title, caption)
     axes.set_axis_on()
     axes.set_aspect("auto")
     steps = [entry["step"] for entry in history]
@@ -99,43 +99,56 @@ def loss_curve(history: list[dict[str, Any]], title: str, caption: str) -> bytes
         for side in ("top", "left", "right"):
             axis.spines[side].set_visible(False)
     axes.set_xlabel("step", color=INK)
-    return _png(figure)
+    return png(figure)
 
 
 LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out retrieval accuracy"}
 
 
 def score_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:
-    """Bars by task and embedder: random split pale, blocked split full.
+    """Bars by task and embedder: random split pale, blocked split full, with its deviation where there is one.
 
     Args:
-        table: Columns task, metric, embedder, random, blocked.
+        table: Columns task, metric, embedder, random, blocked, and perhaps blocked_std; NaN: not scored.
         title: Above the chart.
         caption: Below it.
     """
     tasks, embedders = list(table["task"].unique()), list(table["embedder"].unique())
-    figure = Figure(figsize=(12, 4.6), facecolor="white")
+    height = 1.8 + 0.28 * max(10, len(embedders))
+    figure = Figure(figsize=(12, height), facecolor="white")
     figure.suptitle(title, x=0.02, ha="left", color=INK, fontsize=15, fontweight="bold")
     figure.text(0.02, 0.02, caption, color=FAINT, fontsize=8.5)
-    panels = figure.subplots(1, len(tasks), sharey=True)
-    for axes, task in zip(np.atleast_1d(panels), tasks, strict=True):
-        rows = table[table["task"] == task].set_index("embedder").loc[embedders]
-        place = np.arange(len(rows))[::-1]
-        axes.barh(place, rows["random"].clip(lower=0), color="#cfe0e8", height=0.74)
-        colours = [SECOND if name.startswith("RANGE+") else ACCENT for name in rows.index]
-        axes.barh(place, rows["blocked"].clip(lower=0), color=colours, height=0.44)
-        axes.set_title(f"{task}\n({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")
-        axes.set_yticks(place, rows.index, fontsize=9.5, color=INK)
-        axes.set_xlim(0, 1)
-        axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
-        axes.tick_params(axis="x", colors=FAINT, length=0, labelsize=8)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", color="#e3e8ec", lw=0.8)
-        axes.set_axisbelow(True)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-    figure.subplots_adjust(left=0.13, right=0.985, top=0.8, bottom=0.15, wspace=0.14)
-    return _png(figure)
+    panels = np.atleast_1d(figure.subplots(1, len(tasks), sharey=True))
+    for axes, task in zip(panels, tasks, strict=True):
+        _score_bars(axes, table[table["task"] == task].set_index("embedder").loc[embedders], task)
+    figure.subplots_adjust(left=0.13, right=0.985, top=1 - 0.92 / height, bottom=0.69 / height, wspace=0.14)
+    return png(figure)
+
+
+def _score_bars(axes: Axes, rows: pd.DataFrame, task: str) -> None:
+    place = np.arange(len(rows))[::-1]
+    axes.barh(place, rows["random"].clip(lower=0), color="#cfe0e8", height=0.74)
+    colours = [SECOND if name.startswith("RANGE+") else ACCENT for name in rows.index]
+    spread = rows.get("blocked_std")
+    style = {"ecolor": INK, "elinewidth": 0.8}
+    axes.barh(place, rows["blocked"].clip(lower=0), xerr=spread, color=colours, height=0.44, error_kw=style)
+    for y in place[rows["blocked"].isna()]:
+        axes.text(0.02, y, "weights not given", fontsize=7, color=FAINT, va="center")
+    axes.set_title(f"{task}\n({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")
+    axes.set_yticks(place, rows.index, fontsize=9.5, color=INK)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+    axes.tick_params(axis="x", colors=FAINT, length=0, labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    plain(axes, "x")
+
+
+def plain(axes: Axes, grid: Literal["x", "y"]) -> None:
+    """No frame, and faint lines to read values from one axis."""
+    axes.grid(axis=grid, color="#e3e8ec", lw=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def equal_earth(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
@@ -153,14 +166,16 @@ def _edges(centres: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.append(centres - half, centres[-1] + half)
 
 
-def _outline(axes: Axes) -> None:
+def outline(axes: Axes) -> None:
+    """Draws the Earth's outline in the Equal Earth projection."""
     side = np.linspace(-90, 90, 181)
     lon = np.concatenate([np.full(181, -180.0), np.full(181, 180.0)])
     x, y = equal_earth(lon, np.concatenate([side, side[::-1]]))
     axes.fill(x, y, facecolor=OCEAN, edgecolor="none", zorder=-1)
 
 
-def _canvas(width: float, height: float, title: str, caption: str) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float, title: str, caption: str) -> tuple[Figure, Axes]:
+    """A figure with a title and a caption, and its axes."""
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(0.02, 0.945, title, color=INK, fontsize=16, fontweight="bold")
     figure.text(0.02, 0.025, caption, color=FAINT, fontsize=9)
@@ -170,7 +185,8 @@ def _canvas(width: float, height: float, title: str, caption: str) -> tuple[Figu
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

@@ -1,4 +1,4 @@
-"""The benchmarks' GeoCLIP beside the package's own class."""
+"""GeoCLIP beside the package's own class."""
 
 import sys
 from importlib import import_module
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.geoclip import embed_geoclip, folder
+from tasks.geoclip import embed_geoclip, folder
 
 
 @pytest.fixture

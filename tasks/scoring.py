@@ -13,7 +13,17 @@ from threadpoolctl import threadpool_limits
 
 from infra.errors import UserError
 from tasks.cards import fingerprint
-from tasks.core.probes import METRICS, SEED, Split, blocked_folds, judge, near_duplicates, predict, random_split
+from tasks.core.probes import (
+    CLASS_FOLDS,
+    METRICS,
+    SEED,
+    Split,
+    blocked_folds,
+    judge,
+    near_duplicates,
+    predict,
+    random_split,
+)
 from tasks.embedders import NOT_GIVEN, Lonlat, Named, Vectors
 from tasks.labels import LabelSet
 from tasks.params import EvaluateParams
@@ -100,6 +110,8 @@ def trial(labels: LabelSet, rows: NDArray[np.int64], known: NDArray[np.bool_], p
     except ValueError as error:
         raise UserError(f"{labels.name}: {error}, by --block-degrees") from None
     random = [random_split(len(kept.labels), SEED + i) for i in range(params.repeats)]
+    if kept.kind == "classification":
+        _check_classes(kept, [*random, *blocked])
     facts = {
         "n": len(kept.labels),
         "left_out": int((~known).sum()),
@@ -110,6 +122,16 @@ def trial(labels: LabelSet, rows: NDArray[np.int64], known: NDArray[np.bool_], p
         "near_blocked": sum(near_duplicates(kept.lonlat, split, params.near_km) for split in blocked),
     }
     return Trial(kept, rows[known], random, blocked, facts)
+
+
+def _check_classes(labels: LabelSet, splits: list[Split]) -> None:
+    """Refuses classes that are all too rare for the folds in which the probe chooses its penalty."""
+    fewest = min(np.unique(labels.labels[split.train], return_counts=True)[1].max() for split in splits)
+    if fewest < CLASS_FOLDS:
+        raise UserError(
+            f"{labels.name}: the commonest class has {fewest} places to train on, and the protocol's folds need "
+            f"{CLASS_FOLDS}: give more places"
+        )
 
 
 def digest(labels: LabelSet) -> str:

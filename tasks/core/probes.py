@@ -36,6 +36,7 @@ from tasks.core.retrieval import unit_vectors
 Kind = Literal["classification", "regression"]
 METRICS: dict[Kind, str] = {"classification": "accuracy", "regression": "R²"}
 ALPHAS = (0.1, 1.0, 10.0)
+NUMBER_FOLDS, CLASS_FOLDS = 3, 10
 SHARES, SEED = (0.8, 0.2), 42
 
 
@@ -122,7 +123,7 @@ def probe(kind: Kind) -> Pipeline:
 class GramRidgeCV(RegressorMixin, BaseEstimator):
     """scikit-learn's `RidgeCV(alphas, cv=cv)` for one target."""
 
-    def __init__(self, alphas: tuple[float, ...] = ALPHAS, cv: int = 3) -> None:
+    def __init__(self, alphas: tuple[float, ...] = ALPHAS, cv: int = NUMBER_FOLDS) -> None:
         """Takes the penalties to choose from and the number of folds."""
         self.alphas, self.cv = alphas, cv
 
@@ -143,7 +144,7 @@ class GramRidgeCV(RegressorMixin, BaseEstimator):
 class GramRidgeClassifierCV(ClassifierMixin, BaseEstimator):
     """scikit-learn's `RidgeClassifierCV(alphas, cv=cv)`: the largest of one regression on ±1 per class."""
 
-    def __init__(self, alphas: tuple[float, ...] = ALPHAS, cv: int = 10) -> None:
+    def __init__(self, alphas: tuple[float, ...] = ALPHAS, cv: int = CLASS_FOLDS) -> None:
         """Takes the penalties to choose from and the number of folds."""
         self.alphas, self.cv = alphas, cv
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
-from tasks.artifacts import keep_picture, keep_table
+from tasks.artifacts import keep_picture, keep_table, show_table
 from tasks.cards import fingerprint, is_finished, product_url, write_card
 from tasks.core.evidence import distance_km
 from tasks.embedders import Lonlat, Named, embedders
@@ -109,6 +109,7 @@ def report(url: str, scored: Scored, caption: str) -> None:
     storage.write_json(storage.join(url, "scores.json"), records(table))
     storage.write(storage.join(url, "scores.csv"), table.to_csv(index=False).encode())
     keep_table(storage.join(url, "scores.md"), markdown(table), "scores", "Scores of linear probes")
+    show_table(records(table), "scores-table", "Scores of linear probes")
     picture = score_chart(table, "What the embeddings know", caption)
     keep_picture(storage.join(url, "scores.png"), picture, "score-chart", "Scores of linear probes")
     for made in scored.trials:

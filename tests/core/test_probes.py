@@ -5,12 +5,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.linear_model import RidgeClassifierCV, RidgeCV
-from sklearn.model_selection import cross_val_predict
+from sklearn.linear_model import Ridge, RidgeClassifierCV, RidgeCV
+from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 
-from tasks.core.probes import block_of, blocked_folds, near_duplicates, predict, probe, random_split, score
+from tasks.core.probes import (
+    ALPHAS,
+    Moments,
+    block_of,
+    blocked_folds,
+    by_factors,
+    by_spectrum,
+    near_duplicates,
+    predict,
+    probe,
+    random_split,
+    score,
+    spectrum_pays,
+)
 
 
 @given(st.integers(0, 1000), st.sampled_from([5.0, 10.0, 30.0]))
@@ -66,6 +79,32 @@ def test_the_probe_is_scikit_learns(kind, n, d, seed):
         np.testing.assert_allclose(ours.decision_function(test), theirs.decision_function(test), atol=1e-7)
     assert (predict(x, labels, kind, split) == ours.predict(test)).all()
     assert score(x, labels, kind, split) == pytest.approx(theirs.score(test, labels[split.test]), abs=1e-9)
+
+
+@pytest.mark.parametrize("way", [by_spectrum, by_factors])
+@pytest.mark.parametrize(("n", "d"), [(120, 8), (90, 150)])
+def test_both_ways_to_held_out_outputs_are_scikit_learns(way, n, d):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(2, 1, size=(n, d)), rng.normal(3, 1, size=(n, 4))
+    parts = [held for _, held in KFold(10).split(x)]
+    found = way(x, y, Moments.of(x, y), parts, ALPHAS)
+    expected = [cross_val_predict(Ridge(alpha), x, y, cv=KFold(10)) for alpha in ALPHAS]
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_few_rows_of_many_features_go_by_the_spectrum():
+    assert spectrum_pays(2000, 1280, 10, 3)
+    assert not spectrum_pays(8000, 1280, 10, 3)
+    assert not spectrum_pays(2000, 1280, 3, 3)
+
+
+@pytest.mark.filterwarnings("ignore:The least populated class")
+def test_the_spectrum_tells_classes_as_scikit_learn_does(monkeypatch):
+    monkeypatch.setattr("tasks.core.probes.spectrum_pays", lambda *_: True)
+    x, labels = data("classification", 300, 120, 4)
+    ours, theirs = (make("classification").fit(x.astype(float), labels) for make in (probe, sklearn_probe))
+    assert ours[1].alpha_ == theirs[1].alpha_
+    assert (ours.predict(x.astype(float)) == theirs.predict(x.astype(float))).all()
 
 
 def test_two_classes_are_told_as_scikit_learn_tells_them():

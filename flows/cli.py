@@ -20,6 +20,7 @@ from infra.errors import UserError
 from tasks.params import (
     AblateParams,
     Choice,
+    EmbedderParams,
     EmbedParams,
     EncodeParams,
     EvaluateParams,
@@ -192,10 +193,10 @@ def ablate(
     print(url)
 
 
-@command(EvaluateParams)
+@command(EmbedderParams)
 def geoprior(
     photographs: Annotated[str, typer.Argument(help="Path or URL of an .npz: lonlat, labels, train, log_probs.")],
-    params: EvaluateParams,
+    params: EmbedderParams,
     checkpoint: Annotated[
         str | None, typer.Option(help="Directory or URL of the checkpoint; none, for other encoders.", callback=_url)
     ] = None,
@@ -203,7 +204,7 @@ def geoprior(
         str | None, typer.Option(help="Directory or URL of the database encoded with it.", callback=_url)
     ] = None,
 ) -> None:
-    """Tell what places add to an image classifier, by the same probes; the embedders' options count."""
+    """Tell what places add to an image classifier, by the same probes."""
     from tasks.embedders import embedders
     from tasks.geoprior import geo_prior, read_photographs
 

@@ -87,7 +87,8 @@ def _parse(value: str | list[str]) -> Any:
 def _option(name: str, field: FieldInfo) -> Any:
     flag = "--" + name.replace("_", "-")
     bounds = [str(b) for b in field.metadata if type(b).__name__ in ("Gt", "Ge", "Lt", "Le")]
-    parts = [part for part in get_args(field.annotation) if part not in (type(None), Ellipsis)]
+    leaves = [leaf for part in get_args(field.annotation) for leaf in get_args(part) or [part]]
+    parts = [leaf for leaf in leaves if leaf not in (type(None), Ellipsis)]
     kind = "|".join(getattr(part, "__name__", str(part)) for part in parts or [field.annotation])
     text = f"{field.description or ''} {' '.join(bounds)}".strip()
     default = json.dumps(field.get_default(call_default_factory=True), default=str)

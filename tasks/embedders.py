@@ -37,7 +37,7 @@ from tasks.core.peers import embed_csp, embed_sinr
 from tasks.core.retrieval import Method, unit_vectors
 from tasks.core.retrieval import embed as embed_ours
 from tasks.geoclip import embed_geoclip
-from tasks.params import EvaluateParams
+from tasks.params import EmbedderParams
 from tasks.tiles import load
 
 Lonlat = NDArray[np.float64]
@@ -78,7 +78,7 @@ class Named:
     """Whether it has no vector for some places."""
 
 
-def embedders(checkpoint: str | None, database: str | None, grid: str | None, params: EvaluateParams) -> list[Named]:
+def embedders(checkpoint: str | None, database: str | None, grid: str | None, params: EmbedderParams) -> list[Named]:
     """The embedders that were asked for, or all, in the order of the table.
 
     Args:
@@ -95,7 +95,7 @@ def embedders(checkpoint: str | None, database: str | None, grid: str | None, pa
     return found + ([_grid("grid", grid, params)] if grid else [])
 
 
-def _named(spec: str, checkpoint: str | None, database: str | None, params: EvaluateParams) -> Named:
+def _named(spec: str, checkpoint: str | None, database: str | None, params: EmbedderParams) -> Named:
     name, _, path = spec.partition("=")
     name = name.strip().lower()
     if "://" in spec or spec.rstrip("/").endswith(".zarr"):
@@ -128,7 +128,7 @@ def _harmonics(degree: int, lonlat: Lonlat) -> Vectors:
     return spherical_harmonics(lonlat, degree).astype(np.float32)
 
 
-def _grid(name: str, url: str, params: EvaluateParams) -> Named:
+def _grid(name: str, url: str, params: EmbedderParams) -> Named:
     embed = partial(sample_grid, url, method=params.interpolation)
     return Named(name, embed, _version(storage.join(url, "zarr.json")), partial=True)
 

@@ -244,7 +244,16 @@ class EmbedParams(Params):
         return self
 
 
-class EvaluateParams(Params):
+class EmbedderParams(Params):
+    """Which embedders are compared."""
+
+    embedder: tuple[str, ...] = ()
+    """Names, NAME=WEIGHTS for those with weights of their own, or URLs of grids; unset, all."""
+    interpolation: Literal["nearest", "bilinear"] = "nearest"
+    """How a grid is read between its cells."""
+
+
+class EvaluateParams(EmbedderParams):
     """Which labels, embedders and splits."""
 
     labels: tuple[str, ...] = ()
@@ -261,10 +270,6 @@ class EvaluateParams(Params):
     """Takes log(1 + label), as the paper does for population."""
     points: int | None = Field(None, ge=200, le=1_000_000)
     """Most labelled places per task; unset, 2,500 of the demo's, 10,000 in polygons, and every row of a table."""
-    embedder: tuple[str, ...] = ()
-    """Names, NAME=WEIGHTS for those with weights of their own, or URLs of grids; unset, all."""
-    interpolation: Literal["nearest", "bilinear"] = "nearest"
-    """How a grid is read between its cells."""
     repeats: int = Field(1, ge=1, le=100)
     """Random splits; the first is the paper's."""
     folds: int = Field(5, ge=2, le=100)

@@ -19,6 +19,9 @@ from flows import grids
 from flows.options import with_options
 from infra.errors import UserError
 from tasks.params import (
+    AblateParams,
+    Choice,
+    EmbedderParams,
     EmbedParams,
     EncodeParams,
     EvaluateParams,
@@ -149,11 +152,66 @@ def publish(checkpoint: Checkpoint, database: Database, params: PublishParams) -
 
 
 @command(EvaluateParams)
-def evaluate(checkpoint: Checkpoint, database: Database, params: EvaluateParams) -> None:
-    """Score the embeddings by probes, on random and on blocked splits."""
+def evaluate(
+    params: EvaluateParams,
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Directory or URL of the checkpoint; none, for other encoders.", callback=_url)
+    ] = None,
+    database: Annotated[
+        str | None, typer.Argument(help="Directory or URL of the database encoded with it.", callback=_url)
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Path or URL of its published grid, which gets a score card.", callback=_url)
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--json", help="Path or URL where the score card is written too.")
+    ] = None,
+) -> None:
+    """Score embeddings by probes, on random and on blocked splits: ours, others' and any grid."""
     from flows.evaluate import evaluate as flow
+    from infra import storage
+    from tasks.gate import CARD
 
-    print(flow(checkpoint, database, params))
+    url = flow(checkpoint, database, params, grid)
+    print(storage.read(storage.join(url, "scores.md")).decode() + "\n")
+    if output:
+        storage.copy(storage.join(url, CARD), storage.as_url(output))
+    print(url)
+
+
+@command(AblateParams)
+def ablate(
+    choice: Annotated[Choice, typer.Argument(help="What is varied.")],
+    checkpoint: Checkpoint,
+    database: Database,
+    params: AblateParams,
+) -> None:
+    """Tell what one choice in retrieval is worth, by the same probes."""
+    from flows.ablate import ablate as flow
+    from infra import storage
+
+    url = flow(choice, checkpoint, database, params)
+    print(storage.read(storage.join(url, "ablation.md")).decode() + "\n")
+    print(url)
+
+
+@command(EmbedderParams)
+def geoprior(
+    photographs: Annotated[str, typer.Argument(help="Path or URL of an .npz: lonlat, labels, train, log_probs.")],
+    params: EmbedderParams,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Directory or URL of the checkpoint; none, for other encoders.", callback=_url)
+    ] = None,
+    database: Annotated[
+        str | None, typer.Option(help="Directory or URL of the database encoded with it.", callback=_url)
+    ] = None,
+) -> None:
+    """Tell what places add to an image classifier, by the same probes."""
+    from tasks.embedders import embedders
+    from tasks.geoprior import geo_prior, read_photographs
+
+    table = geo_prior(read_photographs(photographs), embedders(checkpoint, database, None, params))
+    print(table.to_string(index=False, na_rep="-"))
 
 
 @command(EmbedParams)

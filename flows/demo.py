@@ -18,7 +18,7 @@ PICTURES = {
     "patches": ["samples.png"],
     "checkpoint": ["loss.png"],
     "grid": ["world.png", "evidence.png"],
-    "report": ["scores.png", "scores.md", "scores.json"],
+    "report": ["scores.png", "scores.md", "scores.json", "scorecard.json", "failures.md", "bias.png"],
 }
 OPTIONS = {
     "--sample-patches": "10000",
@@ -27,6 +27,7 @@ OPTIONS = {
     "--sample-bands": '["B02","B03","B04","B08"]',
     "--publish-step-degrees": "0.5",
     "--publish-evidence": "true",
+    "--evaluate-folds": "3",
 }
 FAREWELL = 20.0  # seconds in which an interrupted pipeline ends by itself
 

@@ -1,4 +1,4 @@
-"""Deployment `evaluate`: the paper's comparison for one database."""
+"""Deployment `evaluate`: the paper's comparison for a database, for a grid, or for any encoder."""
 
 from prefect import flow
 
@@ -7,15 +7,21 @@ from tasks.steps import evaluate_database
 
 
 @flow(name="evaluate", flow_run_name="evaluate {database}")
-def evaluate(checkpoint: str, database: str, params: EvaluateParams = EvaluateParams()) -> str:
-    """Scores the embeddings by probes on labels, on random and on spatially blocked splits.
+def evaluate(
+    checkpoint: str | None = None,
+    database: str | None = None,
+    params: EvaluateParams = EvaluateParams(),
+    grid: str | None = None,
+) -> str:
+    """Scores embeddings by probes on labels, on random and on spatially blocked splits.
 
     Args:
-        checkpoint: URL of the checkpoint.
+        checkpoint: URL of the checkpoint; none, to evaluate other encoders or grids alone.
         database: URL of the database encoded with it.
-        params: Which labels and splits.
+        params: Which labels, embedders and splits.
+        grid: URL of the grid published from them: it is scored too, and gets its score card.
 
     Returns:
         The URL of the report.
     """
-    return evaluate_database(checkpoint, database, params)
+    return evaluate_database(checkpoint, database, params, grid)

@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from pydantic import ValidationError
@@ -38,7 +38,7 @@ def with_options(model: type[Params], command: Callable[..., Any]) -> Callable[.
     return run
 
 
-def build(model: type[Params], values: dict[str, str]) -> Params:
+def build(model: type[Params], values: dict[str, Any]) -> Params:
     """The model from option values.
 
     Raises:
@@ -65,7 +65,7 @@ def _is_model(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, Params)
 
 
-def _nest(model: type[Params], values: dict[str, str]) -> dict[str, Any]:
+def _nest(model: type[Params], values: dict[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if _is_model(field):
@@ -76,16 +76,21 @@ def _nest(model: type[Params], values: dict[str, str]) -> dict[str, Any]:
     return nested
 
 
-def _parse(text: str) -> Any:
-    """Lists come as JSON, `null` is none, and all else stays text for pydantic to read."""
+def _parse(value: str | list[str]) -> Any:
+    """Lists come as JSON or as an option given again, `null` is none, and all else stays text for pydantic to read."""
+    if isinstance(value, list):
+        return _parse(value[0]) if len(value) == 1 and value[0].startswith("[") else value
+    text = value
     return json.loads(text) if text.startswith(("[", "{")) or text == "null" else text
 
 
 def _option(name: str, field: FieldInfo) -> Any:
     flag = "--" + name.replace("_", "-")
     bounds = [str(b) for b in field.metadata if type(b).__name__ in ("Gt", "Ge", "Lt", "Le")]
-    parts = [part for part in get_args(field.annotation) if part not in (type(None), Ellipsis)]
+    leaves = [leaf for part in get_args(field.annotation) for leaf in get_args(part) or [part]]
+    parts = [leaf for leaf in leaves if leaf not in (type(None), Ellipsis)]
     kind = "|".join(getattr(part, "__name__", str(part)) for part in parts or [field.annotation])
     text = f"{field.description or ''} {' '.join(bounds)}".strip()
     default = json.dumps(field.get_default(call_default_factory=True), default=str)
-    return Annotated[str | None, typer.Option(flag, help=text, metavar=kind.upper(), show_default=default)]
+    given = list[str] | None if get_origin(field.annotation) is tuple else str | None  # a list's option may come again
+    return Annotated[given, typer.Option(flag, help=text, metavar=kind.upper(), show_default=default)]

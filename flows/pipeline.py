@@ -28,7 +28,7 @@ def pipeline(params: PipelineParams = PipelineParams()) -> dict[str, str]:
         checkpoint = train(patches, params.train)
         database = encode(patches, checkpoint, params.encode)
         grid = publish(checkpoint, database, params.publish)
-        report = evaluate(checkpoint, database, params.evaluate)
+        report = evaluate(checkpoint, database, params.evaluate, grid)
         write_item(home_of(grid))  # again: its score card is there now
     return {
         "patches": patches,

@@ -15,7 +15,9 @@ from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
+from urllib.request import urlopen
 
 import obstore
 from obstore.exceptions import (
@@ -33,6 +35,7 @@ from infra.settings import settings
 
 T = TypeVar("T")
 
+PATIENCE = 60.0  # seconds for an answer from the web
 ATTEMPTS = 3  # beyond obstore's own, for what it takes for an answer: a body that is not whole, a lost connection
 RETRIES: Any = {  # obstore's, which are all that Zarr has: some 4 s, as long as a server that restarts needs
     "max_retries": 6,
@@ -143,6 +146,8 @@ def read(url: str) -> bytes:
         FileNotFoundError: There is none.
         UserError: The store is unreachable or forbids it.
     """
+    if urlsplit(url).scheme in ("http", "https"):
+        return patiently(lambda: _download(url), url)
     store, name = _locate(url)
     return _get(store, name, url)[0]
 
@@ -156,6 +161,19 @@ def read_tagged(url: str) -> tuple[bytes, str]:
     """
     store, name = _locate(url)
     return _get(store, name, url)
+
+
+def _download(url: str) -> bytes:
+    """A file of the web; one that is gone, or that may not be had, is not asked for again."""
+    try:
+        with urlopen(url, timeout=PATIENCE) as answer:
+            return answer.read()
+    except HTTPError as error:
+        if error.code in (404, 410):
+            raise FileNotFoundError(url) from None
+        if error.code in (401, 403):
+            raise UserError(f"access to {urlsplit(url)._replace(query='').geturl()} is refused: download it") from None
+        raise
 
 
 def _get(store: ObjectStore, name: str, url: str) -> tuple[bytes, str]:

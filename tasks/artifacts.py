@@ -2,9 +2,10 @@
 
 import base64
 import io
+from typing import Any
 
 from PIL import Image
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
 from infra import storage
 from tasks.units import in_run
@@ -36,6 +37,12 @@ def _data_url(png: bytes) -> str:
     preview = io.BytesIO()
     picture.save(preview, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(preview.getvalue()).decode()
+
+
+def show_table(rows: list[dict[str, Any]], key: str, description: str) -> None:
+    """Shows rows as the run's table artifact."""
+    if in_run():
+        create_table_artifact(rows, key=key, description=description)
 
 
 def keep_table(url: str, markdown: str, key: str, description: str) -> str:

@@ -176,14 +176,33 @@ def import_satclip(source: str | Path, url: str) -> dict[str, Any]:
     return save_checkpoint(url, location, projection, encoder, source="SatCLIP", made_of=made_of, **note)
 
 
-def _unpickle(data: bytes, source: str | Path) -> dict[str, Any]:
+def load_foreign(source: str | Path, kind: str) -> dict[str, Any]:
+    """Weights of another project, a `.safetensors` or what `torch.save` wrote; nothing in the file is executed.
+
+    Args:
+        source: Path or URL.
+        kind: What is wanted, for the message.
+
+    Raises:
+        UserError: The file is not there, or cannot be read without running code from it.
+    """
+    data = read_file(source, kind)
+    if str(source).endswith(".safetensors"):
+        try:
+            return parse(data)
+        except Exception as error:  # a hostile file may fail in any way
+            raise UserError(f"{source} is no .safetensors ({_first_line(error)}): give {kind}") from error
+    return _unpickle(data, source, kind)
+
+
+def _unpickle(data: bytes, source: str | Path, kind: str = "a satclip-*.ckpt") -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file may fail in any way
         raise UserError(
             f"{source} is no checkpoint that can be read without running code from it ({_first_line(error)}): "
-            "give a satclip-*.ckpt as published"
+            f"give {kind} as published"
         ) from error
 
 

@@ -92,7 +92,7 @@ def same_cells(old: str, new: str) -> GridSpec:
     for grid in (old, new):
         params = params_of(read_card(home_of(grid), "grid"))
         specs.append(GridSpec(params.step_degrees, params.tile_cells))
-        shapes.append(opened(grid)[grids.VARIABLE].shape)
+        shapes.append(grids.open_vectors(grid).shape)
     if specs[0].step != specs[1].step or shapes[0] != shapes[1]:
         raise UserError(
             f"{old} is {shapes[0]} and {new} is {shapes[1]}: only vectors of the same cells can be compared"

@@ -1,5 +1,7 @@
-"""The evaluate step: the paper's comparison for one database, on random and on spatially blocked splits."""
+"""The evaluate step: the paper's comparison for a database, for a grid or for any encoder, and where it fails."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -7,108 +9,162 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from infra import storage
-from tasks.artifacts import keep_picture, keep_table
+from infra.errors import UserError
+from tasks.artifacts import keep_picture, keep_table, show_table
 from tasks.cards import fingerprint, is_finished, product_url, write_card
-from tasks.core.location import LocationEncoder
-from tasks.core.probes import blocked_split, random_split, score
-from tasks.core.retrieval import Method, RetrievalIndex
+from tasks.core.evidence import distance_km
+from tasks.embedders import Lonlat, Named, embedders
+from tasks.failures import losses, spread, where_it_fails
+from tasks.gate import CARD
+from tasks.label_tables import read_labels
 from tasks.labels import LabelSet, demo_labels
 from tasks.params import EvaluateParams
 from tasks.pictures import score_chart
 from tasks.publish import read_pair
+from tasks.score_pictures import bias_chart, error_map
+from tasks.scoring import Scored, digest, markdown, records, score_all
 from tasks.tiles import load
-from tasks.units import progress
+from tasks.units import log, progress
+from tasks.updates import home_of
 
-METHODS = {
-    "top-1": Method("top1"),
-    "top-k": Method("topk"),
-    "RANGE": Method("range"),
-    "RANGE+": Method("range+"),
-}
+DEMO_POINTS, BLOCK_DEGREES = 2500, 10.0
+CAPTION = "Linear probes; wide pale bars: random split; narrow full bars: whole blocks held out, deviation over folds."
+PRODUCTS = ("grid", "RANGE+", "RANGE", "location encoder")  # the first that is scored is what the card is of
 
 
-def evaluate_database(checkpoint: str, database: str, params: EvaluateParams) -> str:
+def evaluate_database(
+    checkpoint: str | None, database: str | None, params: EvaluateParams, grid: str | None = None
+) -> str:
     """Scores every embedder on every task, and stores the report.
 
     Args:
-        checkpoint: URL of the checkpoint.
+        checkpoint: URL of the checkpoint; none, where only other encoders or grids are evaluated.
         database: URL of the database encoded with it.
-        params: Which labels and splits.
+        params: Which labels, embedders and splits.
+        grid: URL of the grid that is published from them: it is scored too, and its score card stored beside it.
 
     Returns:
-        The URL of the report: `scores.json`, `scores.md`, `scores.csv` and `scores.png`.
+        The URL of the report: `scorecard.json`, `scores.json`, `scores.md`, `scores.csv`, `scores.png`, and of the
+        product `failures.csv`, `failures.md`, `bias.png` and `errors-TASK.png`.
+
+    Raises:
+        UserError: Labels, embedders or products are not there or do not fit.
     """
-    card = read_pair(checkpoint, database)
-    made_of = {"database": card["fingerprint"], **params.model_dump()}
+    card = read_inputs(checkpoint, database)
+    scored_by = embedders(checkpoint, database, grid, params)
+    sets = label_sets(params)
+    made_of = made_from(card, scored_by, sets, params, grid)
     url = product_url("reports", made_of)
-    if is_finished(url):
-        return url
-    encoder, index = load(checkpoint, database)
-    sets = demo_labels(params.points, params.seed)
-    rows: list[dict[str, Any]] = []
-    with progress("evaluate", len(sets) * (len(METHODS) + 2)) as advance:
-        for labels in sets:
-            for name, features in embed_all(encoder, index, labels.lonlat).items():
-                rows.append(score_row(labels, name, features, params))
-                advance(1)
-    report(url, pd.DataFrame(rows), card.get("attribution", ""))
-    write_card(url, "report", fingerprint=fingerprint(made_of), made_of=made_of, scores=rows)
+    if not is_finished(url):
+        with progress("evaluate", len(scored_by)) as advance:
+            scored = score_all(sets, scored_by, params, advance)
+        attribution = card.get("attribution", "")
+        report(url, scored, f"{CAPTION} {attribution}")
+        product = product_of(scored.table)
+        content = {"kind": "scorecard", "product": product, "made_of": made_of, "scores": records(scored.table)}
+        content["geographic_bias"] = explain(url, scored, product, distances(checkpoint, database), attribution)
+        storage.write_json(storage.join(url, CARD), content)
+        write_card(url, "report", fingerprint=fingerprint(made_of), made_of=made_of, scores=content["scores"])
+    if grid:
+        storage.copy(storage.join(url, CARD), storage.join(home_of(grid), CARD))
     return url
 
 
-def embed_all(
-    encoder: LocationEncoder, index: RetrievalIndex, lonlat: NDArray[np.float64]
-) -> dict[str, NDArray[np.float32]]:
-    """The features of every embedder at the places; the location encoder runs once."""
-    location = encoder.embed(lonlat)
-    found = {"coordinates": lonlat.astype(np.float32), "location encoder": location}
-    for name, method in METHODS.items():
-        found[name] = np.concatenate([index.retrieve(location, lonlat, method), location], axis=1)
-    return found
+def read_inputs(checkpoint: str | None, database: str | None) -> dict[str, Any]:
+    """The database's card, or nothing where there is none.
+
+    Raises:
+        UserError: Only one of the two is given, or they do not belong together.
+    """
+    if checkpoint and database:
+        return read_pair(checkpoint, database)
+    if checkpoint or database:
+        raise UserError("a checkpoint and a database are evaluated together: give both, or neither")
+    return {}
 
 
-def score_row(labels: LabelSet, name: str, features: NDArray[np.float32], params: EvaluateParams) -> dict[str, Any]:
-    """One embedder's scores on one task."""
-    n = len(labels.labels)
-    blocked = blocked_split(labels.lonlat, params.block_degrees)
+def label_sets(params: EvaluateParams) -> list[LabelSet]:
+    """The tasks of the tables that are named, or the demo's."""
+    if params.labels:
+        return read_labels(params)
+    return demo_labels(params.points or DEMO_POINTS, params.seed, params.block_degrees or BLOCK_DEGREES)
+
+
+def made_from(
+    card: dict[str, Any], found: list[Named], sets: list[LabelSet], params: EvaluateParams, grid: str | None
+) -> dict[str, Any]:
+    """Everything that decides the scores."""
     return {
-        "task": labels.name,
-        "metric": "accuracy" if labels.kind == "classification" else "R²",
-        "embedder": name,
-        "random": round(score(features, labels.labels, labels.kind, random_split(n)), 4),
-        "blocked": round(score(features, labels.labels, labels.kind, blocked), 4),
-        "n": n,
+        "database": card.get("fingerprint"),
+        "grid": grid,
+        "embedders": {one.name: one.version if one.embed else None for one in found},
+        "labels": {labels.name: digest(labels) for labels in sets},
+        **params.model_dump(mode="json"),
     }
 
 
-def report(url: str, table: pd.DataFrame, attribution: str) -> None:
+def report(url: str, scored: Scored, caption: str) -> None:
     """Stores the scores as JSON, CSV, Markdown and a picture."""
-    storage.write_json(storage.join(url, "scores.json"), table.to_dict("records"))
+    table = scored.table
+    storage.write_json(storage.join(url, "scores.json"), records(table))
     storage.write(storage.join(url, "scores.csv"), table.to_csv(index=False).encode())
-    caption = (
-        f"Linear probes; wide pale bars: random split, narrow full bars: 10-degree blocks held out. {attribution}."
-    )
     keep_table(storage.join(url, "scores.md"), markdown(table), "scores", "Scores of linear probes")
+    show_table(records(table), "scores-table", "Scores of linear probes")
     picture = score_chart(table, "What the embeddings know", caption)
     keep_picture(storage.join(url, "scores.png"), picture, "score-chart", "Scores of linear probes")
+    for made in scored.trials:
+        facts = made.facts
+        log().info(
+            "%s: %d places, %d left out; near-duplicates across the split: %d random, %d blocked",
+            *(made.labels.name, facts["n"], facts["left_out"], facts["near_random"], facts["near_blocked"]),
+        )
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Embedders by tasks, `random / blocked`; the best blocked score of a task in bold."""
+def product_of(table: pd.DataFrame) -> str:
+    """The embedder whose card this is: ours if one is in the table, else the last that was scored."""
+    there = table.loc[table["blocked"].notna(), "embedder"].unique()
+    return next((name for name in PRODUCTS if name in there), str(there[-1]))
+
+
+def distances(checkpoint: str | None, database: str | None) -> Callable[[Lonlat], NDArray[np.float64]] | None:
+    """Distance in km of places to the nearest image of the database, if there is one."""
+    return partial(distance_km, load(checkpoint, database)[1]) if checkpoint and database else None
+
+
+def explain(
+    url: str,
+    scored: Scored,
+    product: str,
+    distance: Callable[[Lonlat], NDArray[np.float64]] | None,
+    attribution: str,
+) -> dict[str, float]:
+    """Stores where the product fails; returns its geographic bias by task."""
+    table = where_it_fails(scored, product, distance)
+    storage.write(storage.join(url, "failures.csv"), table.to_csv(index=False).encode())
+    keep_table(storage.join(url, "failures.md"), _pivot(table), "failures", f"Where {product} fails")
+    caption = f"Blocks held out; standard errors. {attribution}"
+    picture = bias_chart(table, f"Geographic bias of {product}", caption)
+    keep_picture(storage.join(url, "bias.png"), picture, "geographic-bias", f"Where {product} fails")
+    for made in scored.trials:
+        name = made.labels.name
+        lost = losses(made, scored.predicted[product, name])
+        _error_map(url, name, made.labels.lonlat, lost, f"Errors of {product}: {name}", caption)
+    return spread(table)
+
+
+def _error_map(url: str, name: str, lonlat: NDArray[np.float64], lost: NDArray, title: str, caption: str) -> None:
+    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
+    picture = error_map(
+        lonlat, lost, title, f"Pale: right; dark: wrong class, or off by a standard deviation. {caption}"
+    )
+    keep_picture(storage.join(url, f"errors-{slug}.png"), picture, f"errors-{slug}".strip("-"), title)
+
+
+def _pivot(table: Any) -> str:
+    """A Markdown table: groups by tasks, the score and the number of places."""
     tasks = list(table["task"].unique())
-    best = table.groupby("task")["blocked"].max()
-    lines = ["| random / blocked | " + " | ".join(f"{t} ({_metric(table, t)})" for t in tasks) + " |"]
-    lines.append("|---" * (len(tasks) + 1) + "|")
-    for name, rows in table.groupby("embedder", sort=False):
-        cells = [_cell(rows[rows["task"] == task].iloc[0], best[task]) for task in tasks]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines = ["| group | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    for (by, group), rows in table.groupby(["by", "group"], sort=False):
+        cells = {row.task: f"{row.score:.2f} ± {row.std:.2f} ({row.n})" for row in rows.itertuples()}
+        lines.append(f"| {by}: {group} | " + " | ".join(cells.get(task, "") for task in tasks) + " |")
     return "\n".join(lines)
-
-
-def _metric(table: pd.DataFrame, task: str) -> str:
-    return str(table.loc[table["task"] == task, "metric"].iloc[0])
-
-
-def _cell(row: pd.Series, best: float) -> str:
-    text = f"{row['random']:.2f} / {row['blocked']:.2f}"
-    return f"**{text}**" if row["blocked"] == best else text

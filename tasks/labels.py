@@ -29,15 +29,17 @@ class LabelSet:
     """Label per place."""
     source: str
     """Where the labels come from."""
+    block_degrees: float = 10.0
+    """Side of the blocks that are held out."""
 
 
-def demo_labels(count: int, seed: int) -> list[LabelSet]:
+def demo_labels(count: int, seed: int, block_degrees: float = 10.0) -> list[LabelSet]:
     """The demo's tasks at the same `count` places; a task leaves out those without a label."""
     lonlat = draw_land(count, seed, south=-60.0)
     made = []
     for name, (kind, look_up, source) in TASKS.items():
         labels, known = look_up(lonlat)
-        made.append(LabelSet(name, kind, lonlat[known], labels[known], source))
+        made.append(LabelSet(name, kind, lonlat[known], labels[known], source, block_degrees))
     return made
 
 
@@ -53,11 +55,16 @@ def _land_cover(lonlat: NDArray[np.float64]) -> tuple[NDArray, NDArray[np.bool_]
 
 
 def _country(lonlat: NDArray[np.float64]) -> tuple[NDArray, NDArray[np.bool_]]:
+    names = natural_earth(lonlat, "name")
+    return names, names != ""
+
+
+def natural_earth(lonlat: NDArray[np.float64], column: str) -> NDArray[np.str_]:
+    """Country (`name`) or `continent` of each place, (n,); empty at sea."""
     shapes = gpd.read_file(_file("pyogrio", "tests/fixtures/naturalearth_lowres/naturalearth_lowres.shp"))
     points = gpd.GeoDataFrame(geometry=gpd.points_from_xy(*lonlat.T, crs="EPSG:4326"))
-    names = gpd.sjoin(points, shapes[["name", "geometry"]].to_crs(4326), how="left")["name"]
-    names = names[~names.index.duplicated()]
-    return names.fillna("").to_numpy(str), names.notna().to_numpy()
+    names = gpd.sjoin(points, shapes[[column, "geometry"]].to_crs(4326), how="left")[column]
+    return names[~names.index.duplicated()].fillna("").to_numpy(str)
 
 
 def _elevation(lonlat: NDArray[np.float64]) -> tuple[NDArray, NDArray[np.bool_]]:

@@ -266,15 +266,64 @@ class EmbedParams(Params):
         return self
 
 
-class EvaluateParams(Params):
-    """Which labels and splits."""
+class EmbedderParams(Params):
+    """Which embedders are compared."""
 
-    points: int = Field(2500, ge=200, le=100_000)
-    """Labelled places per task."""
-    block_degrees: float = Field(10.0, gt=0, le=90)
-    """Side of the blocks that are held out whole."""
+    embedder: tuple[str, ...] = ()
+    """Names, NAME=WEIGHTS for those with weights of their own, or URLs of grids; unset, all."""
+    interpolation: Literal["nearest", "bilinear"] = "nearest"
+    """How a grid is read between its cells."""
+
+
+class EvaluateParams(EmbedderParams):
+    """Which labels, embedders and splits."""
+
+    labels: tuple[str, ...] = ()
+    """Tables by path or URL: CSV, Parquet, GeoParquet, GeoJSON, shapefile; unset, the demo's labels."""
+    label: str | None = None
+    """Column of the labels, where it is not one of the paper's tasks, which are recognised."""
+    kind: Literal["classification", "regression"] | None = None
+    """Whether that column has classes or numbers."""
+    lon: str | None = None
+    """Column of the longitudes in degrees; unset, by its name."""
+    lat: str | None = None
+    """Column of the latitudes in degrees; unset, by its name."""
+    log1p: bool = False
+    """Takes log(1 + label), as the paper does for population."""
+    points: int | None = Field(None, ge=200, le=1_000_000)
+    """Most labelled places per task; unset, 2,500 of the demo's, 10,000 in polygons, and every row of a table."""
+    repeats: int = Field(1, ge=1, le=100)
+    """Random splits; the first is the paper's."""
+    folds: int = Field(5, ge=2, le=100)
+    """Folds of whole blocks."""
+    block_degrees: float | None = Field(None, gt=0, le=90)
+    """Side of the blocks in degrees; unset, 10, and 1 for California housing."""
+    near_km: float = Field(1.0, gt=0, le=1000)
+    """Scored places with a training place this near are counted as near-duplicates."""
     seed: int = Field(2, ge=0)
-    """Seed of the labelled places; another one than the sample's."""
+    """Seed of the places that are drawn; another one than the sample's."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.label and not self.kind:
+            raise ValueError("label needs a kind: classification or regression")
+        if self.label and not self.labels:
+            raise ValueError("label is a column of labels: give the table too")
+        return self
+
+
+Choice = Literal["strategy", "k", "temperature", "beta", "size", "values", "variants"]
+
+
+class AblateParams(EvaluateParams):
+    """Which choice is varied, and how it is scored."""
+
+    folds: int = Field(3, ge=2, le=100)
+    """Folds of whole blocks."""
+    steps: tuple[float, ...] = ()
+    """Values of k, temperature, beta or size to try; unset, a usual range."""
+    databases: tuple[str, ...] = ()
+    """For `values`: databases of the same checkpoint with other value encoders."""
 
 
 class PipelineParams(Params):

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -41,11 +41,11 @@ def world_map(colours: NDArray[np.float32], lat: NDArray, lon: NDArray, title: s
         title: Above the map.
         caption: Below it.
     """
-    figure, axes = _canvas(12, 6.6, title, caption)
+    figure, axes = canvas(12, 6.6, title, caption)
     x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
     axes.pcolormesh(x, y, colours, rasterized=True)
-    _outline(axes)
-    return _png(figure)
+    outline(axes)
+    return png(figure)
 
 
 def change_map(change: NDArray, lat: NDArray, lon: NDArray, title: str, caption: str) -> bytes:
@@ -58,26 +58,26 @@ def change_map(change: NDArray, lat: NDArray, lon: NDArray, title: str, caption:
         title: Above the map.
         caption: Below it.
     """
-    figure, axes = _canvas(12, 6.6, title, caption)
+    figure, axes = canvas(12, 6.6, title, caption)
     x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
     with np.errstate(divide="ignore"):
         colours = axes.pcolormesh(x, y, np.log10(change), vmin=-6, vmax=0, cmap="magma_r", rasterized=True)
-    _outline(axes)
+    outline(axes)
     scale = figure.colorbar(colours, ax=axes, fraction=0.02, pad=0.01)
     scale.set_ticks([-6, -4, -2, 0], labels=["1e-6", "1e-4", "0.01", "1"])
-    return _png(figure)
+    return png(figure)
 
 
 def layer_map(layer: NDArray[np.float32], lat: NDArray, lon: NDArray, title: str, caption: str, unit: str) -> bytes:
     """One number per cell, (lat, lon), NaN where there is none; as `world_map`, with a scale in `unit`."""
-    figure, axes = _canvas(12, 6.6, title, caption)
+    figure, axes = canvas(12, 6.6, title, caption)
     x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
     mesh = axes.pcolormesh(x, y, layer, cmap="viridis_r", rasterized=True)
-    _outline(axes)
+    outline(axes)
     scale = figure.colorbar(mesh, ax=axes, orientation="horizontal", fraction=0.03, pad=0.02, aspect=50)
     scale.set_label(unit, color=FAINT)
     scale.outline.set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def geotiff(colours: NDArray[np.float32]) -> bytes:
@@ -133,15 +133,15 @@ def _strips(vectors: Sliced) -> Iterator[tuple[slice, NDArray[np.bool_], NDArray
 
 def sample_map(lonlat: NDArray[np.float64], title: str, caption: str) -> bytes:
     """Where patches were taken."""
-    figure, axes = _canvas(12, 6.6, title, caption)
-    _outline(axes)
+    figure, axes = canvas(12, 6.6, title, caption)
+    outline(axes)
     axes.scatter(*equal_earth(*lonlat.T), s=2.2, c=ACCENT, alpha=0.55, linewidths=0)
-    return _png(figure)
+    return png(figure)
 
 
 def loss_curve(history: list[dict[str, Any]], title: str, caption: str) -> bytes:
     """Loss and held-out accuracy by step."""
-    figure, axes = _canvas(9, 4.8, title, caption)
+    figure, axes = canvas(9, 4.8, title, caption)
     axes.set_axis_on()
     axes.set_aspect("auto")
     steps = [entry["step"] for entry in history]
@@ -152,43 +152,56 @@ def loss_curve(history: list[dict[str, Any]], title: str, caption: str) -> bytes
         for side in ("top", "left", "right"):
             axis.spines[side].set_visible(False)
     axes.set_xlabel("step", color=INK)
-    return _png(figure)
+    return png(figure)
 
 
 LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out retrieval accuracy"}
 
 
 def score_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:
-    """Bars by task and embedder: random split pale, blocked split full.
+    """Bars by task and embedder: random split pale, blocked split full, with its deviation where there is one.
 
     Args:
-        table: Columns task, metric, embedder, random, blocked.
+        table: Columns task, metric, embedder, random, blocked, and perhaps blocked_std; NaN: not scored.
         title: Above the chart.
         caption: Below it.
     """
     tasks, embedders = list(table["task"].unique()), list(table["embedder"].unique())
-    figure = Figure(figsize=(12, 4.6), facecolor="white")
+    height = 1.8 + 0.28 * max(10, len(embedders))
+    figure = Figure(figsize=(12, height), facecolor="white")
     figure.suptitle(title, x=0.02, ha="left", color=INK, fontsize=15, fontweight="bold")
     figure.text(0.02, 0.02, caption, color=FAINT, fontsize=8.5)
-    panels = figure.subplots(1, len(tasks), sharey=True)
-    for axes, task in zip(np.atleast_1d(panels), tasks, strict=True):
-        rows = table[table["task"] == task].set_index("embedder").loc[embedders]
-        place = np.arange(len(rows))[::-1]
-        axes.barh(place, rows["random"].clip(lower=0), color="#cfe0e8", height=0.74)
-        colours = [SECOND if name.startswith("RANGE+") else ACCENT for name in rows.index]
-        axes.barh(place, rows["blocked"].clip(lower=0), color=colours, height=0.44)
-        axes.set_title(f"{task}\n({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")
-        axes.set_yticks(place, rows.index, fontsize=9.5, color=INK)
-        axes.set_xlim(0, 1)
-        axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
-        axes.tick_params(axis="x", colors=FAINT, length=0, labelsize=8)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", color="#e3e8ec", lw=0.8)
-        axes.set_axisbelow(True)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-    figure.subplots_adjust(left=0.13, right=0.985, top=0.8, bottom=0.15, wspace=0.14)
-    return _png(figure)
+    panels = np.atleast_1d(figure.subplots(1, len(tasks), sharey=True))
+    for axes, task in zip(panels, tasks, strict=True):
+        _score_bars(axes, table[table["task"] == task].set_index("embedder").loc[embedders], task)
+    figure.subplots_adjust(left=0.13, right=0.985, top=1 - 0.92 / height, bottom=0.69 / height, wspace=0.14)
+    return png(figure)
+
+
+def _score_bars(axes: Axes, rows: pd.DataFrame, task: str) -> None:
+    place = np.arange(len(rows))[::-1]
+    axes.barh(place, rows["random"].clip(lower=0), color="#cfe0e8", height=0.74)
+    colours = [SECOND if name.startswith("RANGE+") else ACCENT for name in rows.index]
+    spread = rows.get("blocked_std")
+    style = {"ecolor": INK, "elinewidth": 0.8}
+    axes.barh(place, rows["blocked"].clip(lower=0), xerr=spread, color=colours, height=0.44, error_kw=style)
+    for y in place[rows["blocked"].isna()]:
+        axes.text(0.02, y, "weights not given", fontsize=7, color=FAINT, va="center")
+    axes.set_title(f"{task}\n({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")
+    axes.set_yticks(place, rows.index, fontsize=9.5, color=INK)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+    axes.tick_params(axis="x", colors=FAINT, length=0, labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    plain(axes, "x")
+
+
+def plain(axes: Axes, grid: Literal["x", "y"]) -> None:
+    """No frame, and faint lines to read values from one axis."""
+    axes.grid(axis=grid, color="#e3e8ec", lw=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def equal_earth(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
@@ -206,14 +219,16 @@ def _edges(centres: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.append(centres - half, centres[-1] + half)
 
 
-def _outline(axes: Axes) -> None:
+def outline(axes: Axes) -> None:
+    """Draws the Earth's outline in the Equal Earth projection."""
     side = np.linspace(-90, 90, 181)
     lon = np.concatenate([np.full(181, -180.0), np.full(181, 180.0)])
     x, y = equal_earth(lon, np.concatenate([side, side[::-1]]))
     axes.fill(x, y, facecolor=OCEAN, edgecolor="none", zorder=-1)
 
 
-def _canvas(width: float, height: float, title: str, caption: str) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float, title: str, caption: str) -> tuple[Figure, Axes]:
+    """A figure with a title and a caption, and its axes."""
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(0.02, 0.945, title, color=INK, fontsize=16, fontweight="bold")
     figure.text(0.02, 0.025, caption, color=FAINT, fontsize=9)
@@ -223,7 +238,8 @@ def _canvas(width: float, height: float, title: str, caption: str) -> tuple[Figu
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

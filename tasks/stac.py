@@ -11,7 +11,6 @@ from typing import Any
 
 from infra import storage
 from infra.settings import settings
-from tasks.cards import read_card
 from tasks.conventions import COPERNICUS, LEGAL_NOTICE
 from tasks.tiles import GRID
 
@@ -23,11 +22,12 @@ EXTENSIONS = [
 BBOX = [-180.0, -90.0, 180.0, 90.0]
 RING = [[-180.0, -90.0], [180.0, -90.0], [180.0, 90.0], [-180.0, 90.0], [-180.0, -90.0]]
 ZARR, GEOTIFF = "application/vnd+zarr", "image/tiff; application=geotiff; profile=cloud-optimized"
-PREVIEWS = {
+BESIDE = {
     "world.png": ("thumbnail", "image/png", ["thumbnail", "overview"], "First three principal components"),
     "world.tif": ("colours", GEOTIFF, ["visual"], "First three principal components, EPSG:4326"),
     "evidence.png": ("evidence", "image/png", ["overview", "uncertainty"], "Distance to the nearest image"),
     "index.html": ("page", "text/html", ["overview"], "The maps, and how to open the grid"),
+    "scorecard.json": ("score-card", "application/json", ["metadata"], "Scores of linear probes"),
 }
 
 
@@ -124,24 +124,10 @@ def _assets(home: str, attrs: dict[str, Any]) -> dict[str, Any]:
         },
     }
     there = storage.names(home)
-    for name, (key, kind, roles, title) in PREVIEWS.items():
+    for name, (key, kind, roles, title) in BESIDE.items():
         if name in there:
             assets[key] = {"href": f"./{name}", "type": kind, "roles": roles, "title": title}
-    if report := _report(attrs["rangegrid:database"]):
-        href = _from(home, storage.join(report, "scores.json"))
-        title = "Scores of linear probes on the same database"
-        assets["score-card"] = {"href": href, "type": "application/json", "roles": ["metadata"], "title": title}
     return assets
-
-
-def _report(database: str) -> str | None:
-    """URL of a report on the same database, the last by name, if it was evaluated."""
-    reports = storage.join(settings().storage_url, "reports")
-    for name in reversed(storage.names(reports)):
-        url = storage.join(reports, name)
-        if read_card(url, "report")["made_of"]["database"] == database:
-            return url
-    return None
 
 
 def _from(home: str, url: str) -> str:
@@ -152,20 +138,17 @@ def _from(home: str, url: str) -> str:
     return posixpath.relpath(url.removeprefix(root), home.removeprefix(root))
 
 
-def write_collection(grids: str, latest: str | None = None) -> dict[str, Any]:
-    """Writes the Collection of the items that are in the directories under `grids`, and returns it.
+def write_collection(grids: str, latest: str | None = None) -> dict[str, Any] | None:
+    """Writes the Collection of the items that are in the directories under `grids`, if any, and returns it.
 
     Args:
         grids: URL of the directory of all grids.
         latest: Id of the grid that is in force, whose fields the collection takes; unset, the last by name.
-
-    Raises:
-        FileNotFoundError: There is no item.
     """
     homes = [name for name in storage.names(grids) if not name.endswith(".json")]
     items = {name: item for name in homes if (item := _read_item(storage.join(grids, name)))}
     if not items:
-        raise FileNotFoundError(f"there is no {ITEM} under {grids}")
+        return None
     collection = make_collection(items, latest if latest in items else max(items))
     storage.write_json(storage.join(grids, COLLECTION), collection)
     return collection

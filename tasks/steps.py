@@ -7,7 +7,7 @@ is left to do from what is stored.
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks import encode, evaluate, publish, sample, train, versions
+from tasks import ablate, encode, evaluate, publish, sample, train, versions
 
 sample_patches = task(name="sample patches", cache_policy=NO_CACHE)(sample.sample_patches)
 train_model = task(name="train model", cache_policy=NO_CACHE)(train.train_model)
@@ -15,3 +15,4 @@ encode_database = task(name="encode database", cache_policy=NO_CACHE)(encode.enc
 publish_grid = task(name="publish grid", cache_policy=NO_CACHE)(publish.publish_grid)
 evaluate_database = task(name="evaluate database", cache_policy=NO_CACHE)(evaluate.evaluate_database)
 prune_grids = task(name="prune grids", cache_policy=NO_CACHE)(versions.prune)
+ablate_database = task(name="ablate database", cache_policy=NO_CACHE)(ablate.ablate_database)

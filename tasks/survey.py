@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tasks.cards import read_card
 from tasks.core.compact import Projection
 from tasks.core.field import DISTANCES_KM, FINER, Change, kernel_width_km, probe_places
-from tasks.core.probes import blocked_split, score
+from tasks.core.probes import blocked_folds, score
 from tasks.core.quantize import DType, Scale, half, loss
 from tasks.core.retrieval import embed
 from tasks.database import open_database
@@ -23,7 +23,7 @@ from tasks.tiles import Job, index_of, load, load_encoder
 from tasks.units import log
 
 KM_PER_DEGREE = 111.195  # of a great circle on the mean sphere
-BLOCK_DEGREES = 10.0
+BLOCK_DEGREES, FOLDS = 10.0, 5  # of the probe: one fold is scored
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _loss(
 ) -> dict[str, Any]:
     stored = {name: _stored(part, scales.get(name)) for name, part in blocks.items()}
     exact, back = (np.concatenate(list(parts.values()), axis=1) for parts in (blocks, stored))
-    split = blocked_split(places, BLOCK_DEGREES)
+    split = blocked_folds(places, BLOCK_DEGREES, FOLDS)[0]
     probes = {
         name: round(score(vectors, places[:, 1], "regression", split), 4)
         for name, vectors in (("float32", exact), ("stored", back))

@@ -33,8 +33,8 @@ from tasks.updates import home_of
 
 CANARIES = 24  # cells that are computed again
 BLOCK = 4096  # images at a time
-EXACT = 1e-4  # relative error of an exact cell: ten times what an update may have
-UNIT = 1e-4  # how far a location part's length is from 1, in float32
+EXACT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.1}  # relative error of an exact cell: ten times what it should be
+UNIT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.02}  # how far a location part's length is from 1
 WITHIN = 0.9  # of the canaries of an interpolated grid within its tolerance, which holds for 99 % of a tile's cells
 FARTHEST = 10  # times the tolerance, for the others
 
@@ -105,13 +105,13 @@ def validate_grid(client: Client, grid: str, card: dict[str, Any]) -> list[Findi
     if not all(finding.passed for finding in findings):
         return [*findings, Finding("values", None, "none read: first mend what failed")]
     checks = run_units(client, partial(check_tile, grid, spec, blocks(grid)), tiles, label="validate")
-    findings += shards(checks)
+    findings += shards(checks, UNIT[params.dtype])
     if any(check.error for check in checks):
         return findings
     stored, reference = canaries(grid, spec, card, params)
-    slack = max(EXACT, FARTHEST * params.tolerance)
+    slack = max(EXACT[params.dtype], FARTHEST * params.tolerance)
     findings.append(visual_range(checks, reference, slack))
-    return [*findings, *compared(reference.apart(stored), params.tolerance)]
+    return [*findings, *compared(reference.apart(stored), params)]
 
 
 def refuse(grid: str, findings: list[Finding]) -> None:
@@ -183,8 +183,8 @@ def check_tile(grid: str, spec: GridSpec, parts: dict[str, list[int]], tile: Til
     return TileCheck(str(tile), "", int(misplaced.sum()), length, visual.min(1), visual.max(1))
 
 
-def shards(checks: list[TileCheck]) -> Iterator[Finding]:
-    """What the shards tell together."""
+def shards(checks: list[TileCheck], unit: float) -> Iterator[Finding]:
+    """What the shards tell together; `unit` is how far a location part's length may be from 1."""
     bad = [f"{check.tile} ({check.error})" for check in checks if check.error]
     yield Finding("decoding", not bad, f"{len(checks) - len(bad)} of {len(checks)} shards decode {'; '.join(bad[:3])}")
     wrong = [check.tile for check in checks if check.misplaced]
@@ -192,7 +192,7 @@ def shards(checks: list[TileCheck]) -> Iterator[Finding]:
     where = f", in {', '.join(wrong[:3])}" if wrong else ""
     yield Finding("land and sea", not cells, f"{cells} cells with a value at sea or without one on land{where}")
     length = max((check.length for check in checks), default=0.0)
-    yield Finding("location part", length < UNIT, f"of length 1 to {length:.1g}")
+    yield Finding("location part", length < unit, f"of length 1 to {length:.1g}")
 
 
 def visual_range(checks: list[TileCheck], reference: Reference, slack: float) -> Finding:
@@ -208,8 +208,8 @@ def canaries(grid: str, spec: GridSpec, card: dict[str, Any], params: PublishPar
     """Some cells as they are stored, (m, dim), and computed again: at their places, then at each of the wrong ones."""
     dataset = opened(grid)
     rows, columns = chosen(spec, home_of(grid).rpartition("/")[2])
-    at = {"lat": xr.DataArray(rows, dims="cell"), "lon": xr.DataArray(columns, dims="cell")}
-    stored = dataset[grids.VARIABLE].isel(at).transpose("cell", ...).values.astype(np.float64)
+    vectors = grids.open_vectors(grid)
+    stored = np.stack([vectors[:, i, j] for i, j in zip(rows, columns, strict=True)]).astype(np.float64)
     places = np.column_stack([dataset["lon"].values[columns], dataset["lat"].values[rows]])
     projection = grids.read_projection(grid) if params.compact_dims else None
     everywhere = np.concatenate([places, *wrong(places).values()])
@@ -234,18 +234,18 @@ def wrong(places: Float) -> dict[str, Float]:
     return {name: np.column_stack(pair) for name, pair in pairs.items()} | {"shuffled": np.roll(places, 1, axis=0)}
 
 
-def compared(apart: Float, tolerance: float) -> Iterator[Finding]:
+def compared(apart: Float, params: PublishParams) -> Iterator[Finding]:
     """Whether the cells are what they must be, and are not what they would be elsewhere."""
-    right, *others = (agree(errors, tolerance) for errors in apart)
+    right, *others = (agree(errors, params.tolerance, EXACT[params.dtype]) for errors in apart)
     yield Finding("cells computed again", *right)
     for name, (passed, detail) in zip(wrong(np.zeros((0, 2))), others, strict=True):
         yield Finding(f"{name}, must differ", not passed, detail)
 
 
-def agree(errors: Float, tolerance: float) -> tuple[bool, str]:
-    """Whether cells have the error that the grid may have, and what they have."""
-    share = float((errors <= max(EXACT, tolerance)).mean())
-    good = share == 1 or (tolerance > 0 and share >= WITHIN and errors.max() <= FARTHEST * tolerance)
+def agree(errors: Float, tolerance: float, exact: float) -> tuple[bool, str]:
+    """Whether cells have the error that interpolation and storage may leave, and what they have."""
+    share = float((errors <= max(exact, tolerance)).mean())
+    good = share == 1 or (tolerance > 0 and share >= WITHIN and errors.max() <= max(exact, FARTHEST * tolerance))
     return bool(good), f"{share:.0%} of {len(errors)} agree; largest relative error {errors.max():.1g}"
 
 

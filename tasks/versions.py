@@ -29,6 +29,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
 from tasks.cards import read_card
+from tasks.stac import write_collection
 from tasks.tiles import GRID
 from tasks.updates import home_of
 
@@ -161,7 +162,13 @@ def promote(grid: str, since: Pointer | None = None) -> Pointer:
         UserError: The version is not finished or is being deleted, or another one became the latest since.
     """
     known = since or read_pointer()[0]
-    return change_pointer(partial(_promoted, move=Move.to(grid), known=known))
+    return catalogued(change_pointer(partial(_promoted, move=Move.to(grid), known=known)))
+
+
+def catalogued(pointer: Pointer) -> Pointer:
+    """Makes the STAC collection follow the pointer, which it returns."""
+    write_collection(directory(), pointer.fingerprint)
+    return pointer
 
 
 def _promoted(pointer: Pointer, move: Move, known: Pointer) -> Pointer:
@@ -208,7 +215,7 @@ def rollback(to: str | None = None) -> Pointer:
     target = to or known.previous
     if target is None:
         raise UserError(f"there is no version before {known.grid or 'the first'}: nothing to go back to")
-    return change_pointer(partial(_rolled_back, move=Move.to(target), known=known))
+    return catalogued(change_pointer(partial(_rolled_back, move=Move.to(target), known=known)))
 
 
 def _rolled_back(pointer: Pointer, move: Move, known: Pointer) -> Pointer:
@@ -314,7 +321,7 @@ def prune(keep: int, *, unfinished: bool = False, dry_run: bool = False) -> list
         storage.delete(storage.join(directory(), version.fingerprint, "card.json"))
         storage.delete(storage.join(directory(), version.fingerprint))
     gone = {version.fingerprint for version in doomed}
-    change_pointer(lambda p: p.changed(condemned=tuple(name for name in p.condemned if name not in gone)))
+    catalogued(change_pointer(lambda p: p.changed(condemned=tuple(name for name in p.condemned if name not in gone))))
     return doomed
 
 

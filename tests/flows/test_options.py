@@ -46,6 +46,10 @@ def test_options_reach_the_nested_model(invoke):
     assert seen == [("here", Outer(share=0.25, bands=("B02", "B03"), inner=Inner(depth=7)))]
 
 
+def test_a_list_may_come_one_by_one(invoke):
+    assert invoke("here", "--bands", "B02", "--bands", "B03")[1] == [("here", Outer(bands=("B02", "B03")))]
+
+
 def test_without_options_the_defaults_hold(invoke):
     assert invoke("here")[1] == [("here", Outer())]
 

@@ -42,13 +42,12 @@ def made(sandbox, cluster, prefect):
     """The products of a small pipeline."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANGEGRID_CLUSTER", cluster)
-        patch.setattr("flows.pipeline.evaluate", lambda *_: "not evaluated: the planet has too few places")
         yield pipeline(
             PipelineParams(
                 sample=SAMPLE,
                 train=TrainParams(steps=20, batch=32, degree=8, hidden=32, dim=16),
                 publish=PublishParams(step_degrees=1.0, tile_cells=60),
-                evaluate=EvaluateParams(points=200),
+                evaluate=EvaluateParams(points=400, folds=2),
             )
         )
 
@@ -91,6 +90,17 @@ def test_the_run_tells_how_training_stands(made):
         ]
     told = r"train: loss \d+\.\d+, scale \d+\.\d, held-out retrieval \d+\.\d%, [\d,]+ pairs/s"
     assert [text for text in shown if re.fullmatch(told, text or "")], shown
+
+
+def test_the_grid_has_its_score_card(made):
+    card = storage.read_json(storage.join(made["grid"].removesuffix("/grid.zarr"), "scorecard.json"))
+    assert card == storage.read_json(storage.join(made["report"], "scorecard.json"))
+    assert card["product"] == "grid"
+    rows = {(row["embedder"], row["task"]): row for row in card["scores"]}
+    assert len(rows) == 13 * 5
+    assert rows["grid", "temperature"]["n"] + rows["grid", "temperature"]["left_out"] == 400
+    assert rows["wrap", "temperature"]["blocked"] > rows["coordinates", "temperature"]["blocked"]
+    assert rows["CSP", "country"]["note"] == "weights not given"
 
 
 def test_the_sea_has_no_values(made):

@@ -16,7 +16,6 @@ from PIL import Image
 from pystac.validation import JsonSchemaSTACValidator, validate_dict
 
 from infra import clusters, storage
-from tasks.cards import write_card
 from tasks.checkpoint import save_checkpoint
 from tasks.core.location import LocationEncoder
 from tasks.grids import open_vectors
@@ -114,13 +113,12 @@ def test_every_asset_is_there(homes):
             assert storage.exists(url) or storage.names(url), url
 
 
-def test_a_report_becomes_the_score_card(homes):
+def test_a_score_card_beside_the_grid_is_an_asset(homes):
     home = homes[0]
-    database = read(home, "grid.zarr/zarr.json")["attributes"]["rangegrid:database"]
-    reports = urljoin(f"{home}/", "../../reports/some")
-    write_card(reports, "report", made_of={"database": database})
-    assert urljoin(f"{home}/", write_item(home)["assets"]["score-card"]["href"]) == f"{reports}/scores.json"
-    storage.delete(reports)
+    assert "score-card" not in write_item(home)["assets"]
+    storage.write_json(card := storage.join(home, "scorecard.json"), {})
+    assert urljoin(f"{home}/", write_item(home)["assets"]["score-card"]["href"]) == card
+    storage.delete(card)
 
 
 def test_the_map_lies_where_the_grid_does(homes):

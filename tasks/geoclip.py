@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from infra.errors import UserError
 from tasks.pictures import equal_earth
 
 UNIT = 66.50336 / 180  # GeoCLIP's factor of the plane
@@ -30,10 +31,16 @@ def embed_geoclip(lonlat: NDArray[np.float64], batch: int = 4096) -> NDArray[np.
 
 
 def folder() -> Path:
-    """Where the package `geoclip` is installed."""
+    """Where the package `geoclip` is installed.
+
+    Raises:
+        UserError: It is not.
+    """
     found = find_spec("geoclip")
     if found is None or not found.submodule_search_locations:
-        raise SystemExit("GeoCLIP is not installed: pip install --no-deps geoclip, or make demo")
+        raise UserError(
+            "the package geoclip, which has the weights, is not installed: uv pip install --no-deps geoclip"
+        )
     return Path(next(iter(found.submodule_search_locations)))
 
 

@@ -1,0 +1,22 @@
+"""Deployment `ablate`: what one choice in retrieval is worth."""
+
+from prefect import flow
+
+from tasks.params import AblateParams, Choice
+from tasks.steps import ablate_database
+
+
+@flow(name="ablate", flow_run_name="ablate {choice} of {database}")
+def ablate(choice: Choice, checkpoint: str, database: str, params: AblateParams = AblateParams()) -> str:
+    """Scores the variants of one choice by probes on labels.
+
+    Args:
+        choice: strategy, k, temperature, beta, size, values or variants.
+        checkpoint: URL of the checkpoint.
+        database: URL of the database encoded with it.
+        params: Which steps, labels and splits.
+
+    Returns:
+        The URL of the report.
+    """
+    return ablate_database(choice, checkpoint, database, params)

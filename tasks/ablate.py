@@ -1,0 +1,164 @@
+"""Ablations: what one choice in retrieval is worth, everything else as it is.
+
+========= ================================================================================
+choice    what is varied
+========= ================================================================================
+strategy  no retrieval, the best image, the mean of the 10 best, RANGE, RANGE+
+k         images that are averaged
+temperature  of RANGE's softmax
+beta      share of the semantic half in RANGE+
+size      images of the database, drawn at random
+values    databases of the same checkpoint with other value encoders (`--databases`)
+variants  RANGE+ in full, as int8, and its visual part in 64 principal components
+========= ================================================================================
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import storage
+from infra.errors import UserError
+from tasks.artifacts import keep_picture, keep_table, show_table
+from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
+from tasks.core.compact import Projection
+from tasks.core.location import LocationEncoder
+from tasks.core.retrieval import Method, RetrievalIndex, embed
+from tasks.embedders import Lonlat, Named, Vectors
+from tasks.evaluate import label_sets
+from tasks.params import AblateParams, Choice
+from tasks.publish import read_pair
+from tasks.score_pictures import ablation_chart
+from tasks.scoring import digest, markdown, records, score_all
+from tasks.tiles import load
+from tasks.units import progress
+
+STEPS: dict[str, tuple[float, ...]] = {
+    "k": (1, 2, 5, 10, 20, 50, 100),
+    "temperature": (1, 4, 8, 12, 15, 20, 40, 80),
+    "beta": (0, 0.25, 0.5, 0.75, 1),
+    "size": (100, 300, 1000, 3000, 10_000, 30_000),
+}
+METHODS = {
+    "no retrieval": Method("none"),
+    "top-1": Method("top1"),
+    "top-10": Method("topk", k=10),
+    "RANGE": Method("range"),
+    "RANGE+": Method("range+"),
+}
+COMPACT_DIMS, LEVELS = 64, 127  # codes of int8 are -127 to 127
+
+
+def ablate_database(choice: Choice, checkpoint: str, database: str, params: AblateParams) -> str:
+    """Scores the variants of one choice on every task, and stores the report.
+
+    Args:
+        choice: What is varied.
+        checkpoint: URL of the checkpoint.
+        database: URL of the database encoded with it.
+        params: Which steps, labels and splits.
+
+    Returns:
+        The URL of the report: `ablation.json`, `.md`, `.csv` and `.png`.
+
+    Raises:
+        UserError: The choice lacks what it needs.
+    """
+    card = read_pair(checkpoint, database)
+    variants = list(variants_of(choice, checkpoint, database, params))
+    sets = label_sets(params)
+    labels = {one.name: digest(one) for one in sets}
+    made_of = {"choice": choice, "database": card["fingerprint"], "labels": labels, **params.model_dump(mode="json")}
+    url = product_url("ablations", made_of)
+    if is_finished(url):
+        return url
+    with progress(f"ablate {choice}", len(variants)) as advance:
+        table = score_all(sets, variants, params, advance).table
+    name = f"Ablation of {choice}"
+    storage.write_json(storage.join(url, "ablation.json"), records(table))
+    storage.write(storage.join(url, "ablation.csv"), table.to_csv(index=False).encode())
+    keep_table(storage.join(url, "ablation.md"), markdown(table), f"ablation-{choice}", name)
+    show_table(records(table), f"ablation-{choice}-table", name)
+    caption = f"Linear probes; deviation over splits. {card.get('attribution', '')}"
+    keep_picture(storage.join(url, "ablation.png"), ablation_chart(table, name, caption), f"ablation-{choice}", name)
+    write_card(url, "ablation", fingerprint=fingerprint(made_of), made_of=made_of)
+    return url
+
+
+def variants_of(choice: Choice, checkpoint: str, database: str, params: AblateParams) -> Iterator[Named]:
+    """The embedders to compare; what is missing is refused here, before the work."""
+    encoder, index = load(checkpoint, database)
+    if choice == "values":
+        yield from _values(checkpoint, [database, *params.databases])
+    elif choice == "variants":
+        yield from _variants(encoder, index)
+    else:
+        steps = params.steps or STEPS.get(choice, ())
+        yield from _steps(choice, encoder, index, steps, params.seed)
+
+
+def _steps(
+    choice: Choice, encoder: LocationEncoder, index: RetrievalIndex, steps: tuple[float, ...], seed: int
+) -> Iterator[Named]:
+    if choice == "strategy":
+        for name, method in METHODS.items():
+            yield _named(name, encoder, index, method)
+    elif choice == "k":
+        for k in dict.fromkeys(min(int(step), len(index)) for step in steps):
+            yield _named(str(k), encoder, index, Method("topk", k=k))
+    elif choice == "temperature":
+        for step in steps:
+            yield _named(f"{step:g}", encoder, index, Method("range", temperature=step))
+    elif choice == "beta":
+        for step in steps:
+            yield _named(f"{step:g}", encoder, index, Method("range+", beta=step))
+    else:
+        order = np.random.default_rng(seed).permutation(len(index))
+        for size in dict.fromkeys([*(int(step) for step in steps if step < len(index)), len(index)]):
+            yield Named(f"{size:,}", partial(_of_part, encoder, index, np.sort(order[:size])))
+
+
+def _named(name: str, encoder: LocationEncoder, index: RetrievalIndex, method: Method) -> Named:
+    return Named(name, lambda lonlat: embed(encoder, index, lonlat, method))
+
+
+def _of_part(encoder: LocationEncoder, index: RetrievalIndex, rows: NDArray[np.int64], lonlat: Lonlat) -> Vectors:
+    """RANGE+ from some images of the database."""
+    keys, values = index.keys[rows].numpy(), index.values[rows].numpy()
+    return embed(encoder, RetrievalIndex(keys, values, index.locations[rows], queries=len(lonlat)), lonlat, Method())
+
+
+def _values(checkpoint: str, databases: list[str]) -> Iterator[Named]:
+    if len(databases) < 2:
+        raise UserError(
+            "there is one database, and so one value encoder: make others with `rangegrid encode PATCHES CHECKPOINT "
+            "--values-name NAME`, and name them with --databases"
+        )
+    for url in databases:
+        read_pair(checkpoint, url)
+        encoder, index = load(checkpoint, url)
+        name = read_card(url, "database").get("values", {}).get("encoder", {}).get("name", "values")
+        yield _named(f"{name} {url.rstrip('/').rpartition('/')[2]}", encoder, index, Method())
+
+
+def _variants(encoder: LocationEncoder, index: RetrievalIndex) -> Iterator[Named]:
+    full = partial(embed, encoder, index, method=Method())
+    yield Named("full", full)
+    yield Named("int8", lambda lonlat: int8(full(lonlat)))
+    values = index.values.numpy()
+    projection = Projection.fit(values, min(COMPACT_DIMS, *values.shape))
+    keys = index.keys.numpy()
+    compact = RetrievalIndex(keys, projection.apply(values), index.locations)
+    small: Callable[..., Any] = partial(embed, encoder, compact, method=Method())
+    yield Named(f"{compact.values.shape[1]} components", small)
+    yield Named(f"{compact.values.shape[1]} components, int8", lambda lonlat: int8(small(lonlat)))
+
+
+def int8(vectors: Vectors) -> Vectors:
+    """The vectors as 8-bit codes restore them: each dimension in 255 levels of its range at these places."""
+    low, high = vectors.min(0), vectors.max(0)
+    middle, step = (low + high) / 2, np.maximum(high - low, 1e-30) / (2 * LEVELS)
+    return (np.rint((vectors - middle) / step) * step + middle).astype(np.float32)

@@ -1,0 +1,210 @@
+"""The evaluation of a small database: what it stores, what it refuses, and what its figures say."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import r2_score
+from typer.testing import CliRunner
+
+from flows.cli import app
+from infra import storage
+from infra.errors import UserError
+from tasks.ablate import ablate_database, int8
+from tasks.checkpoint import save_checkpoint
+from tasks.core.evidence import EARTH_RADIUS_KM
+from tasks.core.grid import GridSpec
+from tasks.core.location import LocationEncoder
+from tasks.core.retrieval import unit_vectors
+from tasks.database import import_npz
+from tasks.evaluate import evaluate_database
+from tasks.failures import losses, where_it_fails
+from tasks.gate import gate
+from tasks.grids import create, template, write_tile
+from tasks.params import AblateParams, EvaluateParams
+from tests.core.test_retrieval import database
+
+COUNT = 400
+QUICK = {"embedder": ("coordinates", "wrap", "satclip", "location encoder", "RANGE+"), "folds": 3}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A checkpoint, its database, and a table whose label is how far east a place is of Greenwich."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    save_checkpoint((folder / "checkpoint").as_uri(), LocationEncoder(6, hidden=16, dim=16, smoothness=1))
+    keys, values, where = database(300)
+    np.savez(folder / "db.npz", locs=where, satclip_embeddings=keys, image_embeddings=values)
+    import_npz(folder / "db.npz", (folder / "database").as_uri(), (folder / "checkpoint").as_uri())
+    rng = np.random.default_rng(0)
+    lon, lat = rng.uniform(-170, 170, COUNT), rng.uniform(-60, 70, COUNT)
+    east = np.cos(np.radians(lon)) + 0.05 * rng.normal(size=COUNT)
+    pd.DataFrame({"lon": lon, "lat": lat, "east": east}).to_csv(folder / "east.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def products(home, tmp_path, monkeypatch):
+    """URLs of checkpoint and database, and the table; reports go to a place of their own."""
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", (tmp_path / "out").as_uri())
+    return (home / "checkpoint").as_uri(), (home / "database").as_uri(), str(home / "east.csv")
+
+
+def params(table, **changes):
+    return EvaluateParams(**{"labels": (table,), "label": "east", "kind": "regression", **QUICK, **changes})
+
+
+def read(url, name):
+    return json.loads(storage.read(storage.join(url, name)))
+
+
+def test_the_report_and_the_score_card(products):
+    checkpoint, images, table = products
+    url = evaluate_database(checkpoint, images, params(table, repeats=2))
+    card = read(url, "scorecard.json")
+    assert card["product"] == "RANGE+"
+    rows = {row["embedder"]: row for row in card["scores"]}
+    assert list(rows) == ["coordinates", "wrap", "SatCLIP", "location encoder", "RANGE+"]
+    assert rows["wrap"]["blocked"] > 0.95 > 0.5 > rows["coordinates"]["blocked"]
+    assert rows["wrap"]["random_std"] > 0
+    assert rows["SatCLIP"]["note"] == "weights not given"
+    assert rows["SatCLIP"]["blocked"] is None
+    assert rows["wrap"]["n"] == COUNT
+    assert read(url, "scores.json") == card["scores"]
+    assert "| SatCLIP | weights not given |" in storage.read(storage.join(url, "scores.md")).decode()
+    there = storage.names(url)
+    assert {"scores.csv", "scores.png", "failures.csv", "failures.md", "bias.png", "errors-east.png"} <= set(there)
+    assert set(card["geographic_bias"]) == {"east"}
+    refusals = gate(card, None, 0.02)
+    assert [r.task for r in refusals] == (
+        [] if rows["RANGE+"]["blocked"] > rows["coordinates"]["blocked"] else ["east"]
+    )
+
+
+def test_a_second_evaluation_finds_the_first_and_other_labels_make_a_new_one(products, tmp_path):
+    checkpoint, images, table = products
+    url = evaluate_database(checkpoint, images, params(table))
+    assert evaluate_database(checkpoint, images, params(table)) == url
+    changed = pd.read_csv(table)
+    changed.loc[0, "east"] += 1
+    changed.to_csv(tmp_path / "east.csv", index=False)
+    assert evaluate_database(checkpoint, images, params(str(tmp_path / "east.csv"))) != url
+
+
+def test_a_grid_gets_its_card_and_places_at_sea_are_left_out_for_all(products, tmp_path):
+    checkpoint, images, table = products
+    url, spec = (tmp_path / "grids/one/grid.zarr").as_uri(), GridSpec(10, 20)
+    create(url, spec, template(spec, 2, 2, {}))
+    for tile in spec.tiles():
+        vectors = np.moveaxis(unit_vectors(spec.lonlat(tile).reshape(-1, 2)).reshape(tile.rows, tile.columns, 3), 2, 0)
+        vectors = np.concatenate([vectors, vectors[:1]]).astype(np.float32)
+        vectors[:, spec.lonlat(tile)[..., 1] > 50] = np.nan
+        write_tile(url, tile, vectors)
+    report = evaluate_database(checkpoint, images, params(table), url)
+    card = read((tmp_path / "grids/one").as_uri(), "scorecard.json")
+    assert card == read(report, "scorecard.json")
+    assert card["product"] == "grid"
+    beyond = int((pd.read_csv(table)["lat"] > 50).sum())
+    assert {(row["n"], row["left_out"]) for row in card["scores"]} == {(COUNT - beyond, beyond)}
+    rows = {row["embedder"]: row for row in card["scores"]}
+    assert rows["grid"]["blocked"] > rows["coordinates"]["blocked"]
+    alone = evaluate_database(None, None, params(table, embedder=("wrap", url)))
+    assert read(alone, "scorecard.json")["product"] == url
+
+
+def test_losses_add_up_to_the_score_and_distances_are_the_brute_force(products):
+    from tasks.embedders import embedders
+    from tasks.label_tables import read_labels
+    from tasks.scoring import score_all
+
+    options = params(products[2], embedder=("coordinates",))
+    scored = score_all(read_labels(options), embedders(None, None, None, options), options, lambda _: None)
+    (made,) = scored.trials
+    said = scored.predicted["coordinates", "east"]
+    assert 1 - losses(made, said).mean() == pytest.approx(r2_score(made.labels.labels, said))
+    where = np.array([[0.0, 0.0], [100.0, 40.0]])
+
+    def nearest(lonlat):
+        return EARTH_RADIUS_KM * np.arccos(unit_vectors(lonlat) @ unit_vectors(where).T).min(1)
+
+    table = where_it_fails(scored, "coordinates", nearest)
+    assert set(table["by"]) == {"continent", "latitude", "distance to the nearest image"}
+    bands = table[table["by"] == "latitude"].set_index("group")
+    north = losses(made, said)[(made.labels.lonlat[:, 1] > 0) & (made.labels.lonlat[:, 1] <= 30)]
+    assert bands.loc["0 to 30°", "score"] == pytest.approx(1 - north.mean())
+    assert bands.loc["0 to 30°", "n"] == len(north)
+
+
+@pytest.mark.parametrize(
+    ("choice", "options", "expected"),
+    [
+        ("strategy", {}, ["no retrieval", "top-1", "top-10", "RANGE", "RANGE+"]),
+        ("k", {"steps": (1, 5, 900)}, ["1", "5", "300"]),
+        ("temperature", {"steps": (1, 15)}, ["1", "15"]),
+        ("beta", {"steps": (0, 1)}, ["0", "1"]),
+        ("size", {"steps": (50, 900)}, ["50", "300"]),
+        ("variants", {}, ["full", "int8", "8 components", "8 components, int8"]),
+    ],
+)
+def test_ablations(products, choice, options, expected):
+    checkpoint, images, table = products
+    options = AblateParams(**params(table, embedder=()).model_dump() | options)
+    url = ablate_database(choice, checkpoint, images, options)
+    assert set(storage.names(url)) == {"ablation.json", "ablation.md", "ablation.csv", "ablation.png", "card.json"}
+    rows = read(url, "ablation.json")
+    assert [row["embedder"] for row in rows] == expected
+    if choice == "variants":
+        full, codes, *_ = (row["blocked"] for row in rows)
+        assert codes == pytest.approx(full, abs=0.02)
+
+
+def test_values_need_another_database(products, home, tmp_path):
+    checkpoint, images, table = products
+    with pytest.raises(UserError, match="make others with `rangegrid encode"):
+        ablate_database("values", checkpoint, images, AblateParams(**params(table).model_dump()))
+    with np.load(home / "db.npz") as file:
+        np.savez(tmp_path / "other.npz", **dict(file) | {"image_embeddings": file["image_embeddings"][:, :3]})
+    import_npz(tmp_path / "other.npz", (tmp_path / "other").as_uri(), checkpoint)
+    options = AblateParams(**params(table).model_dump() | {"databases": ((tmp_path / "other").as_uri(),)})
+    url = ablate_database("values", checkpoint, images, options)
+    assert [row["dims"] for row in read(url, "ablation.json")] == [8 + 16, 3 + 16]
+
+
+def test_int8_is_off_by_half_a_level_at_most():
+    vectors = np.random.default_rng(0).normal(size=(100, 5)).astype(np.float32) * [1, 10, 100, 1e-3, 0]
+    step = np.ptp(vectors, axis=0) / 254
+    assert (abs(int8(vectors) - vectors) <= step / 2 + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_degrees": 90.0, "folds": 9}, "too few for 9 folds: use smaller blocks, by --block-degrees"),
+        ({"kind": "classification"}, "commonest class has 1 places to train on"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(products, changes, message):
+    with pytest.raises(UserError, match=message):
+        evaluate_database(None, None, params(products[2], embedder=("wrap",), **changes))
+
+
+def test_a_checkpoint_alone_is_refused(products):
+    with pytest.raises(UserError, match="give both, or neither"):
+        evaluate_database(products[0], None, params(products[2]))
+
+
+def test_the_command(products, prefect, tmp_path):
+    labels = ["--labels", products[2], "--label", "east", "--kind", "regression"]
+    others = ["--embedder", "wrap", "--embedder", "csp", "--json", str(tmp_path / "card.json")]
+    ran = CliRunner().invoke(app, ["evaluate", *labels, *others])
+    assert ran.exit_code == 0, ran.output
+    assert "| CSP | weights not given |" in ran.stdout
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert [row["embedder"] for row in card["scores"]] == ["wrap", "CSP"]
+    ran = CliRunner().invoke(app, ["ablate", "beta", *products[:2], *labels, "--steps", "0", "--steps", "1"])
+    assert ran.exit_code == 0, ran.output
+    assert "| 1 |" in ran.stdout
+    assert CliRunner().invoke(app, ["ablate", "colour", *products[:2]]).exit_code == 2

@@ -346,7 +346,7 @@ def test_a_killed_flow(proxy, home, client, undisturbed, fault, when, skip, move
     run = flow(NEW)
     proxy.inject(fault(lambda: (run.kill(), run.wait())), when, times=1, skip=skip)
     with reader(undisturbed) as seen:
-        assert run.wait(120) == -signal.SIGKILL
+        assert run.wait(400) == -signal.SIGKILL
         time.sleep(0.5)
         latest, _ = versions.read_pointer()
         assert latest.fingerprint == undisturbed[NEW if moved else OLD][0]
@@ -364,7 +364,7 @@ def test_a_killed_flow(proxy, home, client, undisturbed, fault, when, skip, move
 def test_two_runs_of_the_same_parameters(home, undisturbed):
     runs = [flow(NEW), flow(NEW)]
     with reader(undisturbed):
-        printed = [run.communicate(timeout=180)[0].strip() for run in runs]
+        printed = [run.communicate(timeout=400)[0].strip() for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert printed[0] == printed[1]
     assert_published(printed[0], undisturbed, NEW)
@@ -374,10 +374,10 @@ def test_two_runs_of_the_same_parameters(home, undisturbed):
 def test_of_two_runs_one_wins(proxy, home, client, undisturbed):
     """Both hold the pointer that they found, and write it at the same moment; the loser's grid waits, whole."""
     together = threading.Barrier(2)
-    proxy.inject(first(lambda: together.wait(120)), pointer, times=2)
+    proxy.inject(first(lambda: together.wait(400)), pointer, times=2)
     runs = {params: flow(params) for params in (NEW, THIRD)}
     with reader(undisturbed):
-        printed = {params: run.communicate(timeout=180)[0].strip() for params, run in runs.items()}
+        printed = {params: run.communicate(timeout=400)[0].strip() for params, run in runs.items()}
     assert sorted(run.returncode for run in runs.values()) == [0, 2]
     (winner,) = [params for params, run in runs.items() if run.returncode == 0]
     (loser,) = set(runs) - {winner}

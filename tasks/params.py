@@ -339,6 +339,8 @@ class PipelineParams(Params):
     """Which grid, which retrieval."""
     evaluate: EvaluateParams = Field(default_factory=EvaluateParams)
     """Which labels and splits."""
+    gate_margin: float = Field(0.02, ge=0, le=1)
+    """What a blocked score may fall by, against the grid that readers have, for the new one to be promoted."""
 
     @model_validator(mode="after")
     def _enough_patches(self) -> Self:

@@ -24,6 +24,7 @@ from tasks.core.retrieval import Method
 from tasks.database import stored_values
 from tasks.params import PublishParams
 from tasks.previews import draw, write_page
+from tasks.promotion import promote_unless_withdrawn
 from tasks.shards import Part, parts_of, publish_in_parts
 from tasks.stac import write_item
 from tasks.survey import Survey, kernels, survey
@@ -89,14 +90,6 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     if params.promote:
         promote_unless_withdrawn(job.grid, since)
     return job.grid
-
-
-def promote_unless_withdrawn(grid: str, since: versions.Pointer) -> None:
-    """Makes a version the latest, unless it was rolled back: that decision is a person's, and so is its end."""
-    if versions.name_of(grid) in versions.read_pointer()[0].withdrawn:
-        log().warning("%s was rolled back, and is not promoted again but by `rangegrid grid promote`", grid)
-        return
-    log().info("the latest grid is %s", versions.promote(grid, since).grid)
 
 
 def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> list[Report]:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from textwrap import fill
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ INK, FAINT, OCEAN, ACCENT, SECOND = "#1d2733", "#8a95a1", "#eef2f5", "#0b6e99", 
 STAND_IN = "NASA Blue Marble at about 7 km stands in for 10 m Sentinel-2"
 EQUAL_EARTH = (1.340264, -0.081106, 0.000893, 0.003796)  # Savric, Patterson, Jenny 2018
 STRIP = 60  # rows read at a time
+WRAP = 14  # letters of a line above a panel
 
 
 class Sliced(Protocol):
@@ -187,7 +189,7 @@ def _score_bars(axes: Axes, rows: pd.DataFrame, task: str) -> None:
     axes.barh(place, rows["blocked"].clip(lower=0), xerr=spread, color=colours, height=0.44, error_kw=style)
     for y in place[rows["blocked"].isna()]:
         axes.text(0.02, y, "weights not given", fontsize=7, color=FAINT, va="center")
-    axes.set_title(f"{task}\n({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")
+    axes.set_title(f"{fill(task, WRAP)}\n({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")
     axes.set_yticks(place, rows.index, fontsize=9.5, color=INK)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])

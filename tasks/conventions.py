@@ -1,4 +1,4 @@
-"""The attributes of a grid that others read: CF, and the Zarr conventions `geoemb:`, `proj:` and `spatial:`.
+"""The attributes of a grid that others read: CF, and the Zarr conventions `geoemb:`, `proj:`, `spatial:`, multiscales.
 
 Sources: the conventions' own schemas, github.com/geo-embeddings/embeddings-zarr-convention and
 github.com/zarr-conventions; tests hold a grid to them.
@@ -36,6 +36,7 @@ def _convention(name: str, uuid: str, description: str) -> dict[str, str]:
 PROJ = _convention(
     "proj", "f17cb550-5864-4468-aeb7-f3180cfb622f", "Coordinate reference system information for geospatial data"
 )
+MULTISCALES = _convention("multiscales", "d35379db-88df-4056-af3a-620245f8e347", "Multiscale layout of zarr datasets")
 SPATIAL = _convention("spatial", "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4", "Spatial coordinate information")
 
 
@@ -52,6 +53,18 @@ def placed(spec: GridSpec) -> dict[str, Any]:
         "spatial:transform": [360 / columns, 0.0, -180.0, 0.0, -180 / rows, 90.0],
         "spatial:registration": "pixel",
     }
+
+
+def multiscale(spec: GridSpec, levels: list[str]) -> dict[str, Any]:
+    """Where the cells are of a grid and of its coarser levels, each in a group of that name, each of half the rows."""
+    attrs = declared(placed(spec), MULTISCALES)
+    whole = {"asset": ".", "spatial:shape": attrs.pop("spatial:shape")}
+    layout: list[dict[str, Any]] = [whole | {"spatial:transform": attrs.pop("spatial:transform")}]
+    for name in levels:
+        spec, source = spec.coarser, layout[-1]["asset"]
+        where = {key: placed(spec)[key] for key in ("spatial:shape", "spatial:transform")}
+        layout.append({"asset": name, "derived_from": source, "transform": {"scale": [2.0, 2.0]}} | where)
+    return attrs | {"multiscales": {"layout": layout, "resampling_method": "average"}}
 
 
 def embedding(spec: GridSpec, visual: int, location: int, dtype: str) -> dict[str, Any]:

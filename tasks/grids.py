@@ -27,8 +27,9 @@ the presence of a shard is the record of its work; of several variables, that of
 """
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import dask.array
@@ -73,6 +74,8 @@ class Content:
     """Of each block, for int8."""
     evidence: bool = False
     """Whether there are the layers of evidence."""
+    overviews: int = 0
+    """Coarser levels that the grid's Zarr holds beside it (`tasks.overviews`)."""
 
 
 def template(
@@ -88,7 +91,10 @@ def template(
     """
     dataset = xr.merge([_embedding(spec, content), *_evidence(spec, content)])
     own = conventions.embedding(spec, content.visual, content.location, content.dtype)
-    attrs = conventions.declared(conventions.placed(spec) | own, conventions.GEOEMB) | attrs
+    placed = conventions.placed(spec)
+    if content.overviews:
+        placed = conventions.multiscale(spec, [level_name(level) for level in range(1, content.overviews + 1)])
+    attrs = conventions.declared(placed | own, conventions.GEOEMB) | attrs
     if projection is not None:
         dataset["components"] = ("value_dim", "compact_dim"), projection.components
         dataset["mean"] = "value_dim", projection.mean
@@ -125,6 +131,20 @@ def _evidence(spec: GridSpec, content: Content) -> Iterator[xr.Dataset]:
         yield _empty(spec, name, "", 0, {"long_name": meaning, "units": units})
 
 
+def level_name(level: int) -> str:
+    """The group of a coarser level."""
+    return f"x{2**level}"
+
+
+def level_templates(spec: GridSpec, content: Content, attrs: dict[str, Any]) -> dict[str, xr.Dataset]:
+    """The empty coarser levels of a grid by their groups: its embedding alone, and the same provenance."""
+    levels = {}
+    for level in range(1, content.overviews + 1):
+        spec = spec.coarser
+        levels[level_name(level)] = template(spec, replace(content, evidence=False, overviews=0), attrs)
+    return levels
+
+
 def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any]) -> xr.Dataset:
     """The empty sums of a grid: for each half the numerators, then denominator and shift."""
     return _empty(spec, SUMS, "sum", halves * (visual + 2), {}).assign_attrs(attrs)
@@ -143,18 +163,29 @@ def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]
     return xr.Dataset({name: (dims, data, attrs)}, coords=coords)
 
 
-def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
+def create(
+    url: str, spec: GridSpec, dataset: xr.Dataset, levels: Mapping[str, xr.Dataset] = MappingProxyType({})
+) -> None:
     """Writes the metadata and the coordinates of a template; no values of its cells.
 
     Object by object, the root last: a run that overlaps writes the same bytes, and no shard is touched that it made.
+
+    Args:
+        url: URL of the Zarr.
+        spec: The grid; its levels have the same tiles.
+        dataset: The template.
+        levels: Those of its coarser levels by group, which the root's metadata lists too.
     """
-    encoding = {str(name): _stored(spec, array) for name, array in dataset.items() if "lat" in array.dims}
     files: dict[str, Buffer] = {}
+    store = MemoryStore(files)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consolidated metadata")
-        dataset.to_zarr(
-            MemoryStore(files), mode="w", compute=False, zarr_format=3, consolidated=True, encoding=encoding
-        )
+        for group, part in [(None, dataset), *levels.items()]:
+            encoding = {str(name): _stored(spec, array) for name, array in part.items() if "lat" in array.dims}
+            part.to_zarr(
+                store, group=group, mode="a", compute=False, zarr_format=3, consolidated=False, encoding=encoding
+            )
+        zarr.consolidate_metadata(store)
     for name in sorted(files, key=lambda name: (name == ROOT, name)):
         storage.write(storage.join(url, name), files[name].to_bytes())
 

@@ -202,6 +202,8 @@ class PublishParams(Params):
     """How a number is stored: 4, 2 or 1 bytes; what the fewer bytes lose is measured and told in the attributes."""
     evidence: bool = False
     """Adds layers of what a cell rests on: effective_images, largest_weight, distance_km; half the work again."""
+    overviews: int = Field(0, ge=0, le=8)
+    """Coarser levels to add, each of half the rows and columns, whose cells are means."""
     keep_sums: bool = False
     """Keeps the sums behind the grid beside it, twice its size, so that a later grid can have it as parent."""
     parent: str | None = None
@@ -215,6 +217,13 @@ class PublishParams(Params):
         if abs(180 / step - round(180 / step)) > 1e-9:
             raise ValueError("a step divides 180 degrees: use for example 1, 0.5 or 0.25")
         return step
+
+    @model_validator(mode="after")
+    def _halves(self) -> Self:
+        rows = round(180 / self.step_degrees)
+        if rows % 2**self.overviews:
+            raise ValueError(f"{rows} rows of cells cannot be halved {self.overviews} times: give fewer overviews")
+        return self
 
     @model_validator(mode="after")
     def _exact(self) -> Self:

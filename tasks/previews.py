@@ -58,11 +58,12 @@ def draw_evidence(job: Job, attribution: str) -> None:
 
 def write_page(home: str) -> str:
     """Writes `index.html` of the grid in the directory `home`, from what is there; returns its URL."""
-    attrs = storage.read_json(storage.join(home, GRID, "zarr.json"))["attributes"]
+    node = storage.read_json(storage.join(home, GRID, "zarr.json"))
+    attrs, rows_of_cells = node["attributes"], node["consolidated_metadata"]["metadata"]["lat"]["shape"][0]
     there = storage.names(home)
     maps = "\n".join(f'<img src="{name}" alt="{alt}">' for name, alt in MAPS.items() if name in there)
     rows = "\n".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in _facts(attrs).items())
-    title = f"RANGE embeddings of the land, {180 / attrs['spatial:shape'][0]:g} degree"
+    title = f"RANGE embeddings of the land, {180 / rows_of_cells:g} degree"
     url = _text(repr(storage.join(home, GRID)))
     page = PAGE.format(title=title, maps=maps, url=url, rows=rows, zarr=GRID)
     storage.write(target := storage.join(home, "index.html"), page.encode())

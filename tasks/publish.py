@@ -22,6 +22,7 @@ from tasks.core.grid import GridSpec, Tile
 from tasks.core.quantize import DType
 from tasks.core.retrieval import Method
 from tasks.database import stored_values
+from tasks.overviews import publish_overviews
 from tasks.params import PublishParams
 from tasks.previews import draw, write_page
 from tasks.promotion import promote_unless_withdrawn
@@ -75,13 +76,14 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
             f"the database {database} is larger than a worker can hold, and evidence and the scales of a smaller dtype "
             "need it whole: publish float32 without evidence, or give each worker more memory"
         )
-    look = partial(measure, client, job, params.dtype)
-    prepare(job, card, provenance(job, card, made_of), *([] if parts else [look]))
+    look = (lambda _: Survey({})) if parts else partial(measure, client, job, params.dtype)
+    prepare(job, card, provenance(job, card, made_of), look, params.overviews)
     tiles = land_tiles(job.spec)
     done = grids.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
     reports = publish_tiles(client, job, parts, [tile for tile in tiles if tile not in done])
     log().info("%d places retrieved for %d cells", sum(r.evaluated for r in reports), sum(r.cells for r in reports))
+    publish_overviews(client, job, params.overviews)
     made = {"fingerprint": fingerprint(made_of), "made_of": made_of, "database": database, "checkpoint": checkpoint}
     refuse(job.grid, validate_grid(client, job.grid, made))
     show(job, card["attribution"])
@@ -116,6 +118,7 @@ def prepare(
     card: dict[str, Any],
     attrs: dict[str, Any],
     look: Callable[[Projection | None], Survey] = lambda _: Survey({}),
+    overviews: int = 0,
 ) -> None:
     """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid.
 
@@ -124,6 +127,7 @@ def prepare(
         card: The database's card.
         attrs: Attributes of the grid: what made it.
         look: Measures the field, once the projection of its values is known.
+        overviews: Coarser levels that will be added.
     """
     if storage.exists(storage.join(job.grid, "zarr.json")):
         return
@@ -134,8 +138,9 @@ def prepare(
         grids.create(job.sums, job.spec, grids.sums_template(job.spec, visual, halves, attrs))
     projection = find_projection(job) if job.compact_dims else None
     found = look(projection)
-    content = grids.Content(visual, card["key_dim"], found.dtype, found.scales, job.evidence)
-    grids.create(job.grid, job.spec, grids.template(job.spec, content, attrs | found.attrs, projection))
+    content = grids.Content(visual, card["key_dim"], found.dtype, found.scales, job.evidence, overviews)
+    whole = grids.template(job.spec, content, attrs | found.attrs, projection)
+    grids.create(job.grid, job.spec, whole, grids.level_templates(job.spec, content, attrs))
 
 
 def provenance(job: Job, card: dict[str, Any], made_of: dict[str, Any]) -> dict[str, Any]:

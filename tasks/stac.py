@@ -51,7 +51,7 @@ def make_item(home: str) -> dict[str, Any]:
         "collection": "rangegrid",
         "bbox": BBOX,
         "geometry": {"type": "Polygon", "coordinates": [RING]},
-        "properties": _period(attrs) | _described(attrs, arrays) | _cube(attrs, arrays),
+        "properties": _period(attrs) | _described(attrs, arrays) | _cube(arrays),
         "links": [
             *({"rel": rel, "href": f"../{COLLECTION}"} for rel in ("root", "parent", "collection")),
             {"rel": "emb:model", "href": _from(home, attrs["geoemb:model"])},
@@ -63,7 +63,7 @@ def make_item(home: str) -> dict[str, Any]:
 
 def _described(attrs: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "title": f"RANGE embeddings, {180 / attrs['spatial:shape'][0]:g} degree",
+        "title": f"RANGE embeddings, {180 / arrays['lat']['shape'][0]:g} degree",
         "description": attrs["attribution"],
         "gsd": attrs["geoemb:gsd"],
         "data_type": attrs["geoemb:data_type"],
@@ -97,16 +97,16 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _cube(attrs: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
-    height, width = attrs["spatial:shape"]
+def _cube(arrays: dict[str, Any]) -> dict[str, Any]:
+    height, width = (arrays[name]["shape"][0] for name in ("lat", "lon"))
     dimensions: dict[str, Any] = {
         "lon": {"type": "spatial", "axis": "x", "extent": [-180, 180], "step": 360 / width, "reference_system": 4326},
         "lat": {"type": "spatial", "axis": "y", "extent": [-90, 90], "step": -180 / height, "reference_system": 4326},
     }
     variables: dict[str, Any] = {}
     for name, array in arrays.items():
-        dims = array["dimension_names"]
-        if name not in dims and {"lat", "lon"} <= set(dims):
+        dims = array.get("dimension_names", [])  # a group, a coarser level, has none
+        if "/" not in name and name not in dims and {"lat", "lon"} <= set(dims):
             variables[name] = {"dimensions": dims, "variable_type": "data", "unit": array["attributes"]["units"]}
             for dim, size in zip(dims, array["shape"], strict=True):
                 dimensions.setdefault(dim, {"type": "embedding", "extent": [0, size - 1], "step": 1})

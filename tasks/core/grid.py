@@ -61,6 +61,11 @@ class GridSpec:
         """Longitudes of the cell centres in degrees, from west to east."""
         return -180 + (np.arange(self.shape[1], dtype=np.float64) + 0.5) * (360 / self.shape[1])
 
+    @property
+    def coarser(self) -> "GridSpec":
+        """The grid whose cells are two by two of this one's."""
+        return GridSpec(2 * self.step, self.tile)
+
     def tiles(self) -> Iterator[Tile]:
         """All tiles, row by row from the north-west."""
         rows, columns = self.shape

@@ -29,6 +29,7 @@ from infra.errors import UserError
 from tasks.cards import made_before, read_card, write_card
 from tasks.foreign import check_free, read_file, write_file
 
+READ_ROWS = 1024  # at a time: all at once, what is in flight would take a quarter of the database besides
 NAMES = ("keys", "values", "locations", "row_ids")
 FOREIGN = ("locs", "satclip_embeddings", "image_embeddings")
 UNIT_TOLERANCE = 1e-4
@@ -151,7 +152,15 @@ def stored_values(url: str) -> zarr.Array:
 
 
 def _read(url: str) -> dict[str, NDArray]:
-    return {name: np.asarray(_array(url, name, "r")[...]) for name in NAMES}
+    return {name: _whole(_array(url, name, "r")) for name in NAMES}
+
+
+def _whole(array: zarr.Array) -> NDArray:
+    """All of an array, some whole shards at a time."""
+    found, rows = np.empty(array.shape, array.dtype), max(1, READ_ROWS // array.chunks[0]) * array.chunks[0]
+    for start in range(0, len(found), rows):
+        found[start : start + rows] = array[start : start + rows]
+    return found
 
 
 def check(keys: NDArray, values: NDArray, locations: NDArray, source: str) -> None:

@@ -2,11 +2,12 @@
 
 from prefect import flow
 
+from flows.deployed import HOUR, made
 from tasks.params import EvaluateParams
 from tasks.steps import evaluate_database
 
 
-@flow(name="evaluate", flow_run_name="evaluate {database}")
+@flow(name="evaluate", flow_run_name="evaluate {database}", timeout_seconds=12 * HOUR)
 def evaluate(checkpoint: str, database: str, params: EvaluateParams = EvaluateParams()) -> str:
     """Scores the embeddings by probes on labels, on random and on spatially blocked splits.
 
@@ -18,4 +19,4 @@ def evaluate(checkpoint: str, database: str, params: EvaluateParams = EvaluatePa
     Returns:
         The URL of the report.
     """
-    return evaluate_database(checkpoint, database, params)
+    return made(evaluate_database(checkpoint, database, params))

@@ -1,7 +1,10 @@
 """Deployment `pipeline`: everything in order, from a STAC catalog to a scored global grid."""
 
+from typing import Any
+
 from prefect import flow
 
+from flows.deployed import HOUR, in_deployment, run_deployed
 from flows.encode import encode
 from flows.evaluate import evaluate
 from flows.publish import publish
@@ -11,9 +14,11 @@ from infra import clusters
 from tasks.params import PipelineParams
 
 
-@flow(name="pipeline", flow_run_name="pipeline, {params.sample.patches} patches")
+@flow(name="pipeline", flow_run_name="pipeline, {params.sample.patches} patches", timeout_seconds=168 * HOUR)
 def pipeline(params: PipelineParams = PipelineParams()) -> dict[str, str]:
     """Runs sample, train, encode, publish and evaluate, each of which resumes.
+
+    As a deployment, it runs each step as a deployment too; else all here, on one cluster.
 
     Args:
         params: The parameters of every step.
@@ -21,12 +26,19 @@ def pipeline(params: PipelineParams = PipelineParams()) -> dict[str, str]:
     Returns:
         The URLs of the patches, checkpoint, database, grid and report.
     """
+    if in_deployment():
+        return run_steps(params, run_deployed)
     with clusters.connect():
-        patches = sample(params.sample)
-        checkpoint = train(patches, params.train)
-        database = encode(patches, checkpoint, params.encode)
-        grid = publish(checkpoint, database, params.publish)
-        report = evaluate(checkpoint, database, params.evaluate)
+        return run_steps(params, lambda step, *arguments: step(*arguments))
+
+
+def run_steps(params: PipelineParams, run: Any) -> dict[str, str]:
+    """The steps in order; `run(flow, *arguments)` runs one and returns the URL of its product."""
+    patches = run(sample, params.sample)
+    checkpoint = run(train, patches, params.train)
+    database = run(encode, patches, checkpoint, params.encode)
+    grid = run(publish, checkpoint, database, params.publish)
+    report = run(evaluate, checkpoint, database, params.evaluate)
     return {
         "patches": patches,
         "checkpoint": checkpoint,

@@ -171,7 +171,7 @@ def test_tls_without_a_key_says_which_file(home, proven, monkeypatch, value, sai
         pass
 
 
-def test_workers_that_are_not_fit_are_named(home, sandbox, tmp_path):
+def test_workers_that_are_not_fit_are_named(sandbox, tmp_path):
     """One has another torch, one runs other code, one has no keys to the storage."""
     unfit = {
         "old": ({"PYTHONPATH": str(_other_torch(tmp_path))}, r"has torch 1\.0 and not 2\."),

@@ -31,6 +31,8 @@ class Settings(BaseSettings):
     """The catalog that stands in while the first does not answer."""
     fallback_collection: str | None = None
     """Its collection; unset: the same name as the first's."""
+    asset_hosts: tuple[str, ...] = ()
+    """Hosts, or buckets of s3://, that items may send us to, as ["*.amazonaws.com", "bucket"]; empty: all."""
     storage_url: str = Field(default_factory=lambda: Path("rangegrid-data").absolute().as_uri())
     """Root of every stored product: `file:///directory` or `s3://bucket[/prefix]`."""
     s3_endpoint: str | None = None

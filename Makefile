@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 empty_unset := UV_DEFAULT_INDEX UV_INDEX UV_FIND_LINKS
 $(foreach name,$(empty_unset),$(if $(strip $($(name))),,$(eval unexport $(name))))
 
-.PHONY: demo test check audit lock clean help
+.PHONY: demo test faults check audit lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -20,6 +20,9 @@ demo: .venv/ready  ## set up, then make a global RANGE+ grid from the demo plane
 test: .venv/ready  ## set up, then pass the checks and the tests
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest
+
+faults: .venv/ready  ## kill what can be killed while a grid is published, and compare
+	$(BIN)/python -m pytest -m faults
 
 check: .venv/ready  ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .

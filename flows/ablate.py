@@ -2,11 +2,12 @@
 
 from prefect import flow
 
+from flows.deployed import HOUR, made
 from tasks.params import AblateParams, Choice
 from tasks.steps import ablate_database
 
 
-@flow(name="ablate", flow_run_name="ablate {choice} of {database}")
+@flow(name="ablate", flow_run_name="ablate {choice} of {database}", timeout_seconds=12 * HOUR)
 def ablate(choice: Choice, checkpoint: str, database: str, params: AblateParams = AblateParams()) -> str:
     """Scores the variants of one choice by probes on labels.
 
@@ -19,4 +20,4 @@ def ablate(choice: Choice, checkpoint: str, database: str, params: AblateParams 
     Returns:
         The URL of the report.
     """
-    return ablate_database(choice, checkpoint, database, params)
+    return made(ablate_database(choice, checkpoint, database, params))

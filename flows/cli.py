@@ -358,3 +358,16 @@ def status(directory: Directory = SANDBOX) -> None:
 
     for name, state in sandbox.status(directory).items():
         print(f"{name:<10}{state}")
+
+
+@app.command()
+def reconcile(
+    silent_minutes: Annotated[
+        float, typer.Option(min=0, help="Minutes without a sign of life after which a run is dead; one comes each 3.")
+    ] = 15,
+) -> None:
+    """End flow runs that were killed and stay RUNNING for ever; run again, each goes on from what is stored."""
+    from infra.reconcile import reconcile as end
+
+    for run in end(silent_minutes):
+        print(f"{run.id}  {run.name}")

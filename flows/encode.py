@@ -2,12 +2,12 @@
 
 from prefect import flow
 
-from infra import clusters
+from flows.deployed import HOUR, made
 from tasks.params import EncodeParams
 from tasks.steps import encode_database
 
 
-@flow(name="encode", flow_run_name="encode {patches}")
+@flow(name="encode", flow_run_name="encode {patches}", timeout_seconds=24 * HOUR)
 def encode(patches: str, checkpoint: str, params: EncodeParams = EncodeParams()) -> str:
     """Encodes patches into the database of keys (low resolution) and values (high resolution).
 
@@ -19,5 +19,4 @@ def encode(patches: str, checkpoint: str, params: EncodeParams = EncodeParams())
     Returns:
         The URL of the database.
     """
-    with clusters.connect() as client:
-        return encode_database(client, patches, checkpoint, params)
+    return made(encode_database(patches, checkpoint, params))

@@ -2,11 +2,12 @@
 
 from prefect import flow
 
+from flows.deployed import HOUR, made
 from tasks.params import EvaluateParams
 from tasks.steps import evaluate_database
 
 
-@flow(name="evaluate", flow_run_name="evaluate {database}")
+@flow(name="evaluate", flow_run_name="evaluate {database}", timeout_seconds=12 * HOUR)
 def evaluate(
     checkpoint: str | None = None,
     database: str | None = None,
@@ -24,4 +25,4 @@ def evaluate(
     Returns:
         The URL of the report.
     """
-    return evaluate_database(checkpoint, database, params, grid)
+    return made(evaluate_database(checkpoint, database, params, grid))

@@ -1,7 +1,10 @@
 """Deployment `pipeline`: everything in order, from a STAC catalog to a scored global grid."""
 
+from typing import Any
+
 from prefect import flow
 
+from flows.deployed import HOUR, in_deployment, run_deployed
 from flows.encode import encode
 from flows.evaluate import evaluate
 from flows.publish import publish
@@ -14,9 +17,11 @@ from tasks.steps import promote_evaluated
 from tasks.updates import home_of
 
 
-@flow(name="pipeline", flow_run_name="pipeline, {params.sample.patches} patches")
+@flow(name="pipeline", flow_run_name="pipeline, {params.sample.patches} patches", timeout_seconds=168 * HOUR)
 def pipeline(params: PipelineParams = PipelineParams()) -> dict[str, str]:
     """Runs sample, train, encode, publish and evaluate, each of which resumes; then the gate, and the promotion.
+
+    As a deployment, it runs each step as a deployment too; else all here, on one cluster.
 
     Args:
         params: The parameters of every step.
@@ -24,15 +29,22 @@ def pipeline(params: PipelineParams = PipelineParams()) -> dict[str, str]:
     Returns:
         The URLs of the patches, checkpoint, database, grid and report.
     """
+    if in_deployment():
+        return run_steps(params, run_deployed)
     with clusters.connect():
-        patches = sample(params.sample)
-        checkpoint = train(patches, params.train)
-        database = encode(patches, checkpoint, params.encode)
-        grid = publish(checkpoint, database, params.publish.model_copy(update={"promote": False}))
-        report = evaluate(checkpoint, database, params.evaluate, grid)
-        write_item(home_of(grid))  # again: its score card is there now
-        if params.publish.promote:
-            promote_evaluated(grid, params.gate_margin)
+        return run_steps(params, lambda step, *arguments: step(*arguments))
+
+
+def run_steps(params: PipelineParams, run: Any) -> dict[str, str]:
+    """The steps in order; `run(flow, *arguments)` runs one and returns the URL of its product."""
+    patches = run(sample, params.sample)
+    checkpoint = run(train, patches, params.train)
+    database = run(encode, patches, checkpoint, params.encode)
+    grid = run(publish, checkpoint, database, params.publish.model_copy(update={"promote": False}))
+    report = run(evaluate, checkpoint, database, params.evaluate, grid)
+    write_item(home_of(grid))  # again: its score card is there now
+    if params.publish.promote:
+        promote_evaluated(grid, params.gate_margin)
     return {
         "patches": patches,
         "checkpoint": checkpoint,

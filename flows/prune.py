@@ -2,11 +2,12 @@
 
 from prefect import flow
 
+from flows.deployed import HOUR
 from tasks.params import PruneParams
 from tasks.steps import prune_grids
 
 
-@flow(name="prune", flow_run_name="prune to {params.keep}")
+@flow(name="prune", flow_run_name="prune to {params.keep}", timeout_seconds=12 * HOUR)
 def prune(params: PruneParams = PruneParams()) -> list[str]:
     """Deletes old versions of the grid; never the latest, the previous one, or what these need.
 

@@ -2,12 +2,14 @@
 
 from prefect import flow
 
-from infra import clusters
+from flows.deployed import HOUR, made
 from tasks.params import PublishParams
 from tasks.steps import publish_grid
 
 
-@flow(name="publish", flow_run_name="publish {params.step_degrees} degree")
+@flow(
+    name="publish", flow_run_name="publish {params.method} at {params.step_degrees} degree", timeout_seconds=72 * HOUR
+)
 def publish(checkpoint: str, database: str, params: PublishParams = PublishParams()) -> str:
     """Writes RANGE+ at every land cell of a global grid to storage, as Zarr.
 
@@ -19,5 +21,4 @@ def publish(checkpoint: str, database: str, params: PublishParams = PublishParam
     Returns:
         The URL of the grid's Zarr.
     """
-    with clusters.connect() as client:
-        return publish_grid(client, checkpoint, database, params)
+    return made(publish_grid(checkpoint, database, params))

@@ -2,12 +2,12 @@
 
 from prefect import flow
 
-from infra import clusters
+from flows.deployed import HOUR, made
 from tasks.params import SampleParams
 from tasks.steps import sample_patches
 
 
-@flow(name="sample", flow_run_name="sample {params.patches} patches")
+@flow(name="sample", flow_run_name="sample {params.patches} patches, {params.datetime}", timeout_seconds=48 * HOUR)
 def sample(params: SampleParams = SampleParams()) -> str:
     """Samples image patches uniformly on land and stores them with their manifest.
 
@@ -17,5 +17,4 @@ def sample(params: SampleParams = SampleParams()) -> str:
     Returns:
         The URL of the patches.
     """
-    with clusters.connect() as client:
-        return sample_patches(client, params)
+    return made(sample_patches(params))

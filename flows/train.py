@@ -4,13 +4,13 @@ import os
 
 from prefect import flow
 
-from infra import clusters
+from flows.deployed import HOUR, made
 from tasks import train as plain
 from tasks.params import TrainParams
 from tasks.steps import train_model
 
 
-@flow(name="train", flow_run_name="train on {patches}")
+@flow(name="train", flow_run_name="train on {patches}", timeout_seconds=24 * HOUR)
 def train(patches: str, params: TrainParams = TrainParams()) -> str:
     """Trains the location encoder against the images of a patch store.
 
@@ -21,8 +21,7 @@ def train(patches: str, params: TrainParams = TrainParams()) -> str:
     Returns:
         The URL of the checkpoint.
     """
-    with clusters.connect() as client:
-        return train_model(client, patches, params)
+    return made(train_model(patches, params))
 
 
 def run(patches: str, params: TrainParams) -> str | None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
@@ -233,10 +234,10 @@ def _resolve(item: pystac.Item, catalog: Catalog) -> int:
     Beside a file its own address counts: the items' links tell where they once came from.
     """
     base = catalog.url if is_file(catalog.url) else item.get_self_href() or catalog.url
-    local = urlsplit(catalog.url).scheme in ("", "file")
+    local, hosts = urlsplit(catalog.url).scheme in ("", "file"), settings().asset_hosts
     for asset in item.assets.values():
         asset.href = _absolute(asset.href, storage.as_url(base))
-    refused = [key for key, asset in item.assets.items() if not may_read(asset.href, local)]
+    refused = [key for key, asset in item.assets.items() if not may_read(asset.href, local, hosts)]
     for key in refused:
         del item.assets[key]
     return len(refused)
@@ -250,7 +251,7 @@ def _absolute(href: str, base: str) -> str:
     return urlunsplit(urlsplit(joined)._replace(scheme=above.scheme))
 
 
-def may_read(href: str, local: bool) -> bool:
+def may_read(href: str, local: bool, hosts: tuple[str, ...] = ()) -> bool:
     """Whether an item may send us to this address.
 
     A catalog from elsewhere must not reach this machine's files, nor the services that hand a cloud machine its
@@ -259,13 +260,14 @@ def may_read(href: str, local: bool) -> bool:
     Args:
         href: Absolute address of an asset.
         local: Whether the catalog itself is a file of this machine.
+        hosts: Patterns of the hosts and buckets that are allowed; empty: all.
     """
     try:
         parts = urlsplit(href)
         host = (parts.hostname or "").rstrip(".")
     except ValueError:
         return False
-    if UNSAFE.search(href):
+    if UNSAFE.search(href) or (host and hosts and not any(fnmatchcase(host.lower(), allowed) for allowed in hosts)):
         return False
     if parts.scheme in ("http", "https"):
         return bool(host) and not _is_metadata(host)

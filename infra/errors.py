@@ -9,5 +9,9 @@ class UserError(ValueError):
     """
 
 
-class CatalogUnavailable(UserError):
+class Unavailable(UserError):
+    """Something outside does not answer as it should; it may do so later, so a deployment tries again."""
+
+
+class CatalogUnavailable(Unavailable):
     """A catalog that does not answer, refuses, or gives no whole answer after all attempts."""

@@ -20,6 +20,7 @@ from yarl import URL
 
 from infra.catalogs import unsigned
 from infra.errors import UserError
+from infra.metrics import count_retry
 from infra.signing import forget, signed
 
 T = TypeVar("T")
@@ -94,6 +95,7 @@ class Ranges:
             problems.append(answer.problem)
             if answer.final or len(problems) == ATTEMPTS or problems.count(REFUSED) == REFUSALS:
                 raise self.failure(answer.final or UnavailableAsset, answer.problem)
+            count_retry(answer.problem)
             await asyncio.sleep(max(_backoff(len(problems)), min(answer.wait, LONGEST_WAIT)))
 
     def failure(self, kind: type[UserError], problem: str) -> UserError:

@@ -31,14 +31,28 @@ class Settings(BaseSettings):
     """The catalog that stands in while the first does not answer."""
     fallback_collection: str | None = None
     """Its collection; unset: the same name as the first's."""
+    asset_hosts: tuple[str, ...] = ()
+    """Hosts, or buckets of s3://, that items may send us to, as ["*.amazonaws.com", "bucket"]; empty: all."""
     storage_url: str = Field(default_factory=lambda: Path("rangegrid-data").absolute().as_uri())
     """Root of every stored product: `file:///directory` or `s3://bucket[/prefix]`."""
     s3_endpoint: str | None = None
     """URL of an S3 endpoint other than AWS."""
     cluster: str = "threads"
-    """Where Dask runs: `threads`, `local`, or the `tcp://host:port` of a scheduler."""
+    """Where Dask runs: `threads`, `local`, a scheduler's `tcp://host:port` or `tls://…`, `kubernetes` or `gateway`."""
     workers: int = Field(2, ge=1, le=1024)
-    """Threads, or worker processes, of the `threads` and `local` clusters."""
+    """Threads, worker processes or pods, where the cluster is made here."""
+    worker_memory: str = Field("auto", pattern=r"^(auto|\d+(\.\d+)? ?[kMGT]i?B)$")
+    """Memory of each worker of `threads` and `local`, as 4GB; auto: a share of the machine's."""
+    tls_ca: Path | None = None
+    """PEM file of the authority of a `tls://` scheduler."""
+    tls_cert: Path | None = None
+    """PEM file of this process's certificate."""
+    tls_key: Path | None = None
+    """PEM file of its key."""
+    image: str = "rangegrid:latest"
+    """Container image of the workers of `kubernetes`: the one that this process runs."""
+    kubernetes_template: Path | None = None
+    """The DaskCluster of `kubernetes`, as YAML; unset, `infra/kubernetes/daskcluster.yaml`."""
     access_key: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
     """S3 key; unset: the ambient chain of credentials."""
     secret_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")

@@ -30,7 +30,7 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, ObjectStore, S3Store
 from zarr.storage import ObjectStore as ZarrObjectStore
 
-from infra.errors import UserError
+from infra.errors import Unavailable, UserError
 from infra.settings import settings
 
 T = TypeVar("T")
@@ -136,7 +136,7 @@ def _unreachable(url: str, error: Exception) -> UserError:
         return UserError(f"no space is left at {url}: free some, or set RANGEGRID_STORAGE_URL elsewhere")
     endpoint = settings().s3_endpoint or "the S3 service" if url.startswith("s3:") else "the file system"
     reason = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
-    return UserError(f"{endpoint} did not serve {url} ({reason}): check that it is up and reachable")
+    return Unavailable(f"{endpoint} did not serve {url} ({reason}): check that it is up and reachable")
 
 
 def read(url: str) -> bytes:

@@ -33,6 +33,7 @@ READ_ROWS = 1024  # at a time: all at once, what is in flight would take a quart
 NAMES = ("keys", "values", "locations", "row_ids")
 FOREIGN = ("locs", "satclip_embeddings", "image_embeddings")
 UNIT_TOLERANCE = 1e-4
+EXPANSION = 1000  # bytes that a stored byte may become: those of embeddings become 1 to 3
 IMPORTED_ROWS = 1024  # per shard of an imported database, so that parts of it can be read
 
 
@@ -134,16 +135,28 @@ def open_database(url: str) -> Database:
     """Reads a finished database into memory.
 
     Raises:
-        UserError: None is there.
+        UserError: None is there, or it claims to be more than is stored.
     """
-    card = read_card(url, "database")
+    card = _card(url)
     return Database(**_read(url), card=card)
 
 
 def read_rows(url: str, rows: slice | list[int]) -> Database:
     """Reads some images of a finished database into memory: a worker's part of a large one, or chosen rows."""
-    card = read_card(url, "database")
+    card = _card(url)
     return Database(**{name: np.asarray(_array(url, name, "r").oindex[rows]) for name in NAMES}, card=card)
+
+
+def _card(url: str) -> dict[str, Any]:
+    """The card, unless the arrays claim more than their objects can hold: memory is given by what they claim."""
+    card = read_card(url, "database")
+    claimed = sum(_array(url, name, "r").nbytes for name in NAMES)
+    if claimed > EXPANSION * (stored := storage.size(storage.join(url, "database.zarr"))):
+        raise UserError(
+            f"{url} claims {claimed:,} bytes and stores {stored:,}: it is damaged or forged. Encode the patches again, "
+            "or import it again"
+        )
+    return card
 
 
 def stored_values(url: str) -> zarr.Array:

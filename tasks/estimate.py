@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from infra.cogs import HEADER, Traffic
+from infra.metrics import BYTES
 from infra.ranges import CONNECTIONS
 from tasks.core.sampling import grid_zone, square
 from tasks.params import SampleParams
@@ -132,6 +133,7 @@ class Meter:
 
     def stamp(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table with the counts in its attributes, which Parquet keeps: so runs that go on count all."""
+        BYTES.inc(self.traffic.bytes)
         table.attrs = {
             "requests": self.traffic.requests,
             "bytes_read": self.traffic.bytes,

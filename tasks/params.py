@@ -4,7 +4,7 @@ Light to import, so that the command line is quick.
 """
 
 import datetime
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -13,13 +13,19 @@ BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
 EARLIEST = "0000-01-01"  # what a year or a month alone leaves out
 
 
+def _number(schema: dict[str, Any]) -> None:
+    """Tells each field's position: PostgreSQL keeps no order of keys, and a form sorts by this."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
 class Params(BaseModel):
     """Frozen, refuses unknown names, and takes each field's description from its docstring.
 
     Prefect's form and the command line are made from the same fields, in declared order.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, json_schema_extra=_number)
 
 
 class SampleParams(Params):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from infra import storage
+from infra import metrics, storage
 from infra.cogs import Traffic, UnreadableAsset, read_scene
 from tasks import patches as store
 from tasks.core import radiometry
@@ -41,6 +41,7 @@ def read_shard(url: str, params: SampleParams, unit: tuple[int, int]) -> None:
     pixels = _held(url, params, number, shard)
     plan["reason"] = pd.Series(read_scenes(plan, pixels, params, meter.traffic))
     plan["href"] = [assets[params.bands[0]] for assets in plan["assets"]]
+    metrics.count(metrics.PATCHES, plan["reason"])
     good = plan[plan["reason"] == ""]
     found = pd.DataFrame([_numbers(good.loc[i], pixels[i]) for i in good.index], good.index, FOUND)
     target = url if len(good) == len(plan) else store.held(url, number)

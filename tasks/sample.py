@@ -11,7 +11,6 @@ So the sample is the first good places of the stream. All that decides it is sto
 they are there: a run that goes on, or two at a time, make the same store, also where the catalog has changed since.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 from distributed import Client
 
-from infra import storage
+from infra import storage, workers
 from infra.catalogs import ask, catalogs, collection_title, unsigned
 from infra.errors import UserError
 from infra.settings import settings
@@ -108,8 +107,7 @@ def check(client: Client, params: SampleParams, planned: Cost) -> None:
             f"{params.source} offers {available} places for {params.patches} patches: ask for fewer patches, or "
             "give a longer list"
         )
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    room = min((w["memory_limit"] / w["nthreads"] for w in workers if w["memory_limit"]), default=math.inf)
+    room = workers.room(client)
     if planned.worker_bytes > room:
         raise UserError(
             f"a shard of {params.shard_patches} patches needs {planned.worker_bytes / 1e9:.1f} GB on a worker that has "

@@ -7,6 +7,7 @@ import pandas as pd
 import pystac
 from numpy.typing import NDArray
 
+from infra import metrics
 from infra.catalogs import unsigned
 from infra.cogs import Traffic, UnreadableAsset, read_scene
 from tasks import patches as store
@@ -35,6 +36,7 @@ def screen_cell(url: str, params: SampleParams, unit: tuple[int, int, NDArray[np
     table = pd.DataFrame(verdicts).assign(round=number, cell=cell)
     for _, group in table[table["reason"] == ""].groupby("item_id"):
         judge(table, group, params, meter.traffic)
+    metrics.count(metrics.PLACES, table["reason"])
     store.create_part(url, "screen", number, cell, meter.stamp(table))
 
 

@@ -1,19 +1,58 @@
 """The steps as Prefect tasks: plain functions first, seen in the UI second.
 
 They take and return URLs and parameters, never arrays. Nothing is cached by Prefect: every step derives what
-is left to do from what is stored.
+is left to do from what is stored, so a step that is tried again does only the rest.
 """
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.runtime import deployment
+from prefect.tasks import exponential_backoff
+
+from infra import clusters
+from infra.errors import Unavailable, UserError
 from tasks import ablate, encode, evaluate, promotion, publish, sample, train, versions
 
-sample_patches = task(name="sample patches", cache_policy=NO_CACHE)(sample.sample_patches)
-train_model = task(name="train model", cache_policy=NO_CACHE)(train.train_model)
-encode_database = task(name="encode database", cache_policy=NO_CACHE)(encode.encode_database)
-publish_grid = task(name="publish grid", cache_policy=NO_CACHE)(publish.publish_grid)
-evaluate_database = task(name="evaluate database", cache_policy=NO_CACHE)(evaluate.evaluate_database)
-promote_evaluated = task(name="promote grid", cache_policy=NO_CACHE)(promotion.promote_evaluated)
-prune_grids = task(name="prune grids", cache_policy=NO_CACHE)(versions.prune)
-ablate_database = task(name="ablate database", cache_policy=NO_CACHE)(ablate.ablate_database)
+RETRIES = 3
+BACKOFF = 30  # seconds before the first further attempt; each wait is twice the one before
+JITTER = 1.0  # of a wait, added at random: what failed together does not ask again together
+
+
+def may_mend(_: Task, __: TaskRun, state: State) -> bool:
+    """Whether a failed step is tried again: not what a user must mend, nor at a terminal, where the user decides."""
+    error = state.result(raise_on_failure=False)
+    return deployment.id is not None and (isinstance(error, Unavailable) or not isinstance(error, UserError))
+
+
+def on_cluster(step: Callable[..., str]) -> Callable[..., str]:
+    """The step with the settings' cluster, connected anew at each attempt: so it outlives a scheduler."""
+
+    def attempt(*arguments: Any) -> str:
+        with clusters.connect() as client:
+            return step(client, *arguments)
+
+    attempt.__name__, attempt.__qualname__, attempt.__doc__ = step.__name__, step.__qualname__, step.__doc__
+    return attempt
+
+
+_step: Any = partial(
+    task,
+    cache_policy=NO_CACHE,
+    retries=RETRIES,
+    retry_delay_seconds=exponential_backoff(BACKOFF),
+    retry_jitter_factor=JITTER,
+    retry_condition_fn=may_mend,
+)
+sample_patches = _step(name="sample patches")(on_cluster(sample.sample_patches))
+train_model = _step(name="train model")(on_cluster(train.train_model))
+encode_database = _step(name="encode database")(on_cluster(encode.encode_database))
+publish_grid = _step(name="publish grid")(on_cluster(publish.publish_grid))
+evaluate_database = _step(name="evaluate database")(evaluate.evaluate_database)
+ablate_database = _step(name="ablate database")(ablate.ablate_database)
+promote_evaluated = _step(name="promote grid")(promotion.promote_evaluated)
+prune_grids = _step(name="prune grids")(versions.prune)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra import storage
+from infra.metrics import CELLS
 from tasks import grids
 from tasks.checkpoint import load_checkpoint
 from tasks.core.adaptive import Cells, Report, embed_cells
@@ -161,3 +162,5 @@ def write_cells(url: str, tile: Tile, cells: Cells, vectors: NDArray[np.float32]
     values = np.full((vectors.shape[1], tile.rows, tile.columns), np.nan, np.float32)
     values[:, cells.wanted] = vectors.T
     grids.write_tile(url, tile, values[0] if variable in grids.EVIDENCE else values, variable)
+    if variable == grids.VARIABLE:
+        CELLS.inc(len(vectors))

@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from infra.errors import UserError
+from infra.errors import Unavailable, UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,7 +26,7 @@ RETRIES = 2  # of one unit, after an error or the death of its worker
 ARTIFACT_STEPS = 50  # updates of a progress artifact in one run: each costs a request to the server
 
 
-class UnitsFailed(UserError):
+class UnitsFailed(Unavailable):
     """Units failed; what succeeded is stored and a rerun does only the rest."""
 
 

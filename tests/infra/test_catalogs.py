@@ -492,3 +492,26 @@ def test_items_across_180_are_found_from_both_sides(tmp_path, kind):
     with serving(collection.to_dict(), file) if kind == "server" else nullcontext(str(file)) as url:
         for lon, found in [(179.5, 2), (-179.7, 2), (178.9, 0), (-179.4, 0), (0.0, 0)]:
             assert len(search(Catalog(url, "c"), "2021", np.array([[lon, -16.5]]), 100)) == found, lon
+
+
+@pytest.mark.parametrize(
+    ("href", "allowed"),
+    [
+        ("https://archive.s3.us-west-2.amazonaws.com/B04.tif", True),
+        ("https://ARCHIVE.s3.us-west-2.amazonaws.com/B04.tif", True),
+        ("s3://ours/B04.tif", True),
+        ("s3://theirs/B04.tif", False),
+        ("https://amazonaws.com.evil.example/B04.tif", False),
+        ("https://archive.s3.us-west-2.amazonaws.com@evil.example/B04.tif", False),
+        ("file:///data/B04.tif", True),
+    ],
+)
+def test_a_list_of_hosts_is_all_that_may_be_read(href, allowed):
+    assert may_read(href, local=True, hosts=("*.amazonaws.com", "ours")) == allowed
+
+
+def test_the_settings_tell_the_hosts(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANGEGRID_ASSET_HOSTS", '["ours"]')
+    write(tmp_path / "items.json", {"B04": {"href": "s3://ours/a.tif"}, "B03": {"href": "https://other.example/a.tif"}})
+    (item,) = search(Catalog(str(tmp_path / "items.json"), "c"), "2021", np.zeros((1, 2)), 100)
+    assert list(item.assets) == ["B04"]

@@ -46,7 +46,10 @@ def test_secrets_do_not_show(monkeypatch):
 
 
 def test_an_unknown_cluster_lists_the_known():
-    with pytest.raises(UserError, match="threads, local, tcp://host:port"), clusters.connect("slurm"):
+    with (
+        pytest.raises(UserError, match="threads, local, kubernetes, gateway, tcp://host:port"),
+        clusters.connect("slurm"),
+    ):
         pass
 
 

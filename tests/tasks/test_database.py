@@ -8,6 +8,7 @@ import pytest
 import torch
 from rangegeo import RANGE
 
+from infra import storage
 from infra.errors import UserError
 from tasks.checkpoint import export_satclip, save_checkpoint
 from tasks.core.location import LocationEncoder
@@ -17,6 +18,7 @@ from tasks.database import (
     finish_database,
     import_npz,
     open_database,
+    read_rows,
     write_rows,
     written_shards,
 )
@@ -184,6 +186,29 @@ def test_an_archive_that_expands_beyond_reason_is_refused(home, space, tmp_path)
     np.savez_compressed(tmp_path / "bomb.npz", **arrays() | {"image_embeddings": np.zeros((25, 100_000), "f4")})
     with pytest.raises(UserError, match=r"would expand to 10,\d+,\d+: give a range_db"):
         import_npz(tmp_path / "bomb.npz", f"{home}/database", space)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_code_in_a_published_database_is_refused_and_not_run(home, space, tmp_path, capsys):
+    np.savez(tmp_path / "evil.npz", **arrays() | {"locs": np.array([Evil()] * N, object)})
+    with pytest.raises(UserError, match=r"no readable \.npz of plain numbers"):
+        import_npz(tmp_path / "evil.npz", f"{home}/database", space)
+    assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("read", [open_database, lambda url: read_rows(url, slice(0, 10**12))])
+def test_metadata_that_claim_a_petabyte_are_refused_before_memory_is_given(home, space, tmp_path, read):
+    np.savez(tmp_path / "db.npz", **arrays())
+    import_npz(tmp_path / "db.npz", f"{home}/database", space)
+    url = f"{home}/database/database.zarr/keys/zarr.json"
+    claims = storage.read_json(url)
+    storage.write_json(url, claims | {"shape": [10**13, claims["shape"][1]]})
+    with pytest.raises(UserError, match=r"claims 320,000,.* bytes and stores .*: it is damaged or forged"):
+        read(f"{home}/database")
 
 
 def test_a_header_that_claims_a_petabyte_is_refused(home, space, tmp_path):

@@ -1,0 +1,60 @@
+"""Ends flow runs that nobody runs any more: killed with everything around them, they stay RUNNING for ever.
+
+A run tells that it lives every three minutes (`PREFECT_FLOWS_HEARTBEAT_FREQUENCY`). One that has been silent for long
+is ended as crashed, which frees its place under the deployment's limit; run again, it goes on from what is stored.
+"""
+
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
+from prefect.states import Crashed
+
+BEGUN = ["RUNNING", "PENDING", "CANCELLING"]
+PAGE = 200
+
+
+def reconcile(silent_minutes: float) -> list[FlowRun]:
+    """Ends as crashed the runs that have given no sign of life for some minutes, and returns them.
+
+    Args:
+        silent_minutes: More than two heartbeats, or a run that lives may be taken for dead.
+    """
+    since = datetime.now(UTC) - timedelta(minutes=silent_minutes)
+    with get_client(sync_client=True) as client:
+        ended = [run for run in _begun(client) if _changed(run) < since and not _heard(client, run.id, since)]
+        message = f"ended by reconcile: silent for {silent_minutes:g} minutes. Run it again, and it goes on"
+        for run in ended:
+            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+    return ended
+
+
+def _begun(client: SyncPrefectClient) -> list[FlowRun]:
+    wanted = FlowRunFilter.model_validate({"state": {"type": {"any_": BEGUN}}})
+    found: list[FlowRun] = []
+    while len(found) % PAGE == 0:
+        page = client.read_flow_runs(
+            flow_run_filter=wanted, sort=FlowRunSort.START_TIME_ASC, limit=PAGE, offset=len(found)
+        )
+        if not page:
+            break
+        found += page
+    return found
+
+
+def _changed(run: FlowRun) -> datetime:
+    assert run.state is not None  # for the type checker: it was found by its state
+    return run.state.timestamp
+
+
+def _heard(client: SyncPrefectClient, run: UUID, since: datetime) -> bool:
+    beats = EventFilter(
+        occurred=EventOccurredFilter(since=since),
+        event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
+        resource=EventResourceFilter(id=[f"prefect.flow-run.{run}"]),
+    )
+    return bool(client.read_events(filter=beats, limit=1).events)

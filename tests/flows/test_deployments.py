@@ -1,0 +1,62 @@
+"""The deployments as an operator meets them: what `prefect.yaml` says, and the forms made of the parameters."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect import Flow
+from prefect.cli.deploy._models import PrefectYamlModel
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.importtools import import_object
+
+CONFIG = Path(__file__).parents[2] / "prefect.yaml"
+DEPLOYMENTS = {d["name"]: d for d in yaml.safe_load(CONFIG.read_text())["deployments"]}
+
+
+def schema(name):
+    return parameter_schema(import_object(DEPLOYMENTS[name]["entrypoint"])).model_dump()
+
+
+def test_prefect_reads_the_file():
+    read = PrefectYamlModel.model_validate(yaml.safe_load(CONFIG.read_text()))
+    assert read.pull == []
+    assert {d.name for d in read.deployments} >= {"sample", "train", "encode", "publish", "evaluate", "pipeline"}
+    assert {d.concurrency_limit.collision_strategy for d in read.deployments} == {"ENQUEUE"}
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_a_deployment_is_the_flow_of_its_name_and_says_what_it_does(name):
+    """`flows.deployed.run_deployed` finds deployments by the names of flows."""
+    deployment = DEPLOYMENTS[name]
+    flow = import_object(deployment["entrypoint"])
+    assert isinstance(flow, Flow)
+    assert flow.name == name
+    assert flow.timeout_seconds
+    assert len(deployment["description"]) > 30
+    assert "rangegrid" in deployment["tags"]
+    assert not [s for s in deployment.get("schedules", []) if s["active"]]  # an operator turns them on
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_every_field_of_a_form_says_what_it_is_in_the_declared_order(name):
+    form = schema(name)
+    models = form.get("definitions", {})
+    for model in [form, *models.values()]:
+        fields = model["properties"]
+        assert [field["position"] for field in fields.values()] == list(range(len(fields)))
+        for field, said in fields.items():
+            named = models.get(said.get("$ref", "").rpartition("/")[2], {})  # a model that says the same says it once
+            assert said.get("description") or named.get("description"), f"{field} has no description"
+
+
+def test_a_form_has_bounds_and_choices():
+    fields = schema("publish")["definitions"]["PublishParams"]["properties"]
+    assert (fields["beta"]["minimum"], fields["beta"]["maximum"]) == (0, 1)
+    assert fields["method"]["enum"] == ["range+", "range"]
+    assert fields["step_degrees"]["exclusiveMinimum"] == 0
+    assert next(iter(fields)) == "step_degrees"
+
+
+def test_only_the_urls_of_what_is_built_on_are_asked_for():
+    assert schema("publish")["required"] == ["checkpoint", "database"]
+    assert schema("sample")["required"] == schema("pipeline")["required"] == []

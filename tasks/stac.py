@@ -6,7 +6,7 @@ whole. STAC 1.0.0 with the extensions datacube 2.1.0 and embeddings 0.0.1, which
 """
 
 import posixpath
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Any
 
 from infra import storage
@@ -51,7 +51,7 @@ def make_item(home: str) -> dict[str, Any]:
         "collection": "rangegrid",
         "bbox": BBOX,
         "geometry": {"type": "Polygon", "coordinates": [RING]},
-        "properties": _period(attrs) | _described(attrs, arrays) | _cube(arrays),
+        "properties": _period(home, attrs) | _described(attrs, arrays) | _cube(arrays),
         "links": [
             *({"rel": rel, "href": f"../{COLLECTION}"} for rel in ("root", "parent", "collection")),
             {"rel": "emb:model", "href": _from(home, attrs["geoemb:model"])},
@@ -84,17 +84,14 @@ def _described(attrs: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _period(attrs: dict[str, Any]) -> dict[str, Any]:
-    """When the images are from, where their sample is still known; else when the item was made."""
+def _period(home: str, attrs: dict[str, Any]) -> dict[str, Any]:
+    """When the images are from, where their sample is still known; else when the grid was begun."""
     window = attrs.get("rangegrid:datetime")
     if window is None:
-        return {"datetime": _now()}
+        begun = storage.modified(storage.join(home, GRID, "zarr.json"))
+        return {"datetime": begun.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
     start, end = (moment if "T" in moment else f"{moment}T00:00:00Z" for moment in window.split("/"))
     return {"datetime": None, "start_datetime": start, "end_datetime": end.replace("T00:00:00Z", "T23:59:59Z")}
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _cube(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +142,7 @@ def write_collection(grids: str, latest: str | None = None) -> dict[str, Any] | 
         grids: URL of the directory of all grids.
         latest: Id of the grid that is in force, whose fields the collection takes; unset, the last by name.
     """
-    homes = [name for name in storage.names(grids) if not name.endswith(".json")]
+    homes = [name for name in storage.names(grids) if "." not in name]
     items = {name: item for name in homes if (item := _read_item(storage.join(grids, name)))}
     if not items:
         return None

@@ -22,7 +22,7 @@ from tasks.database import import_npz
 from tasks.evaluate import evaluate_database
 from tasks.failures import losses, where_it_fails
 from tasks.gate import gate
-from tasks.grids import create, template, write_tile
+from tasks.grids import Content, create, template, write_tile
 from tasks.params import AblateParams, EvaluateParams
 from tests.core.test_retrieval import database
 
@@ -97,7 +97,7 @@ def test_a_second_evaluation_finds_the_first_and_other_labels_make_a_new_one(pro
 def test_a_grid_gets_its_card_and_places_at_sea_are_left_out_for_all(products, tmp_path):
     checkpoint, images, table = products
     url, spec = (tmp_path / "grids/one/grid.zarr").as_uri(), GridSpec(10, 20)
-    create(url, spec, template(spec, 2, 2, {}))
+    create(url, spec, template(spec, Content(2, 2), {}))
     for tile in spec.tiles():
         vectors = np.moveaxis(unit_vectors(spec.lonlat(tile).reshape(-1, 2)).reshape(tile.rows, tile.columns, 3), 2, 0)
         vectors = np.concatenate([vectors, vectors[:1]]).astype(np.float32)

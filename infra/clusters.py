@@ -46,7 +46,7 @@ def connect(name: str | None = None, workers: int | None = None) -> Iterator[Cli
         yield outer
         return
     dask.config.set({"distributed.logging.distributed": "critical"})  # for the worker processes
-    dask.config.update(dask.config.config, yaml.safe_load(CONFIG.read_text()))
+    dask.config.update_defaults(yaml.safe_load(CONFIG.read_text()))  # what the user has set stays
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # Prefect's set-up shows what was silent
     given = {"cluster": name, "workers": workers}
     where = settings().model_copy(update={key: value for key, value in given.items() if value})

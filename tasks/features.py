@@ -32,6 +32,7 @@ from tasks.units import log, run_units
 
 SHARD = 512  # images: 2 MB of features, some seconds of work
 SYMMETRIES = 8  # of the square
+PIECE = 1 << 25  # numbers of images at a time, of 2 to 14 bytes each: a shard of 512 whole ones would take gigabytes
 READERS = 8  # shards that are read at a time
 RUNS, RUN = 40, 50  # images that an encoder is fitted to: runs of neighbours, spread over the whole store
 
@@ -170,7 +171,13 @@ def check_takes(encoder: ImageEncoder, source: Patches, taker: str) -> None:
 
 
 def encode_rows(encoder: ImageEncoder, source: Patches, rows: slice, view: int = 0) -> NDArray[np.float32]:
-    """Features of a view of some patches, (n, feature), from the bands that the encoder takes."""
+    """Features of a view of some patches, (n, feature), from the bands that the encoder takes; `PIECE` at a time."""
+    step = max(1, PIECE // source.pixels(slice(rows.start, rows.start + 1)).size)
+    pieces = [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
+    return np.concatenate([_encode_piece(encoder, source, piece, view) for piece in pieces])
+
+
+def _encode_piece(encoder: ImageEncoder, source: Patches, rows: slice, view: int) -> NDArray[np.float32]:
     return encoder.encode(view_of(take_bands(source.reflectance(rows), source.bands, encoder.bands), view))
 
 

@@ -6,8 +6,13 @@ import pytest
 import yaml
 from prefect import Flow
 from prefect.cli.deploy._models import PrefectYamlModel
+from prefect.states import Failed
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
+
+from infra.errors import Unavailable, UserError
+from tasks.steps import may_mend, sample_patches
+from tasks.units import UnitsFailed
 
 CONFIG = Path(__file__).parents[2] / "prefect.yaml"
 DEPLOYMENTS = {d["name"]: d for d in yaml.safe_load(CONFIG.read_text())["deployments"]}
@@ -60,3 +65,19 @@ def test_a_form_has_bounds_and_choices():
 def test_only_the_urls_of_what_is_built_on_are_asked_for():
     assert schema("publish")["required"] == ["checkpoint", "database"]
     assert schema("sample")["required"] == schema("pipeline")["required"] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (Unavailable("the archive rests"), True),
+        (UnitsFailed("3 of 9 units failed"), True),
+        (ConnectionError("the scheduler is gone"), True),
+        (UserError("no such band"), False),
+    ],
+)
+def test_what_may_mend_by_itself_is_tried_again_where_nobody_watches(error, again, monkeypatch):
+    failed = Failed(data=error)
+    assert not may_mend(sample_patches, None, failed)
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "1")
+    assert may_mend(sample_patches, None, failed) == again

@@ -1,14 +1,17 @@
 """The pipeline end to end: real STAC and S3 servers, separately started Dask workers, Prefect's test server."""
 
+import io
 import re
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
+from s3fs import S3FileSystem
 
 from flows.pipeline import pipeline
 from infra import storage
@@ -101,6 +104,26 @@ def test_the_grid_has_its_score_card(made):
     assert rows["grid", "temperature"]["n"] + rows["grid", "temperature"]["left_out"] == 400
     assert rows["wrap", "temperature"]["blocked"] > rows["coordinates", "temperature"]["blocked"]
     assert rows["CSP", "country"]["note"] == "weights not given"
+
+
+def test_no_secret_and_no_signature_is_stored_or_shown(made, sandbox):
+    """In no object of the products, and in nothing that Prefect keeps: parameters, states, artifacts, logs."""
+    products = S3FileSystem(key=sandbox.keys[0], secret=sandbox.keys[1], endpoint_url=sandbox.endpoint)
+    paths = [path for url in made.values() if url.startswith("s3://") for path in products.find(url)]
+    with get_client(sync_client=True) as client:
+        kept = [*client.read_flow_runs(), *client.read_task_runs(), *client.read_artifacts(), *client.read_logs()]
+    told = {repr(thing)[:60]: thing.model_dump_json().encode() for thing in kept}
+    told |= {path: plain(path, products.cat_file(path)) for path in paths}
+    assert len(paths) > 20
+    assert any(b"https" in text or b"s3://" in text for text in told.values())
+    for name, text in told.items():
+        for secret in (sandbox.keys[1].encode(), b"X-Amz-Signature", b"X-Amz-Credential"):
+            assert secret not in text, name
+
+
+def plain(path, data):
+    """A Parquet's columns as text, since they are stored compressed; all else as it is."""
+    return pd.read_parquet(io.BytesIO(data)).to_csv().encode() if path.endswith(".parquet") else data
 
 
 def test_the_sea_has_no_values(made):

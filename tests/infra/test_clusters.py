@@ -75,8 +75,13 @@ class Fleet:
             self.flags = ["--tls-ca-file", authority.ca, "--tls-cert", cert, "--tls-key", key]
             files = {"tls_ca_file": authority.ca, "tls_client_cert": cert, "tls_client_key": key}
             self.security = Security(require_encryption=True, **{name: str(path) for name, path in files.items()})
-        where = ["--host", self.address.rpartition(":")[0], "--port", str(port)]
-        self.started = {"scheduler": self._start("scheduler", "scheduler", *where)}
+        self.started = {}
+        self.open()
+
+    def open(self):
+        """Starts the scheduler, at the same address as before."""
+        place, _, port = self.address.rpartition(":")
+        self.started["scheduler"] = self._start("scheduler", "scheduler", "--host", place, "--port", port)
 
     def join(self, name, **variables):
         alone = ["--nthreads", "1", "--no-nanny", "--name", name]
@@ -84,7 +89,7 @@ class Fleet:
 
     def _start(self, name, *command, **variables):
         home = self.folder / name
-        home.mkdir(parents=True)
+        home.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(
             [sys.executable, "-m", "dask", *command, "--no-dashboard", *self.flags],
             cwd=home,
@@ -120,11 +125,13 @@ def authority(tmp_path_factory):
 def fleet(tmp_path_factory, authority):
     """A scheduler and three workers, with TLS; `tests.conftest.cluster` is one without."""
     made = Fleet(tmp_path_factory.mktemp("tls"), authority)
-    for name in NAMES:
-        made.join(name)
-    has(made, 3)
-    yield made
-    made.close()
+    try:
+        for name in NAMES:
+            made.join(name)
+        has(made, 3)
+        yield made
+    finally:
+        made.close()
 
 
 @pytest.fixture

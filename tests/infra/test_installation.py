@@ -44,7 +44,7 @@ def test_every_product_has_one_role_that_writes_it():
     assert {"patches", "grids"} <= kinds
     for kind in kinds:
         writers = [role for role in POLICIES if allowed(role, "s3:PutObject", f"{kind}/0123/card.json")]
-        assert writers == (["publish"] if kind in ("grids", "reports") else ["staging"])
+        assert writers == (["publish"] if kind in ("grids", "reports", "ablations") else ["staging"])
 
 
 def test_a_reader_sees_what_is_published_and_changes_nothing():

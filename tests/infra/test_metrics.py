@@ -15,7 +15,7 @@ def served(worker):
     """The counters that a worker of this process serves, by name and label."""
     with urllib.request.urlopen(f"http://127.0.0.1:{worker.http_server.port}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, value in (re.fullmatch(r"(\S+) (\S+)", x).groups() for x in lines if ours(x))}
+    return {name: float(value) for name, value in (re.fullmatch(r"(.+) (\S+)", x).groups() for x in lines if ours(x))}
 
 
 def ours(line):

@@ -20,6 +20,8 @@ STAND_IN = "NASA Blue Marble at about 7 km stands in for 10 m Sentinel-2"
 EQUAL_EARTH = (1.340264, -0.081106, 0.000893, 0.003796)  # Savric, Patterson, Jenny 2018
 STRIP = 60  # rows read at a time
 WRAP = 14  # letters of a line above a panel
+SCALE = (0.0, 0.02, 0.01, 0.3)  # of a map's colours: in the corner that the globe leaves free
+SHOWN = 0.995  # share of the cells that a scale of colours tells apart: some islands are far from everything
 
 
 class Sliced(Protocol):
@@ -65,7 +67,7 @@ def change_map(change: NDArray, lat: NDArray, lon: NDArray, title: str, caption:
     with np.errstate(divide="ignore"):
         colours = axes.pcolormesh(x, y, np.log10(change), vmin=-6, vmax=0, cmap="magma_r", rasterized=True)
     outline(axes)
-    scale = figure.colorbar(colours, ax=axes, fraction=0.02, pad=0.01)
+    scale = figure.colorbar(colours, cax=axes.inset_axes(SCALE))
     scale.set_ticks([-6, -4, -2, 0], labels=["1e-6", "1e-4", "0.01", "1"])
     return png(figure)
 
@@ -74,11 +76,10 @@ def layer_map(layer: NDArray[np.float32], lat: NDArray, lon: NDArray, title: str
     """One number per cell, (lat, lon), NaN where there is none; as `world_map`, with a scale in `unit`."""
     figure, axes = canvas(12, 6.6, title, caption)
     x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
-    mesh = axes.pcolormesh(x, y, layer, cmap="viridis_r", rasterized=True)
+    highest = np.nanquantile(layer, SHOWN)
+    mesh = axes.pcolormesh(x, y, layer, vmin=0, vmax=highest, cmap="viridis_r", rasterized=True)
     outline(axes)
-    scale = figure.colorbar(mesh, ax=axes, orientation="horizontal", fraction=0.03, pad=0.02, aspect=50)
-    scale.set_label(unit, color=FAINT)
-    scale.outline.set_visible(False)
+    figure.colorbar(mesh, cax=axes.inset_axes(SCALE), extend="max").set_label(unit, color=FAINT)
     return png(figure)
 
 

@@ -76,7 +76,7 @@ def layer_map(layer: NDArray[np.float32], lat: NDArray, lon: NDArray, title: str
     """One number per cell, (lat, lon), NaN where there is none; as `world_map`, with a scale in `unit`."""
     figure, axes = canvas(12, 6.6, title, caption)
     x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
-    highest = np.nanquantile(layer, SHOWN)
+    highest = float(np.nanquantile(layer, SHOWN))
     mesh = axes.pcolormesh(x, y, layer, vmin=0, vmax=highest, cmap="viridis_r", rasterized=True)
     outline(axes)
     figure.colorbar(mesh, cax=axes.inset_axes(SCALE), extend="max").set_label(unit, color=FAINT)

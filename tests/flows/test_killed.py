@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from infra import storage
 from infra.reconcile import reconcile
 from infra.sandbox import servers
-from tasks.params import EvaluateParams, PipelineParams, PublishParams, TrainParams
+from tasks.params import EncoderParams, EvaluateParams, PipelineParams, PublishParams, TrainParams
 from tasks.patches import open_patches
 from tests.flows.test_pipeline import SAMPLE
 from tests.infra.test_clusters import Fleet
@@ -156,7 +156,7 @@ def test_one_rerun_completes_after_the_server_was_killed(station):
 def test_the_pipeline_runs_each_step_as_its_own_deployment(station):
     params = PipelineParams(
         sample=SAMPLE,
-        train=TrainParams(steps=20, batch=32, degree=8, hidden=32, dim=16),
+        train=TrainParams(encoder=EncoderParams(dim=64), steps=20, batch=32, degree=8, hidden=32, dim=16),
         publish=PublishParams(step_degrees=3.0, tile_cells=60),
         evaluate=EvaluateParams(points=200),
     )

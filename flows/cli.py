@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,6 +29,7 @@ from tasks.params import (
     PipelineParams,
     PublishParams,
     SampleParams,
+    Sampling,
     TrainParams,
 )
 
@@ -64,7 +65,6 @@ Space = Annotated[
     str, typer.Option("--checkpoint", help="Directory or URL of the checkpoint of its keys.", callback=_url)
 ]
 Directory = Annotated[Path, typer.Option(help="Where the sandbox keeps its data and its state.")]
-Sampling = Literal["nearest", "bilinear"]
 SANDBOX = Path(".sandbox")
 INTERRUPTED = 130  # what a shell reports for SIGINT, and what typer makes of a KeyboardInterrupt
 

@@ -17,9 +17,7 @@ from infra.errors import Unavailable, UserError
 from infra.settings import Settings, settings
 from infra.workers import check
 
-CONFIG = Path(__file__).with_name(
-    "dask.yaml"
-)  # of every worker: name it in DASK_CONFIG where they are started elsewhere
+CONFIG = Path(__file__).with_name("dask.yaml")  # of every worker: DASK_CONFIG where they are started elsewhere
 TEMPLATE = Path(__file__).with_name("kubernetes") / "daskcluster.yaml"
 QUIET: Any = {"dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}  # units report their own errors
 UNINTERRUPTED = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # Ctrl-C ends the flow, which ends them

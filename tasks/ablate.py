@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
-from tasks.artifacts import keep_picture, keep_table, show_table
+from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.compact import Projection
 from tasks.core.location import LocationEncoder
@@ -32,7 +32,7 @@ from tasks.evaluate import label_sets
 from tasks.params import AblateParams, Choice
 from tasks.publish import read_pair
 from tasks.score_pictures import ablation_chart
-from tasks.scoring import digest, markdown, records, score_all
+from tasks.scoring import digest, keep_scores, score_all
 from tasks.tiles import load
 from tasks.units import progress
 
@@ -78,10 +78,7 @@ def ablate_database(choice: Choice, checkpoint: str, database: str, params: Abla
     with progress(f"ablate {choice}", len(variants)) as advance:
         table = score_all(sets, variants, params, advance).table
     name = f"Ablation of {choice}"
-    storage.write_json(storage.join(url, "ablation.json"), records(table))
-    storage.write(storage.join(url, "ablation.csv"), table.to_csv(index=False).encode())
-    keep_table(storage.join(url, "ablation.md"), markdown(table), f"ablation-{choice}", name)
-    show_table(records(table), f"ablation-{choice}-table", name)
+    keep_scores(url, "ablation", table, f"ablation-{choice}", name)
     caption = f"Linear probes; deviation over splits. {card.get('attribution', '')}"
     keep_picture(storage.join(url, "ablation.png"), ablation_chart(table, name, caption), f"ablation-{choice}", name)
     write_card(url, "ablation", fingerprint=fingerprint(made_of), made_of=made_of)

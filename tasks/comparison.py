@@ -22,6 +22,7 @@ from tasks.tiles import land_tiles
 from tasks.units import run_units
 from tasks.updates import home_of
 from tasks.validation import opened, params_of
+from tasks.versions import name_of
 
 MOVED = 1e-4  # relative change from which a cell counts as moved: what two exact computations may differ by
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -112,7 +113,7 @@ def compare_tile(old: str, new: str, tile: Tile) -> tuple[NDArray[np.float32], N
 
 def keep(difference: Difference, old: str, new: str, output: str) -> str:
     """Writes the relative change as a map, PNG, to a path or URL, and returns its URL."""
-    names = [home_of(grid).rpartition("/")[2] for grid in (old, new)]
+    names = [name_of(grid) for grid in (old, new)]
     numbers, dataset, url = difference.numbers(), opened(new), storage.as_url(output)
     title = f"Change from {names[0]} to {names[1]}"
     caption = f"{numbers['moved']:,} of {numbers['cells']:,} cells moved by more than {MOVED:g} of their length."

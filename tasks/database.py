@@ -16,6 +16,7 @@ checkpoint's space the keys live in.
 import hashlib
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,14 @@ def read_rows(url: str, rows: slice | list[int]) -> Database:
     """Reads some images of a finished database into memory: a worker's part of a large one, or chosen rows."""
     card = _card(url)
     return Database(**{name: np.asarray(_array(url, name, "r").oindex[rows]) for name in NAMES}, card=card)
+
+
+def read_blocks(url: str, size: int) -> Iterator[Database]:
+    """A finished database, `size` images at a time."""
+    card = _card(url)
+    arrays = {name: _array(url, name, "r") for name in NAMES}
+    for start in range(0, card["images"], size):
+        yield Database(**{name: np.asarray(a[start : start + size]) for name, a in arrays.items()}, card=card)
 
 
 def _card(url: str) -> dict[str, Any]:

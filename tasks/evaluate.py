@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
-from tasks.artifacts import keep_picture, keep_table, show_table
+from tasks.artifacts import keep_picture, keep_table
 from tasks.cards import fingerprint, is_finished, product_url, write_card
 from tasks.core.evidence import distance_km
 from tasks.embedders import Lonlat, Named, embedders
@@ -22,7 +22,7 @@ from tasks.params import EvaluateParams
 from tasks.pictures import score_chart
 from tasks.publish import read_pair
 from tasks.score_pictures import bias_chart, error_map
-from tasks.scoring import Scored, digest, markdown, records, score_all
+from tasks.scoring import Scored, digest, keep_scores, records, score_all
 from tasks.tiles import load
 from tasks.units import log, progress
 from tasks.updates import home_of
@@ -105,12 +105,8 @@ def made_from(
 
 def report(url: str, scored: Scored, caption: str) -> None:
     """Stores the scores as JSON, CSV, Markdown and a picture."""
-    table = scored.table
-    storage.write_json(storage.join(url, "scores.json"), records(table))
-    storage.write(storage.join(url, "scores.csv"), table.to_csv(index=False).encode())
-    keep_table(storage.join(url, "scores.md"), markdown(table), "scores", "Scores of linear probes")
-    show_table(records(table), "scores-table", "Scores of linear probes")
-    picture = score_chart(table, "What the embeddings know", caption)
+    keep_scores(url, "scores", scored.table, "scores", "Scores of linear probes")
+    picture = score_chart(scored.table, "What the embeddings know", caption)
     keep_picture(storage.join(url, "scores.png"), picture, "score-chart", "Scores of linear probes")
     for made in scored.trials:
         facts = made.facts

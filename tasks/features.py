@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any
@@ -172,7 +173,7 @@ def check_takes(encoder: ImageEncoder, source: Patches, taker: str) -> None:
 
 def encode_rows(encoder: ImageEncoder, source: Patches, rows: slice, view: int = 0) -> NDArray[np.float32]:
     """Features of a view of some patches, (n, feature), from the bands that the encoder takes; `PIECE` at a time."""
-    step = max(1, PIECE // source.pixels(slice(rows.start, rows.start + 1)).size)
+    step = max(1, PIECE // math.prod(source.shape[1:]))
     pieces = [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
     return np.concatenate([_encode_piece(encoder, source, piece, view) for piece in pieces])
 

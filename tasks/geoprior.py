@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 
-from infra import storage
 from infra.errors import UserError
 from tasks.core.probes import GramRidgeClassifierCV
 from tasks.embedders import NOT_GIVEN, Named, Vectors
+from tasks.foreign import read_file
 
 FOLDS = 5  # of the paper's code for this task
 FLOOR = 1e-3  # probability that a class keeps wherever the place is
@@ -57,12 +57,10 @@ def read_photographs(source: str) -> Photographs:
         UserError: It is not there, lacks an array, or they do not fit together.
     """
     try:
-        with np.load(io.BytesIO(storage.read(storage.as_url(source))), allow_pickle=False) as file:
+        with np.load(io.BytesIO(read_file(source, "an .npz of photographs")), allow_pickle=False) as file:
             found = Photographs(
                 file["lonlat"].astype("f8"), file["labels"], file["train"].astype(bool), file["log_probs"].astype("f8")
             )
-    except FileNotFoundError:
-        raise UserError(f"there is no file {source}: give an .npz") from None
     except UserError:
         raise
     except Exception as error:  # a hostile file may fail in any way

@@ -6,7 +6,6 @@ would read a chunk as often as there are points in it.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from infra.errors import UserError
 from tasks.grids import Vectors, open_vectors
+from tasks.params import Sampling
 from tasks.points import check_output, check_points, lonlat_of, read_points, vectors_column, whole
 from tasks.units import progress
 
-Sampling = Literal["nearest", "bilinear"]
 POINTS = 50_000  # at a time: 1,280 dimensions of them take 256 MB
 
 Float = NDArray[np.float64]

@@ -276,7 +276,11 @@ class Vectors:
     def __getitem__(self, index: Any) -> NDArray[np.float32]:
         """A part: one dimension, `vectors[0]`, or all of them of a window, `vectors[:, rows, columns]`."""
         if isinstance(index, int | np.integer):
-            return _decoded(self.arrays[0], int(index)) if index < self.arrays[0].shape[0] else self[:][index]
+            for array in self.arrays[:-1]:
+                if index < array.shape[0]:
+                    return _decoded(array, int(index))
+                index -= array.shape[0]
+            return _decoded(self.arrays[-1], int(index))
         return np.concatenate([_decoded(array, index) for array in self.arrays])
 
 

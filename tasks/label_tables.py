@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.errors import UserError
 from tasks.core.probes import Kind
+from tasks.core.sampling import uniform_places
 from tasks.labels import LabelSet
 from tasks.params import EvaluateParams
 
@@ -201,12 +202,9 @@ def draw_in_polygons(
         UserError: The polygons cover so little of their bounds that no place falls into them.
     """
     rng = np.random.default_rng(seed)
-    west, south, east, north = polygons.total_bounds
-    low, high = np.sin(np.radians([south, north]))
     places, rows = [], []
     for _ in range(TRIES):
-        u = rng.random((DRAWS, 2))
-        lonlat = np.column_stack([west + (east - west) * u[:, 0], np.degrees(np.arcsin(low + (high - low) * u[:, 1]))])
+        lonlat = uniform_places(rng, DRAWS, polygons.total_bounds)
         which, inside = polygons.sindex.query(gpd.points_from_xy(*lonlat.T), predicate="within")
         which, first = np.unique(which, return_index=True)
         places.append(lonlat[which])

@@ -281,12 +281,15 @@ class EmbedParams(Params):
         return self
 
 
+Sampling = Literal["nearest", "bilinear"]
+
+
 class EmbedderParams(Params):
     """Which embedders are compared."""
 
     embedder: tuple[str, ...] = ()
     """Names, NAME=WEIGHTS for those with weights of their own, or URLs of grids; unset, all."""
-    interpolation: Literal["nearest", "bilinear"] = "nearest"
+    interpolation: Sampling = "nearest"
     """How a grid is read between its cells."""
 
 

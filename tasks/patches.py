@@ -65,6 +65,11 @@ class Patches:
     bands: tuple[str, ...]
     """Names of the bands, in order."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, band, y, x) of all of them."""
+        return storage.patiently(lambda: _array(self.url, "r").shape, self.url)
+
     def pixels(self, rows: slice) -> NDArray[np.uint16]:
         """Raw numbers (n, band, y, x)."""
         return read_rows(self.url, rows)

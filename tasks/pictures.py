@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rasterio.enums import ColorInterp
@@ -45,11 +46,7 @@ def world_map(colours: NDArray[np.float32], lat: NDArray, lon: NDArray, title: s
         title: Above the map.
         caption: Below it.
     """
-    figure, axes = canvas(12, 6.6, title, caption)
-    x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
-    axes.pcolormesh(x, y, colours, rasterized=True)
-    outline(axes)
-    return png(figure)
+    return png(_cells(colours, lat, lon, title, caption)[0])
 
 
 def change_map(change: NDArray, lat: NDArray, lon: NDArray, title: str, caption: str) -> bytes:
@@ -62,25 +59,31 @@ def change_map(change: NDArray, lat: NDArray, lon: NDArray, title: str, caption:
         title: Above the map.
         caption: Below it.
     """
-    figure, axes = canvas(12, 6.6, title, caption)
-    x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
     with np.errstate(divide="ignore"):
-        colours = axes.pcolormesh(x, y, np.log10(change), vmin=-6, vmax=0, cmap="magma_r", rasterized=True)
-    outline(axes)
-    scale = figure.colorbar(colours, cax=axes.inset_axes(SCALE))
+        powers = np.log10(change)
+    figure, axes, mesh = _cells(powers, lat, lon, title, caption, vmin=-6, vmax=0, cmap="magma_r")
+    scale = figure.colorbar(mesh, cax=axes.inset_axes(SCALE))
     scale.set_ticks([-6, -4, -2, 0], labels=["1e-6", "1e-4", "0.01", "1"])
     return png(figure)
 
 
 def layer_map(layer: NDArray[np.float32], lat: NDArray, lon: NDArray, title: str, caption: str, unit: str) -> bytes:
     """One number per cell, (lat, lon), NaN where there is none; as `world_map`, with a scale in `unit`."""
-    figure, axes = canvas(12, 6.6, title, caption)
-    x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
     highest = float(np.nanquantile(layer, SHOWN))
-    mesh = axes.pcolormesh(x, y, layer, vmin=0, vmax=highest, cmap="viridis_r", rasterized=True)
-    outline(axes)
+    figure, axes, mesh = _cells(layer, lat, lon, title, caption, vmin=0, vmax=highest, cmap="viridis_r")
     figure.colorbar(mesh, cax=axes.inset_axes(SCALE), extend="max").set_label(unit, color=FAINT)
     return png(figure)
+
+
+def _cells(
+    cells: NDArray, lat: NDArray, lon: NDArray, title: str, caption: str, **style: Any
+) -> tuple[Figure, Axes, QuadMesh]:
+    """A map of cells, (lat, lon) numbers or (lat, lon, 4) colours."""
+    figure, axes = canvas(12, 6.6, title, caption)
+    x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
+    mesh = axes.pcolormesh(x, y, cells, rasterized=True, **style)
+    outline(axes)
+    return figure, axes, mesh
 
 
 def geotiff(colours: NDArray[np.float32]) -> bytes:

@@ -12,6 +12,7 @@ from tasks.artifacts import keep_picture
 from tasks.pictures import geotiff, layer_map, principal_colours, world_map
 from tasks.tiles import GRID, Job
 
+MAPS = {"world.png": "The world in embedding colours", "evidence.png": "Distance to the nearest image"}
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -68,9 +69,6 @@ def write_page(home: str) -> str:
     page = PAGE.format(title=title, maps=maps, url=url, rows=rows, zarr=GRID)
     storage.write(target := storage.join(home, "index.html"), page.encode())
     return target
-
-
-MAPS = {"world.png": "The world in embedding colours", "evidence.png": "Distance to the nearest image"}
 
 
 def _facts(attrs: dict[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
             f"the database {database} is larger than a worker can hold, and evidence and the scales of a smaller dtype "
             "need it whole: publish float32 without evidence, or give each worker more memory"
         )
-    look = (lambda _: Survey({})) if parts else partial(measure, client, job, params.dtype)
+    look = unmeasured if parts else partial(measure, client, job, params.dtype)
     prepare(job, card, provenance(job, card, made_of), look, params.overviews)
     tiles = land_tiles(job.spec)
     done = grids.written(job.grid, job.spec, tiles)
@@ -113,11 +113,16 @@ def read_pair(checkpoint: str, database: str) -> dict[str, Any]:
     return card
 
 
+def unmeasured(_: Projection | None) -> Survey:
+    """Nothing is known of the field."""
+    return Survey({})
+
+
 def prepare(
     job: Job,
     card: dict[str, Any],
     attrs: dict[str, Any],
-    look: Callable[[Projection | None], Survey] = lambda _: Survey({}),
+    look: Callable[[Projection | None], Survey] = unmeasured,
     overviews: int = 0,
 ) -> None:
     """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid.

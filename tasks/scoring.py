@@ -11,7 +11,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from infra import storage
 from infra.errors import UserError
+from tasks.artifacts import keep_table, show_table
 from tasks.cards import fingerprint
 from tasks.core.probes import (
     CLASS_FOLDS,
@@ -137,6 +139,23 @@ def _check_classes(labels: LabelSet, splits: list[Split]) -> None:
 def digest(labels: LabelSet) -> str:
     """What changes when a place or a label does."""
     return fingerprint([labels.lonlat.round(6).tolist(), labels.labels.tolist()])
+
+
+def keep_scores(url: str, name: str, table: pd.DataFrame, key: str, description: str) -> None:
+    """Stores a table of scores as JSON, CSV and Markdown, and shows it as the run's artifacts.
+
+    Args:
+        url: Directory.
+        name: Of the files, without their suffix.
+        table: The scores.
+        key: Of the artifacts, lower-case.
+        description: What they show.
+    """
+    rows = records(table)
+    storage.write_json(storage.join(url, f"{name}.json"), rows)
+    storage.write(storage.join(url, f"{name}.csv"), table.to_csv(index=False).encode())
+    keep_table(storage.join(url, f"{name}.md"), markdown(table), key, description)
+    show_table(rows, f"{key}-table", description)
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -142,13 +142,17 @@ def write_collection(grids: str, latest: str | None = None) -> dict[str, Any] | 
         grids: URL of the directory of all grids.
         latest: Id of the grid that is in force, whose fields the collection takes; unset, the last by name.
     """
-    homes = [name for name in storage.names(grids) if "." not in name]
-    items = {name: item for name in homes if (item := _read_item(storage.join(grids, name)))}
+    items = {name: item for name in names_in(grids) if (item := _read_item(storage.join(grids, name)))}
     if not items:
         return None
     collection = make_collection(items, latest if latest in items else max(items))
     storage.write_json(storage.join(grids, COLLECTION), collection)
     return collection
+
+
+def names_in(grids: str) -> list[str]:
+    """Names of the directories of grids; pointer, locks and collection, which lie beside them, have a dot."""
+    return [name for name in storage.names(grids) if "." not in name]
 
 
 def _read_item(home: str) -> dict[str, Any] | None:

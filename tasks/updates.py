@@ -22,7 +22,7 @@ from tasks.core.adaptive import Report
 from tasks.core.grid import Tile
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.sums import Halves, updated
-from tasks.database import Database, read_rows
+from tasks.database import Database, read_blocks, read_rows
 from tasks.params import PublishParams
 from tasks.tiles import GRID, LOADING, SUMS, Job, deliver, index_of, land_cells, load, load_encoder
 from tasks.units import log
@@ -120,9 +120,7 @@ def _without(images: pd.DataFrame, rows: NDArray[np.int64]) -> list[int]:
 
 def _images(url: str) -> tuple[pd.DataFrame, NDArray[np.float64]]:
     """What names each image, and its marks, (n, 2 * (PROJECTIONS + 1))."""
-    count = read_card(url, "database")["images"]
-    blocks = [_named(read_rows(url, slice(start, start + BLOCK))) for start in range(0, count, BLOCK)]
-    names, marks = zip(*blocks, strict=True)
+    names, marks = zip(*map(_named, read_blocks(url, BLOCK)), strict=True)
     table = pd.concat(names, ignore_index=True)
     table["copy"] = table.groupby(NAME[:-1]).cumcount()
     return table.rename_axis("row").reset_index(), np.concatenate(marks)

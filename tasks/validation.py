@@ -19,17 +19,17 @@ from infra import storage
 from infra.errors import UserError
 from tasks import grids
 from tasks.audit import Finding
-from tasks.cards import fingerprint, read_card
+from tasks.cards import fingerprint
 from tasks.checkpoint import load_checkpoint
 from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
 from tasks.core.land import land_mask
 from tasks.core.retrieval import Method, unit_vectors
-from tasks.database import Database, read_rows
+from tasks.database import Database, read_blocks
 from tasks.params import PublishParams
 from tasks.tiles import land_cells, land_tiles
 from tasks.units import run_units
-from tasks.updates import home_of
+from tasks.versions import name_of
 
 CANARIES = 24  # cells that are computed again
 BLOCK = 4096  # images at a time
@@ -150,7 +150,7 @@ def header(grid: str, spec: GridSpec, card: dict[str, Any]) -> Iterator[Finding]
     detail = f"lat {lat[0]:g} to {lat[-1]:g}, lon {lon[0]:g} to {lon[-1]:g}, {len(lat)} x {len(lon)}"
     yield Finding("coordinates, north up", same and rising, detail)
     recorded = dataset.attrs.get("rangegrid:made_of")
-    named = fingerprint(card["made_of"]) == home_of(grid).rpartition("/")[2]
+    named = fingerprint(card["made_of"]) == name_of(grid)
     yield Finding(
         "card", recorded == card["made_of"] and named, "attributes, card and name tell of the same parameters"
     )
@@ -207,7 +207,7 @@ def visual_range(checks: list[TileCheck], reference: Reference, slack: float) ->
 def canaries(grid: str, spec: GridSpec, card: dict[str, Any], params: PublishParams) -> tuple[Float, Reference]:
     """Some cells as they are stored, (m, dim), and computed again: at their places, then at each of the wrong ones."""
     dataset = opened(grid)
-    rows, columns = chosen(spec, home_of(grid).rpartition("/")[2])
+    rows, columns = chosen(spec, name_of(grid))
     vectors = grids.open_vectors(grid)
     stored = np.stack([vectors[:, i, j] for i, j in zip(rows, columns, strict=True)]).astype(np.float64)
     places = np.column_stack([dataset["lon"].values[columns], dataset["lat"].values[rows]])
@@ -272,7 +272,6 @@ def kernel(temperature: float, queries: Float, keys: Float) -> Float:
 
 def rows_of(database: str, projection: Projection | None) -> Iterator[tuple[Database, Float]]:
     """The database by blocks, with the values in float64, projected as the grid's are."""
-    for start in range(0, read_card(database, "database")["images"], BLOCK):
-        data = read_rows(database, slice(start, start + BLOCK))
+    for data in read_blocks(database, BLOCK):
         values = data.values.astype(np.float64)
         yield data, (values - projection.mean) @ projection.components if projection else values

@@ -29,7 +29,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
 from tasks.cards import read_card
-from tasks.stac import write_collection
+from tasks.stac import names_in, write_collection
 from tasks.tiles import GRID
 from tasks.updates import home_of
 
@@ -238,7 +238,7 @@ def _rolled_back(pointer: Pointer, move: Move, known: Pointer) -> Pointer:
 def versions(pointer: Pointer | None = None) -> list[Version]:
     """All versions: finished ones first, newest first."""
     pointer = pointer or read_pointer()[0]
-    found = [_version(name, pointer) for name in storage.names(directory()) if "." not in name]
+    found = [_version(name, pointer) for name in names_in(directory())]
     there = [version for version in found if version.card or storage.size(home_of(version.grid))]  # no empty directory
     return sorted(there, key=lambda v: (v.finished is None, -v.finished.timestamp() if v.finished else 0, v.grid))
 
@@ -281,7 +281,7 @@ def find(name: str) -> str:
         if not grid:
             raise UserError(f"there is no {name} version in {directory()}: promote one with `rangegrid grid promote`")
         return grid
-    begin = [found for found in storage.names(directory()) if found.startswith(name) and "." not in found]
+    begin = [found for found in names_in(directory()) if found.startswith(name)]
     if len(begin) != 1:
         known = ", ".join(begin) or "none"
         raise UserError(f"{name!r} names {known} of the versions in {directory()}: `rangegrid grid list` shows all")

@@ -36,12 +36,20 @@ def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> N
         raise ValueError(f"there is no land between {south} and {north} degrees: widen --south and --north")
     rng = np.random.default_rng(seed)
     found: list[NDArray[np.float64]] = []
-    low, high = np.sin(np.radians([south, north]))
     while sum(map(len, found)) < n:
-        u = rng.random((BLOCK, 2))
-        places = np.column_stack([360 * u[:, 0] - 180, np.degrees(np.arcsin(low + (high - low) * u[:, 1]))])
+        places = uniform_places(rng, BLOCK, (-180.0, south, 180.0, north))
         found.append(places[is_land(places)])
     return np.concatenate(found)[:n] if found else np.empty((0, 2))
+
+
+def uniform_places(
+    rng: np.random.Generator, count: int, bounds: tuple[float, float, float, float]
+) -> NDArray[np.float64]:
+    """Places uniform by area within west, south, east and north in degrees, (count, 2)."""
+    west, south, east, north = bounds
+    low, high = np.sin(np.radians([south, north]))
+    u = rng.random((count, 2))
+    return np.column_stack([west + (east - west) * u[:, 0], np.degrees(np.arcsin(low + (high - low) * u[:, 1]))])
 
 
 def grid_zone(lonlat: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -19,7 +19,6 @@ import numpy as np
 import psutil
 import pytest
 import s3fs
-import torch
 import xarray as xr
 from obstore.exceptions import BaseError
 
@@ -28,13 +27,11 @@ from infra.errors import UserError
 from infra.sandbox import servers
 from tasks import versions
 from tasks.cards import read_card
-from tasks.checkpoint import save_checkpoint
-from tasks.core.location import LocationEncoder
 from tasks.database import create_database, finish_database, write_rows
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tests.proxy import Proxy, Reply, dropped, lost, named, status
-from tests.tasks.test_publish import DIM, VALUES, images
+from tests.tasks.test_publish import DIM, VALUES, images, store_checkpoint
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "faults"
@@ -93,12 +90,10 @@ def server(tmp_path_factory):
 
 def make_inputs(home):
     """A checkpoint and a database below a URL."""
-    torch.manual_seed(0)
-    save_checkpoint(f"{home}/checkpoint", LocationEncoder(6, hidden=16, dim=DIM))
+    space = read_card(store_checkpoint(home), "checkpoint")["fingerprint"]
     url, arrays = f"{home}/database", images(np.arange(IMAGES))
     create_database(url, IMAGES, DIM, VALUES, IMAGES)
     write_rows(url, 0, arrays)
-    space = read_card(f"{home}/checkpoint", "checkpoint")["fingerprint"]
     finish_database(url, checkpoint=space, fingerprint="faults", attribution="nobody")
 
 

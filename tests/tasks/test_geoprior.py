@@ -57,5 +57,8 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     with pytest.raises(UserError, match=r"is no \.npz with lonlat"):
         read_photographs(str(tmp_path / "bad.npz"))
+    np.savez_compressed(tmp_path / "bomb.npz", lonlat=np.zeros((10**6, 2)))
+    with pytest.raises(UserError, match="would expand to 16,000"):
+        read_photographs(str(tmp_path / "bomb.npz"))
     with pytest.raises(UserError, match="there is no file"):
         read_photographs(str(tmp_path / "gone.npz"))

@@ -2,29 +2,22 @@
 
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 import zarr_cm
 
 from infra import clusters, storage
 from tasks import grids
-from tasks.cards import read_card
-from tasks.checkpoint import save_checkpoint
-from tasks.core.location import LocationEncoder
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
-from tests.tasks.test_publish import DIM, images, store
+from tests.tasks.test_publish import images, store, store_checkpoint
 
 
 @pytest.fixture(scope="module")
 def publish(tmp_path_factory):
     """Publishes a grid with two levels: 36 x 72, 18 x 36 and 9 x 18 cells."""
     folder = tmp_path_factory.mktemp("overviews")
-    torch.manual_seed(0)
-    checkpoint = f"{folder.as_uri()}/checkpoint"
-    save_checkpoint(checkpoint, LocationEncoder(6, hidden=16, dim=DIM))
-    space = read_card(checkpoint, "checkpoint")["fingerprint"]
-    database = store(folder, "database", images(np.arange(100)), checkpoint=space)
+    checkpoint = store_checkpoint(folder.as_uri())
+    database = store(folder, "database", images(np.arange(100)))
     with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
         params = PublishParams(step_degrees=5.0, tile_cells=10, overviews=2)

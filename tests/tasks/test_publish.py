@@ -33,12 +33,19 @@ IMAGES, VALUES, DIM = 400, 8, 16
 PROBED = PROBES * (2 + len(DISTANCES_KM))  # places that the survey embeds: those, and their neighbours
 
 
+def store_checkpoint(home, hidden=16):
+    """A random encoder in storage, the same whenever asked; its URL."""
+    torch.manual_seed(0)
+    url = f"{home}/checkpoint"
+    save_checkpoint(url, LocationEncoder(6, hidden=hidden, dim=DIM))
+    return url
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """The storage, with a checkpoint in it."""
     folder = tmp_path_factory.mktemp("publish")
-    torch.manual_seed(0)
-    save_checkpoint((folder / "checkpoint").as_uri(), LocationEncoder(6, hidden=16, dim=DIM))
+    store_checkpoint(folder.as_uri())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
         yield folder

@@ -10,13 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import shapely
-import torch
 
 from infra import clusters
-from tasks.cards import read_card
-from tasks.checkpoint import load_checkpoint, save_checkpoint
+from tasks.checkpoint import load_checkpoint
 from tasks.core.land import is_land
-from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.database import open_database
 from tasks.grid_sampling import sample_grid
@@ -25,7 +22,7 @@ from tasks.labels import demo_labels
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tests.core.test_retrieval import close
-from tests.tasks.test_publish import DIM, VALUES, images, store
+from tests.tasks.test_publish import VALUES, images, store, store_checkpoint
 from tests.test_architecture import ROOT
 
 STEP = 2.0
@@ -45,13 +42,10 @@ PARAMS = {"float32": {"keep_sums": True}, "int8": {"dtype": "int8"}}
 def world(tmp_path_factory):
     """A checkpoint and a database, and what publishes them."""
     folder = tmp_path_factory.mktemp("reading")
-    torch.manual_seed(0)
-    checkpoint = f"{folder.as_uri()}/checkpoint"
-    save_checkpoint(checkpoint, LocationEncoder(6, hidden=64, dim=DIM))
+    checkpoint = store_checkpoint(folder.as_uri(), hidden=64)
     arrays = images(np.arange(300))
     arrays["values"] += 3 * np.abs(arrays["locations"][:, 1:]) / 90  # something to find in the values
-    space = read_card(checkpoint, "checkpoint")["fingerprint"]
-    return folder, checkpoint, store(folder, "database", arrays, checkpoint=space)
+    return folder, checkpoint, store(folder, "database", arrays)
 
 
 @pytest.fixture(scope="module", params=PARAMS)
@@ -155,9 +149,8 @@ def test_evidence_tells_where_to_trust(read, whole):
     assert not (trusted & ~known).any()
 
 
+@pytest.mark.parametrize("read", ["float32"], indirect=True)  # beside which sums were kept
 def test_another_beta(read, world):
-    if "visual" not in read[1]:
-        pytest.skip("sums were kept beside the float grid alone")
     _, checkpoint, database = world
     data = open_database(database)
     index = RetrievalIndex(data.keys, data.values, data.locations)

@@ -14,13 +14,12 @@ from distributed import Client
 from infra.errors import UserError
 from infra.sandbox import servers
 from tasks import shards
-from tasks.checkpoint import save_checkpoint
 from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tests.core.test_retrieval import close, database
-from tests.tasks.test_publish import DIM, STEP, VALUES, embeddings, images, store
+from tests.tasks.test_publish import DIM, STEP, VALUES, embeddings, images, store, store_checkpoint
 
 ROWS = 200
 FEW = images(np.arange(ROWS))
@@ -50,8 +49,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """The storage, with a checkpoint in it."""
-    torch.manual_seed(0)
-    save_checkpoint((tmp_path / "checkpoint").as_uri(), LocationEncoder(6, hidden=16, dim=DIM))
+    store_checkpoint(tmp_path.as_uri())
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
     return tmp_path
 

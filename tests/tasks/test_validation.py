@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 import zarr
 
@@ -10,9 +9,7 @@ from infra import clusters, storage
 from infra.errors import UserError
 from tasks import grids, validation, versions
 from tasks.cards import read_card
-from tasks.checkpoint import save_checkpoint
 from tasks.core.grid import GridSpec
-from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, unit_vectors
 from tasks.database import read_rows
 from tasks.params import PublishParams
@@ -20,7 +17,7 @@ from tasks.publish import publish_grid
 from tasks.tiles import land_tiles
 from tasks.updates import home_of
 from tests.core.test_retrieval import brute_force
-from tests.tasks.test_publish import DIM, VALUES, images, store
+from tests.tasks.test_publish import DIM, VALUES, images, store, store_checkpoint
 
 STEP = {"step_degrees": 10.0, "tile_cells": 5}
 SPEC = GridSpec(10.0, 5)
@@ -36,14 +33,11 @@ def client():
 def made(client, tmp_path_factory):
     """A checkpoint and a database of 300 images, and a function that publishes their grid."""
     folder = tmp_path_factory.mktemp("validation")
-    torch.manual_seed(0)
-    save_checkpoint((folder / "checkpoint").as_uri(), LocationEncoder(6, hidden=16, dim=DIM))
+    checkpoint = store_checkpoint(folder.as_uri())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
         database = store(folder, "database", images(np.arange(300)))
-        yield lambda **params: publish_grid(
-            client, (folder / "checkpoint").as_uri(), database, PublishParams(**STEP | params)
-        )
+        yield lambda **params: publish_grid(client, checkpoint, database, PublishParams(**STEP | params))
 
 
 @pytest.fixture(scope="module")

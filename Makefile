@@ -21,7 +21,7 @@ test: .venv/ready  ## set up, then pass the checks and the tests
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest
 
-faults: .venv/ready  ## kill what can be killed while a grid is published, and compare
+faults: .venv/ready  ## kill what can be killed while samples, encoders and grids are made, and compare
 	$(BIN)/python -m pytest -m faults
 
 check: .venv/ready  ## formatting, lint, types, architecture

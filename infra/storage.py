@@ -311,7 +311,8 @@ def names(url: str) -> list[str]:
     store, name = _locate(url)
     listing = patiently(lambda: obstore.list_with_delimiter(store, name or None), url)
     paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
-    return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+    found = (path.rstrip("/") for path in paths)
+    return sorted(path.rpartition("/")[2] for path in found if path != name)  # S3 servers list emptied directories
 
 
 def delete(url: str) -> None:

@@ -54,7 +54,7 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     card = read_pair(checkpoint, database)
     kept = kept_sums(card, params)
     parent = read_parent(params.parent, kept) if params.parent else {}
-    decides = params.model_dump(exclude={"promote"})
+    decides = params.model_dump(exclude={"promote", "drift_alert"})
     made_of = {"database": card["fingerprint"], **decides, "parent": parent.get("fingerprint")}
     job = Job(
         home=product_url("grids", made_of),
@@ -90,7 +90,7 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     if not is_finished(job.home):  # its time is the version's age
         write_card(job.home, "grid", **made, sums=kept if job.keep_sums else None)
     if params.promote:
-        promote_unless_withdrawn(job.grid, since)
+        promote_unless_withdrawn(job.grid, since, params.drift_alert)
     return job.grid
 
 

@@ -129,10 +129,10 @@ def drift(old: str, new: str) -> dict[str, float]:
     """
     rows, columns = chosen(same_cells(old, new), CANARIES)
     before, after = (grids.open_vectors(grid).at(rows, columns) for grid in (old, new))
-    both = np.isfinite(before).all(1) & np.isfinite(after).all(1)
+    both = np.isfinite(before + after).all(1)
     if not both.any():
-        raise UserError(f"{old} and {new} have no vector in common at {len(both)} places: compare with `grid diff`")
-    found = {}
+        raise UserError(f"{old} and {new} have no vector in common at {len(rows)} places: compare with `grid diff`")
+    found: dict[str, float] = {}
     for name, part in blocks(new).items():
         turned = 1 - cosine(before[both, slice(*part)].T, after[both, slice(*part)].T)
         found |= {f"{name}_mean": float(turned.mean()), f"{name}_max": float(turned.max())}

@@ -78,6 +78,7 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
         partial(encode_shard, url, patches, params.name),
         [unit for unit in units if unit not in done],
         label="features",
+        there=len(done),
     )
     write_card(
         url, "features", fingerprint=fingerprint(made_of), made_of=made_of, images=images, encoder=describe(encoder)

@@ -283,6 +283,10 @@ class Vectors:
             return _decoded(self.arrays[-1], int(index))
         return np.concatenate([_decoded(array, index) for array in self.arrays])
 
+    def at(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.float64]:
+        """The vectors of some cells, (n, dim)."""
+        return np.stack([self[:, i, j] for i, j in zip(rows, columns, strict=True)]).astype(np.float64)
+
 
 def open_vectors(url: str) -> Vectors:
     """The embeddings of the grid at `url`."""

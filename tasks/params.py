@@ -216,6 +216,8 @@ class PublishParams(Params):
     """URL of a grid with kept sums, of a former database: only the images that came and went are computed."""
     promote: bool = True
     """Makes the grid the latest, which readers open, once it is found good; false: `rangegrid grid promote` does."""
+    drift_alert: float = Field(0.1, ge=0, le=2)
+    """Turn of the vectors since the latest grid, 1 - mean cosine, from which an event is sent."""
 
     @field_validator("step_degrees")
     @classmethod

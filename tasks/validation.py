@@ -208,8 +208,7 @@ def canaries(grid: str, spec: GridSpec, card: dict[str, Any], params: PublishPar
     """Some cells as they are stored, (m, dim), and computed again: at their places, then at each of the wrong ones."""
     dataset = opened(grid)
     rows, columns = chosen(spec, name_of(grid))
-    vectors = grids.open_vectors(grid)
-    stored = np.stack([vectors[:, i, j] for i, j in zip(rows, columns, strict=True)]).astype(np.float64)
+    stored = grids.open_vectors(grid).at(rows, columns)
     places = np.column_stack([dataset["lon"].values[columns], dataset["lat"].values[rows]])
     projection = grids.read_projection(grid) if params.compact_dims else None
     everywhere = np.concatenate([places, *wrong(places).values()])

@@ -1,6 +1,7 @@
 """The pipeline end to end: real STAC and S3 servers, separately started Dask workers, Prefect's test server."""
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -93,6 +94,25 @@ def test_the_run_tells_how_training_stands(made):
         ]
     told = r"train: loss \d+\.\d+, scale \d+\.\d, held-out retrieval \d+\.\d%, [\d,]+ pairs/s"
     assert [text for text in shown if re.fullmatch(told, text or "")], shown
+
+
+def test_each_step_tells_its_plan_and_what_came_of_it(made):
+    with get_client(sync_client=True) as client:
+        shown = client.read_artifacts(artifact_filter=ArtifactFilter(type={"any_": ["table"]}))
+    tables = {a.key: {row["what"]: row for row in json.loads(a.data)} for a in shown if a.key.endswith("-run")}
+    asked = {
+        ("sample-patches-run", "read patches"): 3,
+        ("train-model-run", "train"): 20,
+        ("encode-database-run", "encode"): 1,
+        ("evaluate-database-run", "evaluate"): 13,
+        ("publish-grid-run", "land cells"): int(np.isfinite(xr.open_zarr(made["grid"]).embedding[0]).sum()),
+    }
+    for (key, what), count in asked.items():
+        row = tables[key][what]
+        assert (row["planned"], row["already there"], row["done"]) == (count, 0, count), what
+        assert row["seconds"] > 0
+        assert tables[key]["bytes stored"]["done"] > 100
+    assert tables["publish-grid-run"]["bytes of memory in a worker"]["done"] > 5e7
 
 
 def test_the_grid_has_its_score_card(made):

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from infra import clusters
-from tasks.units import UnitsFailed, run_units
+from tasks.units import REPORTED, UnitsFailed, progress, run_units
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,21 @@ def test_failures_within_the_bound_do_not_stop_the_others(client, tmp_path):
     with pytest.raises(UnitsFailed, match=r"1 of 6 units failed \(3: ValueError: three\)"):
         run_units(client, partial(leaves_a_mark, tmp_path), range(6), label="marks", max_failed_fraction=0.2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "4", "5"]
+
+
+def test_a_report_counts_what_was_done_also_of_a_run_that_failed(client, tmp_path):
+    token = REPORTED.set(parts := [])
+    try:
+        run_units(client, slowest_first, range(3), label="good", there=4)
+        with pytest.raises(UnitsFailed):
+            run_units(client, partial(leaves_a_mark, tmp_path), range(6), label="marks", max_failed_fraction=0.2)
+        with progress("ends early", 10, there=2) as advance:
+            advance(3)
+    finally:
+        REPORTED.reset(token)
+    told = [(part.name, part.planned, part.there, part.done) for part in parts]
+    assert told == [("good", 7, 4, 3), ("marks", 6, 0, 5), ("ends early", 10, 2, 3)]
+    assert all(part.seconds > 0 for part in parts)
 
 
 def test_a_killed_worker_costs_one_unit(client, tmp_path):

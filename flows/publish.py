@@ -7,9 +7,7 @@ from tasks.params import PublishParams
 from tasks.steps import publish_grid
 
 
-@flow(
-    name="publish", flow_run_name="publish {params.method} at {params.step_degrees} degree", timeout_seconds=72 * HOUR
-)
+@flow(name="publish", flow_run_name="publish {params.method} in steps of {params.step:g}", timeout_seconds=72 * HOUR)
 def publish(checkpoint: str, database: str, params: PublishParams = PublishParams()) -> str:
     """Writes RANGE+ at every land cell of a global grid to storage, as Zarr.
 

@@ -18,7 +18,7 @@ from tasks import conventions, grids, versions
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
-from tasks.core.grid import GridSpec, Tile
+from tasks.core.grid import Tile
 from tasks.core.quantize import DType
 from tasks.core.retrieval import Method
 from tasks.database import stored_values
@@ -52,15 +52,20 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
             another run moved `latest` meanwhile.
     """
     card = read_pair(checkpoint, database)
+    params = with_tiles(params, card)
+    spec = params.spec
+    tiles = land_tiles(spec)
+    if not tiles:
+        raise UserError(f"the box {spec.box} in {spec.crs} has no land at the centre of any cell: give another one")
     kept = kept_sums(card, params)
     parent = read_parent(params.parent, kept) if params.parent else {}
-    decides = params.model_dump(exclude={"promote"})
+    decides = params.model_dump(mode="json", exclude={"promote"})
     made_of = {"database": card["fingerprint"], **decides, "parent": parent.get("fingerprint")}
     job = Job(
         home=product_url("grids", made_of),
         checkpoint=checkpoint,
         database=database,
-        spec=GridSpec(params.step_degrees, params.tile_cells),
+        spec=spec,
         method=Method(params.method, params.beta),
         tolerance=params.tolerance,
         compact_dims=params.compact_dims,
@@ -78,7 +83,6 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         )
     look = unmeasured if parts else partial(measure, client, job, params.dtype)
     prepare(job, card, provenance(job, card, made_of), look, params.overviews)
-    tiles = land_tiles(job.spec)
     done = grids.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
     reports = publish_tiles(client, job, parts, [tile for tile in tiles if tile not in done])
@@ -92,6 +96,12 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     if params.promote:
         promote_unless_withdrawn(job.grid, since)
     return job.grid
+
+
+def with_tiles(params: PublishParams, card: dict[str, Any]) -> PublishParams:
+    """The parameters with a tile size: that which makes the shards of this database as large as they should be."""
+    dims = (params.compact_dims or card["value_dim"]) + card["key_dim"]
+    return params.model_copy(update={"tile_cells": params.tile_cells or grids.tile_cells(dims, params.dtype)})
 
 
 def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> list[Report]:

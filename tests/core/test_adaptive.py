@@ -40,7 +40,7 @@ def index():
 def tile(step=0.1, row=450, column=1800, size=60, wanted=1.0):
     spec = GridSpec(step, size)
     mask = np.random.default_rng(0).random((size, size)) < wanted
-    return Cells(spec.lon[column : column + size], spec.lat[row : row + size], mask)
+    return Cells(spec.x[column : column + size], spec.y[row : row + size], mask, spec.plane)
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])

@@ -73,7 +73,7 @@ def test_coordinates_and_attributes(url):
     assert stored.embedding.dtype == np.float32
     assert stored.attrs["attribution"] == "nobody"
     assert stored.attrs["geoemb:blocks"] == {"visual": [0, 16], "location": [16, 24]}
-    np.testing.assert_array_equal(stored.lat, SPEC.lat)
+    np.testing.assert_array_equal(stored.lat, SPEC.y)
     np.testing.assert_array_equal(stored.embedding_dim, np.arange(24))
     assert stored.embedding[(stored.block == "location").values].embedding_dim.values.tolist() == list(range(16, 24))
 

@@ -27,7 +27,7 @@ from tasks.survey import survey
 from tasks.tiles import Job
 from tests.core.test_retrieval import close, database
 
-STEP = {"step_degrees": 10.0, "tile_cells": 5}
+STEP = {"step": 10.0, "tile_cells": 5}
 KEEPS = PublishParams(**STEP, keep_sums=True)
 IMAGES, VALUES, DIM = 400, 8, 16
 PROBED = PROBES * (2 + len(DISTANCES_KM))  # places that the survey embeds: those, and their neighbours

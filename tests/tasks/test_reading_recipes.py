@@ -54,7 +54,7 @@ def read(request, world, tmp_path_factory):
     folder, checkpoint, database = world
     with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        params = PublishParams(step_degrees=STEP, tile_cells=60, evidence=True, **PARAMS[request.param])
+        params = PublishParams(step=STEP, tile_cells=60, evidence=True, **PARAMS[request.param])
         grid = publish_grid(client, checkpoint, database, params)
     here = tmp_path_factory.mktemp("reader")
     (here / "demo").symlink_to(grid.removeprefix("file://").removesuffix("/grid.zarr"))

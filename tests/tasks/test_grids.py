@@ -133,6 +133,18 @@ def test_half_a_shard_is_refused(url, tile):
         grids.write_tile(url, tile, np.ones((24, tile.rows, tile.columns), np.float32))
 
 
+@pytest.mark.parametrize("dtype", CONTENTS)
+@pytest.mark.parametrize(("dims", "least"), [(1280, True), (1025, True), (320, True), (24, False)])
+def test_the_shard_of_a_tile_is_of_50_to_500_megabytes(dims, dtype, least):
+    """But for short vectors, whose tiles would be too few."""
+    side = grids.tile_cells(dims, dtype)
+    size = dims * side**2 * np.dtype(dtype).itemsize
+    assert side % 60 == 0
+    assert size < 500e6
+    assert (size >= 50e6) == least or side == 480
+    assert side == 60 or size * ((side - 60) / side) ** 2 < 50e6
+
+
 def test_a_tile_size_that_splits_chunks_is_refused(tmp_path):
     spec = GridSpec(1.0, 30)
     with pytest.raises(UserError, match=r"tile size 30 is not a multiple .* Use 20 or 40"):

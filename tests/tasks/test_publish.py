@@ -226,6 +226,7 @@ def test_the_database_is_loaded_once_per_process(publish, home, monkeypatch):
         ({"beta": 1.0}, "geodesic_temperature 40.0 and not None"),
         ({"tile_cells": 6}, "tile_cells 5 and not 6"),
         ({"compact_dims": 2}, "compact_dims None and not 2"),
+        ({"crs": "OGC:CRS84"}, "crs EPSG:4326 and not OGC:CRS84"),
     ],
 )
 def test_a_parent_of_another_kind_is_refused(publish, parent, before, params, message):

@@ -1,4 +1,4 @@
-"""The publish step: RANGE+ at every land cell of a global grid, tile by tile on Dask.
+"""The publish step: RANGE+ at every land cell of a grid, tile by tile on Dask.
 
 A grid may keep the sums behind it. A later grid, of the database as it has become since, then takes them as its
 parent's, and computes only the images that came and went (`tasks.updates`).
@@ -99,9 +99,14 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
 
 
 def with_tiles(params: PublishParams, card: dict[str, Any]) -> PublishParams:
-    """The parameters with a tile size: that which makes the shards of this database as large as they should be."""
-    dims = (params.compact_dims or card["value_dim"]) + card["key_dim"]
-    return params.model_copy(update={"tile_cells": params.tile_cells or grids.tile_cells(dims, params.dtype)})
+    """The parameters with a tile size: the one given, the parent's, or what makes shards large enough."""
+    if params.tile_cells:
+        return params
+    if params.parent:
+        tile = read_card(home_of(params.parent), "grid")["made_of"]["tile_cells"]
+    else:
+        tile = grids.tile_cells((params.compact_dims or card["value_dim"]) + card["key_dim"], params.dtype)
+    return params.model_copy(update={"tile_cells": tile})
 
 
 def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> list[Report]:

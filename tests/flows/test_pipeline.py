@@ -50,7 +50,7 @@ def made(sandbox, cluster, prefect):
             PipelineParams(
                 sample=SAMPLE,
                 train=TrainParams(steps=20, batch=32, degree=8, hidden=32, dim=16),
-                publish=PublishParams(step_degrees=1.0, tile_cells=60),
+                publish=PublishParams(step=1.0, tile_cells=60),
                 evaluate=EvaluateParams(points=400, folds=2),
             )
         )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import HTTPError
@@ -113,7 +114,7 @@ def patiently(call: Callable[[], T], url: str) -> T:
                 raise _unreachable(url, error) from None
             raise
         except FORBIDDEN as error:
-            raise _forbidden(url) from error
+            raise explained(error, url) from error
         except (BaseError, OSError) as error:
             if attempt == ATTEMPTS - 1 or any(sign in str(error) for sign in LASTING):
                 raise _unreachable(url, error) from error
@@ -121,11 +122,14 @@ def patiently(call: Callable[[], T], url: str) -> T:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _forbidden(url: str) -> UserError:
-    return UserError(
-        f"access to {url} is forbidden: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-        "and that they may read and write this bucket"
-    )
+def explained(error: BaseException, url: str) -> BaseException:
+    """What an error of the store, such as Zarr lets through, means to its user; any other error as it is."""
+    if isinstance(error, FORBIDDEN):
+        return UserError(
+            f"access to {url} is forbidden: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "and that they may read and write this bucket"
+        )
+    return _unreachable(url, error) if isinstance(error, BaseError) else error
 
 
 def _unreachable(url: str, error: Exception) -> UserError:
@@ -195,9 +199,11 @@ def _get(store: ObjectStore, name: str, url: str) -> tuple[bytes, str]:
 
 
 def write(url: str, data: bytes) -> None:
-    """Writes the whole object with one PUT, replacing what was there."""
+    """Writes the whole object with one PUT, replacing what was there; S3 tells browsers its type, by its name."""
     store, name = _locate(url)
-    patiently(lambda: obstore.put(store, name, data), url)
+    kind = None if url.startswith("file:") else guess_type(name)[0]
+    about: Any = {"Content-Type": kind} if kind else None
+    patiently(lambda: obstore.put(store, name, data, attributes=about), url)
 
 
 def create(url: str, data: bytes) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.error import HTTPError
@@ -210,9 +211,11 @@ def _get(store: ObjectStore, name: str, url: str) -> tuple[bytes, str]:
 
 
 def write(url: str, data: bytes) -> None:
-    """Writes the whole object with one PUT, replacing what was there."""
+    """Writes the whole object with one PUT, replacing what was there; S3 tells browsers its type, by its name."""
     store, name = _locate(url)
-    patiently(lambda: obstore.put(store, name, data), url)
+    kind = None if url.startswith("file:") else guess_type(name)[0]
+    about: Any = {"Content-Type": kind} if kind else None
+    patiently(lambda: obstore.put(store, name, data, attributes=about), url)
 
 
 def create(url: str, data: bytes) -> bool:

@@ -15,6 +15,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
 from tasks import conventions, grids, versions
+from tasks.artifacts import opening, show_places
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.compact import Projection
 from tasks.core.grid import Tile
@@ -26,7 +27,7 @@ from tasks.params import PublishParams
 from tasks.previews import draw, write_page
 from tasks.promotion import promote_unless_withdrawn
 from tasks.shards import Part, parts_of, publish_in_parts
-from tasks.stac import write_item
+from tasks.stac import ITEM, write_item
 from tasks.survey import Survey, kernels, survey
 from tasks.tiles import GRID, Job, land_cells, land_tiles, publish_tile
 from tasks.units import Work, counted, log, run_units
@@ -206,7 +207,10 @@ def find_projection(job: Job) -> Projection:
 
 
 def show(job: Job, attribution: str) -> None:
-    """Keeps beside the grid what shows it: maps, a page, and its STAC item."""
+    """Keeps beside the grid what shows it: maps, a page, and its STAC item; and tells where they are."""
     draw(job, attribution)
-    write_page(job.home)
+    page = write_page(job.home)
     write_item(job.home)
+    places = {"page": page, "map": storage.join(job.home, "world.png"), "STAC item": storage.join(job.home, ITEM)}
+    opens = opening("xarray as xr", "grid = xr.open_zarr", job.grid)
+    show_places(places, opens, "grid", f"The {job.method.name.upper()} grid, {job.spec.step:g} degree")

@@ -92,7 +92,7 @@ def test_the_run_tells_how_training_stands(made):
         shown = [
             a.description for a in client.read_artifacts(artifact_filter=ArtifactFilter(type={"any_": ["progress"]}))
         ]
-    told = r"train: loss \d+\.\d+, scale \d+\.\d, held-out retrieval \d+\.\d%, [\d,]+ pairs/s"
+    told = r"train, 20 of 20: loss \d+\.\d+, scale \d+\.\d, held-out retrieval \d+\.\d%, [\d,]+ pairs/s"
     assert [text for text in shown if re.fullmatch(told, text or "")], shown
 
 

@@ -98,17 +98,11 @@ def test_the_log_has_one_line_for_each_unit(client, caplog):
     )
 
 
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (UserError("no such band: give another"), "no such band: give another"),
-        (PermissionError("403 Forbidden\nDebug source: …"), "is forbidden: check AWS_ACCESS_KEY_ID"),
-    ],
-)
-def test_what_only_the_user_can_mend_is_no_outage(client, error, told):
+def test_what_only_the_user_can_mend_is_no_outage(client):
     """So a deployment does not try it again by itself."""
-    with pytest.raises(UserError, match=rf"1 of 1 units failed \(1: .*{told}") as raised:
-        run_units(client, partial(refuses, error), [1], label="refused")
+    refused = partial(refuses, UserError("no such band: give another"))
+    with pytest.raises(UserError, match=r"1 of 1 units failed \(1: no such band: give another") as raised:
+        run_units(client, refused, [1], label="refused")
     assert not isinstance(raised.value, Unavailable)
 
 

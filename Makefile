@@ -22,12 +22,12 @@ test: .venv/ready  ## set up, then pass the checks and the tests
 	$(BIN)/python -m pytest
 
 faults: .venv/ready  ## kill what can be killed while samples, encoders and grids are made, and compare
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m faults --timeout 1200
 
 ui: .venv/ready  ## use the Prefect UI by a real browser; screenshots go to build/ui
 	@command -v chromium >/dev/null || { echo "needs Chromium: apt-get install --no-install-recommends chromium"; exit 1; }
 	$(BIN)/uv pip install -q --group ui
-	$(BIN)/python -m pytest -m ui
+	$(BIN)/python -m pytest -m ui --timeout 1200
 
 check: .venv/ready  ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .

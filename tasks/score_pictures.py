@@ -3,12 +3,14 @@
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tasks.pictures import ACCENT, FAINT, INK, SECOND, canvas, equal_earth, outline, plain, png
 
 COLOURS = (ACCENT, SECOND, "#6a8f3c", "#8a5fa8", "#b8912b", "#4a6fa5", "#b5524b", "#5c9a94")
+ERRORS = LinearSegmentedColormap.from_list("errors", ["#b4c1cb", SECOND, "#7a1022"])
 COLUMNS = 4  # panels in a row
 
 
@@ -25,7 +27,7 @@ def error_map(lonlat: NDArray[np.float64], lost: NDArray[np.float64], title: str
     outline(axes)
     order = np.argsort(lost, kind="stable")
     x, y = equal_earth(*lonlat[order].T)
-    axes.scatter(x, y, c=lost[order], cmap="YlOrRd", vmin=0, vmax=1, s=5, linewidths=0)
+    axes.scatter(x, y, c=lost[order], cmap=ERRORS, vmin=0, vmax=1, s=5, linewidths=0)
     return png(figure)
 
 

@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 empty_unset := UV_DEFAULT_INDEX UV_INDEX UV_FIND_LINKS
 $(foreach name,$(empty_unset),$(if $(strip $($(name))),,$(eval unexport $(name))))
 
-.PHONY: demo test faults check audit lock clean help
+.PHONY: demo test faults ui check audit lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,8 +21,13 @@ test: .venv/ready  ## set up, then pass the checks and the tests
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest
 
-faults: .venv/ready  ## kill what can be killed while a grid is published, and compare
-	$(BIN)/python -m pytest -m faults
+faults: .venv/ready  ## kill what can be killed while samples, encoders and grids are made, and compare
+	$(BIN)/python -m pytest -m faults --timeout 1200
+
+ui: .venv/ready  ## use the Prefect UI by a real browser; screenshots go to build/ui
+	@command -v chromium >/dev/null || { echo "needs Chromium: apt-get install --no-install-recommends chromium"; exit 1; }
+	$(BIN)/uv pip install -q --group ui
+	$(BIN)/python -m pytest -m ui --timeout 1200
 
 check: .venv/ready  ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .

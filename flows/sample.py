@@ -7,7 +7,11 @@ from tasks.params import SampleParams
 from tasks.steps import sample_patches
 
 
-@flow(name="sample", flow_run_name="sample {params.patches} patches, {params.datetime}", timeout_seconds=48 * HOUR)
+@flow(
+    name="sample",
+    flow_run_name="sample {params.patches} patches, latitude {params.south:g} to {params.north:g}, {params.datetime}",
+    timeout_seconds=48 * HOUR,
+)
 def sample(params: SampleParams = SampleParams()) -> str:
     """Samples image patches uniformly on land and stores them with their manifest.
 

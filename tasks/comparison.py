@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.errors import UserError
 from tasks import grids
-from tasks.cards import read_card
 from tasks.core.grid import GridSpec, Tile
 from tasks.pictures import change_map
 from tasks.tiles import land_tiles
 from tasks.units import run_units
-from tasks.updates import home_of
-from tasks.validation import blocks, chosen, opened, params_of
+from tasks.validation import blocks, chosen
 from tasks.versions import name_of
 
 MOVED = 1e-4  # relative change from which a cell counts as moved: what two exact computations may differ by
@@ -36,9 +34,9 @@ class Difference:
     """What two versions of a grid differ by."""
 
     change: NDArray[np.float32]
-    """(lat, lon) length of the difference, relative to the older vector's; NaN where one of them has no vector."""
+    """(y, x) length of the difference, relative to the older vector's; NaN where one of them has no vector."""
     cosine: NDArray[np.float32]
-    """(lat, lon) cosine of the two vectors."""
+    """(y, x) cosine of the two vectors."""
     appeared: int
     """Cells that have a vector in the newer grid alone."""
     vanished: int
@@ -91,15 +89,13 @@ def same_cells(old: str, new: str) -> GridSpec:
     Raises:
         UserError: They are on different ones, or have vectors of different length.
     """
-    specs, shapes = [], []
-    for grid in (old, new):
-        params = params_of(read_card(home_of(grid), "grid"))
-        specs.append(GridSpec(params.step_degrees, params.tile_cells))
-        shapes.append(grids.open_vectors(grid).shape)
-    if specs[0].step != specs[1].step or shapes[0] != shapes[1]:
-        raise UserError(
-            f"{old} is {shapes[0]} and {new} is {shapes[1]}: only vectors of the same cells can be compared"
-        )
+    specs = [grids.open_spec(grid) for grid in (old, new)]
+    before, after = (
+        f"{grids.open_vectors(grid).shape} over {spec.box} in {spec.crs}"
+        for grid, spec in zip((old, new), specs, strict=True)
+    )
+    if before != after:
+        raise UserError(f"{old} is {before} and {new} is {after}: only vectors of the same cells can be compared")
     return max(specs, key=lambda spec: spec.tile)
 
 
@@ -142,9 +138,9 @@ def drift(old: str, new: str) -> dict[str, float]:
 def keep(difference: Difference, old: str, new: str, output: str) -> str:
     """Writes the relative change as a map, PNG, to a path or URL, and returns its URL."""
     names = [name_of(grid) for grid in (old, new)]
-    numbers, dataset, url = difference.numbers(), opened(new), storage.as_url(output)
+    numbers, url = difference.numbers(), storage.as_url(output)
     title = f"Change from {names[0]} to {names[1]}"
     caption = f"{numbers['moved']:,} of {numbers['cells']:,} cells moved by more than {MOVED:g} of their length."
-    picture = change_map(difference.change, dataset["lat"].values, dataset["lon"].values, title, caption)
+    picture = change_map(difference.change, grids.open_spec(new), title, caption)
     storage.write(url, picture)
     return url

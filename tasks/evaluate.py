@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
-from tasks.artifacts import keep_picture, keep_table
+from tasks.artifacts import keep_picture, keep_table, opening, show_places
 from tasks.cards import fingerprint, is_finished, product_url, write_card
 from tasks.core.evidence import distance_km
 from tasks.embedders import Lonlat, Named, embedders
@@ -65,8 +65,12 @@ def evaluate_database(
         content["geographic_bias"] = explain(url, scored, product, distances(checkpoint, database), attribution)
         storage.write_json(storage.join(url, CARD), content)
         write_card(url, "report", fingerprint=fingerprint(made_of), made_of=made_of, scores=content["scores"])
+    places = {"score card": storage.join(url, CARD), "table": storage.join(url, "scores.md")}
     if grid:
-        storage.copy(storage.join(url, CARD), storage.join(home_of(grid), CARD))
+        places["score card beside the grid"] = beside = storage.join(home_of(grid), CARD)
+        storage.copy(places["score card"], beside)
+    opens = opening("pandas as pd", "scores = pd.read_csv", storage.join(url, "scores.csv"))
+    show_places(places, opens, "score-card", "The score card, and the table of scores")
     return url
 
 

@@ -1,4 +1,4 @@
-"""The publish step: RANGE+ at every land cell of a global grid, tile by tile on Dask.
+"""The publish step: RANGE+ at every land cell of a grid, tile by tile on Dask.
 
 A grid may keep the sums behind it. A later grid, of the database as it has become since, then takes them as its
 parent's, and computes only the images that came and went (`tasks.updates`).
@@ -15,9 +15,10 @@ from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
 from tasks import conventions, grids, versions
+from tasks.artifacts import opening, show_places
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.compact import Projection
-from tasks.core.grid import GridSpec, Tile
+from tasks.core.grid import Tile
 from tasks.core.quantize import DType
 from tasks.core.retrieval import Method
 from tasks.database import stored_values
@@ -26,7 +27,7 @@ from tasks.params import PublishParams
 from tasks.previews import draw, write_page
 from tasks.promotion import promote_unless_withdrawn
 from tasks.shards import Part, parts_of, publish_in_parts
-from tasks.stac import write_item
+from tasks.stac import ITEM, write_item
 from tasks.survey import Survey, kernels, survey
 from tasks.tiles import GRID, Job, land_cells, land_tiles, publish_tile
 from tasks.units import Work, counted, log, run_units
@@ -51,15 +52,20 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
             another run moved `latest` meanwhile.
     """
     card = read_pair(checkpoint, database)
+    params = with_tiles(params, card)
+    spec = params.spec
+    tiles = land_tiles(spec)
+    if not tiles:
+        raise UserError(f"the box {spec.box} in {spec.crs} has no land at the centre of any cell: give another one")
     kept = kept_sums(card, params)
     parent = read_parent(params.parent, kept) if params.parent else {}
-    decides = params.model_dump(exclude={"promote", "drift_alert"})
+    decides = params.model_dump(mode="json", exclude={"promote", "drift_alert"})
     made_of = {"database": card["fingerprint"], **decides, "parent": parent.get("fingerprint")}
     job = Job(
         home=product_url("grids", made_of),
         checkpoint=checkpoint,
         database=database,
-        spec=GridSpec(params.step_degrees, params.tile_cells),
+        spec=spec,
         method=Method(params.method, params.beta),
         tolerance=params.tolerance,
         compact_dims=params.compact_dims,
@@ -77,7 +83,6 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         )
     look = unmeasured if parts else partial(measure, client, job, params.dtype)
     prepare(job, card, provenance(job, card, made_of), look, params.overviews)
-    tiles = land_tiles(job.spec)
     done = grids.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
     publish_tiles(client, job, parts, tiles, done)
@@ -90,6 +95,17 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     if params.promote:
         promote_unless_withdrawn(job.grid, since, params.drift_alert)
     return job.grid
+
+
+def with_tiles(params: PublishParams, card: dict[str, Any]) -> PublishParams:
+    """The parameters with a tile size: the one given, the parent's, or what makes shards large enough."""
+    if params.tile_cells:
+        return params
+    if params.parent:
+        tile = read_card(home_of(params.parent), "grid")["made_of"]["tile_cells"]
+    else:
+        tile = grids.tile_cells((params.compact_dims or card["value_dim"]) + card["key_dim"], params.dtype)
+    return params.model_copy(update={"tile_cells": tile})
 
 
 def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], done: set[Tile]) -> None:
@@ -191,7 +207,10 @@ def find_projection(job: Job) -> Projection:
 
 
 def show(job: Job, attribution: str) -> None:
-    """Keeps beside the grid what shows it: maps, a page, and its STAC item."""
+    """Keeps beside the grid what shows it: maps, a page, and its STAC item; and tells where they are."""
     draw(job, attribution)
-    write_page(job.home)
+    page = write_page(job.home)
     write_item(job.home)
+    places = {"page": page, "map": storage.join(job.home, "world.png"), "STAC item": storage.join(job.home, ITEM)}
+    opens = opening("xarray as xr", "grid = xr.open_zarr", job.grid)
+    show_places(places, opens, "grid", f"The {job.method.name.upper()} grid, {job.spec.step:g} degree")

@@ -78,8 +78,10 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     store.write_manifest(url, rows)
     picture = sample_map(rows[["lon", "lat"]].to_numpy(), f"{len(rows):,} patches, {PLACES[params.places]}", source)
     keep_picture(storage.join(url, "samples.png"), picture, "sample-map", "Where the patches were taken")
-    table = beside(planned, run.cost(), run.rejected)
-    log().info("%s", table)
+    actual = run.cost()
+    took = ", ".join(f"{name} {value}" for name, value in actual.lines().items())
+    log().info("took: %s; %s", took, counts(run.rejected))
+    table = beside(planned, actual, run.rejected)
     keep_table(storage.join(url, "run.md"), table, "sample-run", "Planned and actual cost")
     storage.delete(storage.join(url, "held"))
     write_card(

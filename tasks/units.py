@@ -94,6 +94,7 @@ def run_units(
 
     Raises:
         UnitsFailed: A unit failed; the message gives the first causes.
+        UserError: The same, where only the user can mend them all.
     """
     futures = client.map(function, units, pure=False, retries=RETRIES, batch_size=256)
     bound = max_failed_fraction
@@ -112,18 +113,20 @@ def follow(
 ) -> list[Any]:
     """The results of units that were submitted, one future each: as `run_units`, which does both."""
     results: dict[int, Any] = {}
-    failures: list[str] = []
+    failures: list[Failure] = []
+    tell = log().debug if Console(stderr=True).is_terminal else log().info  # a terminal has the bar
     with progress(label, there + len(units), there) as advance:
         position = {future.key: i for i, future in enumerate(futures)}
         try:
-            for future in as_completed(futures):
+            for done, future in enumerate(as_completed(futures), 1):
                 i = position[future.key]
                 try:
                     results[i] = future.result()  # waits again where a worker died with what it had finished
                     advance(1)
+                    tell("%s: %s done, %d of %d", label, name(units[i]), done, len(units))
                 except Exception as error:  # the unit's own, whatever it is
-                    failures.append(f"{name(units[i])}: {_cause(error)}")
-                    log().warning("%s, unit %s", label, failures[-1])
+                    failures.append(Failure(name(units[i]), error))
+                    log().warning("%s: %s. A rerun does it again and keeps what succeeded", label, failures[-1])
                     if len(failures) > max_failed_fraction * len(units):
                         break
                 future.release()
@@ -135,15 +138,34 @@ def follow(
     return [results[i] for i in range(len(units))]
 
 
-def _failed(label: str, failures: list[str], total: int) -> UnitsFailed:
-    return UnitsFailed(
-        f"{label}: {len(failures)} of {total} units failed ({'; '.join(failures[:3])}). What succeeded is kept: "
-        "mend the cause and run again, and only the rest is done"
+@dataclass(frozen=True)
+class Failure:
+    """A unit that failed."""
+
+    unit: str
+    """Its name."""
+    error: BaseException
+    """Why."""
+
+    def __str__(self) -> str:
+        """On one line: what we raise says what to do, and of another error the first line tells most."""
+        text = str(self.error).strip()
+        if not isinstance(self.error, UserError):
+            text = f"{type(self.error).__name__}: {text}".splitlines()[0]
+        return f"{self.unit}: {text}"
+
+    @property
+    def lasts(self) -> bool:
+        """Whether a user must mend it."""
+        return isinstance(self.error, UserError) and not isinstance(self.error, Unavailable)
+
+
+def _failed(label: str, failures: list[Failure], total: int) -> UserError:
+    kind = UserError if all(failure.lasts for failure in failures) else UnitsFailed
+    return kind(
+        f"{label}: {len(failures)} of {total} units failed ({'; '.join(map(str, failures[:3]))}). What succeeded is "
+        "kept: mend the cause and run again, and only the rest is done"
     )
-
-
-def _cause(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
@@ -203,7 +225,8 @@ class _Artifact:
     def _show(self, percent: float) -> None:
         self.shown = percent
         if self.id is not None:
-            described = f"{self.label}: {self.note}" if self.note else self.label
+            counted = f"{self.label}, {self.done:,} of {self.total:,}"  # the UI's cards show no more than this text
+            described = f"{counted}: {self.note}" if self.note else counted
             update_progress_artifact(self.id, min(percent, 100.0), description=described)
 
 

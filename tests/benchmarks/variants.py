@@ -37,7 +37,7 @@ def main() -> None:
     print(f"{'variant':<24}{'cells':>9}{'seconds':>9}{'cells/s':>9}{'MB':>8}{'bytes/cell':>12}")
     with clusters.connect() as client:
         for name, variant in VARIANTS.items():
-            params = PublishParams.model_validate({"step_degrees": options.step, **variant})
+            params = PublishParams.model_validate({"step": options.step, **variant})
             start = time.perf_counter()
             grid = publish_grid(client, options.checkpoint, options.database, params)
             taken, size = time.perf_counter() - start, storage.size(grid)

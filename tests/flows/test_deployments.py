@@ -58,8 +58,8 @@ def test_a_form_has_bounds_and_choices():
     fields = schema("publish")["definitions"]["PublishParams"]["properties"]
     assert (fields["beta"]["minimum"], fields["beta"]["maximum"]) == (0, 1)
     assert fields["method"]["enum"] == ["range+", "range"]
-    assert fields["step_degrees"]["exclusiveMinimum"] == 0
-    assert next(iter(fields)) == "step_degrees"
+    assert fields["step"]["exclusiveMinimum"] == 0
+    assert next(iter(fields)) == "step"
 
 
 def test_only_the_urls_of_what_is_built_on_are_asked_for():

@@ -157,7 +157,7 @@ def test_the_pipeline_runs_each_step_as_its_own_deployment(station):
     params = PipelineParams(
         sample=SAMPLE,
         train=TrainParams(encoder=EncoderParams(dim=64), steps=20, batch=32, degree=8, hidden=32, dim=16),
-        publish=PublishParams(step_degrees=3.0, tile_cells=60),
+        publish=PublishParams(step=3.0, tile_cells=60),
         evaluate=EvaluateParams(points=200),
     )
     with station.worker():

@@ -50,7 +50,7 @@ def made(sandbox, cluster, prefect):
             PipelineParams(
                 sample=SAMPLE,
                 train=TrainParams(steps=20, batch=32, degree=8, hidden=32, dim=16),
-                publish=PublishParams(step_degrees=1.0, tile_cells=60),
+                publish=PublishParams(step=1.0, tile_cells=60),
                 evaluate=EvaluateParams(points=400, folds=2),
             )
         )
@@ -92,7 +92,7 @@ def test_the_run_tells_how_training_stands(made):
         shown = [
             a.description for a in client.read_artifacts(artifact_filter=ArtifactFilter(type={"any_": ["progress"]}))
         ]
-    told = r"train: loss \d+\.\d+, scale \d+\.\d, held-out retrieval \d+\.\d%, [\d,]+ pairs/s"
+    told = r"train, 20 of 20: loss \d+\.\d+, scale \d+\.\d, held-out retrieval \d+\.\d%, [\d,]+ pairs/s"
     assert [text for text in shown if re.fullmatch(told, text or "")], shown
 
 

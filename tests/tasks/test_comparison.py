@@ -71,7 +71,7 @@ def test_cells_that_moved_came_and_went_are_counted_where_they_are(client, good,
 
 
 def test_other_cells_and_other_vectors_are_not_compared(client, made, good):  # noqa: F811
-    for params in ({"compact_dims": 3}, {"step_degrees": 20.0}):
+    for params in ({"compact_dims": 3}, {"step": 20.0}):
         with pytest.raises(UserError, match="only vectors of the same cells can be compared"):
             comparison.diff(client, good, made(promote=False, **params))
 

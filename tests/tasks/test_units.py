@@ -2,12 +2,14 @@
 
 import math
 import os
+import re
 import time
 from functools import partial
 
 import pytest
 
 from infra import clusters
+from infra.errors import Unavailable, UserError
 from tasks.units import REPORTED, UnitsFailed, progress, run_units
 
 
@@ -36,6 +38,10 @@ def leaves_a_mark(directory, n):
         raise ValueError("three")
     time.sleep(0.2)
     (directory / str(n)).touch()
+
+
+def refuses(error, _):
+    raise error
 
 
 def test_results_come_in_the_order_of_the_units(client):
@@ -74,3 +80,32 @@ def test_a_killed_worker_costs_one_unit(client, tmp_path):
 
 def test_no_units_is_no_work(client):
     assert run_units(client, math.sqrt, [], label="nothing") == []
+
+
+def test_the_log_has_one_line_for_each_unit(client, caplog):
+    caplog.set_level("DEBUG", "rangegrid")
+    with pytest.raises(UnitsFailed):
+        run_units(client, math.sqrt, [1, -4, 9], label="roots", name=lambda x: f"of {x}", max_failed_fraction=0.5)
+    lines = [record.getMessage() for record in caplog.records if record.name == "rangegrid"]
+    assert len(lines) == 3
+    assert {re.sub(r"[123] of 3$", "", line) for line in lines if "done" in line} == {
+        "roots: of 1 done, ",
+        "roots: of 9 done, ",
+    }
+    (failed,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert re.fullmatch(
+        "roots: of -4: ValueError: .*A rerun does it again and keeps what succeeded", failed.getMessage()
+    )
+
+
+def test_what_only_the_user_can_mend_is_no_outage(client):
+    """So a deployment does not try it again by itself."""
+    refused = partial(refuses, UserError("no such band: give another"))
+    with pytest.raises(UserError, match=r"1 of 1 units failed \(1: no such band: give another") as raised:
+        run_units(client, refused, [1], label="refused")
+    assert not isinstance(raised.value, Unavailable)
+
+
+def test_an_outage_among_the_causes_is_tried_again(client):
+    with pytest.raises(UnitsFailed, match="the archive rests"):
+        run_units(client, partial(refuses, Unavailable("the archive rests")), [1], label="outage")

@@ -19,7 +19,7 @@ from tasks.updates import home_of
 from tests.core.test_retrieval import brute_force
 from tests.tasks.test_publish import DIM, VALUES, images, store, store_checkpoint
 
-STEP = {"step_degrees": 10.0, "tile_cells": 5}
+STEP = {"step": 10.0, "tile_cells": 5}
 SPEC = GridSpec(10.0, 5)
 
 

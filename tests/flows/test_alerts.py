@@ -34,7 +34,7 @@ from tasks.params import PublishParams
 checkpoint, database = sys.argv[1:]
 with tags("rangegrid"):
     for beta in (1.0, 0.0):
-        print(publish(checkpoint, database, PublishParams(step_degrees=10.0, tile_cells=5, beta=beta)))
+        print(publish(checkpoint, database, PublishParams(step=10.0, tile_cells=5, beta=beta)))
     try:
         publish(checkpoint, database + "-lost")
     except UserError:

@@ -82,6 +82,11 @@ def test_a_good_grid_passes_and_becomes_the_latest(made, findings, params):
     assert versions.read_pointer()[0].grid == grid
 
 
+def test_a_version_of_before_the_boxes_is_the_globe_with_its_own_step():
+    params = validation.params_of({"made_of": {"step_degrees": 2.0, "tile_cells": 60, "parent": None}})
+    assert params.spec == GridSpec(2.0, 60)
+
+
 def test_a_grid_may_wait_for_its_promotion(made):
     first, waiting = made(), made(promote=False, beta=0.7)
     assert versions.read_pointer()[0].grid != waiting

@@ -28,6 +28,7 @@ from tests.tasks.test_faults import shard
 SHOTS = ROOT / "build/ui"
 DEPLOYMENTS = ["ablate", "encode", "evaluate", "pipeline", "prune", "publish", "sample", "train"]
 RUN = "publish range+ at 1.5 degree"
+RELOAD = 15  # seconds for a page to show what it has
 TILES = 59  # with land, of a grid of 1.5 degrees in tiles of 20 cells
 pytestmark = [pytest.mark.ui, pytest.mark.timeout(3600)]
 
@@ -124,18 +125,20 @@ def tab(page, name):
 
 def said(page, pattern, place="Logs"):
     """The first match of a pattern on a tab of a run's page, which is loaded anew until it is there."""
-    while True:
-        tab(page, place)
-        page.wait_for_timeout(2000)
+    for second in range(PATIENCE):
+        if second % RELOAD == 0:
+            page.reload()
+            tab(page, place)
+        page.wait_for_timeout(1000)
         if found := re.search(pattern, page.inner_text("body")):
             return found
-        page.reload()
+    raise AssertionError(f"{pattern} was not said")
 
 
 def published(page, more_than):
     """How many tiles the run's artifacts tell, once they are more."""
     while (count := int(said(page, rf"publish, (\d+) of {TILES}", "Artifacts")[1])) <= more_than:
-        page.reload()
+        pass
     return count
 
 

@@ -27,6 +27,8 @@ from tests.tasks.test_faults import shard
 
 SHOTS = ROOT / "build/ui"
 DEPLOYMENTS = ["ablate", "encode", "evaluate", "pipeline", "prune", "publish", "sample", "train"]
+RUN = "publish range+ at 1.5 degree"
+RELOAD = 15  # seconds for a page to show what it has
 TILES = 59  # with land, of a grid of 1.5 degrees in tiles of 20 cells
 pytestmark = [pytest.mark.ui, pytest.mark.timeout(3600)]
 
@@ -36,18 +38,16 @@ class Gate:
 
     def __init__(self):
         self.room, self.changed = 0, threading.Condition()
-        self.fault = named("gate", self.wait)
 
     def open(self, more):
         with self.changed:
             self.room += more
             self.changed.notify_all()
 
-    def wait(self, request, ask):
+    def wait(self):
         with self.changed:
             self.changed.wait_for(lambda: self.room > 0)
             self.room -= 1
-        return ask()
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def proxy(sandbox):
 def station(sandbox, products, proxy, tmp_path_factory):
     """A Prefect server with our deployments, and a worker."""
     made = Station(tmp_path_factory.mktemp("prefect"), sandbox.environment() | {"RANGEGRID_S3_ENDPOINT": proxy.url})
-    with temporary_settings({PREFECT_API_URL: made.url}), made.worker():
+    with temporary_settings({PREFECT_API_URL: made.url}), made.worker(RANGEGRID_CLUSTER="threads"):
         yield made
     servers.stop(made.server)
 
@@ -125,18 +125,20 @@ def tab(page, name):
 
 def said(page, pattern, place="Logs"):
     """The first match of a pattern on a tab of a run's page, which is loaded anew until it is there."""
-    while True:
-        tab(page, place)
-        page.wait_for_timeout(2000)
+    for second in range(PATIENCE):
+        if second % RELOAD == 0:
+            page.reload()
+            tab(page, place)
+        page.wait_for_timeout(1000)
         if found := re.search(pattern, page.inner_text("body")):
             return found
-        page.reload()
+    raise AssertionError(f"{pattern} was not said")
 
 
 def published(page, more_than):
     """How many tiles the run's artifacts tell, once they are more."""
     while (count := int(said(page, rf"publish, (\d+) of {TILES}", "Artifacts")[1])) <= more_than:
-        page.reload()
+        pass
     return count
 
 
@@ -178,11 +180,11 @@ def test_a_form_tells_what_it_asks_and_refuses_what_is_out_of_bounds(page, produ
 
 def test_a_run_is_started_watched_mended_and_retried_and_resumes(page, products, proxy):
     gate = Gate()
-    proxy.inject(gate.fault, shard)
+    proxy.inject(named("gate", lambda request, ask: gate.wait() or ask()), shard)
     open_form(page, "publish")
     fill(page, products, Step_Degrees=1.5, Tile_Cells=20)
     page.get_by_role("button", name="Submit").click()
-    page.get_by_text("publish range+ at 1.5 degree").first.click()
+    page.get_by_text(RUN).first.click()
 
     gate.open(12)
     first = published(page, 0)
@@ -194,10 +196,11 @@ def test_a_run_is_started_watched_mended_and_retried_and_resumes(page, products,
     gate.open(TILES)
     ends(page, "Failed")
     told = said(page, r"publish: r\d+-c\d+: (.*)")[1]
+    page.get_by_text("A rerun does it again").first.scroll_into_view_if_needed()
     keep(page, "5-failed")
     assert "check AWS_ACCESS_KEY_ID" in told
     assert "A rerun does it again and keeps what succeeded" in told
-    (run,) = [run for run in runs() if run.name == "publish range+ at 1.5 degree"]
+    (run,) = [run for run in runs() if run.name == RUN]
     grid = re.search(r"s3://\S+/grid\.zarr", said(page, rf"s3://\S+: {TILES} tiles of land, 0 already there")[0])[0]
     before = tiles(grid)
     assert 0 < len(before) < TILES
@@ -214,6 +217,11 @@ def test_a_run_is_started_watched_mended_and_retried_and_resumes(page, products,
     with get_client(sync_client=True) as client:
         assert client.read_flow_run(run.id).run_count == 2
 
+
+def test_a_run_shows_the_map_and_leads_to_the_grid(page):
+    """Of the run of the test above."""
+    page.goto("/runs")
+    page.get_by_text(RUN).first.click()
     said(page, "world-map", "Artifacts")
     keep(page, "7-artifacts")
     page.get_by_text("world-map").first.click()

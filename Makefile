@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 empty_unset := UV_DEFAULT_INDEX UV_INDEX UV_FIND_LINKS
 $(foreach name,$(empty_unset),$(if $(strip $($(name))),,$(eval unexport $(name))))
 
-.PHONY: demo test faults check audit lock clean help
+.PHONY: demo test faults soak check audit lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,6 +23,11 @@ test: .venv/ready  ## set up, then pass the checks and the tests
 
 faults: .venv/ready  ## kill what can be killed while a grid is published, and compare
 	$(BIN)/python -m pytest -m faults
+
+MINUTES ?= 20
+SEED ?= 0
+soak: .venv/ready  ## the pipeline under schedules while a seeded plan kills parts of it; MINUTES=20 SEED=0
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
 
 check: .venv/ready  ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .

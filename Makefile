@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 empty_unset := UV_DEFAULT_INDEX UV_INDEX UV_FIND_LINKS
 $(foreach name,$(empty_unset),$(if $(strip $($(name))),,$(eval unexport $(name))))
 
-.PHONY: demo test faults ui check audit lock clean help
+.PHONY: demo test faults soak ui check audit lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -28,6 +28,11 @@ ui: .venv/ready  ## use the Prefect UI by a real browser; screenshots go to buil
 	@command -v chromium >/dev/null || { echo "needs Chromium: apt-get install --no-install-recommends chromium"; exit 1; }
 	$(BIN)/uv pip install -q --group ui
 	$(BIN)/python -m pytest -m ui --timeout 1200
+
+MINUTES ?= 20
+SEED ?= 0
+soak: .venv/ready  ## the pipeline under schedules while a seeded plan kills parts of it; MINUTES=20 SEED=0
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
 
 check: .venv/ready  ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .

@@ -318,6 +318,12 @@ def names(url: str) -> list[str]:
     return sorted(path.rpartition("/")[2] for path in found if path != name)  # S3 servers list emptied directories
 
 
+def paths(url: str) -> list[str]:
+    """Paths from `url` of every object under it; none of a directory, which may outlive its objects."""
+    _, name = _locate(url)
+    return [meta["path"].removeprefix(name).strip("/") for meta in _list(url)]
+
+
 def delete(url: str) -> None:
     """Deletes the object at `url` and every object under it."""
     store, name = _locate(url)

@@ -117,6 +117,7 @@ def test_delete_takes_the_tree_and_only_it(root):
     assert not storage.exists(storage.join(root, "a/1"))
     assert storage.names(storage.join(root, "a")) in ([], ["b"])  # SeaweedFS drops empty directories later
     assert storage.names(storage.join(root, "a/b")) == []  # and lists them in themselves till then
+    assert storage.paths(root) == ["ab"]
     assert storage.size(root) == 1
 
 

@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import ZstdCodec
+from zarr.codecs import BloscCodec
 
 from infra import storage
 from infra.settings import settings
@@ -75,7 +75,7 @@ def write(url: str, spec: GridSpec, layout: Layout, dims: int) -> float:
         shards=layout.arranged(dims, spec.tile, spec.tile),
         dtype="f4",
         fill_value=np.nan,
-        compressors=ZstdCodec(level=1),
+        compressors=BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
     )
     spent = written = 0.0
     for tile in spec.tiles():

@@ -1,6 +1,6 @@
 """Cells per second end to end, and bytes, of the variants of one grid.
 
-`python -m tests.benchmarks.variants CHECKPOINT DATABASE [--step 1]` publishes the grid of a database to the storage of
+`python -m tests.benchmarks.variants CHECKPOINT DATABASE [--step 1] [--variant float32]` publishes the grid of a database to the storage of
 the settings, each variant anew and whole: survey, tiles, validation, pictures, card; none becomes the latest. Size is
 that of the objects under `grid.zarr`.
 """
@@ -32,12 +32,13 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("database")
     parser.add_argument("--step", type=float, default=1.0)
+    parser.add_argument("--variant", choices=VARIANTS, action="append", help="by default all")
     options = parser.parse_args()
     print(machine())
     print(f"{'variant':<24}{'cells':>9}{'seconds':>9}{'cells/s':>9}{'MB':>8}{'bytes/cell':>12}")
     with clusters.connect() as client:
-        for name, variant in VARIANTS.items():
-            params = PublishParams.model_validate({"step": options.step, "promote": False, **variant})
+        for name in options.variant or VARIANTS:
+            params = PublishParams.model_validate({"step": options.step, "promote": False, **VARIANTS[name]})
             start = time.perf_counter()
             grid = publish_grid(client, options.checkpoint, options.database, params)
             taken, size = time.perf_counter() - start, storage.size(grid)

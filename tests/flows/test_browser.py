@@ -70,7 +70,9 @@ def proxy(sandbox):
 @pytest.fixture(scope="module")
 def station(sandbox, products, proxy, tmp_path_factory):
     """A Prefect server with our deployments, and a worker."""
-    made = Station(tmp_path_factory.mktemp("prefect"), sandbox.environment() | {"RANGEGRID_S3_ENDPOINT": proxy.url})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(servers, "PATIENCE", PATIENCE)
+        made = Station(tmp_path_factory.mktemp("prefect"), sandbox.environment() | {"RANGEGRID_S3_ENDPOINT": proxy.url})
     with temporary_settings({PREFECT_API_URL: made.url}), made.worker(RANGEGRID_CLUSTER="threads"):
         yield made
     servers.stop(made.server)
@@ -171,7 +173,9 @@ def test_a_form_tells_what_it_asks_and_refuses_what_is_out_of_bounds(page, produ
     open_form(page, "publish")
     fill(page, products, Beta=2)
     keep(page, "2-form")
-    assert "Share of the semantic half in RANGE+" in page.inner_text("form")
+    assert "Share of the semantic half in RANGE+; 1 is purely semantic. At least 0, at most 1." in page.inner_text(
+        "form"
+    )
     page.get_by_role("button", name="Submit").click()
     page.get_by_text("2 is greater than the maximum of 1").first.wait_for()
     keep(page, "3-refused")

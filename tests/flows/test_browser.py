@@ -128,8 +128,9 @@ def tab(page, name):
 def said(page, pattern, place="Logs"):
     """The first match of a pattern on a tab of a run's page, which is loaded anew until it is there."""
     for second in range(PATIENCE):
-        if second % RELOAD == 0:
+        if second and second % RELOAD == 0:
             page.reload()
+        if second % RELOAD == 0:
             tab(page, place)
         page.wait_for_timeout(1000)
         if found := re.search(pattern, page.inner_text("body")):

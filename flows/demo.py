@@ -25,7 +25,7 @@ OPTIONS = {
     "--sample-patch-pixels": "32",
     "--sample-resolution-m": "5000",
     "--sample-bands": '["B02","B03","B04","B08"]',
-    "--publish-step-degrees": "0.5",
+    "--publish-step": "0.5",
     "--publish-evidence": "true",
     "--evaluate-folds": "3",
 }

@@ -44,7 +44,7 @@ def run_steps(params: PipelineParams, run: Any) -> dict[str, str]:
     report = run(evaluate, checkpoint, database, params.evaluate, grid)
     write_item(home_of(grid))  # again: its score card is there now
     if params.publish.promote:
-        promote_evaluated(grid, params.gate_margin)
+        promote_evaluated(grid, params.gate_margin, params.publish.drift_alert)
     return {
         "patches": patches,
         "checkpoint": checkpoint,

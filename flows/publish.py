@@ -1,4 +1,4 @@
-"""Deployment `publish`: the global grid of one database."""
+"""Deployment `publish`: the grid of one database."""
 
 from prefect import flow
 
@@ -7,11 +7,9 @@ from tasks.params import PublishParams
 from tasks.steps import publish_grid
 
 
-@flow(
-    name="publish", flow_run_name="publish {params.method} at {params.step_degrees} degree", timeout_seconds=72 * HOUR
-)
+@flow(name="publish", flow_run_name="publish {params.method} in steps of {params.step:g}", timeout_seconds=72 * HOUR)
 def publish(checkpoint: str, database: str, params: PublishParams = PublishParams()) -> str:
-    """Writes RANGE+ at every land cell of a global grid to storage, as Zarr.
+    """Writes RANGE+ at every land cell of a grid to storage, as Zarr.
 
     Args:
         checkpoint: URL of the checkpoint.

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 RETRY = Retry(
     total=6,
+    connect=4,  # 7 s: who gave a wrong URL waits for it
     backoff_factor=0.5,
     backoff_jitter=0.5,
     status_forcelist=[429, 500, 503],

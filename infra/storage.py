@@ -4,18 +4,20 @@ Every write is one whole object: it is there entirely or not at all. Credentials
 moment of use and are in no URL, so a URL may be logged, stored and sent to workers.
 """
 
+import asyncio
 import fcntl
+import itertools
 import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from mimetypes import guess_type
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
@@ -29,6 +31,8 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 from obstore.store import LocalStore, ObjectStore, S3Store
+from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore as ZarrObjectStore
 
 from infra.errors import Unavailable, UserError
@@ -38,7 +42,7 @@ T = TypeVar("T")
 
 PATIENCE = 60.0  # seconds for an answer from the web
 ATTEMPTS = 3  # beyond obstore's own, for what it takes for an answer: a body that is not whole, a lost connection
-RETRIES: Any = {  # obstore's, which are all that Zarr has: some 4 s, as long as a server that restarts needs
+RETRIES: Any = {  # obstore's: some 4 s, as long as a server that restarts needs
     "max_retries": 6,
     "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 3},
 }
@@ -104,32 +108,40 @@ def patiently(call: Callable[[], T], url: str) -> T:
         FileNotFoundError: There is no such object.
         UserError: The store is unreachable, full or forbids it; it names `url`.
     """
-    for attempt in range(ATTEMPTS):
+    for attempt in itertools.count(1):
         try:
             return call()
-        except REFUSED:
-            raise
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise _unreachable(url, error) from None
-            raise
-        except FORBIDDEN as error:
-            raise explained(error, url) from error
         except (BaseError, OSError) as error:
-            if attempt == ATTEMPTS - 1 or any(sign in str(error) for sign in LASTING):
-                raise _unreachable(url, error) from error
-            time.sleep(min(8.0, 0.25 * 2**attempt) * (0.5 + random.random()))
+            time.sleep(_pause(error, attempt, url))
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def explained(error: BaseException, url: str) -> BaseException:
-    """What an error of the store, such as Zarr lets through, means to its user; any other error as it is."""
+async def _patiently(call: Callable[[], Awaitable[T]], url: str) -> T:
+    """The same on an event loop."""
+    for attempt in itertools.count(1):
+        try:
+            return await call()
+        except (BaseError, OSError) as error:
+            await asyncio.sleep(_pause(error, attempt, url))
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _pause(error: Exception, attempt: int, url: str) -> float:
+    """Seconds to wait after a failed attempt; raises what no further one mends."""
+    if isinstance(error, REFUSED) or (isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error)):
+        raise error
     if isinstance(error, FORBIDDEN):
-        return UserError(
-            f"access to {url} is forbidden: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "and that they may read and write this bucket"
-        )
-    return _unreachable(url, error) if isinstance(error, BaseError) else error
+        raise _forbidden(url) from error
+    if attempt == ATTEMPTS or any(sign in str(error) for sign in LASTING):
+        raise _unreachable(url, error) from error
+    return min(8.0, 0.25 * 2 ** (attempt - 1)) * (0.5 + random.random())
+
+
+def _forbidden(url: str) -> UserError:
+    return UserError(
+        f"access to {url} is forbidden: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+        "and that they may read and write this bucket"
+    )
 
 
 def _unreachable(url: str, error: Exception) -> UserError:
@@ -302,7 +314,14 @@ def names(url: str) -> list[str]:
     store, name = _locate(url)
     listing = patiently(lambda: obstore.list_with_delimiter(store, name or None), url)
     paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
-    return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+    found = (path.rstrip("/") for path in paths)
+    return sorted(path.rpartition("/")[2] for path in found if path != name)  # S3 servers list emptied directories
+
+
+def paths(url: str) -> list[str]:
+    """Paths from `url` of every object under it; none of a directory, which may outlive its objects."""
+    _, name = _locate(url)
+    return [meta["path"].removeprefix(name).strip("/") for meta in _list(url)]
 
 
 def delete(url: str) -> None:
@@ -360,11 +379,56 @@ def presigned(url: str) -> str:
 
 
 def zarr_store(url: str, read_only: bool = False) -> ZarrObjectStore:
-    """A Zarr store at `url`, for `zarr.open_group(store=…)` and `xarray.open_zarr`."""
+    """A Zarr store at `url`, for `zarr.open_group(store=…)` and `xarray.open_zarr`; as patient as `read`."""
     _, path = _locate(url)
     local = url.startswith("file:")
     store = _local("/" + path) if local else _s3(urlsplit(url).netloc, path)
-    return ZarrObjectStore(store, read_only=read_only)
+    return _ZarrStore(store, url, read_only=read_only)
+
+
+class _ZarrStore(ZarrObjectStore):
+    """Zarr's own store, but bodies are held to the length that their answers tell, and errors name the URL."""
+
+    def __init__(self, store: ObjectStore, url: str, *, read_only: bool = False) -> None:
+        super().__init__(store, read_only=read_only)
+        self.url = url
+
+    def with_read_only(self, read_only: bool = False) -> Self:
+        return type(self)(self.store, self.url, read_only=read_only)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        options: Any = {"range": _range(byte_range)}
+
+        async def whole() -> Buffer:
+            answer = await obstore.get_async(self.store, key, options=options)
+            body = await answer.bytes_async()
+            first, last = answer.range
+            if len(body) != last - first:
+                raise OSError(f"{len(body)} bytes came for {last - first}")
+            return prototype.buffer.from_bytes(body)
+
+        try:
+            return await _patiently(whole, join(self.url, key))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+    async def exists(self, key: str) -> bool:
+        return await _patiently(partial(super().exists, key), join(self.url, key))
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await _patiently(partial(super().set, key, value), join(self.url, key))
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        await _patiently(partial(super().set_if_not_exists, key, value), join(self.url, key))
+
+
+def _range(asked: ByteRequest | None) -> Any:
+    """What Zarr asks for, in obstore's terms; the whole object as a range too, whose answer tells its size."""
+    if isinstance(asked, RangeByteRequest):
+        return asked.start, asked.end
+    if isinstance(asked, SuffixByteRequest):
+        return {"suffix": asked.suffix}
+    return {"offset": asked.offset if asked else 0}
 
 
 def check_writable(url: str, size: int = 0) -> None:

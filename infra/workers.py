@@ -4,6 +4,7 @@ What they lack shows before any work, in one sentence that names the worker.
 """
 
 import hashlib
+import resource
 import secrets
 from collections.abc import Iterator
 from functools import lru_cache
@@ -112,6 +113,16 @@ def reach(probe: str, token: str) -> str:
     except UserError as error:
         return str(error)
     return "" if found == token else "it sees another one under the same URL"
+
+
+def peak(client: Client) -> tuple[int, int]:
+    """Bytes that a worker may take, 0 where there is no limit, and bytes that one took at most since it started."""
+    limits = [worker["memory_limit"] or 0 for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+    return min(limits, default=0), max(client.run(_peak, on_error="ignore").values(), default=0)
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def room(client: Client) -> float:

@@ -26,6 +26,7 @@ from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.compact import Projection
 from tasks.core.location import LocationEncoder
+from tasks.core.quantize import Scale
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.embedders import Lonlat, Named, Vectors
 from tasks.evaluate import label_sets
@@ -49,7 +50,7 @@ METHODS = {
     "RANGE": Method("range"),
     "RANGE+": Method("range+"),
 }
-COMPACT_DIMS, LEVELS = 64, 127  # codes of int8 are -127 to 127
+COMPACT_DIMS = 64
 
 
 def ablate_database(choice: Choice, checkpoint: str, database: str, params: AblateParams) -> str:
@@ -144,18 +145,18 @@ def _values(checkpoint: str, databases: list[str]) -> Iterator[Named]:
 def _variants(encoder: LocationEncoder, index: RetrievalIndex) -> Iterator[Named]:
     full = partial(embed, encoder, index, method=Method())
     yield Named("full", full)
-    yield Named("int8", lambda lonlat: int8(full(lonlat)))
     values = index.values.numpy()
+    yield Named("int8", lambda lonlat: int8(full(lonlat), values.shape[1]))
     projection = Projection.fit(values, min(COMPACT_DIMS, *values.shape))
     keys = index.keys.numpy()
     compact = RetrievalIndex(keys, projection.apply(values), index.locations)
     small: Callable[..., Any] = partial(embed, encoder, compact, method=Method())
-    yield Named(f"{compact.values.shape[1]} components", small)
-    yield Named(f"{compact.values.shape[1]} components, int8", lambda lonlat: int8(small(lonlat)))
+    dims = compact.values.shape[1]
+    yield Named(f"{dims} components", small)
+    yield Named(f"{dims} components, int8", lambda lonlat: int8(small(lonlat), dims))
 
 
-def int8(vectors: Vectors) -> Vectors:
-    """The vectors as 8-bit codes restore them: each dimension in 255 levels of its range at these places."""
-    low, high = vectors.min(0), vectors.max(0)
-    middle, step = (low + high) / 2, np.maximum(high - low, 1e-30) / (2 * LEVELS)
-    return (np.rint((vectors - middle) / step) * step + middle).astype(np.float32)
+def int8(vectors: Vectors, visual: int) -> Vectors:
+    """Vectors as a grid of int8 gives them back: the visual part and the location part each on one scale of its own."""
+    parts = np.split(vectors, [visual], axis=1)
+    return np.concatenate([(scale := Scale.fit(part)).decode(scale.encode(part)) for part in parts], axis=1)

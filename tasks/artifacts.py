@@ -2,18 +2,22 @@
 
 import base64
 import io
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from PIL import Image
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.runtime import task_run
 
 from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
-from tasks.units import in_run
+from tasks.units import REPORTED, Work, in_run
+from tasks.updates import home_of
 
 PREVIEW_WIDTH = 1200  # pixels: the artifact carries the picture itself, since a browser cannot open s3:// URLs
 GLANCE = 5.0  # seconds for whether an address answers: a run does without
@@ -76,6 +80,42 @@ def keep_table(url: str, markdown: str, key: str, description: str) -> str:
     if in_run():
         create_markdown_artifact(f"{markdown}\n", key=key, description=description)
     return url
+
+
+def reported(step: Callable[..., str]) -> Callable[..., str]:
+    """The step, which returns its product's URL, with a table at its end: what was planned beside what was done."""
+
+    @wraps(step)
+    def run(*arguments: Any) -> str:
+        parts: list[Work] = []
+        token = REPORTED.set(parts)
+        try:
+            url = step(*arguments)
+        except BaseException:
+            with suppress(Exception):  # the step's own error is what counts
+                _show_parts(step.__name__, parts)
+            raise
+        finally:
+            REPORTED.reset(token)
+        _show_parts(step.__name__, [*parts, Work("bytes stored", 0, 0, storage.size(home_of(url)))])
+        return url
+
+    return run
+
+
+def _show_parts(step: str, parts: list[Work]) -> None:
+    rows = [
+        {
+            "what": part.name,
+            "planned": part.planned or None,
+            "already there": part.there,
+            "done": part.done,
+            "seconds": round(part.seconds, 1) or None,
+            "per second": round(part.done / part.seconds, 2) if part.seconds else None,
+        }
+        for part in parts
+    ]
+    show_table(rows, f"{step.replace('_', '-')}-run", f"Plan and actual; attempt {task_run.run_count}")
 
 
 def show_places(places: dict[str, str], code: str, key: str, description: str) -> None:

@@ -1,6 +1,7 @@
 """What changed between two versions of a grid: which cells moved, by how much, and where.
 
-The two are read tile by tile on Dask; what comes back of a tile is two numbers a cell.
+The two are read tile by tile on Dask; what comes back of a tile is two numbers a cell. Drift is that of a few cells,
+the canaries, which are the same in all versions of a grid.
 """
 
 from collections.abc import Iterator
@@ -15,16 +16,15 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.errors import UserError
 from tasks import grids
-from tasks.cards import read_card
 from tasks.core.grid import GridSpec, Tile
 from tasks.pictures import change_map
 from tasks.tiles import land_tiles
 from tasks.units import run_units
-from tasks.updates import home_of
-from tasks.validation import opened, params_of
+from tasks.validation import blocks, chosen
 from tasks.versions import name_of
 
 MOVED = 1e-4  # relative change from which a cell counts as moved: what two exact computations may differ by
+CANARIES = "canaries"  # seed of the cells whose drift is told: not a version's name, so that they are the same in all
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 TINY = np.finfo(np.float32).tiny
 
@@ -34,9 +34,9 @@ class Difference:
     """What two versions of a grid differ by."""
 
     change: NDArray[np.float32]
-    """(lat, lon) length of the difference, relative to the older vector's; NaN where one of them has no vector."""
+    """(y, x) length of the difference, relative to the older vector's; NaN where one of them has no vector."""
     cosine: NDArray[np.float32]
-    """(lat, lon) cosine of the two vectors."""
+    """(y, x) cosine of the two vectors."""
     appeared: int
     """Cells that have a vector in the newer grid alone."""
     vanished: int
@@ -89,15 +89,13 @@ def same_cells(old: str, new: str) -> GridSpec:
     Raises:
         UserError: They are on different ones, or have vectors of different length.
     """
-    specs, shapes = [], []
-    for grid in (old, new):
-        params = params_of(read_card(home_of(grid), "grid"))
-        specs.append(GridSpec(params.step_degrees, params.tile_cells))
-        shapes.append(grids.open_vectors(grid).shape)
-    if specs[0].step != specs[1].step or shapes[0] != shapes[1]:
-        raise UserError(
-            f"{old} is {shapes[0]} and {new} is {shapes[1]}: only vectors of the same cells can be compared"
-        )
+    specs = [grids.open_spec(grid) for grid in (old, new)]
+    before, after = (
+        f"{grids.open_vectors(grid).shape} over {spec.box} in {spec.crs}"
+        for grid, spec in zip((old, new), specs, strict=True)
+    )
+    if before != after:
+        raise UserError(f"{old} is {before} and {new} is {after}: only vectors of the same cells can be compared")
     return max(specs, key=lambda spec: spec.tile)
 
 
@@ -105,18 +103,44 @@ def compare_tile(old: str, new: str, tile: Tile) -> tuple[NDArray[np.float32], N
     """Relative change and cosine of a tile's cells, and how many appeared and vanished."""
     before, after = grids.read_tile(old, tile), grids.read_tile(new, tile)
     there, now = np.isfinite(before).all(0), np.isfinite(after).all(0)
-    lengths, product = np.linalg.norm(before, axis=0), (before * after).sum(0)
-    change = np.linalg.norm(after - before, axis=0) / np.maximum(lengths, TINY)
-    cosine = product / np.maximum(lengths * np.linalg.norm(after, axis=0), TINY)
-    return change, cosine, int((now & ~there).sum()), int((there & ~now).sum())
+    change = np.linalg.norm(after - before, axis=0) / np.maximum(np.linalg.norm(before, axis=0), TINY)
+    return change, cosine(before, after), int((now & ~there).sum()), int((there & ~now).sum())
+
+
+def cosine(before: NDArray, after: NDArray) -> NDArray:
+    """Cosines of vectors along the first axis; 0 where one has no length."""
+    lengths = np.linalg.norm(before, axis=0) * np.linalg.norm(after, axis=0)
+    return (before * after).sum(0) / np.maximum(lengths, TINY)
+
+
+def drift(old: str, new: str) -> dict[str, float]:
+    """How far the canaries of a grid turned from one version to another: 1 - cosine, of each part of their vectors.
+
+    Returns:
+        `visual_mean`, `visual_max`, `location_mean` and `location_max`: 0 is the same direction, 1 a right angle. The
+        two parts are told apart because the visual one is longer, and would hide that the location part turned.
+
+    Raises:
+        UserError: The two have other cells, other dimensions, or no canary in common.
+    """
+    rows, columns = chosen(same_cells(old, new), CANARIES)
+    before, after = (grids.open_vectors(grid).at(rows, columns) for grid in (old, new))
+    both = np.isfinite(before + after).all(1)
+    if not both.any():
+        raise UserError(f"{old} and {new} have no vector in common at {len(rows)} places: compare with `grid diff`")
+    found: dict[str, float] = {}
+    for name, part in blocks(new).items():
+        turned = 1 - cosine(before[both, slice(*part)].T, after[both, slice(*part)].T)
+        found |= {f"{name}_mean": float(turned.mean()), f"{name}_max": float(turned.max())}
+    return found
 
 
 def keep(difference: Difference, old: str, new: str, output: str) -> str:
     """Writes the relative change as a map, PNG, to a path or URL, and returns its URL."""
     names = [name_of(grid) for grid in (old, new)]
-    numbers, dataset, url = difference.numbers(), opened(new), storage.as_url(output)
+    numbers, url = difference.numbers(), storage.as_url(output)
     title = f"Change from {names[0]} to {names[1]}"
     caption = f"{numbers['moved']:,} of {numbers['cells']:,} cells moved by more than {MOVED:g} of their length."
-    picture = change_map(difference.change, dataset["lat"].values, dataset["lon"].values, title, caption)
+    picture = change_map(difference.change, grids.open_spec(new), title, caption)
     storage.write(url, picture)
     return url

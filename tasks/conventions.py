@@ -4,15 +4,19 @@ Sources: the conventions' own schemas, github.com/geo-embeddings/embeddings-zarr
 github.com/zarr-conventions; tests hold a grid to them.
 """
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
+
+import numpy as np
 
 from tasks.core.grid import GridSpec
 
 COPERNICUS = "Copernicus Sentinel"  # in the attribution of what was made from Sentinel-2
 SENTINEL_2 = "https://dataspace.copernicus.eu/data-collections/copernicus-sentinel-data/sentinel-2"
 LEGAL_NOTICE = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
-METRES_PER_DEGREE = 111_319.49  # at the equator of WGS84
+AXIS = ("standard_name", "units", "axis")  # what a coordinate's attributes tell
+GRID_MAPPING = "spatial_ref"  # the variable that holds the CRS, by the name that GDAL and rioxarray give it
 ZARR = "https://raw.githubusercontent.com/zarr-conventions"
 GEOEMB = {
     "schema_url": "https://raw.githubusercontent.com/geo-embeddings/embeddings-zarr-convention/refs/tags/v1/schema.json",
@@ -42,17 +46,35 @@ SPATIAL = _convention("spatial", "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4", "Spatia
 
 def placed(spec: GridSpec) -> dict[str, Any]:
     """Where the cells are: CRS, box, transform."""
-    rows, columns = spec.shape
+    (rows, columns), (wide, high) = spec.shape, spec.sides
+    west, _, _, north = spec.box
     return {
         "Conventions": "CF-1.11",
         "zarr_conventions": [PROJ, SPATIAL],
-        "proj:code": "EPSG:4326",
-        "spatial:dimensions": ["lat", "lon"],
-        "spatial:bbox": [-180.0, -90.0, 180.0, 90.0],
+        "proj:code" if spec.plane.code else "proj:wkt2": spec.plane.name,
+        "spatial:dimensions": list(spec.plane.dims),
+        "spatial:bbox": list(spec.box),
         "spatial:shape": [rows, columns],
-        "spatial:transform": [360 / columns, 0.0, -180.0, 0.0, -180 / rows, 90.0],
+        "spatial:transform": [wide / columns, 0.0, west, 0.0, -high / rows, north],
         "spatial:registration": "pixel",
     }
+
+
+def spec_of(attrs: Mapping[str, Any], columns: int, tile: int = 1) -> GridSpec:
+    """The grid whose attributes these are: what `placed` wrote."""
+    west, south, east, north = attrs["spatial:bbox"]
+    crs = attrs.get("proj:code") or attrs["proj:wkt2"]
+    return GridSpec((east - west) / columns, tile, (west, south, east, north), crs)
+
+
+def axes(spec: GridSpec) -> dict[str, Any]:
+    """The coordinates of the cells and, as CF asks and GDAL and rioxarray read it, the CRS that they are in."""
+    y, x = spec.plane.dims
+    about = {axis["axis"]: {k: axis[k] for k in AXIS} for axis in spec.plane.definition.cs_to_cf()}
+    wide, _, west, _, high, north = placed(spec)["spatial:transform"]
+    mapping = spec.plane.definition.to_cf()
+    mapping |= {"spatial_ref": mapping["crs_wkt"], "GeoTransform": f"{west} {wide} 0.0 {north} 0.0 {high}"}
+    return {y: (y, spec.y, about["Y"]), x: (x, spec.x, about["X"]), GRID_MAPPING: ((), np.int64(0), mapping)}
 
 
 def multiscale(spec: GridSpec, levels: list[str]) -> dict[str, Any]:
@@ -73,8 +95,8 @@ def embedding(spec: GridSpec, visual: int, location: int, dtype: str) -> dict[st
         "geoemb:type": "pixel",
         "geoemb:dimensions": visual + location,
         "geoemb:data_type": dtype,
-        "geoemb:gsd": round(spec.step * METRES_PER_DEGREE, 1),
-        "geoemb:spatial_layout": "global",
+        "geoemb:gsd": spec.gsd,
+        **({"geoemb:spatial_layout": "global"} if spec.is_globe else {}),
         "geoemb:dimensions_axis": "embedding_dim",
         "geoemb:blocks": {"visual": [0, visual], "location": [visual, visual + location]},
     }

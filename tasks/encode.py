@@ -45,7 +45,7 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
     done = written_shards(url)
     shards = [i for i in range(-(-images // params.shard_rows)) if i not in done]
     job = partial(encode_shard, url, patches, checkpoint, features, params.shard_rows)
-    run_units(client, job, shards, label="encode")
+    run_units(client, job, shards, label="encode", there=len(done))
     finish_database(
         url,
         fingerprint=fingerprint(made_of),

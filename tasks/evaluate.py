@@ -142,8 +142,8 @@ def explain(
     table = where_it_fails(scored, product, distance)
     storage.write(storage.join(url, "failures.csv"), table.to_csv(index=False).encode())
     keep_table(storage.join(url, "failures.md"), _pivot(table), "failures", f"Where {product} fails")
-    caption = f"Blocks held out; standard errors. {attribution}"
-    picture = bias_chart(table, f"Geographic bias of {product}", caption)
+    caption = f"Blocks held out. {attribution}"
+    picture = bias_chart(table, f"Geographic bias of {product}", f"Bars are standard errors. {caption}")
     keep_picture(storage.join(url, "bias.png"), picture, "geographic-bias", f"Where {product} fails")
     for made in scored.trials:
         name = made.labels.name
@@ -155,7 +155,7 @@ def explain(
 def _error_map(url: str, name: str, lonlat: NDArray[np.float64], lost: NDArray, title: str, caption: str) -> None:
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
     picture = error_map(
-        lonlat, lost, title, f"Pale: right; dark: wrong class, or off by a standard deviation. {caption}"
+        lonlat, lost, title, f"Grey: right; dark: wrong class, or off by a standard deviation. {caption}"
     )
     keep_picture(storage.join(url, f"errors-{slug}.png"), picture, f"errors-{slug}".strip("-"), title)
 

@@ -78,6 +78,7 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
         partial(encode_shard, url, patches, params.name),
         [unit for unit in units if unit not in done],
         label="features",
+        there=len(done),
     )
     write_card(
         url, "features", fingerprint=fingerprint(made_of), made_of=made_of, images=images, encoder=describe(encoder)
@@ -86,8 +87,8 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
 
 
 def _written(url: str, view: int) -> set[int]:
-    there = storage.names(storage.join(url, "features.zarr", "features", "c", str(view)))
-    return {int(name) for name in there if name.isdigit()}
+    there = storage.paths(storage.join(url, "features.zarr", "features", "c", str(view)))
+    return {int(path.partition("/")[0]) for path in there}
 
 
 def _try(encoder: ImageEncoder, patches: str, views: int) -> None:

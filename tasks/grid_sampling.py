@@ -13,7 +13,8 @@ import pyarrow.parquet
 from numpy.typing import ArrayLike, NDArray
 
 from infra.errors import UserError
-from tasks.grids import Vectors, open_vectors
+from tasks.core.grid import GridSpec
+from tasks.grids import Vectors, open_spec, open_vectors
 from tasks.params import Sampling
 from tasks.points import check_output, check_points, lonlat_of, read_points, vectors_column, whole
 from tasks.units import progress
@@ -28,46 +29,47 @@ def sample_grid(url: str, lonlat: ArrayLike, method: Sampling = "nearest") -> ND
 
     Args:
         url: URL of the grid's Zarr.
-        lonlat: (n, 2) longitude and latitude in degrees; any longitude, since the grid closes at 180 degrees.
+        lonlat: (n, 2) longitude and latitude in degrees, whatever the grid's CRS; any longitude, a turn or more on.
         method: The cell that holds the point, or the weighted mean of the four cells around it: NaN where one of
             these that counts has no data.
 
     Returns:
-        (n, dim) float32, NaN where the grid has no data.
+        (n, dim) float32, NaN where the grid has no data, and outside of its box.
     """
     points = np.asarray(lonlat, np.float64).reshape(-1, 2)
-    vectors = open_vectors(url)
+    vectors, spec = open_vectors(url), open_spec(url)
+    inside, row, column = _places(spec, points)
+    found = np.full((len(points), vectors.shape[0]), np.nan, np.float32)
     if method == "nearest":
-        return _gather(vectors, *_holding(vectors, points))
-    found = np.zeros((len(points), vectors.shape[0]), np.float32)
-    for rows, columns, weights in _around(vectors, points):
+        found[inside] = _gather(vectors, np.rint(row).astype(int), np.rint(column).astype(int) % spec.shape[1])
+        return found
+    total = np.zeros((len(row), vectors.shape[0]), np.float32)
+    for rows, columns, weights in _around(spec, row, column):
         counts = weights > 0
-        found[counts] += weights[counts, None] * _gather(vectors, rows[counts], columns[counts])
+        total[counts] += weights[counts, None] * _gather(vectors, rows[counts], columns[counts])
+    found[inside] = total
     return found
 
 
-def _places(vectors: Vectors, points: Float) -> tuple[Float, Float]:
-    """Rows and columns as numbers: 0 is the middle of the first cell."""
-    _, height, width = vectors.shape
-    row = (90 - points[:, 1]) * height / 180 - 0.5
-    column = (points[:, 0] + 180) % 360 * width / 360 - 0.5
-    return np.clip(row, 0, height - 1), column
+def _places(spec: GridSpec, points: Float) -> tuple[NDArray[np.bool_], Float, Float]:
+    """Which points are in the grid's box, and rows and columns of those as numbers: 0 is the middle of a first cell."""
+    (rows, columns), (wide, high) = spec.shape, spec.sides
+    west, _, _, north = spec.box
+    x, y = np.moveaxis(spec.plane.xy(points), -1, 0)
+    across, down = (x - west) % 360 if spec.plane.is_geographic else x - west, north - y
+    inside = (across >= 0) & (across <= wide) & (down >= 0) & (down <= high)
+    row, column = down[inside] * rows / high - 0.5, across[inside] * columns / wide - 0.5
+    return inside, np.clip(row, 0, rows - 1), column if spec.closes else np.clip(column, 0, columns - 1)
 
 
-def _holding(vectors: Vectors, points: Float) -> tuple[NDArray, NDArray]:
-    row, column = _places(vectors, points)
-    return np.rint(row).astype(int), np.rint(column).astype(int) % vectors.shape[2]
-
-
-def _around(vectors: Vectors, points: Float) -> Iterator[tuple[NDArray, NDArray, NDArray[np.float32]]]:
+def _around(spec: GridSpec, row: Float, column: Float) -> Iterator[tuple[NDArray, NDArray, NDArray[np.float32]]]:
     """Rows, columns and weights of the four cells around each point, one corner after the other."""
-    row, column = _places(vectors, points)
     top, left = np.floor(row), np.floor(column)
     for down in (0, 1):
         for right in (0, 1):
             weights = np.abs(1 - down - (row - top)) * np.abs(1 - right - (column - left))
-            rows = np.minimum(top + down, vectors.shape[1] - 1).astype(int)
-            yield rows, (left + right).astype(int) % vectors.shape[2], weights.astype(np.float32)
+            rows = np.minimum(top + down, spec.shape[0] - 1).astype(int)
+            yield rows, (left + right).astype(int) % spec.shape[1], weights.astype(np.float32)
 
 
 def _gather(vectors: Vectors, rows: NDArray, columns: NDArray) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ embedding        embedding, lat, lon   float32 visual part (the retrieved values
 block            embedding             string  `visual` or `location`, of each dimension
 lat              lat                   float64 cell centres, degrees north, from north to south
 lon              lon                   float64 cell centres, degrees east, from west to east
+spatial_ref                            int64   nothing; its attributes are the CRS
 effective_images lat, lon              float32 with evidence: exp of the entropy of the weights
 largest_weight   lat, lon              float32 with evidence: 1 where a single image decides
 distance_km      lat, lon              float32 with evidence: to the nearest image of the database
@@ -16,10 +17,12 @@ components       value, compact        float32 of a compact grid: orthonormal pr
 mean             value                 float32 of a compact grid: what was subtracted from the values
 ================ ===================== ======= ======================================================
 
+A grid in a projected CRS has the dimensions and coordinates `y` and `x`, in metres, in place of `lat` and `lon`.
+
 A grid of int8 has, in place of `embedding`, the two variables `visual` and `location`, each with its own
 `scale_factor` and `add_offset`, and -128 for no data: xarray decodes them by itself.
 
-Beside it, where they are kept for updates, `sums.zarr`: the same tiles of one variable `sums`, (sum, lat, lon) float32,
+Beside it, where they are kept for updates, `sums.zarr`: the same tiles of one variable `sums`, (sum, y, x) float32,
 of which each half of the retrieval has numerators, denominator and shift (`tasks.core.sums`).
 
 One shard holds all dimensions of one tile and is written with one PUT; a tile without land has no shard. So
@@ -57,6 +60,7 @@ EVIDENCE = {
     "distance_km": "great-circle distance to the nearest image",
 }
 CHUNK_CELLS, CHUNK_DIMS = 20, 256  # of a chunk, 0.4 MB: of those measured the quickest for the reads in docs/grid.md
+SHARD_BYTES, TILE_CELLS, MOST_CELLS = 50e6, 60, 480  # at least, of a shard; a tile's side is a multiple; at most
 ROOT = "zarr.json"  # of the group, with the metadata of all arrays
 
 
@@ -78,6 +82,12 @@ class Content:
     """Coarser levels that the grid's Zarr holds beside it (`tasks.overviews`)."""
 
 
+def tile_cells(dims: int, dtype: DType) -> int:
+    """Cells along one side of a tile whose shard has SHARD_BYTES or somewhat more, before it is compressed."""
+    side = np.sqrt(SHARD_BYTES / (dims * np.dtype(dtype).itemsize))
+    return int(min(np.ceil(side / TILE_CELLS) * TILE_CELLS, MOST_CELLS))
+
+
 def template(
     spec: GridSpec, content: Content, attrs: dict[str, Any], projection: Projection | None = None
 ) -> xr.Dataset:
@@ -89,7 +99,7 @@ def template(
         attrs: Attributes to add: provenance, attribution.
         projection: What made the retrieved part compact.
     """
-    dataset = xr.merge([_embedding(spec, content), *_evidence(spec, content)])
+    dataset = xr.merge([_embedding(spec, content), *_evidence(spec, content)], compat="override")
     own = conventions.embedding(spec, content.visual, content.location, content.dtype)
     placed = conventions.placed(spec)
     if content.overviews:
@@ -118,7 +128,7 @@ def _embedding(spec: GridSpec, content: Content) -> xr.Dataset:
                 "add_offset": scale.offset,
                 "_FillValue": np.int8(NODATA),
             }
-        return xr.merge(parts)
+        return xr.merge(parts, compat="override")
     found = _empty(spec, VARIABLE, "embedding_dim", sum(sizes.values()), {"long_name": "RANGE embedding"} | about)
     found[VARIABLE].encoding = {"dtype": content.dtype, "_FillValue": np.dtype(content.dtype).type(np.nan)}
     names = np.repeat(np.array(BLOCKS, dtype=object), list(sizes.values()))
@@ -151,16 +161,13 @@ def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any
 
 
 def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]) -> xr.Dataset:
-    """A variable of (dim, lat, lon), or of (lat, lon) where `dim` has no name."""
-    dims, shape = ((dim, "lat", "lon"), (size,)) if dim else (("lat", "lon"), ())
+    """A variable of (dim, y, x), or of (y, x) where `dim` has no name."""
+    dims, shape = ((dim, *spec.plane.dims), (size,)) if dim else (spec.plane.dims, ())
     data = dask.array.full((*shape, *spec.shape), np.nan, dtype="float32", chunks=(*shape, spec.tile, spec.tile))
-    coords: dict[str, Any] = {
-        "lat": ("lat", spec.lat, {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"}),
-        "lon": ("lon", spec.lon, {"standard_name": "longitude", "units": "degrees_east", "axis": "X"}),
-    }
+    coords = conventions.axes(spec)
     if dim:
         coords[dim] = (dim, np.arange(size, dtype=np.int32))
-    return xr.Dataset({name: (dims, data, attrs)}, coords=coords)
+    return xr.Dataset({name: (dims, data, attrs | {"grid_mapping": conventions.GRID_MAPPING})}, coords=coords)
 
 
 def create(
@@ -181,7 +188,8 @@ def create(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consolidated metadata")
         for group, part in [(None, dataset), *levels.items()]:
-            encoding = {str(name): _stored(spec, array) for name, array in part.items() if "lat" in array.dims}
+            cells = {str(name): array for name, array in part.items() if spec.plane.dims[0] in array.dims}
+            encoding = {name: _stored(spec, array) for name, array in cells.items()}
             part.to_zarr(
                 store, group=group, mode="a", compute=False, zarr_format=3, consolidated=False, encoding=encoding
             )
@@ -263,14 +271,14 @@ def written(url: str, spec: GridSpec, tiles: list[Tile]) -> set[Tile]:
 
 @dataclass(frozen=True)
 class Vectors:
-    """The embeddings of a stored grid as one array, (dim, lat, lon) float32, whatever their dtype; read as asked."""
+    """The embeddings of a stored grid as one array, (dim, y, x) float32, whatever their dtype; read as asked."""
 
     arrays: tuple[zarr.Array, ...]
     """One, or one per block."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(dim, lat, lon)."""
+        """(dim, y, x)."""
         return sum(array.shape[0] for array in self.arrays), *self.arrays[0].shape[1:]
 
     def __getitem__(self, index: Any) -> NDArray[np.float32]:
@@ -283,10 +291,20 @@ class Vectors:
             return _decoded(self.arrays[-1], int(index))
         return np.concatenate([_decoded(array, index) for array in self.arrays])
 
+    def at(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.float64]:
+        """The vectors of some cells, (n, dim)."""
+        return np.stack([self[:, i, j] for i, j in zip(rows, columns, strict=True)]).astype(np.float64)
+
 
 def open_vectors(url: str) -> Vectors:
     """The embeddings of the grid at `url`."""
     return Vectors(tuple(_arrays(url, VARIABLE, "r")))
+
+
+def open_spec(url: str) -> GridSpec:
+    """The cells of the grid at `url`, as its metadata tell them."""
+    (array, *_), attrs = _arrays(url, VARIABLE, "r"), zarr.open_group(storage.zarr_store(url), mode="r").attrs
+    return conventions.spec_of(attrs, array.shape[-1], array.shards[-1])
 
 
 def _decoded(array: zarr.Array, index: Any) -> NDArray[np.float32]:

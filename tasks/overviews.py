@@ -28,7 +28,7 @@ def publish_overviews(client: Client, job: Job, levels: int) -> None:
         levels: How many, each with half the rows and columns of the one before.
     """
     spec, source = job.spec, job.grid
-    known = land_mask(spec.lon, spec.lat)
+    known = land_mask(spec)
     for level in range(1, levels + 1):
         spec, known = spec.coarser, np.asarray(pooled(known).any((1, 3)))
         target = storage.join(job.grid, grids.level_name(level))

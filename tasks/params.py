@@ -4,9 +4,12 @@ Light to import, so that the command line is quick.
 """
 
 import datetime
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from tasks.core.grid import GridSpec
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")  # of Sentinel-2 L2A
 
@@ -202,14 +205,24 @@ class EncodeParams(Params):
 class PublishParams(Params):
     """What grid to publish."""
 
-    step_degrees: float = Field(0.5, gt=0, le=45)
-    """Cell size in degrees; divides 180."""
+    step: float = Field(0.5, gt=0)
+    """Cell size in the units of the CRS, degrees or metres; divides the box."""
+    crs: str = "EPSG:4326"
+    """Coordinate reference system: geographic in degrees, or projected in metres, which needs a box; code or WKT."""
+    west: float = -180.0
+    """Western edge of the box, in the units of the CRS; by default the box is the whole globe."""
+    south: float = -90.0
+    """Southern edge."""
+    east: float = 180.0
+    """Eastern edge; beyond 180 degrees for a box that crosses them, as 170 to 190."""
+    north: float = 90.0
+    """Northern edge."""
     method: Literal["range+", "range"] = "range+"
     """Retrieval: RANGE+ (semantic and geodesic) or RANGE (semantic only)."""
     beta: float = Field(0.5, ge=0, le=1)
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
-    tile_cells: int = Field(60, ge=1, le=1024)
-    """Cells along one side of a tile, which is one shard and one unit of work; a multiple of 20."""
+    tile_cells: int | None = Field(None, ge=1, le=1024)
+    """Cells along one side of a tile, one shard and one unit of work; a multiple of 20; unset, for shards of 50 MB."""
     tolerance: float = Field(0.0, ge=0, le=0.1)
     """Relative error of the visual part that interpolation may leave, 99th percentile of a tile; 0: all exact."""
     compact_dims: int | None = Field(None, ge=1)
@@ -226,20 +239,37 @@ class PublishParams(Params):
     """URL of a grid with kept sums, of a former database: only the images that came and went are computed."""
     promote: bool = True
     """Makes the grid the latest, which readers open, once it is found good; false: `rangegrid grid promote` does."""
+    drift_alert: float = Field(0.1, ge=0, le=2)
+    """Turn of the vectors since the latest grid, 1 - mean cosine, from which an event is sent."""
 
-    @field_validator("step_degrees")
+    @field_validator("crs")
     @classmethod
-    def _divides(cls, step: float) -> float:
-        if abs(180 / step - round(180 / step)) > 1e-9:
-            raise ValueError("a step divides 180 degrees: use for example 1, 0.5 or 0.25")
-        return step
+    def _known(cls, crs: str) -> str:
+        from tasks.core.plane import Plane  # here, since forms and the command line's help need no pyproj
+
+        return Plane(crs).name
 
     @model_validator(mode="after")
-    def _halves(self) -> Self:
-        rows = round(180 / self.step_degrees)
-        if rows % 2**self.overviews:
-            raise ValueError(f"{rows} rows of cells cannot be halved {self.overviews} times: give fewer overviews")
+    def _divides(self) -> Self:
+        rows, columns = self.spec.shape
+        if rows % 2**self.overviews or columns % 2**self.overviews:
+            raise ValueError(
+                f"{rows} rows and {columns} columns of cells cannot be halved {self.overviews} times: give fewer "
+                f"overviews, or a box of sides that {self.step * 2**self.overviews:g} divides"
+            )
         return self
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """West, south, east and north."""
+        return self.west, self.south, self.east, self.north
+
+    @property
+    def spec(self) -> "GridSpec":
+        """The grid; a size of tiles that is not given is for the database to tell (`tasks.publish.with_tiles`)."""
+        from tasks.core.grid import GridSpec
+
+        return GridSpec(self.step, self.tile_cells or 60, self.box, self.crs)
 
     @model_validator(mode="after")
     def _exact(self) -> Self:

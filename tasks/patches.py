@@ -19,6 +19,7 @@ from typing import Any
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
@@ -30,6 +31,8 @@ from tasks.cards import read_card
 from tasks.core.radiometry import NODATA, to_reflectance
 
 READS = 16  # parts read at a time
+MOST_PATCHES, MOST_BANDS, MOST_PIXELS, MOST_SHARD = 10_000_000, 100, 2048, 100_000  # of a store that is read
+FORGED = "it is damaged or forged. Sample again, or restore it"
 MANIFEST = {
     "row_id": "int64",  # index in the seed's stream of candidates: the same however many are asked for
     "lon": "float64",
@@ -83,11 +86,31 @@ def open_patches(url: str) -> Patches:
     """Opens a finished patch store.
 
     Raises:
-        UserError: There is none at `url`.
+        UserError: There is none at `url`, or it is no such store: memory is given by what it claims to be.
     """
-    card = read_card(url, "patches")
-    manifest = gpd.read_parquet(io.BytesIO(storage.read(storage.join(url, "manifest.parquet"))))
-    return Patches(url, card, manifest, tuple(_array(url, "r").attrs["bands"]))
+    card, manifest = read_card(url, "patches"), io.BytesIO(storage.read(storage.join(url, "manifest.parquet")))
+    rows = pq.ParquetFile(manifest).metadata.num_rows
+    try:
+        array = _array(url, "r")
+    except (KeyError, TypeError, ValueError) as error:  # Zarr's own, of metadata that contradict themselves
+        raise UserError(f"{url} has no readable pixels ({error}): {FORGED}") from error
+    bands = tuple(array.attrs.get("bands", ()))
+    if not _sound(array, rows, len(bands)):
+        raise UserError(
+            f"{url} claims patches of {array.dtype} {array.shape} in shards of {array.shards} and chunks of "
+            f"{array.chunks}, {rows:,} rows and {len(bands)} bands: {FORGED}"
+        )
+    return Patches(url, card, gpd.read_parquet(manifest), bands)
+
+
+def _sound(array: zarr.Array, rows: int, bands: int) -> bool:
+    """Whether a store is as `create` makes it, within what `tasks.params.SampleParams` allow."""
+    if array.ndim != 4 or array.shards is None or array.dtype != np.uint16:
+        return False
+    patches, side = array.shape[0], array.shape[3]
+    patch, most = (bands, side, side), (MOST_PATCHES, MOST_BANDS, MOST_PIXELS, MOST_SHARD)
+    within = all(0 < size <= bound for size, bound in zip((patches, bands, side, array.shards[0]), most, strict=True))
+    return within and array.shape == (rows, *patch) and array.chunks == (1, *patch) and array.shards[1:] == patch
 
 
 def create(url: str, patches: int, bands: tuple[str, ...], pixels: int, resolution_m: float, shard: int) -> None:

@@ -16,12 +16,15 @@ from rasterio.enums import ColorInterp
 from rasterio.io import MemoryFile
 from rasterio.transform import from_bounds
 
+from tasks.core.grid import GridSpec
+
 INK, FAINT, OCEAN, ACCENT, SECOND = "#1d2733", "#8a95a1", "#eef2f5", "#0b6e99", "#e07a3f"
 STAND_IN = "NASA Blue Marble at about 7 km stands in for 10 m Sentinel-2"
 EQUAL_EARTH = (1.340264, -0.081106, 0.000893, 0.003796)  # Savric, Patterson, Jenny 2018
 STRIP = 60  # rows read at a time
 WRAP = 14  # letters of a line above a panel
 SCALE = (0.0, 0.02, 0.01, 0.3)  # of a map's colours: in the corner that the globe leaves free
+ROOM = 0.15  # of a box's width, to its left: there the scale is
 SHOWN = 0.995  # share of the cells that a scale of colours tells apart: some islands are far from everything
 
 
@@ -36,62 +39,64 @@ class Sliced(Protocol):
         """The part at `index`."""
 
 
-def world_map(colours: NDArray[np.float32], lat: NDArray, lon: NDArray, title: str, caption: str) -> bytes:
+def world_map(colours: NDArray[np.float32], spec: GridSpec, title: str, caption: str) -> bytes:
     """A grid in colours.
 
     Args:
-        colours: (lat, lon, 4), as `principal_colours` makes them.
-        lat: Latitudes in degrees, north first.
-        lon: Longitudes in degrees.
+        colours: (y, x, 4), as `principal_colours` makes them.
+        spec: The grid.
         title: Above the map.
         caption: Below it.
     """
-    return png(_cells(colours, lat, lon, title, caption)[0])
+    return png(_cells(colours, spec, title, caption)[0])
 
 
-def change_map(change: NDArray, lat: NDArray, lon: NDArray, title: str, caption: str) -> bytes:
+def change_map(change: NDArray, spec: GridSpec, title: str, caption: str) -> bytes:
     """The relative change of each cell, in powers of ten.
 
     Args:
-        change: (lat, lon), NaN where there is none; what is below the scale has its lowest colour.
-        lat: Latitudes in degrees, north first.
-        lon: Longitudes in degrees.
+        change: (y, x), NaN where there is none; what is below the scale has its lowest colour.
+        spec: The grid.
         title: Above the map.
         caption: Below it.
     """
     with np.errstate(divide="ignore"):
         powers = np.log10(change)
-    figure, axes, mesh = _cells(powers, lat, lon, title, caption, vmin=-6, vmax=0, cmap="magma_r")
+    figure, axes, mesh = _cells(powers, spec, title, caption, vmin=-6, vmax=0, cmap="magma_r")
     scale = figure.colorbar(mesh, cax=axes.inset_axes(SCALE))
     scale.set_ticks([-6, -4, -2, 0], labels=["1e-6", "1e-4", "0.01", "1"])
     return png(figure)
 
 
-def layer_map(layer: NDArray[np.float32], lat: NDArray, lon: NDArray, title: str, caption: str, unit: str) -> bytes:
-    """One number per cell, (lat, lon), NaN where there is none; as `world_map`, with a scale in `unit`."""
+def layer_map(layer: NDArray[np.float32], spec: GridSpec, title: str, caption: str, unit: str) -> bytes:
+    """One number per cell, (y, x), NaN where there is none; as `world_map`, with a scale in `unit`."""
     highest = float(np.nanquantile(layer, SHOWN))
-    figure, axes, mesh = _cells(layer, lat, lon, title, caption, vmin=0, vmax=highest, cmap="viridis_r")
+    figure, axes, mesh = _cells(layer, spec, title, caption, vmin=0, vmax=highest, cmap="viridis_r")
     figure.colorbar(mesh, cax=axes.inset_axes(SCALE), extend="max").set_label(unit, color=FAINT)
     return png(figure)
 
 
-def _cells(
-    cells: NDArray, lat: NDArray, lon: NDArray, title: str, caption: str, **style: Any
-) -> tuple[Figure, Axes, QuadMesh]:
-    """A map of cells, (lat, lon) numbers or (lat, lon, 4) colours."""
+def _cells(cells: NDArray, spec: GridSpec, title: str, caption: str, **style: Any) -> tuple[Figure, Axes, QuadMesh]:
+    """A map of cells, (y, x) numbers or (y, x, 4) colours: the globe in Equal Earth, a box in its own plane."""
     figure, axes = canvas(12, 6.6, title, caption)
-    x, y = equal_earth(*np.meshgrid(_edges(lon), _edges(lat)))
-    mesh = axes.pcolormesh(x, y, cells, rasterized=True, **style)
-    outline(axes)
-    return figure, axes, mesh
+    (west, south, east, north), (rows, columns) = spec.box, spec.shape
+    x, y = np.meshgrid(np.linspace(west, east, columns + 1), np.linspace(north, south, rows + 1))
+    if spec.is_globe:
+        x, y = equal_earth(x, y)
+        outline(axes)
+    else:
+        axes.fill([west, east, east, west], [south, south, north, north], facecolor=OCEAN, edgecolor="none", zorder=-1)
+        axes.set_xlim(west - ROOM * (east - west), east)
+        axes.set_aspect(1 / np.cos(np.radians((south + north) / 2)) if spec.plane.is_geographic else "equal")
+    return figure, axes, axes.pcolormesh(x, y, cells, rasterized=True, **style)
 
 
-def geotiff(colours: NDArray[np.float32]) -> bytes:
-    """Colours of the whole Earth, (lat, lon, 4) north up, as a cloud-optimised GeoTIFF in EPSG:4326."""
+def geotiff(colours: NDArray[np.float32], spec: GridSpec) -> bytes:
+    """Colours of a grid, (y, x, 4), as a cloud-optimised GeoTIFF in its CRS."""
     height, width = colours.shape[:2]
     bands = np.moveaxis(np.rint(colours * 255).astype(np.uint8), -1, 0)
-    options = {"count": 4, "dtype": "uint8", "crs": "EPSG:4326", "compress": "deflate"}
-    transform = from_bounds(-180, -90, 180, 90, width, height)
+    options = {"count": 4, "dtype": "uint8", "crs": spec.crs, "compress": "deflate"}
+    transform = from_bounds(*spec.box, width, height)
     with MemoryFile() as memory:
         with memory.open(driver="COG", height=height, width=width, transform=transform, **options) as file:
             file.write(bands)
@@ -100,12 +105,12 @@ def geotiff(colours: NDArray[np.float32]) -> bytes:
 
 
 def principal_colours(vectors: Sliced) -> NDArray[np.float32]:
-    """(lat, lon, 4) colours: ranks of the first three components, transparent where there are no data.
+    """(y, x, 4) colours: ranks of the first three components, transparent where there are no data.
 
     Ranks use the whole range of each colour, whatever the few extremes are.
 
     Args:
-        vectors: (dim, lat, lon), NaN where there are none; read by strips, so that it may be larger than memory.
+        vectors: (dim, y, x), NaN where there are none; read by strips, so that it may be larger than memory.
     """
     dims, height, width = vectors.shape
     count, total, products = 0, np.zeros(dims), np.zeros((dims, dims))
@@ -218,11 +223,6 @@ def equal_earth(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> tuple[NDA
     slope = 9 * a4 * t**8 + 7 * a3 * t6 + 3 * a2 * t2 + a1
     x = 2 * np.sqrt(3) * np.radians(lon) * np.cos(t) / (3 * slope)
     return x, t * (a1 + a2 * t2 + t6 * (a3 + a4 * t2))
-
-
-def _edges(centres: NDArray[np.float64]) -> NDArray[np.float64]:
-    half = (centres[1] - centres[0]) / 2
-    return np.append(centres - half, centres[-1] + half)
 
 
 def outline(axes: Axes) -> None:

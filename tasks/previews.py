@@ -9,6 +9,7 @@ import zarr
 from infra import storage
 from tasks import grids
 from tasks.artifacts import keep_picture
+from tasks.core.grid import GridSpec
 from tasks.pictures import geotiff, layer_map, principal_colours, world_map
 from tasks.tiles import GRID, Job
 
@@ -25,7 +26,7 @@ td, th {{ text-align: left; padding: .15rem 1.5rem .15rem 0; vertical-align: top
 {maps}
 <pre>import xarray as xr
 grid = xr.open_zarr({url})
-vectors = grid.sel(lon=2.35, lat=48.86, method="nearest")</pre>
+vectors = grid.sel({place}, method="nearest")</pre>
 <table>
 {rows}
 </table>
@@ -37,13 +38,13 @@ a GeoTIFF</a></p>
 
 def draw(job: Job, attribution: str) -> None:
     """Keeps the world in embedding colours beside the grid, as PNG and GeoTIFF, and a map of the evidence."""
-    name, step = job.method.name.upper(), f"{job.spec.step:g} degree"
+    where = "world" if job.spec.is_globe else "land"
     colours = principal_colours(grids.open_vectors(job.grid))
-    title = f"The world in {name} colours, {step}"
+    title = f"The {where} in {job.method.name.upper()} colours, {job.spec.size}"
     caption = f"First three principal components of the embeddings. {attribution}."
-    picture = world_map(colours, job.spec.lat, job.spec.lon, title, caption)
+    picture = world_map(colours, job.spec, title, caption)
     keep_picture(storage.join(job.home, "world.png"), picture, "world-map", title)
-    storage.write(storage.join(job.home, "world.tif"), geotiff(colours))
+    storage.write(storage.join(job.home, "world.tif"), geotiff(colours, job.spec))
     if job.evidence:
         draw_evidence(job, attribution)
 
@@ -51,24 +52,31 @@ def draw(job: Job, attribution: str) -> None:
 def draw_evidence(job: Job, attribution: str) -> None:
     """Keeps a map of the distance to the nearest image: far from all, an embedding is extrapolation."""
     layer = np.asarray(zarr.open_array(storage.zarr_store(storage.join(job.grid, "distance_km")), mode="r")[:])
-    title = f"What the {job.method.name.upper()} embeddings rest on, {job.spec.step:g} degree"
+    title = f"What the {job.method.name.upper()} embeddings rest on, {job.spec.size}"
     caption = f"Great-circle distance from a cell to the nearest image of the database. {attribution}."
-    picture = layer_map(layer, job.spec.lat, job.spec.lon, title, caption, "km")
+    picture = layer_map(layer, job.spec, title, caption, "km")
     keep_picture(storage.join(job.home, "evidence.png"), picture, "evidence-map", title)
 
 
 def write_page(home: str) -> str:
     """Writes `index.html` of the grid in the directory `home`, from what is there; returns its URL."""
-    node = storage.read_json(storage.join(home, GRID, "zarr.json"))
-    attrs, rows_of_cells = node["attributes"], node["consolidated_metadata"]["metadata"]["lat"]["shape"][0]
+    grid = storage.join(home, GRID)
+    attrs, spec = storage.read_json(storage.join(grid, "zarr.json"))["attributes"], grids.open_spec(grid)
     there = storage.names(home)
     maps = "\n".join(f'<img src="{name}" alt="{alt}">' for name, alt in MAPS.items() if name in there)
     rows = "\n".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in _facts(attrs).items())
-    title = f"RANGE embeddings of the land, {180 / rows_of_cells:g} degree"
-    url = _text(repr(storage.join(home, GRID)))
-    page = PAGE.format(title=title, maps=maps, url=url, rows=rows, zarr=GRID)
+    title = f"RANGE embeddings of the land, {spec.size}"
+    url = _text(repr(grid))
+    page = PAGE.format(title=title, maps=maps, url=url, place=_place(spec), rows=rows, zarr=GRID)
     storage.write(target := storage.join(home, "index.html"), page.encode())
     return target
+
+
+def _place(spec: GridSpec) -> str:
+    """A place of the grid, as `sel` takes it: Paris, or the middle of the box."""
+    (west, south, east, north), (y, x) = spec.box, spec.plane.dims
+    middle = (2.35, 48.86) if spec.is_globe else ((west + east) / 2, (south + north) / 2)
+    return f"{x}={middle[0]:.10g}, {y}={middle[1]:.10g}"
 
 
 def _facts(attrs: dict[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,25 @@
 """The last step of a version: it becomes the latest, unless a person or its own scores speak against it."""
 
+from prefect.events import emit_event
+
 from infra import storage
 from infra.errors import UserError
 from tasks import versions
+from tasks.comparison import drift
 from tasks.gate import CARD, Card, gate
-from tasks.units import log
+from tasks.units import in_run, log
 from tasks.updates import home_of
 
+DRIFTED = "rangegrid.grid.drifted"  # the event that `infra/automations.yaml` waits for
 
-def promote_evaluated(grid: str, margin: float) -> bool:
+
+def promote_evaluated(grid: str, margin: float, drift_alert: float) -> bool:
     """Makes a version the latest if its score card is good enough.
 
     Args:
         grid: URL of its Zarr, beside which is its score card.
         margin: What the score of a task may fall by, against the version that is the latest now.
+        drift_alert: Drift from which an event is sent.
 
     Returns:
         Whether it is the latest now.
@@ -31,7 +37,7 @@ def promote_evaluated(grid: str, margin: float) -> bool:
             f"{grid} is not promoted ({'; '.join(map(str, refusals))}): readers keep "
             f"{since.grid or 'nothing'}. To promote it all the same: `rangegrid grid promote {grid}`"
         )
-    return promote_unless_withdrawn(grid, since)
+    return promote_unless_withdrawn(grid, since, drift_alert)
 
 
 def read_scores(grid: str) -> Card | None:
@@ -40,10 +46,48 @@ def read_scores(grid: str) -> Card | None:
     return storage.read_json(url) if storage.exists(url) else None
 
 
-def promote_unless_withdrawn(grid: str, since: versions.Pointer) -> bool:
+def promote_unless_withdrawn(grid: str, since: versions.Pointer, drift_alert: float) -> bool:
     """Makes a version the latest, unless it was rolled back: that decision is a person's, and so is its end."""
     if versions.name_of(grid) in versions.read_pointer()[0].withdrawn:
         log().warning("%s was rolled back, and is not promoted again but by `rangegrid grid promote`", grid)
         return False
-    log().info("the latest grid is %s", versions.promote(grid, since).grid)
+    found = tell_drift(since.grid, grid, drift_alert) if since.grid not in ("", grid) else {}
+    log().info("the latest grid is %s", versions.promote(grid, since, found).grid)
     return True
+
+
+def tell_drift(old: str, new: str, alert: float) -> dict[str, float]:
+    """Measures how far the canaries turned, and sends an event where that is too far.
+
+    It is sent before the promotion: a run that is killed between the two sends it again, where it would else be lost.
+
+    Args:
+        old: URL of the Zarr that readers have.
+        new: URL of the one that they get.
+        alert: Mean drift of a part from which it is too far.
+
+    Returns:
+        The drift; nothing, and a line in the log, where the two cannot be compared.
+    """
+    try:
+        found = drift(old, new)
+    except (UserError, OSError, ValueError, RuntimeError) as error:  # what is wrong with the old one is no reason
+        log().warning("drift was not measured: %s", error)
+        return {}
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in found.items())
+    log().info("drift, 1 - cosine to %s: %s", old, told)
+    if max(found["visual_mean"], found["location_mean"]) > alert:
+        send_drifted(old, new, found, f"{told}; the alert is at {alert:g}")
+    return found
+
+
+def send_drifted(old: str, new: str, found: dict[str, float], told: str) -> None:
+    """Sends the event, to the server of the run."""
+    message = (
+        f"its vectors turned from those of {old} ({told}): train again what was trained on those, or go back with "
+        "`rangegrid grid rollback`"
+    )
+    log().warning("%s: %s", new, message)
+    if in_run():
+        resource = {"prefect.resource.id": f"rangegrid.grid.{versions.name_of(new)}", "prefect.resource.name": new}
+        emit_event(DRIFTED, resource, payload=found | {"old": old, "message": message})

@@ -1,4 +1,4 @@
-"""The publish step: RANGE+ at every land cell of a global grid, tile by tile on Dask.
+"""The publish step: RANGE+ at every land cell of a grid, tile by tile on Dask.
 
 A grid may keep the sums behind it. A later grid, of the database as it has become since, then takes them as its
 parent's, and computes only the images that came and went (`tasks.updates`).
@@ -17,9 +17,8 @@ from infra.settings import settings
 from tasks import conventions, grids, versions
 from tasks.artifacts import opening, show_places
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
-from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
-from tasks.core.grid import GridSpec, Tile
+from tasks.core.grid import Tile
 from tasks.core.quantize import DType
 from tasks.core.retrieval import Method
 from tasks.database import stored_values
@@ -30,8 +29,8 @@ from tasks.promotion import promote_unless_withdrawn
 from tasks.shards import Part, parts_of, publish_in_parts
 from tasks.stac import ITEM, write_item
 from tasks.survey import Survey, kernels, survey
-from tasks.tiles import GRID, Job, land_tiles, publish_tile
-from tasks.units import log, run_units
+from tasks.tiles import GRID, Job, land_cells, land_tiles, publish_tile
+from tasks.units import Work, counted, log, run_units
 from tasks.updates import home_of, kept_sums, read_parent, update_tile, write_changes
 from tasks.validation import refuse, validate_grid
 
@@ -53,15 +52,20 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
             another run moved `latest` meanwhile.
     """
     card = read_pair(checkpoint, database)
+    params = with_tiles(params, card)
+    spec = params.spec
+    tiles = land_tiles(spec)
+    if not tiles:
+        raise UserError(f"the box {spec.box} in {spec.crs} has no land at the centre of any cell: give another one")
     kept = kept_sums(card, params)
     parent = read_parent(params.parent, kept) if params.parent else {}
-    decides = params.model_dump(exclude={"promote"})
+    decides = params.model_dump(mode="json", exclude={"promote", "drift_alert"})
     made_of = {"database": card["fingerprint"], **decides, "parent": parent.get("fingerprint")}
     job = Job(
         home=product_url("grids", made_of),
         checkpoint=checkpoint,
         database=database,
-        spec=GridSpec(params.step_degrees, params.tile_cells),
+        spec=spec,
         method=Method(params.method, params.beta),
         tolerance=params.tolerance,
         compact_dims=params.compact_dims,
@@ -79,11 +83,9 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         )
     look = unmeasured if parts else partial(measure, client, job, params.dtype)
     prepare(job, card, provenance(job, card, made_of), look, params.overviews)
-    tiles = land_tiles(job.spec)
     done = grids.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
-    reports = publish_tiles(client, job, parts, [tile for tile in tiles if tile not in done])
-    log().info("%d places retrieved for %d cells", sum(r.evaluated for r in reports), sum(r.cells for r in reports))
+    publish_tiles(client, job, parts, tiles, done)
     publish_overviews(client, job, params.overviews)
     made = {"fingerprint": fingerprint(made_of), "made_of": made_of, "database": database, "checkpoint": checkpoint}
     refuse(job.grid, validate_grid(client, job.grid, made))
@@ -91,15 +93,33 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     if not is_finished(job.home):  # its time is the version's age
         write_card(job.home, "grid", **made, sums=kept if job.keep_sums else None)
     if params.promote:
-        promote_unless_withdrawn(job.grid, since)
+        promote_unless_withdrawn(job.grid, since, params.drift_alert)
     return job.grid
 
 
-def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> list[Report]:
-    """Makes tiles by the way that fits: in parts, as an update, or each from the whole database."""
-    if parts:
-        return publish_in_parts(client, job, parts, tiles)
-    return run_units(client, partial(update_tile if job.parent else publish_tile, job), tiles, label="publish")
+def with_tiles(params: PublishParams, card: dict[str, Any]) -> PublishParams:
+    """The parameters with a tile size: the one given, the parent's, or what makes shards large enough."""
+    if params.tile_cells:
+        return params
+    if params.parent:
+        tile = read_card(home_of(params.parent), "grid")["made_of"]["tile_cells"]
+    else:
+        tile = grids.tile_cells((params.compact_dims or card["value_dim"]) + card["key_dim"], params.dtype)
+    return params.model_copy(update={"tile_cells": tile})
+
+
+def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], done: set[Tile]) -> None:
+    """Makes the tiles that are not done by the way that fits: in parts, as an update, or each from all the database."""
+    land = {tile: int(land_cells(job.spec, tile).wanted.sum()) for tile in tiles}
+    left, there = [tile for tile in tiles if tile not in done], len(done)
+    with counted(Work("land cells", sum(land.values()), sum(land[tile] for tile in done))) as cells:
+        if parts:
+            reports = publish_in_parts(client, job, parts, left, there)
+        else:
+            make = partial(update_tile if job.parent else publish_tile, job)
+            reports = run_units(client, make, left, label="publish", there=there)
+        cells.done = sum(report.cells for report in reports)
+    log().info("%d places retrieved for %d cells", sum(report.evaluated for report in reports), cells.done)
 
 
 def read_pair(checkpoint: str, database: str) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class Run:
         left = [(number, i) for i in shards if i not in there]
         for _, i in left:
             store.create_part(self.url, "plan", number, i, plan.loc[shard == i, PLANNED])
-        self._do(read_shard, left, "read patches", lambda unit: f"shard {unit[1]}")
+        self._do(read_shard, left, "read patches", len(there), lambda unit: f"shard {unit[1]}")
         return self._collect("parts", number, shards, READ).sort_values("position")
 
     def take(self, count: int) -> pd.DataFrame:
@@ -221,7 +221,7 @@ class Run:
         there = self._there("screen", number)
         units = np.unique(cells).tolist()
         left = [(number, cell, more[cells == cell]) for cell in units if cell not in there]
-        self._do(screen_cell, left, "search and screen", lambda unit: f"cell {unit[1]}")
+        self._do(screen_cell, left, "search and screen", len(there), lambda unit: f"cell {unit[1]}")
         self.screened = pd.concat([self.screened, self._collect("screen", number, units, SCREENED)])
         self.searches += 1
         return True
@@ -240,10 +240,10 @@ class Run:
     def _there(self, kind: str, number: int) -> set[int]:
         return {int(name.partition(".")[0]) for name in storage.names(storage.join(self.url, kind, str(number)))}
 
-    def _do(self, function: Callable, units: list, label: str, name: Callable[[Any], str]) -> None:
+    def _do(self, function: Callable, units: list, label: str, there: int, name: Callable[[Any], str]) -> None:
         bound = self.params.max_failed_fraction
         unit = partial(function, self.url, self.params)
-        run_units(self.client, unit, units, label=label, name=name, max_failed_fraction=bound)
+        run_units(self.client, unit, units, label=label, there=there, name=name, max_failed_fraction=bound)
 
     def _collect(self, kind: str, number: int, units: list[int], columns: list[str]) -> pd.DataFrame:
         tables = store.read_parts(self.url, kind, number, units, columns)

@@ -3,13 +3,15 @@
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tasks.pictures import ACCENT, FAINT, INK, SECOND, canvas, equal_earth, outline, plain, png
 
 COLOURS = (ACCENT, SECOND, "#6a8f3c", "#8a5fa8", "#b8912b", "#4a6fa5", "#b5524b", "#5c9a94")
-COLUMNS = 4  # panels in a row
+ERRORS = LinearSegmentedColormap.from_list("errors", ["#b4c1cb", SECOND, "#7a1022"])
+COLUMNS = 5  # panels in a row, at most
 
 
 def error_map(lonlat: NDArray[np.float64], lost: NDArray[np.float64], title: str, caption: str) -> bytes:
@@ -25,7 +27,7 @@ def error_map(lonlat: NDArray[np.float64], lost: NDArray[np.float64], title: str
     outline(axes)
     order = np.argsort(lost, kind="stable")
     x, y = equal_earth(*lonlat[order].T)
-    axes.scatter(x, y, c=lost[order], cmap="YlOrRd", vmin=0, vmax=1, s=5, linewidths=0)
+    axes.scatter(x, y, c=lost[order], cmap=ERRORS, vmin=0, vmax=1, s=5, linewidths=0)
     return png(figure)
 
 
@@ -69,14 +71,15 @@ def ablation_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:
         _line(axes, place, rows["blocked"], rows["blocked_std"], ACCENT, "blocked")
         axes.set_xticks(place, rows["embedder"], rotation=30, ha="right", fontsize=8)
         axes.set_title(f"{task} ({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")
-    panels[0].legend(frameon=False, fontsize=8)
+    names = panels[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper right", ncols=len(names[0]), frameon=False, fontsize=8)
     return png(figure)
 
 
 def _panels(count: int, title: str, caption: str, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(max(6.0, 3.6 * columns), height * rows + 0.6), facecolor="white", layout="constrained")
+    rows = -(-count // COLUMNS)
+    columns = -(-count // rows)
+    figure = Figure(figsize=(max(6.0, 3.2 * columns), height * rows + 0.6), facecolor="white", layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13, fontweight="bold")
     figure.supxlabel(caption, x=0.01, ha="left", color=FAINT, fontsize=8)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()

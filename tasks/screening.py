@@ -46,11 +46,12 @@ def _verdict(row: NDArray[np.float64], scene: pystac.Item | None, reason: str) -
     if scene is None:
         return verdict
     found, number = decide(scene.to_dict(transform_hrefs=False)), version(scene)
+    hrefs = {band: unsigned(scene.assets[key].href) for band, key in asset_keys(scene).items()}
     return verdict | {
         "item_id": scene.id,
         "catalog": scene.extra_fields.get("catalog", ""),
         "collection": scene.collection_id or "",
-        "assets": {band: unsigned(scene.assets[key].href) for band, key in asset_keys(scene).items()},
+        "assets": hrefs or None,  # Parquet has no empty mapping
         "datetime": str(scene.properties.get("datetime")),
         "platform": str(scene.properties.get("platform", "")),
         "baseline": f"{number[0]:02d}.{number[1]:02d}",
@@ -61,7 +62,7 @@ def _verdict(row: NDArray[np.float64], scene: pystac.Item | None, reason: str) -
 
 def judge(table: pd.DataFrame, group: pd.DataFrame, params: SampleParams, traffic: Traffic) -> None:
     """Reads the scene classification around the places of one scene, and rejects what is not clear."""
-    assets = group["assets"].iloc[0]
+    assets = group["assets"].iloc[0] or {}
     missing = [band for band in (*params.bands, "SCL") if band not in assets]
     if missing:
         table.loc[group.index, "reason"] = "missing asset " + missing[0]

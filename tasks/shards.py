@@ -60,8 +60,8 @@ def parts_of(client: Client, job: Job, card: dict[str, Any]) -> dict[str, Part]:
     return dict(zip(sorted(workers), pairwise(edges), strict=False))
 
 
-def publish_in_parts(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> list[Report]:
-    """Publishes tiles from a database in parts, by worker."""
+def publish_in_parts(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], there: int) -> list[Report]:
+    """Publishes tiles from a database in parts, by worker; `there` are made already."""
     spectrum = _spectrum(client, job, parts)
     made: list[Future] = []
     for i, tile in enumerate(tiles):
@@ -69,7 +69,7 @@ def publish_in_parts(client: Client, job: Job, parts: dict[str, Part], tiles: li
         far = _submit(client, far_cells, job, tile, spectrum, earlier)
         sums = [_submit(client, part_sums, job, part, tile, far, workers=[w]) for w, part in parts.items()]
         made.append(_submit(client, finish_tile, job, tile, _added(client, sums), far, spectrum))
-    return follow(client, made, tiles, label="publish")
+    return follow(client, made, tiles, label="publish", there=there)
 
 
 def _spectrum(client: Client, job: Job, parts: dict[str, Part]) -> Future | None:

@@ -9,9 +9,14 @@ import posixpath
 from datetime import UTC
 from typing import Any
 
+from shapely import box, union_all
+from shapely.geometry import mapping
+
 from infra import storage
 from infra.settings import settings
+from tasks import grids
 from tasks.conventions import COPERNICUS, LEGAL_NOTICE
+from tasks.core.grid import GridSpec
 from tasks.tiles import GRID
 
 ITEM, COLLECTION = "item.json", "collection.json"
@@ -19,12 +24,10 @@ EXTENSIONS = [
     "https://stac-extensions.github.io/datacube/v2.1.0/schema.json",
     "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json",
 ]
-BBOX = [-180.0, -90.0, 180.0, 90.0]
-RING = [[-180.0, -90.0], [180.0, -90.0], [180.0, 90.0], [-180.0, 90.0], [-180.0, -90.0]]
 ZARR, GEOTIFF = "application/vnd+zarr", "image/tiff; application=geotiff; profile=cloud-optimized"
 BESIDE = {
     "world.png": ("thumbnail", "image/png", ["thumbnail", "overview"], "First three principal components"),
-    "world.tif": ("colours", GEOTIFF, ["visual"], "First three principal components, EPSG:4326"),
+    "world.tif": ("colours", GEOTIFF, ["visual"], "First three principal components, in the grid's CRS"),
     "evidence.png": ("evidence", "image/png", ["overview", "uncertainty"], "Distance to the nearest image"),
     "index.html": ("page", "text/html", ["overview"], "The maps, and how to open the grid"),
     "scorecard.json": ("score-card", "application/json", ["metadata"], "Scores of linear probes"),
@@ -42,16 +45,16 @@ def make_item(home: str) -> dict[str, Any]:
     """The Item of a grid, from its Zarr's metadata and what lies beside it."""
     node = storage.read_json(storage.join(home, GRID, "zarr.json"))
     attrs, arrays = node["attributes"], node["consolidated_metadata"]["metadata"]
-    identity = posixpath.basename(home.rstrip("/"))
+    identity, spec = posixpath.basename(home.rstrip("/")), grids.open_spec(storage.join(home, GRID))
     return {
         "type": "Feature",
         "stac_version": "1.0.0",
         "stac_extensions": EXTENSIONS,
         "id": identity,
         "collection": "rangegrid",
-        "bbox": BBOX,
-        "geometry": {"type": "Polygon", "coordinates": [RING]},
-        "properties": _period(home, attrs) | _described(attrs, arrays) | _cube(arrays),
+        "bbox": list(spec.plane.bounds(spec.box)),
+        "geometry": _geometry(spec),
+        "properties": _period(home, attrs) | _described(spec, attrs, arrays) | _cube(spec, arrays),
         "links": [
             *({"rel": rel, "href": f"../{COLLECTION}"} for rel in ("root", "parent", "collection")),
             {"rel": "emb:model", "href": _from(home, attrs["geoemb:model"])},
@@ -61,14 +64,21 @@ def make_item(home: str) -> dict[str, Any]:
     }
 
 
-def _described(attrs: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
+def _geometry(spec: GridSpec) -> dict[str, Any]:
+    """The bounds of the grid as a shape: two, where they cross 180 degrees."""
+    west, south, east, north = spec.plane.bounds(spec.box)
+    spans = [(west, east)] if west < east else [(west, 180.0), (-180.0, east)]
+    return mapping(union_all([box(left, south, right, north) for left, right in spans]))
+
+
+def _described(spec: GridSpec, attrs: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "title": f"RANGE embeddings, {180 / arrays['lat']['shape'][0]:g} degree",
+        "title": f"RANGE embeddings, {spec.size}",
         "description": attrs["attribution"],
         "gsd": attrs["geoemb:gsd"],
         "data_type": attrs["geoemb:data_type"],
         "emb:runtime_parameters": attrs["rangegrid:made_of"],
-        "emb:spatial_coverage": "global land",
+        "emb:spatial_coverage": "global land" if spec.is_globe else "land",
         "rangegrid:code": attrs["geoemb:build_version"],
     }
     if quantization := attrs.get("geoemb:quantization"):
@@ -94,16 +104,18 @@ def _period(home: str, attrs: dict[str, Any]) -> dict[str, Any]:
     return {"datetime": None, "start_datetime": start, "end_datetime": end.replace("T00:00:00Z", "T23:59:59Z")}
 
 
-def _cube(arrays: dict[str, Any]) -> dict[str, Any]:
-    height, width = (arrays[name]["shape"][0] for name in ("lat", "lon"))
+def _cube(spec: GridSpec, arrays: dict[str, Any]) -> dict[str, Any]:
+    (west, south, east, north), (y, x) = spec.box, spec.plane.dims
+    epsg = spec.plane.name.removeprefix("EPSG:")
+    system = int(epsg) if epsg.isdigit() else spec.plane.definition.to_wkt()
     dimensions: dict[str, Any] = {
-        "lon": {"type": "spatial", "axis": "x", "extent": [-180, 180], "step": 360 / width, "reference_system": 4326},
-        "lat": {"type": "spatial", "axis": "y", "extent": [-90, 90], "step": -180 / height, "reference_system": 4326},
+        name: {"type": "spatial", "axis": axis, "extent": extent, "step": step, "reference_system": system}
+        for name, axis, extent, step in ((x, "x", [west, east], spec.step), (y, "y", [south, north], -spec.step))
     }
     variables: dict[str, Any] = {}
     for name, array in arrays.items():
         dims = array.get("dimension_names", [])  # a group, a coarser level, has none
-        if "/" not in name and name not in dims and {"lat", "lon"} <= set(dims):
+        if "/" not in name and name not in dims and {y, x} <= set(dims):
             variables[name] = {"dimensions": dims, "variable_type": "data", "unit": array["attributes"]["units"]}
             for dim, size in zip(dims, array["shape"], strict=True):
                 dimensions.setdefault(dim, {"type": "embedding", "extent": [0, size - 1], "step": 1})
@@ -175,10 +187,10 @@ def make_collection(items: dict[str, dict[str, Any]], latest: str) -> dict[str, 
         "stac_extensions": EXTENSIONS,
         "id": "rangegrid",
         "title": "RANGE geo-embeddings of the land",
-        "description": f"Global grids of RANGE embeddings, one Item per version. {properties['description']}.",
+        "description": f"Grids of RANGE embeddings, one Item per version. {properties['description']}.",
         "license": "proprietary",
         "extent": {
-            "spatial": {"bbox": [BBOX]},
+            "spatial": {"bbox": [_around([item["bbox"] for item in items.values()])]},
             "temporal": {"interval": [[min(start for start, _ in times), max(end for _, end in times)]]},
         },
         "emb:type": "pixel",
@@ -201,6 +213,14 @@ def make_collection(items: dict[str, dict[str, Any]], latest: str) -> dict[str, 
             *([{"rel": "license", "href": LEGAL_NOTICE, "title": "Terms of Copernicus Sentinel data"}] * copernicus),
         ],
     }
+
+
+def _around(boxes: list[list[float]]) -> list[float]:
+    """A box around all, in degrees; the whole way around the globe where one of them crosses 180."""
+    wests, souths, easts, norths = zip(*boxes, strict=True)
+    crosses = any(west > east for west, east in zip(wests, easts, strict=True))
+    west, east = (-180.0, 180.0) if crosses else (min(wests), max(easts))
+    return [west, min(souths), east, max(norths)]
 
 
 def _extent(properties: dict[str, Any]) -> tuple[str, str]:

@@ -14,9 +14,11 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import deployment
 from prefect.tasks import exponential_backoff
 
-from infra import clusters
+from infra import clusters, workers
 from infra.errors import Unavailable, UserError
 from tasks import ablate, encode, evaluate, promotion, publish, sample, train, versions
+from tasks.artifacts import reported
+from tasks.units import Work, note
 
 RETRIES = 3
 BACKOFF = 30  # seconds before the first further attempt; each wait is twice the one before
@@ -34,7 +36,10 @@ def on_cluster(step: Callable[..., str]) -> Callable[..., str]:
 
     def attempt(*arguments: Any) -> str:
         with clusters.connect() as client:
-            return step(client, *arguments)
+            url = step(client, *arguments)
+            limit, most = workers.peak(client)
+            note(Work("bytes of memory in a worker", limit, done=most))
+            return url
 
     attempt.__name__, attempt.__qualname__, attempt.__doc__ = step.__name__, step.__qualname__, step.__doc__
     return attempt
@@ -48,11 +53,11 @@ _step: Any = partial(
     retry_jitter_factor=JITTER,
     retry_condition_fn=may_mend,
 )
-sample_patches = _step(name="sample patches")(on_cluster(sample.sample_patches))
-train_model = _step(name="train model")(on_cluster(train.train_model))
-encode_database = _step(name="encode database")(on_cluster(encode.encode_database))
-publish_grid = _step(name="publish grid")(on_cluster(publish.publish_grid))
-evaluate_database = _step(name="evaluate database")(evaluate.evaluate_database)
-ablate_database = _step(name="ablate database")(ablate.ablate_database)
+sample_patches = _step(name="sample patches")(reported(on_cluster(sample.sample_patches)))
+train_model = _step(name="train model")(reported(on_cluster(train.train_model)))
+encode_database = _step(name="encode database")(reported(on_cluster(encode.encode_database)))
+publish_grid = _step(name="publish grid")(reported(on_cluster(publish.publish_grid)))
+evaluate_database = _step(name="evaluate database")(reported(evaluate.evaluate_database))
+ablate_database = _step(name="ablate database")(reported(ablate.ablate_database))
 promote_evaluated = _step(name="promote grid")(promotion.promote_evaluated)
 prune_grids = _step(name="prune grids")(versions.prune)

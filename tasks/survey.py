@@ -22,7 +22,6 @@ from tasks.grids import BLOCKS
 from tasks.tiles import Job, index_of, load, load_encoder
 from tasks.units import log
 
-KM_PER_DEGREE = 111.195  # of a great circle on the mean sphere
 BLOCK_DEGREES, FOLDS = 10.0, 5  # of the probe: one fold is scored
 
 
@@ -46,7 +45,7 @@ def survey(job: Job, dtype: DType, projection: Projection | None) -> Survey:
         dtype: How its numbers will be stored.
         projection: What makes its visual part compact.
     """
-    cell_km = round(job.spec.step * KM_PER_DEGREE, 1)
+    cell_km = round(job.spec.gsd / 1000, 1)
     distances = tuple(sorted({cell_km, *DISTANCES_KM}))
     places = probe_places(distances)
     flat = places.reshape(-1, 2)

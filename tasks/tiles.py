@@ -14,7 +14,7 @@ from tasks.checkpoint import load_checkpoint
 from tasks.core.adaptive import Cells, Report, embed_cells
 from tasks.core.evidence import evidence
 from tasks.core.grid import GridSpec, Tile
-from tasks.core.land import land_mask
+from tasks.core.land import is_land, land_mask
 from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.sums import Halves
@@ -102,15 +102,14 @@ def index_of(data: Database, projected_by: str | None, queries: int | None = Non
 
 def land_tiles(spec: GridSpec) -> list[Tile]:
     """The tiles with a land cell, in the grid's order."""
-    land = land_mask(spec.lon, spec.lat)
+    land = land_mask(spec)
     return [tile for tile in spec.tiles() if land[tile.window].any()]
 
 
 def land_cells(spec: GridSpec, tile: Tile) -> Cells:
     """The cells of a tile, of which those on land are wanted."""
     rows, columns = tile.window
-    lon, lat = spec.lon[columns], spec.lat[rows]
-    return Cells(lon, lat, land_mask(lon, lat))
+    return Cells(spec.x[columns], spec.y[rows], is_land(spec.lonlat(tile)), spec.plane)
 
 
 def publish_tile(job: Job, tile: Tile) -> Report:

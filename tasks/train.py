@@ -188,8 +188,7 @@ def fit(trainer: Trainer, pairs: Pairs, state: str, save_every: int) -> None:
     """Trains to the end; `state` is the URL of what a killed run goes on from, stored each `save_every` steps."""
     _resume(trainer, state)
     steps, first = trainer.schedule.steps, process()[0] == 0
-    with progress("train", steps) if first else nullcontext(_silent) as advance:
-        advance(trainer.step_number)
+    with progress("train", steps, trainer.step_number) if first else nullcontext(_silent) as advance:
         rate = _throughput(trainer)
         note = ""
         for now in train(trainer, pairs, max(1, steps // REPORTS)):
@@ -199,7 +198,6 @@ def fit(trainer: Trainer, pairs: Pairs, state: str, save_every: int) -> None:
             advance(1, note)
             if first and trainer.step_number % save_every == 0 and not trainer.finished:
                 storage.write(state, dump_state(trainer.state()))
-        advance(steps - trainer.step_number, note)
 
 
 def _silent(*_: Any) -> None:

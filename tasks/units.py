@@ -5,8 +5,10 @@ may run a unit twice when a worker dies, a rerun does only what is left, and two
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,15 +20,49 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from infra import storage
 from infra.errors import Unavailable, UserError
-from infra.settings import settings
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 RETRIES = 2  # of one unit, after an error or the death of its worker
 ARTIFACT_STEPS = 50  # updates of a progress artifact in one run: each costs a request to the server
+
+
+@dataclass
+class Work:
+    """A part of a run's work, for the run's report: what was planned, and what was done."""
+
+    name: str
+    """What is counted."""
+    planned: int
+    """How many."""
+    there: int = 0
+    """Of these, what earlier runs did."""
+    done: int = 0
+    """What this run did."""
+    seconds: float = 0.0
+    """Time that it took."""
+
+
+REPORTED: ContextVar[list[Work] | None] = ContextVar("reported", default=None)  # parts of the run that is reported
+
+
+@contextmanager
+def counted(part: Work) -> Iterator[Work]:
+    """Times a part of a run and adds it to the run's report, however it ends; who does the work counts `done`."""
+    began = time.perf_counter()
+    try:
+        yield part
+    finally:
+        part.seconds = time.perf_counter() - began
+        note(part)
+
+
+def note(part: Work) -> None:
+    """Adds a part to the report of the run that this code belongs to, if it is reported."""
+    if (parts := REPORTED.get()) is not None:
+        parts.append(part)
 
 
 class UnitsFailed(Unavailable):
@@ -39,6 +75,7 @@ def run_units(
     units: Sequence[T],
     *,
     label: str,
+    there: int = 0,
     name: Callable[[T], str] = str,
     max_failed_fraction: float = 0.0,
 ) -> list[R]:
@@ -50,7 +87,8 @@ def run_units(
         client: The Dask cluster that does the work.
         function: An idempotent module-level function (or a `functools.partial` of one).
         units: What is left to do.
-        label: Names the step in the progress bar and in the artifact.
+        label: Names the step in the progress bar, the artifact and the run's report.
+        there: Further units, which earlier runs did.
         name: Names a unit in the log.
         max_failed_fraction: Share of the units that may fail before the others are given up.
 
@@ -59,7 +97,8 @@ def run_units(
         UserError: The same, where only the user can mend them all.
     """
     futures = client.map(function, units, pure=False, retries=RETRIES, batch_size=256)
-    return follow(client, futures, units, label=label, name=name, max_failed_fraction=max_failed_fraction)
+    bound = max_failed_fraction
+    return follow(client, futures, units, label=label, there=there, name=name, max_failed_fraction=bound)
 
 
 def follow(
@@ -68,29 +107,29 @@ def follow(
     units: Sequence[T],
     *,
     label: str,
+    there: int = 0,
     name: Callable[[T], str] = str,
     max_failed_fraction: float = 0.0,
 ) -> list[Any]:
     """The results of units that were submitted, one future each: as `run_units`, which does both."""
     results: dict[int, Any] = {}
     failures: list[Failure] = []
-    root = settings().storage_url
     tell = log().debug if Console(stderr=True).is_terminal else log().info  # a terminal has the bar
-    with progress(label, len(units)) as advance:
+    with progress(label, there + len(units), there) as advance:
         position = {future.key: i for i, future in enumerate(futures)}
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 i = position[future.key]
-                if future.status == "finished":
-                    results[i] = future.result()
+                try:
+                    results[i] = future.result()  # waits again where a worker died with what it had finished
+                    advance(1)
                     tell("%s: %s done, %d of %d", label, name(units[i]), done, len(units))
-                else:
-                    failures.append(Failure(name(units[i]), storage.explained(future.exception(), root)))
+                except Exception as error:  # the unit's own, whatever it is
+                    failures.append(Failure(name(units[i]), error))
                     log().warning("%s: %s. A rerun does it again and keeps what succeeded", label, failures[-1])
                     if len(failures) > max_failed_fraction * len(units):
                         break
                 future.release()
-                advance(1)
             if failures:
                 raise _failed(label, failures, len(units))
         except BaseException:
@@ -130,22 +169,29 @@ def _failed(label: str, failures: list[Failure], total: int) -> UserError:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar in the terminal and, inside a Prefect run, a progress artifact.
+def progress(label: str, total: int, there: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar in the terminal and, inside a Prefect run, a progress artifact and a part of the run's report.
+
+    Args:
+        label: What is done.
+        total: How many units of it there are.
+        there: Of these, what earlier runs did.
 
     Yields:
         A function to call with the number of units just done and, where there is more to tell, a short note.
     """
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    artifact = _Artifact(label, total)
-    with _Noted(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task(label, total=total, note="")
+    artifact = _Artifact(label, total, there)
+    with _Noted(*columns, console=Console(stderr=True)) as bars, counted(Work(label, total, there)) as part:
+        bar = bars.add_task(label, total=total, completed=there, note="")
 
         def advance(done: int, note: str = "") -> None:
+            part.done += done
             bars.update(bar, advance=done, note=note)
             artifact.advance(done, note)
 
         yield advance
+        bars.update(bar, completed=total)  # what ends early, as training may, has ended all the same
     artifact.finish()
 
 
@@ -160,10 +206,11 @@ class _Noted(Progress):
 class _Artifact:
     """The Prefect side of a progress bar; does nothing outside a run."""
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, there: int) -> None:
         self.label, self.note = label, ""
-        self.done, self.shown, self.total = 0, 0.0, max(total, 1)
-        self.id = create_progress_artifact(0.0, description=label) if in_run() else None
+        self.done, self.total = there, max(total, 1)
+        self.shown = 100.0 * there / self.total
+        self.id = create_progress_artifact(self.shown, description=label) if in_run() else None
 
     def advance(self, done: int, note: str) -> None:
         self.done, self.note = self.done + done, note
@@ -172,7 +219,7 @@ class _Artifact:
             self._show(percent)
 
     def finish(self) -> None:
-        if self.done >= self.total > 0 and self.shown < 100:
+        if self.shown < 100:
             self._show(100.0)
 
     def _show(self, percent: float) -> None:

@@ -40,7 +40,9 @@ def kept_sums(card: dict[str, Any], params: PublishParams) -> dict[str, Any]:
     method = Method(params.method, params.beta)
     return {
         "checkpoint": card["checkpoint"],
-        "step_degrees": params.step_degrees,
+        "crs": params.crs,
+        "box": list(params.box),
+        "step": params.step,
         "tile_cells": params.tile_cells,
         "semantic_temperature": method.semantic,
         "geodesic_temperature": method.geodesic_temperature if method.has_geodesic else None,

@@ -9,8 +9,9 @@ key        meaning
 ========== ===========================================================================================
 grid       URL of the Zarr that readers open
 fingerprint, promoted, nonce  of this version: its name, when it became the latest, and a mark of that move
+drift      how far its vectors turned from those of the version before (`tasks.comparison.drift`), if that was measured
 previous   URL of the version before, if any
-history    the versions that were the latest before, newest first, each with the four keys above
+history    the versions that were the latest before, newest first, each with the five keys above
 withdrawn  fingerprints of versions that were rolled back: no run promotes them again by itself
 condemned  fingerprints of versions that are being deleted
 ========== ===========================================================================================
@@ -46,12 +47,13 @@ class Move(BaseModel):
     fingerprint: str = ""
     promoted: str = ""
     nonce: str = ""
+    drift: dict[str, float] = {}
 
     @classmethod
-    def to(cls, grid: str) -> "Move":
+    def to(cls, grid: str, drift: dict[str, float] | None = None) -> "Move":
         """A move to a version, now."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(grid=grid, fingerprint=name_of(grid), promoted=now, nonce=secrets.token_hex(8))
+        return cls(grid=grid, fingerprint=name_of(grid), promoted=now, nonce=secrets.token_hex(8), drift=drift or {})
 
     def alone(self) -> "Move":
         """The move without what a pointer holds beside it."""
@@ -148,12 +150,13 @@ def begin(grid: str) -> Pointer:
     return pointer
 
 
-def promote(grid: str, since: Pointer | None = None) -> Pointer:
+def promote(grid: str, since: Pointer | None = None, drift: dict[str, float] | None = None) -> Pointer:
     """Makes a version the latest.
 
     Args:
         grid: URL of its Zarr.
         since: The pointer that the caller knew; unset, the one that is there now.
+        drift: How far its vectors turned from those of that pointer's version, where it was measured.
 
     Returns:
         The pointer as it is then.
@@ -162,7 +165,7 @@ def promote(grid: str, since: Pointer | None = None) -> Pointer:
         UserError: The version is not finished or is being deleted, or another one became the latest since.
     """
     known = since or read_pointer()[0]
-    return catalogued(change_pointer(partial(_promoted, move=Move.to(grid), known=known)))
+    return catalogued(change_pointer(partial(_promoted, move=Move.to(grid, drift), known=known)))
 
 
 def catalogued(pointer: Pointer) -> Pointer:

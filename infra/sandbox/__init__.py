@@ -146,6 +146,7 @@ def _launch(box: Sandbox, name: str, bound: bool) -> servers.Process:
         "AWS_SECRET_ACCESS_KEY": box.keys[1],
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": servers.LEASES,
         "PREFECT_API_URL": f"http://{servers.HOST}:{ports[0]}/api",
     }
     return servers.start(command, home / "logs" / f"{name}.log", environment, bound)

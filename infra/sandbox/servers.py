@@ -23,6 +23,7 @@ from infra.sandbox.tether import die_with_parent
 
 PATIENCE = 90.0  # seconds until a server must answer; Prefect's takes about 20
 HOST = "127.0.0.1"
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"  # in memory, a restart takes their places from runs
 GRPC = 10_000  # SeaweedFS adds this to a port to find its gRPC side
 
 

@@ -1,8 +1,9 @@
 """Retrieval on grids: evaluate few nodes, interpolate, and check on random cells before delivering.
 
-The visual part is an analytic function of the place (harmonics, sines, exponentials), so its interpolation at
-Chebyshev nodes converges exponentially: on tiles of some degrees 8 x 8 nodes stand for thousands of cells, and
-24 x 24 reach float32's rounding. How many a tile needs is found, not assumed: nodes are added until two checks agree.
+The visual part is an analytic function of the place (harmonics, sines, exponentials), and so are projections where
+they are used: its interpolation at Chebyshev nodes of the grid's plane converges exponentially. On tiles of some
+degrees 8 x 8 nodes stand for thousands of cells, and 24 x 24 reach float32's rounding. How many a tile needs is found,
+not assumed: nodes are added until two checks agree.
 Random cells of the tile, evaluated exactly, are all within MARGIN of the error asked for; and at every cell, what the
 highest degrees of the interpolant contribute (the error of one with fewer nodes, which is the larger) is within it.
 A tile that will not converge is evaluated cell by cell.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.core.plane import Plane
 from tasks.core.retrieval import Encodes, Method, RetrievalIndex
 
 FIRST_NODES = 9  # along one side
@@ -35,32 +37,34 @@ Float = NDArray[np.float64]
 class Cells:
     """The cells of one tile that are wanted."""
 
-    lon: Float
-    """(columns,) degrees, rising."""
-    lat: Float
-    """(rows,) degrees."""
+    x: Float
+    """(columns,) in the plane's units, rising."""
+    y: Float
+    """(rows,) in the plane's units."""
     wanted: NDArray[np.bool_]
     """(rows, columns)."""
+    plane: Plane
+    """Where x and y are."""
 
     @property
     def lonlat(self) -> Float:
-        """The wanted cells, (m, 2), row by row."""
+        """The wanted cells, (m, 2) degrees, row by row."""
         rows, columns = np.nonzero(self.wanted)
-        return np.column_stack([self.lon[columns], self.lat[rows]])
+        return self.plane.lonlat(np.column_stack([self.x[columns], self.y[rows]]))
 
     @property
     def cropped(self) -> "Cells":
         """Without the rows and columns in which no cell is wanted."""
         rows, columns = self.wanted.any(1), self.wanted.any(0)
-        return Cells(self.lon[columns], self.lat[rows], self.wanted[np.ix_(rows, columns)])
+        return Cells(self.x[columns], self.y[rows], self.wanted[np.ix_(rows, columns)], self.plane)
 
 
 @dataclass(frozen=True)
 class _Nodes:
-    """Chebyshev nodes on a tile, and the matrices from values at them to values at its cells."""
+    """Chebyshev nodes on a tile, in its plane, and the matrices from values at them to values at its cells."""
 
     places: Float
-    """(n * n, 2)."""
+    """(n * n, 2) degrees; NaN where the plane has no place."""
     down: NDArray[np.float32]
     """(rows, n)."""
     across: NDArray[np.float32]
@@ -68,10 +72,10 @@ class _Nodes:
 
     @classmethod
     def over(cls, cells: Cells, n: int) -> "_Nodes":
-        lon, lat = chebyshev(cells.lon, n), chebyshev(cells.lat, n)
-        down, across = barycentric(cells.lat, lat), barycentric(cells.lon, lon)
-        places = np.stack(np.meshgrid(lon, lat), -1).reshape(-1, 2)
-        return cls(places, down.astype(np.float32), across.astype(np.float32))
+        x, y = chebyshev(cells.x, n), chebyshev(cells.y, n)
+        down, across = barycentric(cells.y, y), barycentric(cells.x, x)
+        places = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
+        return cls(cells.plane.lonlat(places), down.astype(np.float32), across.astype(np.float32))
 
     def at(self, known: NDArray[np.float32], rows: NDArray, columns: NDArray) -> NDArray[np.float32]:
         """Single cells, (m, v)."""
@@ -142,6 +146,8 @@ def _interpolated(
     spent, tried = len(checks), [(0, np.inf)]
     while spent + (n := _more(tried, goal)) ** 2 <= count * WORTH:
         nodes = _Nodes.over(cells, n)
+        if not np.isfinite(nodes.places).all():  # the tile reaches beyond the plane's domain
+            break
         known = _visual(encoder, index, places[checks[len(exact) :]], nodes.places, method)
         exact, known = np.concatenate([exact.reshape(-1, known.shape[1]), known[: -(n**2)]]), known[-(n**2) :]
         spent += n**2

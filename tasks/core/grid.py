@@ -1,11 +1,15 @@
-"""The global grid: north up, plate carrée on WGS84, in square tiles that are the units of publication."""
+"""The grid: a box of a plane, north up, in square tiles that are the units of publication; by default the globe."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tasks.core.plane import GLOBE, WGS84, Box, Plane
+
+WHOLE = 1e-9  # how far from a whole number a number of cells may be
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Tile:
     row: int
     """First row of cells, counted from the north."""
     column: int
-    """First column of cells, counted from 180 degrees west."""
+    """First column of cells, counted from the west."""
     rows: int
     """Number of rows; fewer than the tile size at the southern edge."""
     columns: int
@@ -23,7 +27,7 @@ class Tile:
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Slices of (lat, lon)."""
+        """Slices of (y, x)."""
         return slice(self.row, self.row + self.rows), slice(self.column, self.column + self.columns)
 
     def __str__(self) -> str:
@@ -32,39 +36,101 @@ class Tile:
 
 @dataclass(frozen=True)
 class GridSpec:
-    """A regular grid of the whole Earth by cell centres."""
+    """A regular grid by cell centres."""
 
     step: float
-    """Cell size in degrees; divides 180."""
+    """Cell size in the units of the CRS, degrees or metres; divides the box."""
     tile: int = 60
     """Cells along one side of a tile."""
+    box: Box = GLOBE
+    """West, south, east and north edge in the units of the CRS."""
+    crs: str = WGS84
+    """The coordinate reference system, a code or WKT."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.step <= 45 or abs(180 / self.step - round(180 / self.step)) > 1e-9:
-            raise ValueError(f"grid step {self.step} does not divide 180 degrees: use for example 1, 0.5 or 0.25")
+        west, south, east, north = self.box
+        unit = self.plane.unit
+        if not self.plane.is_geographic and self.box == GLOBE:
+            raise ValueError(f"the CRS {self.crs} is in metres and needs a box: give west, south, east and north")
+        if not (west < east and south < north):
+            raise ValueError(f"the box {self.box} is empty: give west < east and south < north")
+        if self.plane.is_geographic and not (west >= -180 and east - west <= 360 and south >= -90 and north <= 90):
+            raise ValueError(
+                f"the box {self.box} is not on the globe: give west from -180, at most 360 degrees to the east of it, "
+                "and latitudes within -90 and 90; a box across 180 degrees ends beyond it, as 170 to 190"
+            )
+        if not self.step > 0 or not all(_is_whole(side / self.step) for side in self.sides):
+            wide, high = self.sides
+            raise ValueError(
+                f"a step of {self.step:g} does not divide the box of {wide:g} x {high:g} {unit}: use {self._fitting()}"
+            )
         if self.tile < 1:
             raise ValueError(f"tile size {self.tile} is not positive: use for example 60")
+
+    def _fitting(self) -> str:
+        """A step near this one that divides the box, the shortest to write; else a box that this one divides."""
+        wide, high = self.sides
+        first = int(np.ceil(wide / self.step)) if 0 < self.step < wide else 1
+        steps = [wide / n for n in range(first, 2 * first + 1) if _is_whole(high * n / wide)]
+        if steps:
+            return f"a step of {min(steps, key=lambda step: len(repr(step)))!r}"
+        west, south = (np.floor(edge / self.step) * self.step for edge in self.box[:2])
+        east, north = (np.ceil(edge / self.step) * self.step for edge in self.box[2:])
+        return f"the box {west:.10g}, {south:.10g}, {east:.10g}, {north:.10g}"
+
+    @cached_property
+    def plane(self) -> Plane:
+        """Where its coordinates are."""
+        return Plane(self.crs)
+
+    @property
+    def sides(self) -> tuple[float, float]:
+        """Width and height of the box."""
+        west, south, east, north = self.box
+        return east - west, north - south
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of cells."""
-        rows = round(180 / self.step)
-        return rows, 2 * rows
+        wide, high = self.sides
+        return round(high / self.step), round(wide / self.step)
+
+    @property
+    def closes(self) -> bool:
+        """Whether its last column is beside its first, all the way around the globe."""
+        return self.plane.is_geographic and self.sides[0] == 360
+
+    @property
+    def is_globe(self) -> bool:
+        """Whether it is the whole globe."""
+        return self.closes and self.sides[1] == 180
+
+    @property
+    def gsd(self) -> float:
+        """Size of a cell in metres; of degrees, at the equator."""
+        return round(self.step * self.plane.metres, 1)
+
+    @property
+    def size(self) -> str:
+        """Size of a cell, as a title says it."""
+        return f"{self.step:g} {self.plane.unit}"
 
     @cached_property
-    def lat(self) -> NDArray[np.float64]:
-        """Latitudes of the cell centres in degrees, from north to south."""
-        return 90 - (np.arange(self.shape[0], dtype=np.float64) + 0.5) * (180 / self.shape[0])
+    def y(self) -> NDArray[np.float64]:
+        """Of the rows' centres, from north to south; latitudes in degrees where the CRS is geographic."""
+        rows = self.shape[0]
+        return self.box[3] - (np.arange(rows, dtype=np.float64) + 0.5) * (self.sides[1] / rows)
 
     @cached_property
-    def lon(self) -> NDArray[np.float64]:
-        """Longitudes of the cell centres in degrees, from west to east."""
-        return -180 + (np.arange(self.shape[1], dtype=np.float64) + 0.5) * (360 / self.shape[1])
+    def x(self) -> NDArray[np.float64]:
+        """Of the columns' centres, from west to east; longitudes in degrees where the CRS is geographic."""
+        columns = self.shape[1]
+        return self.box[0] + (np.arange(columns, dtype=np.float64) + 0.5) * (self.sides[0] / columns)
 
     @property
     def coarser(self) -> "GridSpec":
         """The grid whose cells are two by two of this one's."""
-        return GridSpec(2 * self.step, self.tile)
+        return replace(self, step=2 * self.step)
 
     def tiles(self) -> Iterator[Tile]:
         """All tiles, row by row from the north-west."""
@@ -74,6 +140,10 @@ class GridSpec:
                 yield Tile(row, column, min(self.tile, rows - row), min(self.tile, columns - column))
 
     def lonlat(self, tile: Tile) -> NDArray[np.float64]:
-        """Cell centres of a tile, (rows, columns, 2) in degrees (lon, lat)."""
+        """Cell centres of a tile, (rows, columns, 2) in degrees (lon, lat); NaN where the CRS has no place."""
         rows, columns = tile.window
-        return np.stack(np.meshgrid(self.lon[columns], self.lat[rows]), axis=-1)
+        return self.plane.lonlat(np.stack(np.meshgrid(self.x[columns], self.y[rows]), axis=-1))
+
+
+def _is_whole(number: float) -> bool:
+    return round(number) >= 1 and abs(number - round(number)) <= WHOLE * max(1, number)

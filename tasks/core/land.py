@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.core.grid import GridSpec
+
 CELLS_PER_DEGREE = 12
 
 
@@ -26,11 +28,13 @@ def mask() -> NDArray[np.bool_]:
 
 
 def is_land(lonlat: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether each (n, 2) point in degrees (lon, lat) lies on land."""
+    """Whether each (..., 2) point in degrees (lon, lat) lies on land; one that is nowhere, NaN, does not."""
     rows, columns = mask().shape
-    row = np.clip(((lonlat[:, 1] + 90) * CELLS_PER_DEGREE).astype(int), 0, rows - 1)
-    column = ((lonlat[:, 0] + 180) * CELLS_PER_DEGREE).astype(int) % columns
-    return mask()[row, column]
+    known = np.asarray(np.isfinite(lonlat).all(-1))
+    lon, lat = np.moveaxis(np.where(known[..., None], lonlat, 0), -1, 0)
+    row = np.clip(((lat + 90) * CELLS_PER_DEGREE).astype(int), 0, rows - 1)
+    column = ((lon + 180) * CELLS_PER_DEGREE).astype(int) % columns
+    return mask()[row, column] & known
 
 
 def has_land(south: float, north: float) -> bool:
@@ -39,7 +43,9 @@ def has_land(south: float, north: float) -> bool:
     return bool(mask()[int(first) : int(np.ceil(last))].any())
 
 
-def land_mask(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(lat, lon): whether the centre of each grid cell lies on land."""
-    points = np.stack(np.meshgrid(lon, lat), axis=-1).reshape(-1, 2)
-    return is_land(points).reshape(len(lat), len(lon))
+def land_mask(spec: GridSpec) -> NDArray[np.bool_]:
+    """(rows, columns): whether the centre of each cell lies on land."""
+    found = np.zeros(spec.shape, bool)
+    for tile in spec.tiles():
+        found[tile.window] = is_land(spec.lonlat(tile))
+    return found

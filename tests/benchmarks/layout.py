@@ -21,8 +21,8 @@ from zarr.codecs import ZstdCodec
 
 from infra import storage
 from infra.settings import settings
-from tasks.core.grid import GridSpec
-from tasks.core.land import land_mask
+from tasks.core.grid import GridSpec, Tile
+from tasks.core.land import is_land
 
 REGION = 40  # cells along one side
 
@@ -54,15 +54,16 @@ CHUNKS = [(1280, 4), (256, 10), (64, 20), (128, 20), (256, 20), (32, 30), (64, 3
 LAYOUTS = [Layout(first, depth, cells) for first in (True, False) for depth, cells in CHUNKS]
 
 
-def fields(spec: GridSpec, dims: int, rows: slice, columns: slice) -> NDArray[np.float32]:
+def fields(spec: GridSpec, dims: int, tile: Tile) -> NDArray[np.float32]:
     """Smooth in space, different in every dimension, NaN at sea; (dims, rows, columns)."""
-    lat, lon = np.radians(spec.lat[rows]), np.radians(spec.lon[columns])
+    rows, columns = tile.window
+    lat, lon = np.radians(spec.y[rows]), np.radians(spec.x[columns])
     rng = np.random.default_rng(0)
     a, b, phase = rng.integers(1, 12, dims), rng.integers(1, 12, dims), rng.uniform(0, 6, dims)
     waves = np.cos(a[:, None, None] * lat[None, :, None] + b[:, None, None] * lon[None, None] + phase[:, None, None])
     waves = waves.astype(np.float32) * np.float32(0.3) + np.float32(1)
     waves += rng.standard_normal(waves.shape, np.float32) * np.float32(1e-2)
-    return np.where(land_mask(spec.lon[columns], spec.lat[rows]), waves, np.float32(np.nan))
+    return np.where(is_land(spec.lonlat(tile)), waves, np.float32(np.nan))
 
 
 def write(url: str, spec: GridSpec, layout: Layout, dims: int) -> float:
@@ -78,7 +79,7 @@ def write(url: str, spec: GridSpec, layout: Layout, dims: int) -> float:
     )
     spent = written = 0.0
     for tile in spec.tiles():
-        values = fields(spec, dims, *tile.window)
+        values = fields(spec, dims, tile)
         if not np.isnan(values[0]).all():
             start = time.perf_counter()
             array[layout.index(slice(None), *tile.window)] = values if layout.first else np.moveaxis(values, 0, -1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rangegeo import load_satclip_location_encoder
 
 from tasks.checkpoint import export_satclip, import_satclip, load_checkpoint, save_checkpoint
-from tasks.core.grid import GridSpec
+from tasks.core.grid import GridSpec, Tile
 from tasks.core.location import LocationEncoder
 
 PLACES = 10_000
@@ -39,7 +39,7 @@ def scattered() -> NDArray[np.float64]:
 def cells() -> NDArray[np.float64]:
     """Cells of a quarter-degree grid."""
     spec = GridSpec(0.25, 100)
-    return np.stack(np.meshgrid(spec.lon[:100], spec.lat[200:300]), -1).reshape(-1, 2)
+    return spec.lonlat(Tile(200, 0, 100, 100)).reshape(-1, 2)
 
 
 def main() -> None:

@@ -24,12 +24,12 @@ from tasks.core.adaptive import Cells, Report, embed_cells, relative_error
 from tasks.core.compact import Projection
 from tasks.core.evidence import evidence
 from tasks.core.grid import GridSpec
-from tasks.core.land import land_mask
 from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.database import create_database, finish_database, write_rows
 from tasks.params import EmbedParams
 from tasks.points import open_embedder
+from tasks.tiles import land_cells
 from tests.benchmarks.memory import HEADER
 
 IMAGES, KEY, VALUE, PLACES, ROUNDS = 82_000, 256, 1024, 2000, 5
@@ -211,10 +211,9 @@ def land_tiles(spec: GridSpec) -> list[Cells]:
     """Random tiles with land."""
     tiles, found = list(spec.tiles()), []
     for i in np.random.default_rng(3).permutation(len(tiles)):
-        rows, columns = tiles[i].window
-        land = land_mask(spec.lon[columns], spec.lat[rows])
-        if land.any():
-            found.append(Cells(spec.lon[columns], spec.lat[rows], land))
+        cells = land_cells(spec, tiles[i])
+        if cells.wanted.any():
+            found.append(cells)
     return found[:TILES]
 
 

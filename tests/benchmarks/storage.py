@@ -23,8 +23,8 @@ from tasks import grids
 from tasks.core.grid import GridSpec, Tile
 from tests.benchmarks.retrieval import machine
 
-SPEC, DIMS = GridSpec(1.0, 60), 1280  # a shard of 60 x 60 cells: 18 MB
-TILES, ROUNDS = 4, 5
+SPEC, DIMS = GridSpec(1.0, 120), 1280  # a shard of 120 x 120 cells: 74 MB
+TILES, ROUNDS = 3, 5
 BUCKET = "bench"
 
 
@@ -44,7 +44,7 @@ def serve(directory: Path) -> servers.Process:
 def create(name: str) -> str:
     """An empty grid; its URL."""
     url = f"s3://{BUCKET}/{name}"
-    grids.create(url, SPEC, grids.template(SPEC, DIMS - 256, 256, {}))
+    grids.create(url, SPEC, grids.template(SPEC, grids.Content(DIMS - 256, 256), {}))
     return url
 
 

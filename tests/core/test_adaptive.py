@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyproj import Transformer
 from scipy.interpolate import BarycentricInterpolator
 
 from tasks.core import adaptive
@@ -18,7 +19,7 @@ from tasks.core.adaptive import (
     low_degrees,
     relative_error,
 )
-from tasks.core.grid import GridSpec
+from tasks.core.grid import GridSpec, Tile
 from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tests.core.test_retrieval import database
@@ -40,7 +41,7 @@ def index():
 def tile(step=0.1, row=450, column=1800, size=60, wanted=1.0):
     spec = GridSpec(step, size)
     mask = np.random.default_rng(0).random((size, size)) < wanted
-    return Cells(spec.lon[column : column + size], spec.lat[row : row + size], mask)
+    return Cells(spec.x[column : column + size], spec.y[row : row + size], mask, spec.plane)
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
@@ -63,6 +64,35 @@ def test_zero_tolerance_evaluates_every_cell(encoder, index):
     found, report = embed_cells(encoder, index, cells, Method(), 0)
     np.testing.assert_allclose(found, embed(encoder, index, cells.lonlat, Method()), atol=3e-6)
     assert (report.evaluated, report.nodes) == (len(found), 0)
+
+
+@pytest.mark.parametrize(
+    ("crs", "west", "north"),
+    [("EPSG:3413", -3e5, 3e5), ("EPSG:3035", 40e5, 30e5), ("EPSG:3832", 33e5, 2e6)],
+    ids=["around the pole", "Europe", "across 180"],
+)
+def test_a_tile_of_a_projected_plane_is_interpolated_in_it(encoder, index, crs, west, north):
+    spec = GridSpec(1e4, 60, (west, north - 6e5, west + 6e5, north), crs)
+    cells = Cells(spec.x, spec.y, np.ones(spec.shape, bool), spec.plane)
+    found, report = embed_cells(encoder, index, cells, Method(), 1e-4)
+    x, y = np.meshgrid(west + 5e3 + 1e4 * np.arange(60), north - 5e3 - 1e4 * np.arange(60))
+    lonlat = np.stack(Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform(x, y), -1).reshape(-1, 2)
+    expected = embed(encoder, index, lonlat, Method())
+    assert relative_error(found[:, :VISUAL], expected[:, :VISUAL]).max() <= 1e-4
+    np.testing.assert_allclose(found[:, VISUAL:], expected[:, VISUAL:], atol=1e-6)
+    assert report.nodes > 0
+    assert report.evaluated < report.cells / 2
+
+
+def test_a_tile_that_reaches_beyond_its_plane_is_evaluated_cell_by_cell(encoder, index):
+    """At the edge of Equal Earth: the wanted cells have places, and the tile's corner has none."""
+    spec = GridSpec(5e4, 60, (-17.2e6, 0, -14.2e6, 3e6), "EPSG:8857")
+    wanted = np.isfinite(spec.lonlat(Tile(0, 0, 60, 60))).all(-1)
+    assert 0 < wanted.sum() < wanted.size
+    found, report = embed_cells(encoder, index, Cells(spec.x, spec.y, wanted, spec.plane), Method(), 1e-2)
+    assert report.nodes == 0
+    assert np.isfinite(found).all()
+    assert len(found) == report.evaluated == wanted.sum()
 
 
 class Edged:

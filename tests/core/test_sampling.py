@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from tasks.core.grid import GridSpec
 from tasks.core.land import is_land, land_mask, mask
 from tasks.core.sampling import draw_classes, draw_land, grid_zone, square
 
@@ -19,8 +20,8 @@ def test_known_places(lon, lat, land):
 
 
 def test_mask_by_cells_is_the_mask_by_points():
-    lon, lat = np.array([-75.0, 2.35]), np.array([48.86, -5.0])
-    assert land_mask(lon, lat).tolist() == [[is_land(np.array([[x, y]]))[0] for x in lon] for y in lat]
+    spec = GridSpec(15.0, 5)
+    assert land_mask(spec).tolist() == [[is_land(np.array([[x, y]]))[0] for x in spec.x] for y in spec.y]
 
 
 def test_more_places_extend_the_same_sample():

@@ -23,8 +23,11 @@ def run(*arguments, **variables):
     ("arguments", "message"),
     [
         (["pipeline", "--sample-north", "95"], "--sample-north '95': Input should be less than or equal to 84"),
-        (["publish", "--step-degrees", "-1", "a", "b"], "--step-degrees '-1'"),
-        (["publish", "--step-degrees", "0.7", "a", "b"], "a step divides 180 degrees"),
+        (["publish", "--step", "-1", "a", "b"], "--step '-1'"),
+        (
+            ["publish", "--step", "0.7", "a", "b"],
+            "a step of 0.7 does not divide the box of 360 x 180 degree: use",
+        ),
         (["publish", "--tolerance", "0.01", "--keep-sums", "true", "a", "b"], "without a tolerance"),
         (["sample", "--bogus", "1"], "No such option"),
         (["nonsense"], "No such command"),

@@ -60,8 +60,8 @@ def test_a_form_has_bounds_and_choices():
     assert fields["beta"]["description"].endswith(". At least 0, at most 1.")  # the UI shows no bounds by itself
     assert fields["compact_dims"]["description"].endswith(". At least 1.")  # of what may be unset too
     assert fields["method"]["enum"] == ["range+", "range"]
-    assert fields["step_degrees"]["exclusiveMinimum"] == 0
-    assert next(iter(fields)) == "step_degrees"
+    assert fields["step"]["exclusiveMinimum"] == 0
+    assert next(iter(fields)) == "step"
 
 
 def test_only_the_urls_of_what_is_built_on_are_asked_for():

@@ -1,98 +1,75 @@
 """A real Prefect server, worker and deployments; what runs a flow is killed, and one rerun completes."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
-import psutil
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.deployments import run_deployment
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.encode import encode
+from flows.sample import sample
+from flows.train import train
 from infra import storage
 from infra.reconcile import reconcile
-from infra.sandbox import servers
-from tasks.params import EncoderParams, EvaluateParams, PipelineParams, PublishParams, TrainParams
+from tasks import versions
+from tasks.params import EncodeParams, EncoderParams, EvaluateParams, PipelineParams, PublishParams, TrainParams
 from tasks.patches import open_patches
+from tasks.updates import home_of
+from tests import invariants
 from tests.flows.test_pipeline import SAMPLE
-from tests.infra.test_clusters import Fleet
+from tests.station import Station, kill, start, state
+from tests.tasks.test_faults import first
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 900  # seconds: a worker, a flow and a cluster each start a Python of their own
+TRAIN = TrainParams(
+    encoder=EncoderParams(dim=64), steps=40, save_every=5, batch=32, degree=8, hidden=32, dim=16, device="cpu"
+)
+GRID = PublishParams(step=3.0, tile_cells=20)
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 
-class Station:
-    """A Prefect server with our deployments, and workers that come and go."""
-
-    def __init__(self, home, environment):
-        (port,) = servers.free_ports(1)
-        self.url = f"http://{servers.HOST}:{port}/api"
-        own = {"PREFECT_API_URL": self.url, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-        self.home, self.environment = home, environment | own | {"RANGEGRID_CLUSTER": "local"}
-        self.port = port
-        self.open()
-        self.prefect("work-pool", "create", "rangegrid", "--type", "process")
-        self.prefect("--no-prompt", "deploy", "--all")
-
-    def open(self):
-        """Starts the server, at the same address as before."""
-        log = self.home / "logs/server.log"
-        self.server = servers.start(servers.prefect_command(self.port), log, self.environment, bound=True)
-        servers.wait("prefect", lambda: servers.answers(f"{self.url}/health"), self.server, log)
-
-    def prefect(self, *command):
-        environment = os.environ | self.environment
-        subprocess.run([sys.executable, "-m", "prefect", *command], cwd=ROOT, env=environment, check=True, timeout=300)
-
-    @contextmanager
-    def worker(self, **variables):
-        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "rangegrid", "--type", "process"]
-        process = servers.start(command, self.home / "logs/worker.log", self.environment | variables, bound=True)
+@pytest.fixture(scope="module")
+def station(tmp_path_factory):
+    made = Station(tmp_path_factory.mktemp("station"))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        temporary_settings({PREFECT_API_URL: made.environment["PREFECT_API_URL"]}),
+    ):
+        for name, value in made.environment.items():
+            patch.setenv(name, value)
         try:
-            yield process
+            made.open()
+            yield made
         finally:
-            kill(process)
+            made.close()
 
 
-def kill(process):
-    """kill -9, with all that it started."""
-    found = servers.find(process)
-    for member in [*found.children(recursive=True), found] if found else []:
-        with suppress(psutil.NoSuchProcess):
-            member.send_signal(signal.SIGKILL)
+@pytest.fixture(autouse=True)
+def sound(station):
+    """Whatever was killed: in the end everything is up, no slot is held, nothing is left over or half published."""
+    station.proxy.heal()
+    station.supervise()
+    yield
+    assert invariants.held_slots() == []
+    assert invariants.orphans(station) == []
+    assert [version.grid for version in versions.versions() if version.state == "unfinished"] == []
 
 
-def until(answers):
+def until(answers, station=None):
     end = time.monotonic() + PATIENCE
     while not (found := answers()):
         assert time.monotonic() < end, "it did not come to pass"
+        if station:
+            station.supervise()
         time.sleep(0.2)
     return found
 
 
-@pytest.fixture(scope="module")
-def station(sandbox, tmp_path_factory):
-    made = Station(tmp_path_factory.mktemp("prefect"), sandbox.environment())
-    with temporary_settings({PREFECT_API_URL: made.url}):
-        yield made
-    servers.stop(made.server)
-
-
-def start(name, params):
-    parameters = {"params": json.loads(params.model_dump_json())}
-    return run_deployment(f"{name}/{name}", parameters=parameters, timeout=0, as_subflow=False)
-
-
-def state(run):
-    with get_client(sync_client=True) as client:
-        return client.read_flow_run(run.id).state
+def ended(run, station):
+    """The last state of a run, while what died is started again."""
+    until(lambda: state(run).is_final(), station)
+    return state(run)
 
 
 def begun():
@@ -102,71 +79,109 @@ def begun():
 
 
 def test_a_run_killed_with_its_worker_is_ended_and_one_rerun_completes(station):
+    """It has a cluster of its own, which dies with it."""
     params, before = SAMPLE.model_copy(update={"seed": 77}), begun()
-    with station.worker() as worker:
-        killed = start("sample", params)
-        until(lambda: state(killed).is_running() and begun() - before)
-        kill(worker)
+    station.kill("worker")
+    station.start("worker", RANGEGRID_CLUSTER="local")
+    killed = start("sample", params)
+    until(lambda: state(killed).is_running() and begun() - before)
+    station.kill("worker")
     assert state(killed).is_running()  # and it would stay so for ever
     assert reconcile(silent_minutes=15) == []  # it was heard of just now
     assert [run.id for run in reconcile(silent_minutes=0)] == [killed.id]
     assert state(killed).is_crashed()
     assert "Run it again" in state(killed).message
-    with station.worker():
-        again = start("sample", params)  # the deployment takes one at a time: the dead run holds its place no more
-        until(lambda: state(again).is_final())
-    assert state(again).is_completed(), state(again).message
+    again = start("sample", params)  # the deployment takes one at a time: the dead run holds its place no more
+    assert ended(again, station).is_completed(), state(again).message
     assert len(open_patches(state(again).message).manifest) == params.patches
     assert reconcile(silent_minutes=0) == []
 
 
-def test_a_step_outlives_its_dask_scheduler(station, tmp_path):
+def test_a_step_outlives_its_dask_scheduler(station):
     """Nobody reruns it: the step is tried again by itself, on a new connection."""
-    fleet, before = Fleet(tmp_path / "fleet"), begun()
-    fleet.join("one", **station.environment)
-    try:
-        with station.worker(RANGEGRID_CLUSTER=fleet.address):
-            run = start("sample", SAMPLE.model_copy(update={"seed": 78}))
-            until(lambda: begun() - before)
-            fleet.leave("scheduler")
-            fleet.open()
-            fleet.join("two", **station.environment)
-            until(lambda: state(run).is_final())
-    finally:
-        fleet.close()
-    assert state(run).is_completed(), state(run).message
+    before = begun()
+    run = start("sample", SAMPLE.model_copy(update={"seed": 78}))
+    until(lambda: begun() - before)
+    station.kill("scheduler")
+    assert ended(run, station).is_completed(), state(run).message
 
 
-def test_one_rerun_completes_after_the_server_was_killed(station):
+def test_a_run_outlives_the_prefect_server(station):
+    """It keeps its place under the limit, whose leases are on the server's disk."""
     params, before = SAMPLE.model_copy(update={"seed": 79}), begun()
-    with station.worker():
-        first = start("sample", params)
-        until(lambda: begun() - before)
-        kill(station.server)
-        station.open()
-    reconcile(silent_minutes=0)
-    assert state(first).is_final()
-    with station.worker():
-        again = start("sample", params)
-        until(lambda: state(again).is_final())
-    assert state(again).is_completed(), state(again).message
-    assert len(open_patches(state(again).message).manifest) == params.patches
+    run = start("sample", params)
+    until(lambda: begun() - before)
+    station.kill("prefect")
+    until(lambda: station.answers("prefect"), station)
+    assert ended(run, station).is_completed(), state(run).message
+    assert len(open_patches(state(run).message).manifest) == params.patches
 
 
-def test_the_pipeline_runs_each_step_as_its_own_deployment(station):
-    params = PipelineParams(
-        sample=SAMPLE,
-        train=TrainParams(encoder=EncoderParams(dim=64), steps=20, batch=32, degree=8, hidden=32, dim=16),
-        publish=PublishParams(step_degrees=3.0, tile_cells=60),
-        evaluate=EvaluateParams(points=200),
-    )
-    with station.worker():
-        whole = start("pipeline", params)
-        until(lambda: state(whole).is_final())
+@pytest.fixture(scope="module")
+def inputs(station):
+    """The URLs of patches, checkpoint and database."""
+    patches = sample(SAMPLE)
+    checkpoint = train(patches, TRAIN)
+    return {"patches": patches, "checkpoint": checkpoint, "database": encode(patches, checkpoint)}
+
+
+TAKES = {
+    "sample": (),
+    "train": ("patches",),
+    "encode": ("patches", "checkpoint"),
+    "publish": ("checkpoint", "database"),
+}
+WRITES = {"sample": "/pixels/c/", "train": "/training.pt", "encode": "/keys/c/", "publish": "/embedding/c/"}  # a unit's
+KILLED = [(step, "s3") for step in TAKES]
+KILLED += [
+    ("sample", "dask-1"),
+    ("encode", "dask-1"),
+    ("publish", "dask-1"),
+    ("train", "engine"),
+    ("publish", "engine"),
+]
+
+
+def begin(step, inputs, number):
+    """A run of a step on parameters whose product is not there yet."""
+    params = {
+        "sample": SAMPLE.model_copy(update={"seed": 80 + number}),
+        "train": TRAIN.model_copy(update={"seed": 80 + number}),
+        "encode": EncodeParams(shard_rows=10 + number),
+        "publish": GRID.model_copy(update={"beta": number / 10}),
+    }
+    return start(step, params[step], **{name: inputs[name] for name in TAKES[step]})
+
+
+@pytest.mark.parametrize("number", range(len(KILLED)), ids=["-".join(case) for case in KILLED])
+def test_a_step_completes_by_itself_or_by_one_rerun(station, inputs, number):
+    """kill -9 when its second unit is being written, of what is named; a run's own process is the engine."""
+    step, victim = KILLED[number]
+
+    def strike():
+        if victim == "engine":
+            kill(*station.engines())
+        else:
+            station.kill(victim, seconds=2)
+
+    station.proxy.inject(first(strike), lambda r: r.method == "PUT" and WRITES[step] in r.path, times=1, skip=1)
+    run = begin(step, inputs, number)
+    reached = ended(run, station)
+    assert station.proxy.faults.pop("first") == 1
+    if not reached.is_completed():
+        reached = ended(begin(step, inputs, number), station)
+    assert reached.is_completed(), reached.message
+    assert storage.exists(storage.join(home_of(reached.message) if step == "publish" else reached.message, "card.json"))
+
+
+def test_the_pipeline_runs_each_step_as_its_own_deployment(station, tmp_path):
+    scored = EvaluateParams(points=200, embedder=("coordinates", "wrap"), folds=2)
+    params = PipelineParams(sample=SAMPLE, train=TRAIN, publish=GRID, evaluate=scored)
+    whole = start("pipeline", params)
+    assert ended(whole, station).is_completed(), state(whole).message
     with get_client(sync_client=True) as client:
-        steps = [run for run in client.read_flow_runs() if run.parent_task_run_id]
+        steps = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id={"any_": [whole.id]}))
         names = {client.read_flow(run.flow_id).name: run.state for run in steps}
-    assert state(whole).is_completed(), state(whole).message
     assert set(names) == {"sample", "train", "encode", "publish", "evaluate"}
     assert all(ended.is_completed() for ended in names.values())
     assert storage.exists(storage.join(names["publish"].message, "zarr.json"))

@@ -1,6 +1,7 @@
 """The pipeline end to end: real STAC and S3 servers, separately started Dask workers, Prefect's test server."""
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def made(sandbox, cluster, prefect):
             PipelineParams(
                 sample=SAMPLE,
                 train=TrainParams(steps=20, batch=32, degree=8, hidden=32, dim=16),
-                publish=PublishParams(step_degrees=1.0, tile_cells=60),
+                publish=PublishParams(step=1.0, tile_cells=60),
                 evaluate=EvaluateParams(points=400, folds=2),
             )
         )
@@ -106,6 +107,25 @@ def test_the_run_tells_where_grid_and_score_card_are(made):
         exec(re.search(r"```python\n(.*?)```", text, re.S)[1], opened)
     assert opened["grid"].sizes["lat"] == 180
     assert set(opened["scores"]["embedder"]) >= {"grid", "coordinates"}
+
+
+def test_each_step_tells_its_plan_and_what_came_of_it(made):
+    with get_client(sync_client=True) as client:
+        shown = client.read_artifacts(artifact_filter=ArtifactFilter(type={"any_": ["table"]}))
+    tables = {a.key: {row["what"]: row for row in json.loads(a.data)} for a in shown if a.key.endswith("-run")}
+    asked = {
+        ("sample-patches-run", "read patches"): 3,
+        ("train-model-run", "train"): 20,
+        ("encode-database-run", "encode"): 1,
+        ("evaluate-database-run", "evaluate"): 13,
+        ("publish-grid-run", "land cells"): int(np.isfinite(xr.open_zarr(made["grid"]).embedding[0]).sum()),
+    }
+    for (key, what), count in asked.items():
+        row = tables[key][what]
+        assert (row["planned"], row["already there"], row["done"]) == (count, 0, count), what
+        assert row["seconds"] > 0
+        assert tables[key]["bytes stored"]["done"] > 100
+    assert tables["publish-grid-run"]["bytes of memory in a worker"]["done"] > 5e7
 
 
 def test_the_grid_has_its_score_card(made):

@@ -15,7 +15,7 @@ from tasks.params import PublishParams
 from tests.proxy import Proxy, status
 from tests.tasks.test_faults import make_inputs
 
-PARAMS = PublishParams(step_degrees=15.0, tile_cells=4)
+PARAMS = PublishParams(step=15.0, tile_cells=4)
 
 
 class Graph(SchedulerPlugin):

@@ -388,11 +388,14 @@ def test_a_catalog_from_elsewhere_reaches_no_file_here(sandbox, caplog):
         "B04": {"href": "B04.tif"},
         "B03": {"href": "file:///etc/passwd"},
         "B02": {"href": "http://169.254.169.254/x"},
+        "B08": {"href": "../../../../etc/passwd"},
+        "../../B05": {"href": "file:../../../../etc/passwd"},
     }
     storage.write(url, json.dumps({"type": "FeatureCollection", "features": [item_of(assets)]}).encode())
     (item,) = search(Catalog(url, "c"), "2021", np.zeros((1, 2)), 100)
-    assert {key: asset.href for key, asset in item.assets.items()} == {"B04": "s3://rangegrid/catalog/B04.tif"}
-    assert "2 assets at refused addresses" in caplog.text
+    hrefs = {key: asset.href for key, asset in item.assets.items()}
+    assert hrefs == {"B04": "s3://rangegrid/catalog/B04.tif", "B08": "s3://rangegrid/etc/passwd"}  # in its own bucket
+    assert "3 assets at refused addresses" in caplog.text
 
 
 def item_of(assets, name="a", area=None):

@@ -61,6 +61,7 @@ def test_automations_are_prefects():
         "change-flow-run-state",
         "send-notification",
         "send-notification",
+        "send-notification",
     ]
 
 

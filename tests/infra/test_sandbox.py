@@ -273,7 +273,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+ENDS = [signal.SIGKILL, *(pytest.param(sign, marks=pytest.mark.faults) for sign in (signal.SIGINT, signal.SIGTERM))]
+
+
+@pytest.mark.parametrize("sign", ENDS)
 def test_nothing_is_left_running_however_it_ends(tmp_path, sign):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -1,16 +1,19 @@
 """Objects by URL: the same tests on local disk and on a real S3 server."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
+import zarr
 
 from infra import storage
-from infra.errors import UserError
+from infra.errors import Unavailable, UserError
 from tests.proxy import Proxy, dropped, lost, status, truncated, wrong_length
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +55,10 @@ def test_an_empty_object_is_one(root):
     assert storage.exists(storage.join(root, "empty"))
 
 
-@pytest.mark.parametrize("fault", [truncated(), wrong_length(-2), wrong_length(2), dropped(), status(503), status(429)])
+FAULTS = [truncated(), wrong_length(-2), wrong_length(2), dropped(), status(503), status(429)]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_an_object_comes_whole_or_again(sandbox, tmp_path, monkeypatch, fault):
     url = f"{sandbox.environment()['RANGEGRID_STORAGE_URL']}/{tmp_path.name}/403"
     with Proxy(sandbox.endpoint) as proxy:
@@ -61,6 +67,30 @@ def test_an_object_comes_whole_or_again(sandbox, tmp_path, monkeypatch, fault):
         proxy.inject(fault, times=2)
         assert storage.read(url) == b"all of it"
         assert proxy.faults.total() == 2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_zarr_reads_and_writes_whole_or_again(sandbox, tmp_path, monkeypatch, fault):
+    url = f"{sandbox.environment()['RANGEGRID_STORAGE_URL']}/{tmp_path.name}/x.zarr"
+    values = np.arange(64.0).reshape(8, 8)
+    with Proxy(sandbox.endpoint) as proxy:
+        monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", proxy.url)
+        for method in "PUT", "GET":
+            proxy.inject(fault, when=lambda request, method=method: request.method == method, times=2)
+        array = zarr.create_array(storage.zarr_store(url), shape=(8, 8), shards=(8, 8), chunks=(4, 4), dtype="f8")
+        array[:] = values
+        assert (zarr.open_array(storage.zarr_store(url), mode="r")[:] == values).all()
+        assert proxy.faults.total() == 4
+
+
+def test_zarr_tells_which_object_cannot_be_had(sandbox, tmp_path, monkeypatch):
+    url = f"{sandbox.environment()['RANGEGRID_STORAGE_URL']}/{tmp_path.name}/x.zarr"
+    zarr.create_array(storage.zarr_store(url), shape=(1,), dtype="f8")
+    with Proxy(sandbox.endpoint) as proxy:
+        monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", proxy.url)
+        proxy.inject(truncated())
+        with pytest.raises(Unavailable, match=re.escape(f"did not serve {url}/")):
+            zarr.open_array(storage.zarr_store(url), mode="r")
 
 
 def test_reading_nothing_is_file_not_found_and_leaves_no_trace(root):
@@ -86,6 +116,8 @@ def test_delete_takes_the_tree_and_only_it(root):
     storage.delete(storage.join(root, "a"))
     assert not storage.exists(storage.join(root, "a/1"))
     assert storage.names(storage.join(root, "a")) in ([], ["b"])  # SeaweedFS drops empty directories later
+    assert storage.names(storage.join(root, "a/b")) == []  # and lists them in themselves till then
+    assert storage.paths(root) == ["ab"]
     assert storage.size(root) == 1
 
 
@@ -104,7 +136,7 @@ FULL_DISK = """
 mount -t tmpfs -o size=64k none "$1" && exec "$2" -c "
 import sys
 from infra import storage
-from infra.errors import UserError
+from infra.errors import Unavailable, UserError
 try:
     storage.write(sys.argv[1], bytes(1 << 20))
 except UserError as error:

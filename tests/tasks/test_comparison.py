@@ -8,15 +8,17 @@ import pytest
 import xarray as xr
 import zarr
 from PIL import Image
+from scipy.spatial import distance
 from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.prune import prune
 from infra import storage
 from infra.errors import UserError
-from tasks import comparison, grids, versions
+from tasks import comparison, grids, validation, versions
 from tasks.params import PruneParams
-from tests.tasks.test_validation import client, copy, good, made  # noqa: F401
+from tests.tasks.test_publish import VALUES
+from tests.tasks.test_validation import SPEC, client, copy, good, made  # noqa: F401
 
 
 def vectors(grid):
@@ -69,9 +71,41 @@ def test_cells_that_moved_came_and_went_are_counted_where_they_are(client, good,
 
 
 def test_other_cells_and_other_vectors_are_not_compared(client, made, good):  # noqa: F811
-    for params in ({"compact_dims": 3}, {"step_degrees": 20.0}):
+    for params in ({"compact_dims": 3}, {"step": 20.0}):
         with pytest.raises(UserError, match="only vectors of the same cells can be compared"):
             comparison.diff(client, good, made(promote=False, **params))
+
+
+def test_drift_is_the_cosine_at_the_same_cells(made, good, caplog):  # noqa: F811
+    """Against scipy, at the cells that are told apart by nothing but the grid."""
+    versions.promote(good)
+    other = made(beta=0.0)
+    cells = validation.chosen(SPEC, comparison.CANARIES)
+    before, after = (vectors(grid)[:, *cells].T for grid in (good, other))
+    expected = [distance.cosine(*pair) for pair in zip(before[:, :VALUES], after[:, :VALUES], strict=True)]
+    pointer, _ = versions.read_pointer()
+    assert pointer.grid == other
+    assert pointer.drift["visual_mean"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert pointer.drift["visual_max"] == pytest.approx(np.max(expected), abs=1e-6)
+    assert pointer.drift["location_mean"] == pytest.approx(0, abs=1e-6)  # the encoder is the same
+    assert "its vectors turned from those of" in caplog.text
+    assert made(beta=0.0) == other  # a rerun measures nothing, and the record stays
+    assert versions.read_pointer()[0].drift == pointer.drift
+
+
+def test_a_grid_that_cannot_be_compared_or_is_damaged_keeps_no_other_from_its_readers(made, good, caplog):  # noqa: F811
+    versions.promote(good)
+    compact = made(compact_dims=3)
+    assert versions.read_pointer()[0].grid == compact
+    assert "only vectors of the same cells can be compared" in caplog.text
+    damaged = made(beta=0.9, promote=False)
+    versions.promote(damaged)
+    storage.delete(storage.join(damaged, "embedding"))
+    storage.delete(storage.join(damaged, "zarr.json"))
+    caplog.clear()
+    assert made(beta=0.85) == versions.read_pointer()[0].grid
+    assert "drift was not measured" in caplog.text
+    assert versions.read_pointer()[0].drift == {}
 
 
 def test_the_commands_tell_and_move(made, good, tmp_path):  # noqa: F811

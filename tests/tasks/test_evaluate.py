@@ -173,10 +173,12 @@ def test_values_need_another_database(products, home, tmp_path):
     assert [row["dims"] for row in read(url, "ablation.json")] == [8 + 16, 3 + 16]
 
 
-def test_int8_is_off_by_half_a_level_at_most():
-    vectors = np.random.default_rng(0).normal(size=(100, 5)).astype(np.float32) * [1, 10, 100, 1e-3, 0]
-    step = np.ptp(vectors, axis=0) / 254
-    assert (abs(int8(vectors) - vectors) <= step / 2 + 1e-6).all()
+def test_int8_keeps_255_levels_of_each_part():
+    visual, location = np.random.default_rng(0).normal(size=(2, 100, 5)).astype(np.float32)
+    found = int8(np.concatenate([visual * 100, location], axis=1), 5)
+    for part, back in ((visual * 100, found[:, :5]), (location, found[:, 5:])):
+        assert np.abs(back - part).max() < np.abs(part).max() / 180
+        assert 50 < len(np.unique(back)) <= 255
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,12 @@ from tasks.publish import publish_grid
 from tests.proxy import Proxy, Reply, dropped, lost, named, status
 from tests.tasks.test_publish import DIM, VALUES, images, store_checkpoint
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).parents[2]
 BUCKET = "faults"
 COMMON = f"s3://{BUCKET}/common"
-OLD, NEW, THIRD = (PublishParams(step_degrees=10.0, tile_cells=5, beta=beta) for beta in (0.5, 0.3, 0.7))
+OLD, NEW, THIRD = (PublishParams(step=10.0, tile_cells=5, beta=beta) for beta in (0.5, 0.3, 0.7))
 RUNS = 3  # at most: what stays broken after a rerun or two is a fault of ours
 IMAGES = 300
 
@@ -275,7 +277,6 @@ def test_a_slow_store_and_truncated_uploads(server, proxy, home, client, undistu
     assert_published(grid, undisturbed, NEW)
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("fault", [dropped(), lost(), status(500)], ids=["dropped", "lost", "error"])
 def test_answers_that_fail(proxy, home, client, undisturbed, fault):
     proxy.inject(fault, lambda request: request.method == "PUT", share=0.3, seed=2)
@@ -285,7 +286,6 @@ def test_answers_that_fail(proxy, home, client, undisturbed, fault):
     assert_published(grid, undisturbed, NEW)
 
 
-@pytest.mark.faults
 def test_a_killed_worker(proxy, home, client, undisturbed):
     """kill -9 when its first shard arrives, while both are at work."""
     killed, _ = client.run(os.getpid).values()
@@ -297,7 +297,6 @@ def test_a_killed_worker(proxy, home, client, undisturbed):
     assert_published(grid, undisturbed, NEW)
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_killed_server(server, proxy, home, client, undisturbed, times):
     """kill -9 of the S3 server when it has half of a shard; it comes back after a while."""
@@ -319,7 +318,7 @@ from tasks.params import PublishParams
 from tasks.publish import publish_grid
 try:
     with clusters.connect() as client:
-        params = PublishParams(step_degrees=10.0, tile_cells=5, beta=float(sys.argv[2]))
+        params = PublishParams(step=10.0, tile_cells=5, beta=float(sys.argv[2]))
         print(publish_grid(client, sys.argv[1] + "/checkpoint", sys.argv[1] + "/database", params))
 except UserError as error:
     print(error)
@@ -333,7 +332,6 @@ def flow(params):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(
     ("fault", "when", "skip", "moved"),
     [(instead, shard, 5, False), (instead, pointer, 0, False), (then, pointer, 0, True)],
@@ -358,7 +356,6 @@ def test_a_killed_flow(proxy, home, client, undisturbed, fault, when, skip, move
     assert_published(grid, undisturbed, NEW)
 
 
-@pytest.mark.faults
 def test_two_runs_of_the_same_parameters(home, undisturbed):
     runs = [flow(NEW), flow(NEW)]
     with reader(undisturbed):
@@ -368,7 +365,6 @@ def test_two_runs_of_the_same_parameters(home, undisturbed):
     assert_published(printed[0], undisturbed, NEW)
 
 
-@pytest.mark.faults
 def test_of_two_runs_one_wins(proxy, home, client, undisturbed):
     """Both hold the pointer that they found, and write it at the same moment; the loser's grid waits, whole."""
     together = threading.Barrier(2)
@@ -425,7 +421,6 @@ def publish_here(inputs, params):
         return publish_grid(client, f"{inputs}/checkpoint", f"{inputs}/database", params)
 
 
-@pytest.mark.faults
 def test_a_full_disk(tmp_path):
     """A file system of 4 MB that others have filled but for 120 kB; then they make room."""
     command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", FULL_DISK, str(tmp_path)]

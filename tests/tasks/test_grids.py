@@ -73,7 +73,7 @@ def test_coordinates_and_attributes(url):
     assert stored.embedding.dtype == np.float32
     assert stored.attrs["attribution"] == "nobody"
     assert stored.attrs["geoemb:blocks"] == {"visual": [0, 16], "location": [16, 24]}
-    np.testing.assert_array_equal(stored.lat, SPEC.lat)
+    np.testing.assert_array_equal(stored.lat, SPEC.y)
     np.testing.assert_array_equal(stored.embedding_dim, np.arange(24))
     assert stored.embedding[(stored.block == "location").values].embedding_dim.values.tolist() == list(range(16, 24))
 
@@ -131,6 +131,18 @@ def test_layers_of_evidence_stand_beside_the_embedding(tmp_path):
 def test_half_a_shard_is_refused(url, tile):
     with pytest.raises(UserError, match="not one whole shard"):
         grids.write_tile(url, tile, np.ones((24, tile.rows, tile.columns), np.float32))
+
+
+@pytest.mark.parametrize("dtype", CONTENTS)
+@pytest.mark.parametrize(("dims", "least"), [(1280, True), (1025, True), (320, True), (24, False)])
+def test_the_shard_of_a_tile_is_of_50_to_500_megabytes(dims, dtype, least):
+    """But for short vectors, whose tiles would be too few."""
+    side = grids.tile_cells(dims, dtype)
+    size = dims * side**2 * np.dtype(dtype).itemsize
+    assert side % 60 == 0
+    assert size < 500e6
+    assert (size >= 50e6) == least or side == 480
+    assert side == 60 or size * ((side - 60) / side) ** 2 < 50e6
 
 
 def test_a_tile_size_that_splits_chunks_is_refused(tmp_path):

@@ -20,7 +20,7 @@ def publish(tmp_path_factory):
     database = store(folder, "database", images(np.arange(100)))
     with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        params = PublishParams(step_degrees=5.0, tile_cells=10, overviews=2)
+        params = PublishParams(step=5.0, tile_cells=10, overviews=2)
         yield lambda **options: publish_grid(client, checkpoint, database, params.model_copy(update=options))
 
 
@@ -67,5 +67,5 @@ def test_what_is_there_is_not_made_again(publish, monkeypatch):
 
 
 def test_levels_that_would_cut_cells_are_refused():
-    with pytest.raises(ValueError, match="36 rows of cells cannot be halved 3 times"):
-        PublishParams(step_degrees=5.0, overviews=3)
+    with pytest.raises(ValueError, match="36 rows and 72 columns of cells cannot be halved 3 times"):
+        PublishParams(step=5.0, overviews=3)

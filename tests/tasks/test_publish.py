@@ -25,9 +25,10 @@ from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tasks.survey import survey
 from tasks.tiles import Job
+from tasks.updates import home_of
 from tests.core.test_retrieval import close, database
 
-STEP = {"step_degrees": 10.0, "tile_cells": 5}
+STEP = {"step": 10.0, "tile_cells": 5}
 KEEPS = PublishParams(**STEP, keep_sums=True)
 IMAGES, VALUES, DIM = 400, 8, 16
 PROBED = PROBES * (2 + len(DISTANCES_KM))  # places that the survey embeds: those, and their neighbours
@@ -226,11 +227,17 @@ def test_the_database_is_loaded_once_per_process(publish, home, monkeypatch):
         ({"beta": 1.0}, "geodesic_temperature 40.0 and not None"),
         ({"tile_cells": 6}, "tile_cells 5 and not 6"),
         ({"compact_dims": 2}, "compact_dims None and not 2"),
+        ({"crs": "OGC:CRS84"}, "crs EPSG:4326 and not OGC:CRS84"),
     ],
 )
 def test_a_parent_of_another_kind_is_refused(publish, parent, before, params, message):
     with pytest.raises(UserError, match=message):
         publish(before, PublishParams(**STEP | params, parent=parent))
+
+
+def test_a_child_takes_the_tiles_of_its_parent(publish, parent, after):
+    child = publish(after, PublishParams(step=10.0, keep_sums=True, parent=parent))
+    assert read_card(home_of(child), "grid")["made_of"]["tile_cells"] == STEP["tile_cells"]
 
 
 def test_parents_that_cannot_be_are_refused(publish, home, parent, before):

@@ -34,7 +34,7 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 """
-KEPT = "nearest bilinear mean similarity regions score trusted visual"
+KEPT = "nearest anywhere bilinear mean similarity regions score trusted visual"
 PARAMS = {"float32": {"keep_sums": True}, "int8": {"dtype": "int8"}}
 
 
@@ -54,7 +54,7 @@ def read(request, world, tmp_path_factory):
     folder, checkpoint, database = world
     with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        params = PublishParams(step_degrees=STEP, tile_cells=60, evidence=True, **PARAMS[request.param])
+        params = PublishParams(step=STEP, tile_cells=60, evidence=True, **PARAMS[request.param])
         grid = publish_grid(client, checkpoint, database, params)
     here = tmp_path_factory.mktemp("reader")
     (here / "demo").symlink_to(grid.removeprefix("file://").removesuffix("/grid.zarr"))
@@ -78,7 +78,7 @@ def france():
 def program(dtype):
     """The page's code, and what it found; kept sums are those of the float grid."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reading.md").read_text(), re.S)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     blocks, kept = (blocks, KEPT) if dtype == "float32" else (blocks[:-1], KEPT.removesuffix(" visual"))
     keep = ", ".join(f"{name}={name}" for name in kept.split())
     return ALONE + "\n".join(blocks) + f"\nnp.savez('found.npz', {keep})\n"
@@ -96,7 +96,8 @@ def cell(lon, lat):
 def test_one_point(read, whole):
     found = read[1]
     row, column = cell(2.35, 48.86)
-    np.testing.assert_allclose(found["nearest"], whole[:, row, column], atol=1e-6)
+    for name in ("nearest", "anywhere"):
+        np.testing.assert_allclose(found[name], whole[:, row, column], atol=1e-6)
     across, down = (2.35 + 180) / STEP - 0.5, (90 - 48.86) / STEP - 0.5
     left, top = int(across), int(down)
     corners = whole[:, top : top + 2, left : left + 2]

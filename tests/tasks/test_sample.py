@@ -163,6 +163,38 @@ def test_bands_are_known_before_work(run):
         run(bands=("B02", "B05"))
     with pytest.raises(ValidationError, match="give bands of Sentinel-2 L2A, each once: B01, B02"):
         run(bands=("B02", "B10"))
+    with pytest.raises(ValidationError, match="give bands of Sentinel-2 L2A, each once: B01, B02"):
+        run(bands=("B02", "../../B04"))
+
+
+def test_no_name_of_a_catalog_leads_out_of_the_store(run, sandbox, tmp_path, monkeypatch):
+    """Ids of items, keys of assets and names of bands are text in the manifest, and never a part of a path."""
+    (tmp_path / "catalog").mkdir()
+    (tmp_path / "home").mkdir()
+    hostile = json.loads((sandbox.directory / "planet/items.json").read_text())
+    for item in hostile["features"]:
+        item["id"] = f"../../../../{tmp_path.name}/{item['id']}"
+        item["assets"]["scl"]["bands"] = [{"name": "SCL"}]  # the others tell their bands already
+        item["assets"] = {f"../../{key}": asset for key, asset in item["assets"].items()}
+        item["assets"]["../../../x"] = {"href": "../../../../x.tif", "bands": [{"name": "../../x"}]}
+    (tmp_path / "catalog/items.json").write_text(json.dumps(hostile))
+    monkeypatch.setenv("RANGEGRID_STAC_URL", str(tmp_path / "catalog/items.json"))
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", (tmp_path / "home").as_uri())
+    patches = run(patches=5)
+    assert patches.manifest.item_id.str.startswith("../../../../").all()
+    assert {path.name for path in tmp_path.iterdir()} == {"catalog", "home"}
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"patches"}
+    assert {path.as_uri() for path in (tmp_path / "home/patches").iterdir()} == {patches.url}
+
+
+def test_items_without_a_known_band_are_told(run, sandbox, tmp_path, monkeypatch):
+    strange = json.loads((sandbox.directory / "planet/items.json").read_text())
+    for item in strange["features"]:
+        item["assets"] = {"../../x": item["assets"]["scl"]}
+    (tmp_path / "items.json").write_text(json.dumps(strange))
+    monkeypatch.setenv("RANGEGRID_STAC_URL", str(tmp_path / "items.json"))
+    with pytest.raises(UserError, match=r"only 0 of 5 patches were found .*\d+ missing asset B02"):
+        run(patches=5)
 
 
 def test_a_list_too_short_is_refused_before_work(run, points):

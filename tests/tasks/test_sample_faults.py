@@ -216,6 +216,7 @@ def test_what_is_forbidden_now_is_not_replaced(s3, home, params, undisturbed):
     assert_same(product(sample(params)), undisturbed)
 
 
+@pytest.mark.faults
 def test_two_runs_at_once_do_no_harm(s3, home, params, undisturbed):
     program = [sys.executable, "-c", RUN, params.model_dump_json()]
     runs = [subprocess.Popen(program, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -238,6 +239,7 @@ def stored(request):
     return request.method == "PUT" and "/pixels/c/" in request.path
 
 
+@pytest.mark.faults
 def test_a_killed_worker_costs_its_unit_alone(s3, home, params, cluster, undisturbed):
     """One of two worker processes is killed (kill -9) when the first shard arrives, while both are at work."""
     with clusters.connect(cluster) as client:
@@ -278,6 +280,7 @@ def as_blobs(request, ask):
     return replace(reply, body=body.replace(b'.tif"', b'.tif?sig=of-the-catalog"'))
 
 
+@pytest.mark.faults
 def test_a_killed_flow_goes_on_with_new_tokens_and_shows_none(blobs, s3, home, params, prefect, undisturbed, tmp_path):
     """`rangegrid sample`, its tokens ended after some tiles, killed (kill -9) at its first shard, and run again."""
     options = [f"--{name.replace('_', '-')}={option(value)}" for name, value in params.model_dump().items()]

@@ -140,6 +140,7 @@ def child(home, *before, last, processes=1):
     return subprocess.run(words, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.faults
 def test_a_training_that_the_system_kills_goes_on_to_the_same_bytes(client, home, tmp_path, monkeypatch):
     mock_patches(f"{home}/patches/p")
     killed = child(home, last=25)

@@ -19,7 +19,7 @@ from tasks.updates import home_of
 from tests.core.test_retrieval import brute_force
 from tests.tasks.test_publish import DIM, VALUES, images, store, store_checkpoint
 
-STEP = {"step_degrees": 10.0, "tile_cells": 5}
+STEP = {"step": 10.0, "tile_cells": 5}
 SPEC = GridSpec(10.0, 5)
 
 
@@ -80,6 +80,11 @@ def test_a_good_grid_passes_and_becomes_the_latest(made, findings, params):
     assert not failed(found), found
     assert all(finding.passed for finding in found.values())
     assert versions.read_pointer()[0].grid == grid
+
+
+def test_a_version_of_before_the_boxes_is_the_globe_with_its_own_step():
+    params = validation.params_of({"made_of": {"step_degrees": 2.0, "tile_cells": 60, "parent": None}})
+    assert params.spec == GridSpec(2.0, 60)
 
 
 def test_a_grid_may_wait_for_its_promotion(made):

@@ -1,0 +1,117 @@
+"""The plane that a grid lies in: a coordinate reference system, and the way between it and longitude and latitude."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from pyproj import CRS, Transformer
+from pyproj.exceptions import CRSError
+
+WGS84 = "EPSG:4326"
+GLOBE = (-180.0, -90.0, 180.0, 90.0)
+METRES_PER_DEGREE = 111_319.49  # at the equator of WGS84
+BACK_M = 1.0  # how far from a place its longitude and latitude may lead back
+
+Float = NDArray[np.float64]
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A geographic CRS in degrees, or a projected one in metres: x to the east or right, y to the north or up."""
+
+    crs: str = WGS84
+    """What pyproj understands: a code such as EPSG:3035, or WKT."""
+
+    def __post_init__(self) -> None:
+        _parsed(self.crs)
+
+    @property
+    def definition(self) -> CRS:
+        """The CRS, for its names and attributes."""
+        return _parsed(self.crs)
+
+    @property
+    def code(self) -> str | None:
+        """Its code as authority and number, if it has one."""
+        code = self.definition.to_authority(min_confidence=100)
+        return ":".join(code) if code else None
+
+    @property
+    def name(self) -> str:
+        """Its code, or WKT where it has none."""
+        return self.code or self.definition.to_wkt()
+
+    @property
+    def is_geographic(self) -> bool:
+        """Whether x and y are degrees of longitude and latitude."""
+        return bool(self.definition.is_geographic)
+
+    @property
+    def dims(self) -> tuple[str, str]:
+        """Names of the dimensions of y and x."""
+        return ("lat", "lon") if self.is_geographic else ("y", "x")
+
+    @property
+    def unit(self) -> str:
+        """What x and y are measured in."""
+        return "degree" if self.is_geographic else "m"
+
+    @property
+    def metres(self) -> float:
+        """Length of a unit; of a degree at the equator."""
+        return METRES_PER_DEGREE if self.is_geographic else 1.0
+
+    def lonlat(self, xy: Float) -> Float:
+        """Places of the plane, (..., 2), in degrees (lon, lat); NaN where the CRS has no place on Earth."""
+        if self.crs == WGS84:
+            return xy
+        lonlat = _moved(self.crs, WGS84, xy)
+        if self.is_geographic:
+            return lonlat
+        away = np.abs(self.xy(lonlat) - xy).max(-1, keepdims=True)  # outside of its domain a formula may still answer
+        return np.where(away < BACK_M, lonlat, np.nan)
+
+    def xy(self, lonlat: Float) -> Float:
+        """Degrees (lon, lat), (..., 2), as places of the plane; not finite where it has none."""
+        return lonlat if self.crs == WGS84 else _moved(WGS84, self.crs, lonlat)
+
+    def bounds(self, box: Box) -> Box:
+        """A box of the plane as west, south, east, north in degrees; west is the larger where it crosses 180.
+
+        The shift of a geographic CRS against WGS84, some metres, is left out.
+        """
+        if not self.is_geographic:
+            found = _transformer(self.crs, WGS84).transform_bounds(*box)
+            return found if np.isfinite(found).all() else GLOBE
+        west, south, east, north = box
+        if east - west >= 360:
+            return -180.0, south, 180.0, north
+        return (west + 180) % 360 - 180, south, 180 - (180 - east) % 360, north
+
+
+@cache
+def _parsed(crs: str) -> CRS:
+    try:
+        found = CRS.from_user_input(crs)
+    except CRSError:
+        raise ValueError(f"the CRS {crs!r} is unknown: give a code such as EPSG:4326 or EPSG:3035, or WKT") from None
+    axes = found.axis_info
+    units = {axis.unit_name for axis in axes}
+    fits = (found.is_geographic and units == {"degree"}) or (found.is_projected and units == {"metre"})
+    if not fits or len(axes) != 2 or "west" in {axis.direction for axis in axes}:
+        raise ValueError(
+            f"the CRS {crs!r} ({found.name}) has {', '.join(f'{a.name} in {a.unit_name}' for a in axes) or 'no axes'}: "
+            "give a geographic one in degrees, or a projected one in metres to the east and north"
+        )
+    return found
+
+
+@cache
+def _transformer(source: str, target: str) -> Transformer:
+    return Transformer.from_crs(source, target, always_xy=True)
+
+
+def _moved(source: str, target: str, xy: Float) -> Float:
+    return np.stack(_transformer(source, target).transform(xy[..., 0], xy[..., 1]), axis=-1)

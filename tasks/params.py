@@ -16,9 +16,19 @@ BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
 EARLIEST = "0000-01-01"  # what a year or a month alone leaves out
 
 
-def _number(schema: dict[str, Any]) -> None:
-    """Tells each field's position: PostgreSQL keeps no order of keys, and a form sorts by this."""
+BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
+def _tell(schema: dict[str, Any]) -> None:
+    """Tells each field's bounds, which a form shows nowhere else before it refuses a value, and its position.
+
+    A form sorts by the position, since PostgreSQL keeps no order of keys.
+    """
     for position, field in enumerate(schema.get("properties", {}).values()):
+        limits = field | next(iter(field.get("anyOf", [])), {})  # of what may be unset, the first says what else it is
+        told = [f"{word} {limits[name]:,}".removesuffix(".0") for name, word in BOUNDS.items() if name in limits]
+        if told:
+            field["description"] += f" {', '.join(told).capitalize()}."
         field["position"] = position
 
 
@@ -28,7 +38,7 @@ class Params(BaseModel):
     Prefect's form and the command line are made from the same fields, in declared order.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, json_schema_extra=_number)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, json_schema_extra=_tell)
 
 
 class SampleParams(Params):

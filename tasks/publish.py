@@ -213,4 +213,4 @@ def show(job: Job, attribution: str) -> None:
     write_item(job.home)
     places = {"page": page, "map": storage.join(job.home, "world.png"), "STAC item": storage.join(job.home, ITEM)}
     opens = opening("xarray as xr", "grid = xr.open_zarr", job.grid)
-    show_places(places, opens, "grid", f"The {job.method.name.upper()} grid, {job.spec.step:g} degree")
+    show_places(places, opens, "grid", f"The {job.method.name.upper()} grid, {job.spec.size}")

@@ -4,30 +4,31 @@ A grid is published from the form of its deployment and watched; access to the s
 back, the run is retried from its page. Server, worker, storage and demo planet are real.
 """
 
+# ruff: noqa: F811 - pytest finds the fixture `station` by its name
+
 import re
 import shutil
 import threading
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra import clusters, storage
-from infra.sandbox import servers
 from tasks.artifacts import PREVIEW_WIDTH
 from tasks.encode import encode_database
 from tasks.params import EncodeParams, EncoderParams, TrainParams
 from tasks.sample import sample_patches
 from tasks.train import train_model
-from tests.flows.test_killed import PATIENCE, ROOT, Station
+from tests.flows.test_killed import PATIENCE, station  # noqa: F401
 from tests.flows.test_pipeline import SAMPLE
-from tests.proxy import Proxy, named, status
+from tests.proxy import named, status
+from tests.station import ROOT
 from tests.tasks.test_artifacts import readable
 from tests.tasks.test_faults import shard
 
 SHOTS = ROOT / "build/ui"
 DEPLOYMENTS = ["ablate", "encode", "evaluate", "pipeline", "prune", "publish", "sample", "train"]
-RUN = "publish range+ at 1.5 degree"
+RUN = "publish range+ in steps of 1.5"
 RELOAD = 15  # seconds for a page to show what it has
 TILES = 59  # with land, of a grid of 1.5 degrees in tiles of 20 cells
 pytestmark = [pytest.mark.ui, pytest.mark.timeout(3600)]
@@ -51,40 +52,27 @@ class Gate:
 
 
 @pytest.fixture(scope="module")
-def products(sandbox):
+def products(station):
     """URLs of a checkpoint and a database, made from the demo planet."""
     train = TrainParams(encoder=EncoderParams(dim=64), steps=20, batch=32, degree=8, hidden=32, dim=16)
-    with clusters.connect("threads", 2) as client:
+    with clusters.connect() as client:
         patches = sample_patches(client, SAMPLE)
         checkpoint = train_model(client, patches, train)
         return checkpoint, encode_database(client, patches, checkpoint, EncodeParams())
 
 
 @pytest.fixture(scope="module")
-def proxy(sandbox):
-    """Between the worker's runs and the storage, whose grids everybody may read."""
-    with Proxy(sandbox.endpoint) as found, readable(sandbox, "grids"):
-        yield found
-
-
-@pytest.fixture(scope="module")
-def station(sandbox, products, proxy, tmp_path_factory):
-    """A Prefect server with our deployments, and a worker."""
-    made = Station(tmp_path_factory.mktemp("prefect"), sandbox.environment() | {"RANGEGRID_S3_ENDPOINT": proxy.url})
-    with temporary_settings({PREFECT_API_URL: made.url}), made.worker(RANGEGRID_CLUSTER="threads"):
-        yield made
-    servers.stop(made.server)
-
-
-@pytest.fixture(scope="module")
-def page(station):
-    """A page of Debian's Chromium."""
+def page(station, products):
+    """A page of Debian's Chromium, while everybody may read grids."""
     from playwright.sync_api import sync_playwright  # of the group `ui`, which `make ui` installs
 
-    with sync_playwright() as playwright:
+    with readable(station.box, "grids"), sync_playwright() as playwright:
         options = {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"]}  # root has no sandbox
         browser = playwright.chromium.launch(**options)
-        found = browser.new_page(viewport={"width": 1400, "height": 1000}, base_url=station.url.removesuffix("/api"))
+        found = browser.new_page(
+            viewport={"width": 1400, "height": 1000},
+            base_url=station.environment["PREFECT_API_URL"].removesuffix("/api"),
+        )
         found.set_default_timeout(PATIENCE * 1000)
         yield found
         browser.close()
@@ -105,13 +93,18 @@ def open_form(page, deployment):
 
 def field(page, label):
     """A field of the form; Prefect's labels name no element."""
-    own = page.locator(".schema-form-property__label", has_text=re.compile(f"^{label}"))
-    return page.locator(".schema-form-property", has=own).last.locator("input, textarea")
+    own = page.locator(".schema-form-property__label", has_text=re.compile(rf"^{label}( \(Optional\))?$"))
+    return page.locator(".schema-form-property", has=own).last
+
+
+def choose(page, label, kind):
+    """Gives a field that may be unset a value of a kind."""
+    field(page, label).get_by_role("button", name=kind, exact=True).click()
 
 
 def fill(page, products, **values):
     for label, value in {"checkpoint": products[0], "database": products[1], **values}.items():
-        field(page, label.replace("_", " ")).fill(str(value))
+        field(page, label.replace("_", " ")).locator("input, textarea").fill(str(value))
 
 
 def runs():
@@ -126,8 +119,9 @@ def tab(page, name):
 def said(page, pattern, place="Logs"):
     """The first match of a pattern on a tab of a run's page, which is loaded anew until it is there."""
     for second in range(PATIENCE):
-        if second % RELOAD == 0:
+        if second and second % RELOAD == 0:
             page.reload()
+        if second % RELOAD == 0:
             tab(page, place)
         page.wait_for_timeout(1000)
         if found := re.search(pattern, page.inner_text("body")):
@@ -171,18 +165,21 @@ def test_a_form_tells_what_it_asks_and_refuses_what_is_out_of_bounds(page, produ
     open_form(page, "publish")
     fill(page, products, Beta=2)
     keep(page, "2-form")
-    assert "Share of the semantic half in RANGE+" in page.inner_text("form")
+    assert "Share of the semantic half in RANGE+; 1 is purely semantic. At least 0, at most 1." in page.inner_text(
+        "form"
+    )
     page.get_by_role("button", name="Submit").click()
     page.get_by_text("2 is greater than the maximum of 1").first.wait_for()
     keep(page, "3-refused")
     assert len(runs()) == before
 
 
-def test_a_run_is_started_watched_mended_and_retried_and_resumes(page, products, proxy):
+def test_a_run_is_started_watched_mended_and_retried_and_resumes(page, products, station):
     gate = Gate()
-    proxy.inject(named("gate", lambda request, ask: gate.wait() or ask()), shard)
+    station.proxy.inject(named("gate", lambda request, ask: gate.wait() or ask()), shard)
     open_form(page, "publish")
-    fill(page, products, Step_Degrees=1.5, Tile_Cells=20)
+    choose(page, "Tile Cells", "int")
+    fill(page, products, Step=1.5, Tile_Cells=20)
     page.get_by_role("button", name="Submit").click()
     page.get_by_text(RUN).first.click()
 
@@ -192,7 +189,7 @@ def test_a_run_is_started_watched_mended_and_retried_and_resumes(page, products,
     gate.open(12)
     assert first < published(page, first) < TILES
 
-    proxy.inject(status(403), shard)
+    station.proxy.inject(status(403), shard)
     gate.open(TILES)
     ends(page, "Failed")
     told = said(page, r"publish: r\d+-c\d+: (.*)")[1]
@@ -205,7 +202,7 @@ def test_a_run_is_started_watched_mended_and_retried_and_resumes(page, products,
     before = tiles(grid)
     assert 0 < len(before) < TILES
 
-    proxy.heal()
+    station.proxy.heal()
     page.get_by_role("button", name="Retry", exact=True).click()
     page.get_by_role("dialog").get_by_role("button", name="Retry", exact=True).click()
     ends(page, "Completed")

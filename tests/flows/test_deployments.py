@@ -57,6 +57,8 @@ def test_every_field_of_a_form_says_what_it_is_in_the_declared_order(name):
 def test_a_form_has_bounds_and_choices():
     fields = schema("publish")["definitions"]["PublishParams"]["properties"]
     assert (fields["beta"]["minimum"], fields["beta"]["maximum"]) == (0, 1)
+    assert fields["beta"]["description"].endswith(". At least 0, at most 1.")  # the UI shows no bounds by itself
+    assert fields["compact_dims"]["description"].endswith(". At least 1.")  # of what may be unset too
     assert fields["method"]["enum"] == ["range+", "range"]
     assert fields["step"]["exclusiveMinimum"] == 0
     assert next(iter(fields)) == "step"

@@ -96,6 +96,19 @@ def test_the_run_tells_how_training_stands(made):
     assert [text for text in shown if re.fullmatch(told, text or "")], shown
 
 
+def test_the_run_tells_where_grid_and_score_card_are(made):
+    """Nobody may read the sandbox's bucket without keys: so by URLs, and by lines that open what they name."""
+    home, opened = made["grid"].removesuffix("/grid.zarr"), {}
+    with get_client(sync_client=True) as client:
+        shown = client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": ["grid", "score-card"]}))
+    for url in (f"{home}/index.html", f"{home}/scorecard.json"):
+        (text,) = [artifact.data for artifact in shown if f"`{url}`" in artifact.data]
+        assert storage.exists(url)
+        exec(re.search(r"```python\n(.*?)```", text, re.S)[1], opened)
+    assert opened["grid"].sizes["lat"] == 180
+    assert set(opened["scores"]["embedder"]) >= {"grid", "coordinates"}
+
+
 def test_each_step_tells_its_plan_and_what_came_of_it(made):
     with get_client(sync_client=True) as client:
         shown = client.read_artifacts(artifact_filter=ArtifactFilter(type={"any_": ["table"]}))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from flows.pipeline import pipeline
 from infra import storage
 from infra.reconcile import reconcile
 from infra.sandbox import PRODUCTS
+from infra.sandbox.tether import die_with_parent
 from tasks.params import EncodeParams, EncoderParams, EvaluateParams, PipelineParams, PublishParams, TrainParams
 from tests import invariants
 from tests.chaos import Fault, plan
@@ -41,14 +43,16 @@ from tests.flows.test_pipeline import SAMPLE
 from tests.station import DASK_WORKERS, ROOT, Station, kill, start
 from tests.tasks.test_faults import slow_down
 
-EVERY = 150  # seconds between scheduled runs
+EVERY = 120  # seconds between scheduled runs
 VARIANTS = 3  # sets of parameters, whose schedules take turns: the first round makes products, the others find them
-HEARTBEAT, SILENT = "30", 2.5  # seconds, minutes: a run that lives is heard of five times before it is taken for dead
+HEARTBEAT, SILENT = "30", 3.0  # seconds, minutes: a run that lives is heard of six times before it is taken for dead
 ROUND = 3.0  # seconds between the rounds of supervisor and operator
 DRAIN = 1800.0  # seconds that what is under way, or waits, may take when the last fault is over
 POINTER = "grids/latest.json"
-RECORDS = re.compile(  # of how a run went: when, in which order, how long it took, how much it read
-    r"grids/(latest|collection)\.json|patches/\w+/(run\.md|(parts|screen)/.*)|reports/.*|grids/\w+/scorecard\.json"
+RECORDS = (
+    re.compile(  # of how a run went: when, in which order, how much it read; a report names when its grid was written
+        r"grids/(latest|collection)\.json|patches/\w+/(run\.md|(parts|screen)/.*)|reports/.*|grids/\w+/scorecard\.json"
+    )
 )
 STRUCK = {  # what is killed, and whether with all that it started
     "Prefect worker": ("worker", False),
@@ -192,7 +196,7 @@ class Soak:
         """The pipeline from a command line."""
         command = [sys.executable, "-c", TWIN, params.model_dump_json()]
         with (self.station.home / "twins.log").open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=die_with_parent)
 
     def supervise(self) -> None:
         """Starts again what is down, ends a burst of refusals, and notes when the S3 server is back."""
@@ -270,7 +274,7 @@ def reader(station: Station):
     path = station.home / "read.jsonl"
     with path.open("w") as output:
         command = [sys.executable, "-c", READER, station.box.endpoint, f"{PRODUCTS}/{POINTER}"]
-        process = subprocess.Popen(command, stdout=output, cwd=station.home)
+        process = subprocess.Popen(command, stdout=output, cwd=station.home, preexec_fn=die_with_parent)
     yield told
     process.kill()
     process.wait()
@@ -308,6 +312,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="Where logs and data go, to stay; by default they are deleted.")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and so closes the station
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         home = (given.folder or Path(folder)).absolute()
         home.mkdir(parents=True, exist_ok=True)

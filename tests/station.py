@@ -27,6 +27,7 @@ from tests.proxy import Proxy
 ROOT = Path(__file__).parents[1]
 DASK_WORKERS = ("dask-1", "dask-2")
 PARTS = ("s3", "stac", "prefect", "scheduler", *DASK_WORKERS, "worker")
+PATIENCE = 400.0  # seconds until a part must answer, on a machine that has other work
 MARK = "RANGEGRID_STATION"  # a variable that every process of a station has, and all that it starts
 
 
@@ -55,6 +56,7 @@ class Station:
             "RANGEGRID_CLUSTER": self.scheduler,
             "DASK_CONFIG": str(clusters.CONFIG),
             "PREFECT_HOME": str(home / "prefect-home"),
+            "PYTHONDONTWRITEBYTECODE": "",  # a pipeline starts six processes: let none compile what it imports anew
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": servers.LEASES,
             "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
@@ -86,9 +88,9 @@ class Station:
         for name in PARTS[:-1]:
             self.start(name)
         for name in ("s3", "stac", "prefect"):
-            servers.wait(name, lambda name=name: self.answers(name), self.running[name], self.log(name))
-        with Client(self.scheduler, timeout=60) as client:
-            client.wait_for_workers(len(DASK_WORKERS), timeout=servers.PATIENCE)
+            servers.wait(name, lambda name=name: self.answers(name), self.running[name], self.log(name), PATIENCE)
+        with Client(self.scheduler, timeout=PATIENCE) as client:
+            client.wait_for_workers(len(DASK_WORKERS), timeout=PATIENCE)
         self.prefect("work-pool", "create", "rangegrid", "--type", "process")
         self.prefect("--no-prompt", "deploy", "--all")
         self.start("worker")

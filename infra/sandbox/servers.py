@@ -106,18 +106,18 @@ def _signal(process: psutil.Process, sign: int) -> None:
         process.send_signal(sign)
 
 
-def wait(name: str, answers: Callable[[], bool], process: Process, log: Path) -> None:
-    """Waits until a server answers.
+def wait(name: str, answers: Callable[[], bool], process: Process, log: Path, patience: float = PATIENCE) -> None:
+    """Waits until a server answers, at most `patience` seconds.
 
     Raises:
         UserError: It ended, or does not answer in time.
     """
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     while not answers():
         if not is_alive(process):
             raise UserError(f"the sandbox's {name} server ended at its start: see {log}")
         if time.monotonic() > until:
-            raise UserError(f"the sandbox's {name} server did not answer in {PATIENCE:.0f} s: see {log}")
+            raise UserError(f"the sandbox's {name} server did not answer in {patience:.0f} s: see {log}")
         time.sleep(0.1)
 
 

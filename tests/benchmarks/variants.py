@@ -1,8 +1,8 @@
 """Cells per second end to end, and bytes, of the variants of one grid.
 
-`python -m tests.benchmarks.variants CHECKPOINT DATABASE [--step 1] [--variant float32]` publishes the grid of a database to the storage of
-the settings, each variant anew and whole: survey, tiles, validation, pictures, card; none becomes the latest. Size is
-that of the objects under `grid.zarr`.
+`python -m tests.benchmarks.variants CHECKPOINT DATABASE [--step 1] [--variant float32]` publishes the grid of a
+database to the storage of the settings, each variant anew and whole: survey, tiles, validation, pictures, card; none
+becomes the latest. Size is that of the objects under `grid.zarr`.
 """
 
 import argparse

@@ -1,11 +1,16 @@
 """The deployments as an operator meets them: what `prefect.yaml` says, and the forms made of the parameters."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import yaml
 from prefect import Flow
 from prefect.cli.deploy._models import PrefectYamlModel
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.filters import DeploymentFilter
+from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Failed
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
@@ -40,6 +45,18 @@ def test_a_deployment_is_the_flow_of_its_name_and_says_what_it_does(name):
     assert len(deployment["description"]) > 30
     assert "rangegrid" in deployment["tags"]
     assert not [s for s in deployment.get("schedules", []) if s["active"]]  # an operator turns them on
+
+
+def test_a_schedule_makes_runs(prefect):
+    """By the server's own insert, which fails with some versions of SQLAlchemy."""
+    flow = import_object(DEPLOYMENTS["prune"]["entrypoint"])
+    every_hour = DeploymentScheduleCreate(schedule=IntervalSchedule(interval=timedelta(hours=1)))
+    with get_client(sync_client=True) as client:
+        made = client.create_deployment(client.create_flow(flow), name="scheduled", schedules=[every_hour])
+        client.request("POST", "/deployments/{id}/schedule", path_params={"id": made}, json={"min_runs": 3})
+        runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id={"any_": [made]}))
+    assert len(runs) >= 3
+    assert all(run.state.is_scheduled() and run.auto_scheduled for run in runs)
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)

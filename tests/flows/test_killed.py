@@ -1,5 +1,6 @@
 """A real Prefect server, worker and deployments; what runs a flow is killed, and one rerun completes."""
 
+import threading
 import time
 
 import pytest
@@ -21,11 +22,18 @@ from tests.flows.test_pipeline import SAMPLE
 from tests.station import Station, kill, start, state
 from tests.tasks.test_faults import first
 
-PATIENCE = 900  # seconds: a worker, a flow and a cluster each start a Python of their own
+PATIENCE = 2400  # seconds: a worker, a flow and a cluster each start a Python of their own, and a pipeline six
 TRAIN = TrainParams(
     encoder=EncoderParams(dim=64), steps=40, save_every=5, batch=32, degree=8, hidden=32, dim=16, device="cpu"
 )
 GRID = PublishParams(step=3.0, tile_cells=20)
+TAKES = {
+    "sample": (),
+    "train": ("patches",),
+    "encode": ("patches", "checkpoint"),
+    "publish": ("checkpoint", "database"),
+}
+WRITES = {"sample": "/pixels/c/", "train": "/training.pt", "encode": "/keys/c/", "publish": "/embedding/c/"}  # a unit's
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 
@@ -107,12 +115,16 @@ def test_a_step_outlives_its_dask_scheduler(station):
 
 
 def test_a_run_outlives_the_prefect_server(station):
-    """It keeps its place under the limit, whose leases are on the server's disk."""
-    params, before = SAMPLE.model_copy(update={"seed": 79}), begun()
+    """It keeps its place under the limit, whose lease is on the server's disk: without it Prefect cancels the run."""
+    params, before, back = SAMPLE.model_copy(update={"seed": 79}), begun(), threading.Event()
+    station.proxy.inject(first(lambda: back.wait(PATIENCE)), lambda r: r.method == "PUT" and WRITES["sample"] in r.path)
     run = start("sample", params)
     until(lambda: begun() - before)
     station.kill("prefect")
     until(lambda: station.answers("prefect"), station)
+    with get_client(sync_client=True) as client:
+        client.renew_concurrency_lease(state(run).state_details.deployment_concurrency_lease_id, 300)
+    back.set()
     assert ended(run, station).is_completed(), state(run).message
     assert len(open_patches(state(run).message).manifest) == params.patches
 
@@ -125,13 +137,6 @@ def inputs(station):
     return {"patches": patches, "checkpoint": checkpoint, "database": encode(patches, checkpoint)}
 
 
-TAKES = {
-    "sample": (),
-    "train": ("patches",),
-    "encode": ("patches", "checkpoint"),
-    "publish": ("checkpoint", "database"),
-}
-WRITES = {"sample": "/pixels/c/", "train": "/training.pt", "encode": "/keys/c/", "publish": "/embedding/c/"}  # a unit's
 KILLED = [(step, "s3") for step in TAKES]
 KILLED += [
     ("sample", "dask-1"),

@@ -231,7 +231,9 @@ def test_a_run_shows_the_map_and_leads_to_the_grid(page):
     page.get_by_text("The RANGE+ grid").first.click()
     page.get_by_text("xr.open_zarr").wait_for()
     keep(page, "9-links")
-    page.get_by_role("link", name=re.compile("index.html")).click()
-    page.get_by_text("import xarray").wait_for()
-    keep(page, "10-page")
-    assert min(sizes(page)) > 1000
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name=re.compile("index.html")).click()
+    grid = opened.value
+    grid.get_by_text("import xarray").wait_for()
+    keep(grid, "10-page")
+    assert min(sizes(grid)) > 1000

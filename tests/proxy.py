@@ -46,6 +46,11 @@ class Request:
         query = urlencode({k: v for k, v in self.query.items() if k not in SIGNATURE})
         return f"{self.path}?{query}" if query else self.path
 
+    def identity(self) -> str:
+        """What is asked for, however it was signed: the same today and tomorrow."""
+        query = {k: v for k, v in self.query.items() if k not in SIGNATURE and not k.startswith("X-Amz-")}
+        return f"{self.method} {self.path}?{urlencode(query)} {self.headers.get('range')}"
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -162,7 +167,7 @@ class Rule:
 
     def strikes(self, request: Request, nth: int) -> bool:
         """Whether it strikes the nth request for the same bytes: by the seed, in whatever order threads ask."""
-        draw = random.Random(f"{self.seed} {request.method} {request.target()} {request.headers.get('range')} {nth}")
+        draw = random.Random(f"{self.seed} {request.identity()} {nth}")
         if not self.when(request) or draw.random() >= self.share:
             return False
         self.skip -= 1
@@ -191,7 +196,7 @@ class Proxy:
         self.tokens: dict[str, datetime] | None = None
         self.lifetime = timedelta()
         self._rules: list[Rule] = []
-        self._seen: Counter[tuple] = Counter()
+        self._seen: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -258,9 +263,8 @@ class Proxy:
         """The reply to one request, with the faults that strike it; None drops the connection."""
         with self._lock:
             self.requests[request.method, request.path] += 1
-            same = (request.method, request.target(), request.headers.get("range"))
-            self._seen[same] += 1
-            striking = [rule.fault for rule in self._rules if rule.strikes(request, self._seen[same])]
+            self._seen[request.identity()] += 1
+            striking = [rule.fault for rule in self._rules if rule.strikes(request, self._seen[request.identity()])]
             self.faults.update(fault.__name__ for fault in striking)
         reply = _through(striking, request, lambda: self._origin(request, ask))
         with self._lock:

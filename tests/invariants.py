@@ -51,28 +51,34 @@ def ended_badly(run: FlowRun) -> bool:
 
 
 def lived(run: FlowRun) -> tuple[datetime, datetime]:
-    """From when to when a run that has ended was under way."""
-    return run.start_time or run.expected_start_time, run.state.timestamp
+    """From when to when a run that has ended was under way; one that never began is said to start at its end."""
+    return run.start_time if run.run_count else run.expected_start_time, run.state.timestamp
 
 
-def fates(injected: Injected, runs: list[FlowRun], reconciled: set[str]) -> tuple[pd.DataFrame, list[str]]:
+def fates(
+    injected: Injected, runs: list[FlowRun], reconciled: set[str], silent: timedelta
+) -> tuple[pd.DataFrame, list[str]]:
     """What became of the runs that each kind of fault struck, and the runs that ended badly without any.
 
-    A run that ended badly is put down to the last fault before its end.
+    A run that ended badly is put down to the last fault before its end, or before it fell silent where that ended it.
     """
     table = pd.DataFrame(0, index=list(KINDS), columns=list(COLUMNS))
     whole = [run for run in runs if is_whole(run) and is_final(run)]
-    victims = {blamed(injected, run): run for run in filter(ended_badly, whole)}
+
+    def blame(run: FlowRun) -> datetime | None:
+        return blamed(injected, run, silent if str(run.id) in reconciled else timedelta())
+
+    victims = {blame(run): run for run in filter(ended_badly, whole)}
     for when, fault in injected:
         table.loc[fault.kind, ["injected", fate(when, victims.get(when), whole, reconciled)]] += 1
-    bad = [run for run in filter(ended_badly, whole) if blamed(injected, run) is None]
+    bad = [run for run in filter(ended_badly, whole) if blame(run) is None]
     return table, [f"{run.name} ended {run.state.name} without a fault: {run.state.message}" for run in bad]
 
 
-def blamed(injected: Injected, run: FlowRun) -> datetime | None:
+def blamed(injected: Injected, run: FlowRun, silent: timedelta) -> datetime | None:
     """When the fault came that a run's bad end is put down to."""
     begin, end = lived(run)
-    return max((when for when, _ in injected if begin - SUFFERING < when < end), default=None)
+    return max((when for when, _ in injected if begin - SUFFERING < when < end - silent), default=None)
 
 
 def fate(when: datetime, victim: FlowRun | None, whole: list[FlowRun], reconciled: set[str]) -> str:

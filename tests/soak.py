@@ -290,7 +290,9 @@ def soak(station: Station, params: list[PipelineParams], minutes: float, seed: i
     say(f"{len(params)} pipelines ran undisturbed: {len(expected)} objects")
     with reader(station) as told:
         runs = one.run(minutes * 60, due, seed)
-    table, unexplained = invariants.fates(one.injected, runs, one.reconciled)
+    table, unexplained = invariants.fates(
+        one.injected, runs, one.reconciled, timedelta(minutes=SILENT, seconds=-float(HEARTBEAT))
+    )
     print(invariants.as_markdown(table), flush=True)
     read, down = sum("grid" in line for line in told), len(one.outages)
     say(f"{due} runs scheduled, {len(one.answered)} run again, {len(one.reconciled)} ended by reconcile")

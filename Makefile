@@ -9,6 +9,8 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 empty_unset := UV_DEFAULT_INDEX UV_INDEX UV_FIND_LINKS
 $(foreach name,$(empty_unset),$(if $(strip $($(name))),,$(eval unexport $(name))))
 
+unexport PYTHONDONTWRITEBYTECODE  # or each of the many processes compiles all that it imports
+
 .PHONY: demo test faults soak ui check audit lock clean help
 
 help:  ## this list

@@ -106,8 +106,7 @@ class Station:
 
     def answers(self, name: str) -> bool:
         """Whether a server (s3, stac, prefect) answers."""
-        path = "/api/health" if name == "prefect" else "/"
-        return servers.answers(f"http://{servers.HOST}:{self.box.ports[name][0]}{path}")
+        return self.box.answers(name)
 
     def kill(self, name: str, family: bool = True, seconds: float = 0.0) -> None:
         """kill -9 of a part, with what it started or alone; `supervise` starts it again after some seconds."""

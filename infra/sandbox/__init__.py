@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ class Sandbox:
         if "prefect" in self.ports:
             found["PREFECT_API_URL"] = f"http://{servers.HOST}:{self.ports['prefect'][0]}/api"
         return found
+
+    def answers(self, name: str) -> bool:
+        """Whether a server (s3, stac, prefect) is ready to serve."""
+        if name == "s3":
+            return servers.s3_answers(self.ports[name])
+        path = "/api/health" if name == "prefect" else "/"
+        return servers.answers(f"http://{servers.HOST}:{self.ports[name][0]}{path}")
 
 
 def up(directory: Path, planet: PlanetSpec | None = None, prefect: bool = True) -> Sandbox:
@@ -153,10 +161,8 @@ def _launch(box: Sandbox, name: str, bound: bool) -> servers.Process:
 
 
 def _await(box: Sandbox, state: dict[str, Any], name: str) -> None:
-    path = "/api/health" if name == "prefect" else "/"
-    url = f"http://{servers.HOST}:{box.ports[name][0]}{path}"
     log = box.directory / "logs" / f"{name}.log"
-    servers.wait(name, lambda: servers.answers(url), servers.Process(*state["processes"][name]), log)
+    servers.wait(name, partial(box.answers, name), servers.Process(*state["processes"][name]), log)
 
 
 def _make_buckets(box: Sandbox) -> None:

@@ -1,6 +1,7 @@
 """The sandbox's servers as child processes on loopback: S3 (SeaweedFS), STAC (rustac), Prefect."""
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -130,6 +131,20 @@ def answers(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def s3_answers(ports: list[int]) -> bool:
+    """Whether the S3 server answers, and knows where its data are: at a restart that can come seconds later.
+
+    Args:
+        ports: Those of `s3_command`.
+    """
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{ports[1]}/dir/status", timeout=5) as answer:
+            volumes = json.load(answer)["Topology"].get("DataCenters")
+    except OSError:
+        return False
+    return bool(volumes) and answers(f"http://{HOST}:{ports[0]}/")
 
 
 def s3_command(directory: Path, ports: list[int]) -> list[str]:

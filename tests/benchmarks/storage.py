@@ -39,7 +39,7 @@ def serve(directory: Path) -> servers.Process:
     keys = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "benchmark" * 4}
     url = f"http://{servers.HOST}:{ports[0]}"
     process = servers.start(servers.s3_command(directory / "s3", ports), log, keys, bound=True)
-    servers.wait("s3", lambda: servers.answers(url), process, log)
+    servers.wait("s3", lambda: servers.s3_answers(ports), process, log)
     os.environ |= keys | {"RANGEGRID_S3_ENDPOINT": url}
     s3fs.S3FileSystem(endpoint_url=url).mkdir(BUCKET)
     return process

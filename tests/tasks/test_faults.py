@@ -57,7 +57,7 @@ class Server:
         log = self.directory / "logs/s3.log"
         keys = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
         self.process = servers.start(servers.s3_command(self.directory / "s3", self.ports), log, keys, bound)
-        servers.wait("s3", lambda: servers.answers(self.url), self.process, log)
+        servers.wait("s3", lambda: servers.s3_answers(self.ports), self.process, log)
 
     def kill(self):
         """kill -9."""

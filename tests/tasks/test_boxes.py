@@ -30,7 +30,7 @@ from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tasks.updates import home_of
 from tests.core.test_retrieval import close
-from tests.tasks.test_publish import DIM, VALUES, images, store, store_checkpoint
+from tests.tasks.test_publish import DIM, VALUES, inputs
 from tests.tasks.test_reading_recipes import ALONE
 from tests.tasks.test_stac import validator  # noqa: F401
 
@@ -71,11 +71,7 @@ def client():
 @pytest.fixture(scope="module")
 def made(client, tmp_path_factory):
     """A function that publishes a grid, and the encoder and index behind it."""
-    folder = tmp_path_factory.mktemp("boxes")
-    checkpoint = store_checkpoint(folder.as_uri())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        url = store(folder, "database", images(np.arange(300)))
+    with inputs(tmp_path_factory.mktemp("boxes")) as (checkpoint, url):
         data = open_database(url)
         ours = load_checkpoint(checkpoint).location, RetrievalIndex(data.keys, data.values, data.locations)
         yield lambda params: publish_grid(client, checkpoint, url, PublishParams(**params)), ours

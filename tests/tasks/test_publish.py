@@ -1,5 +1,6 @@
 """Grids as the publish step stores them: compact ones, kept sums, and updates against grids made anew."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,15 @@ def store(home, name, arrays, checkpoint=None, shard=150):
     space = checkpoint or read_card(f"{home.as_uri()}/checkpoint", "checkpoint")["fingerprint"]
     finish_database(url, checkpoint=space, fingerprint=name, attribution="nobody")
     return url
+
+
+@contextmanager
+def inputs(folder):
+    """URLs of a checkpoint and of a database of 300 images, in the folder that is the storage meanwhile."""
+    checkpoint = store_checkpoint(folder.as_uri())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
+        yield checkpoint, store(folder, "database", images(np.arange(300)))
 
 
 @pytest.fixture(scope="module")

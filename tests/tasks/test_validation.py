@@ -17,7 +17,7 @@ from tasks.publish import publish_grid
 from tasks.tiles import land_tiles
 from tasks.updates import home_of
 from tests.core.test_retrieval import brute_force
-from tests.tasks.test_publish import DIM, VALUES, images, store, store_checkpoint
+from tests.tasks.test_publish import DIM, VALUES, inputs
 
 STEP = {"step": 10.0, "tile_cells": 5}
 SPEC = GridSpec(10.0, 5)
@@ -32,11 +32,7 @@ def client():
 @pytest.fixture(scope="module")
 def made(client, tmp_path_factory):
     """A checkpoint and a database of 300 images, and a function that publishes their grid."""
-    folder = tmp_path_factory.mktemp("validation")
-    checkpoint = store_checkpoint(folder.as_uri())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        database = store(folder, "database", images(np.arange(300)))
+    with inputs(tmp_path_factory.mktemp("validation")) as (checkpoint, database):
         yield lambda **params: publish_grid(client, checkpoint, database, PublishParams(**STEP | params))
 
 

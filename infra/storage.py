@@ -324,6 +324,11 @@ def paths(url: str) -> list[str]:
     return [meta["path"].removeprefix(name).strip("/") for meta in _list(url)]
 
 
+def shards(url: str) -> set[int]:
+    """Numbers of the shards under `url`, the chunks of a Zarr array along its first dimension."""
+    return {int(path.partition("/")[0]) for path in paths(url)}
+
+
 def delete(url: str) -> None:
     """Deletes the object at `url` and every object under it."""
     store, name = _locate(url)

@@ -114,7 +114,7 @@ def write_rows(url: str, start: int, arrays: dict[str, NDArray]) -> None:
 
 def written_shards(url: str) -> set[int]:
     """Numbers of the shards that are there."""
-    return {int(path.partition("/")[0]) for path in storage.paths(storage.join(url, "database.zarr", "keys", "c"))}
+    return storage.shards(storage.join(url, "database.zarr", "keys", "c"))
 
 
 def finish_database(url: str, **card: Any) -> dict[str, Any]:

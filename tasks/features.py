@@ -87,8 +87,7 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
 
 
 def _written(url: str, view: int) -> set[int]:
-    there = storage.paths(storage.join(url, "features.zarr", "features", "c", str(view)))
-    return {int(path.partition("/")[0]) for path in there}
+    return storage.shards(storage.join(url, "features.zarr", "features", "c", str(view)))
 
 
 def _try(encoder: ImageEncoder, patches: str, views: int) -> None:

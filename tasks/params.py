@@ -269,7 +269,7 @@ class PublishParams(Params):
         """The grid; a size of tiles that is not given is for the database to tell (`tasks.publish.with_tiles`)."""
         from tasks.core.grid import GridSpec
 
-        return GridSpec(self.step, self.tile_cells or 60, self.box, self.crs)
+        return GridSpec(self.step, self.tile_cells or GridSpec.tile, self.box, self.crs)
 
     @model_validator(mode="after")
     def _exact(self) -> Self:

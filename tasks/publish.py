@@ -17,8 +17,10 @@ from infra.settings import settings
 from tasks import conventions, grids, versions
 from tasks.artifacts import opening, show_places
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
+from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
 from tasks.core.grid import Tile
+from tasks.core.land import land_mask
 from tasks.core.quantize import DType
 from tasks.core.retrieval import Method
 from tasks.database import stored_values
@@ -29,7 +31,7 @@ from tasks.promotion import promote_unless_withdrawn
 from tasks.shards import Part, parts_of, publish_in_parts
 from tasks.stac import ITEM, write_item
 from tasks.survey import Survey, kernels, survey
-from tasks.tiles import GRID, Job, land_cells, land_tiles, publish_tile
+from tasks.tiles import GRID, Job, land_tiles, publish_tile
 from tasks.units import Work, counted, log, run_units
 from tasks.updates import home_of, kept_sums, read_parent, update_tile, write_changes
 from tasks.validation import refuse, validate_grid
@@ -108,9 +110,10 @@ def with_tiles(params: PublishParams, card: dict[str, Any]) -> PublishParams:
     return params.model_copy(update={"tile_cells": tile})
 
 
-def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], done: set[Tile]) -> None:
+def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], done: set[Tile]) -> list[Report]:
     """Makes the tiles that are not done by the way that fits: in parts, as an update, or each from all the database."""
-    land = {tile: int(land_cells(job.spec, tile).wanted.sum()) for tile in tiles}
+    mask = land_mask(job.spec)
+    land = {tile: int(mask[tile.window].sum()) for tile in tiles}
     left, there = [tile for tile in tiles if tile not in done], len(done)
     with counted(Work("land cells", sum(land.values()), sum(land[tile] for tile in done))) as cells:
         if parts:
@@ -120,6 +123,7 @@ def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[
             reports = run_units(client, make, left, label="publish", there=there)
         cells.done = sum(report.cells for report in reports)
     log().info("%d places retrieved for %d cells", sum(report.evaluated for report in reports), cells.done)
+    return reports
 
 
 def read_pair(checkpoint: str, database: str) -> dict[str, Any]:

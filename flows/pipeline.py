@@ -12,9 +12,7 @@ from flows.sample import sample
 from flows.train import train
 from infra import clusters
 from tasks.params import PipelineParams
-from tasks.stac import write_item
 from tasks.steps import promote_evaluated
-from tasks.updates import home_of
 
 
 @flow(name="pipeline", flow_run_name="pipeline, {params.sample.patches} patches", timeout_seconds=168 * HOUR)
@@ -42,7 +40,6 @@ def run_steps(params: PipelineParams, run: Any) -> dict[str, str]:
     database = run(encode, patches, checkpoint, params.encode)
     grid = run(publish, checkpoint, database, params.publish.model_copy(update={"promote": False}))
     report = run(evaluate, checkpoint, database, params.evaluate, grid)
-    write_item(home_of(grid))  # again: its score card is there now
     if params.publish.promote:
         promote_evaluated(grid, params.gate_margin, params.publish.drift_alert)
     return {

@@ -23,6 +23,7 @@ from tasks.pictures import score_chart
 from tasks.publish import read_pair
 from tasks.score_pictures import bias_chart, error_map
 from tasks.scoring import Scored, digest, keep_scores, records, score_all
+from tasks.stac import ITEM, write_item
 from tasks.tiles import load
 from tasks.units import log, progress
 from tasks.updates import home_of
@@ -41,7 +42,8 @@ def evaluate_database(
         checkpoint: URL of the checkpoint; none, where only other encoders or grids are evaluated.
         database: URL of the database encoded with it.
         params: Which labels, embedders and splits.
-        grid: URL of the grid that is published from them: it is scored too, and its score card stored beside it.
+        grid: URL of the grid that is published from them: it is scored too, its score card stored beside it, and named
+            by its STAC item.
 
     Returns:
         The URL of the report: `scorecard.json`, `scores.json`, `scores.md`, `scores.csv`, `scores.png`, and of the
@@ -69,6 +71,8 @@ def evaluate_database(
     if grid:
         places["score card beside the grid"] = beside = storage.join(home_of(grid), CARD)
         storage.copy(places["score card"], beside)
+        if storage.exists(storage.join(home_of(grid), ITEM)):
+            write_item(home_of(grid))  # again: it names the score card now
     opens = opening("pandas as pd", "scores = pd.read_csv", storage.join(url, "scores.csv"))
     show_places(places, opens, "score-card", "The score card, and the table of scores")
     return url

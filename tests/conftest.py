@@ -60,6 +60,7 @@ def cluster(sandbox, tmp_path_factory):
         subprocess.Popen(
             [sys.executable, "-m", "dask", *command],
             cwd=tmp_path_factory.mktemp("worker"),
+            env=os.environ | {"DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100000"},  # every key there ever was
             stderr=subprocess.DEVNULL,
         )
         for command in commands

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from distributed import Client
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from s3fs import S3FileSystem
@@ -129,7 +130,9 @@ def test_each_step_tells_its_plan_and_what_came_of_it(made):
 
 
 def test_the_grid_has_its_score_card(made):
-    card = storage.read_json(storage.join(made["grid"].removesuffix("/grid.zarr"), "scorecard.json"))
+    home = made["grid"].removesuffix("/grid.zarr")
+    card = storage.read_json(storage.join(home, "scorecard.json"))
+    assert "score-card" in storage.read_json(storage.join(home, "item.json"))["assets"]
     assert card == storage.read_json(storage.join(made["report"], "scorecard.json"))
     assert card["product"] == "grid"
     rows = {(row["embedder"], row["task"]): row for row in card["scores"]}
@@ -139,14 +142,20 @@ def test_the_grid_has_its_score_card(made):
     assert rows["CSP", "country"]["note"] == "weights not given"
 
 
-def test_no_secret_and_no_signature_is_stored_or_shown(made, sandbox):
-    """In no object of the products, and in nothing that Prefect keeps: parameters, states, artifacts, logs."""
+def test_no_secret_and_no_signature_is_stored_or_shown(made, sandbox, cluster):
+    """In no object of the products, no key of Dask's graphs, nothing that Prefect keeps: states, artifacts, logs."""
     products = S3FileSystem(key=sandbox.keys[0], secret=sandbox.keys[1], endpoint_url=sandbox.endpoint)
     paths = [path for url in made.values() if url.startswith("s3://") for path in products.find(url)]
     with get_client(sync_client=True) as client:
         kept = [*client.read_flow_runs(), *client.read_task_runs(), *client.read_artifacts(), *client.read_logs()]
     told = {repr(thing)[:60]: thing.model_dump_json().encode() for thing in kept}
     told |= {path: plain(path, products.cat_file(path)) for path in paths}
+    with Client(cluster) as client:
+        keys = client.run_on_scheduler(
+            lambda dask_scheduler: {str(moved.key) for moved in dask_scheduler.transition_log}
+        )
+    told |= {key: key.encode() for key in keys}
+    assert {"screen", "read", "encode", "survey", "check"} <= {re.split("[-_]", key)[0] for key in keys}, keys
     assert len(paths) > 20
     assert any(b"https" in text or b"s3://" in text for text in told.values())
     for name, text in told.items():

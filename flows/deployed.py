@@ -8,10 +8,19 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment
 from prefect.states import Completed
+from rich.console import Console
 
 from infra.errors import UserError
 
 HOUR = 3600.0  # a flow's timeout ends one that hangs: it is some times what the largest run should take
+
+
+def be_quiet(console: Console) -> None:
+    """Where nobody reads a run's output any more, since its worker died: rich itself would end the run."""
+    console.quiet = True
+
+
+Console.on_broken_pipe = be_quiet  # type: ignore[assignment,method-assign]
 
 
 def in_deployment() -> bool:

@@ -157,6 +157,7 @@ def s3_command(directory: Path, ports: list[int]) -> list[str]:
     ]
     return [
         program("weed"),
+        "-logtostderr=true",  # to where its output goes, rather than into the machine's directory of temporary files
         "mini",
         f"-dir={directory}",
         f"-ip={HOST}",

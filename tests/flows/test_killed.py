@@ -142,6 +142,7 @@ KILLED += [
     ("sample", "dask-1"),
     ("encode", "dask-1"),
     ("publish", "dask-1"),
+    ("publish", "worker"),
     ("train", "engine"),
     ("publish", "engine"),
 ]
@@ -160,20 +161,25 @@ def begin(step, inputs, number):
 
 @pytest.mark.parametrize("number", range(len(KILLED)), ids=["-".join(case) for case in KILLED])
 def test_a_step_completes_by_itself_or_by_one_rerun(station, inputs, number):
-    """kill -9 when its second unit is being written, of what is named; a run's own process is the engine."""
+    """kill -9 when its second unit is being written, of what is named.
+
+    The engine is a run's own process, and alone needs the rerun. Of the Prefect worker the runs are left alone, as
+    systemd and a container engine can be told to.
+    """
     step, victim = KILLED[number]
 
     def strike():
         if victim == "engine":
             kill(*station.engines())
         else:
-            station.kill(victim, seconds=2)
+            station.kill(victim, family=victim != "worker", seconds=2)
 
     station.proxy.inject(first(strike), lambda r: r.method == "PUT" and WRITES[step] in r.path, times=1, skip=1)
     run = begin(step, inputs, number)
     reached = ended(run, station)
     assert station.proxy.faults.pop("first") == 1
-    if not reached.is_completed():
+    if victim == "engine":
+        assert reached.is_crashed()
         reached = ended(begin(step, inputs, number), station)
     assert reached.is_completed(), reached.message
     assert storage.exists(storage.join(home_of(reached.message) if step == "publish" else reached.message, "card.json"))

@@ -205,16 +205,21 @@ def reader(undisturbed):
     assert seen
 
 
-TELL_WHERE = {"index.html", "item.json"}  # in which the URL of the storage stands, another one in each test
+TELL_WHERE = {"index.html", "item.json"}  # in which the storage's URL stands, and the time where no sample tells it
+
+
+def assert_whole(grid, expected):
+    """The version's objects are those that an undisturbed run makes."""
+    found = objects(grid)
+    assert found.keys() == expected.keys()
+    assert {path for path in found if found[path] != expected[path]} <= TELL_WHERE
 
 
 def assert_published(grid, undisturbed, params):
     """The version is what an undisturbed run makes, and is the latest, after the old one."""
     name, expected, _ = undisturbed[params]
-    found = objects(grid)
     assert versions.name_of(grid) == name
-    assert found.keys() == expected.keys()
-    assert {path for path in found if found[path] != expected[path]} <= TELL_WHERE
+    assert_whole(grid, expected)
     pointer, _ = versions.read_pointer()
     assert (pointer.grid, pointer.previous) == (grid, versions.find(undisturbed[OLD][0]))
 
@@ -378,18 +383,19 @@ def test_of_two_runs_one_wins(proxy, home, client, undisturbed):
     assert "was moved from" in printed[loser]
     assert_published(printed[winner], undisturbed, winner)
     name, expected, _ = undisturbed[loser]
-    assert objects(versions.find(name)) == expected
-    assert publish(client, loser) == versions.find(name) == versions.read_pointer()[0].grid
+    waiting = versions.find(name)
+    assert_whole(waiting, expected)
+    assert publish(client, loser) == waiting == versions.read_pointer()[0].grid
 
 
 FULL_DISK = """
-import subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
-from tests.tasks.test_faults import NEW, OLD, make_inputs, objects, publish_here, values
+from shutil import disk_usage
+from tests.tasks.test_faults import NEW, OLD, assert_whole, make_inputs, objects, publish_here, values
 from infra import storage
 from infra.errors import UserError
 from tasks import versions
-import os
 
 room, home = Path(sys.argv[1]) / "room", Path(sys.argv[1]) / "home"
 home.mkdir(), room.mkdir()
@@ -399,7 +405,7 @@ expected = objects(publish_here(home.as_uri(), NEW))
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(room)], check=True)
 old = publish_here(home.as_uri(), OLD)
 before = values(old)
-(room / "filler").write_bytes(bytes(4 * 2**20 - storage.size(room.as_uri()) - 120_000))
+(room / "filler").write_bytes(bytes(disk_usage(room).free - 120_000))
 try:
     publish_here(home.as_uri(), NEW)
     print("published on a full disk")
@@ -409,7 +415,7 @@ assert versions.read_pointer()[0].grid == old
 assert (values(old) == before)[~(before != before)].all()
 (room / "filler").unlink()
 grid = publish_here(home.as_uri(), NEW)
-assert objects(grid) == expected
+assert_whole(grid, expected)
 assert versions.read_pointer()[0].grid == grid
 print("whole")
 """

@@ -18,6 +18,7 @@ from tests.chaos import KINDS, Fault
 from tests.station import Station
 
 SUFFERING = timedelta(seconds=60)  # after a fault: a run that begins so soon may meet what is not up again
+DEADLY = ("Prefect worker and its runs", "process of a run")  # what makes a run fall silent
 COLUMNS = ("injected", "nothing ran", "by itself", "run again", "reconciled, run again")
 Injected = list[tuple[datetime, Fault]]
 Grids = dict[str, tuple[int, float]]  # how many values a grid has, and their sum, by its URL
@@ -60,7 +61,8 @@ def fates(
 ) -> tuple[pd.DataFrame, list[str]]:
     """What became of the runs that each kind of fault struck, and the runs that ended badly without any.
 
-    A run that ended badly is put down to the last fault before its end, or before it fell silent where that ended it.
+    A run that ended badly is put down to the last fault before its end. One that ended by its silence is put down to
+    the last one before that which kills a run's process, if there was any.
     """
     table = pd.DataFrame(0, index=list(KINDS), columns=list(COLUMNS))
     whole = [run for run in runs if is_whole(run) and is_final(run)]
@@ -78,7 +80,9 @@ def fates(
 def blamed(injected: Injected, run: FlowRun, silent: timedelta) -> datetime | None:
     """When the fault came that a run's bad end is put down to."""
     begin, end = lived(run)
-    return max((when for when, _ in injected if begin - SUFFERING < when < end - silent), default=None)
+    struck = [(when, fault) for when, fault in injected if begin - SUFFERING < when < end - silent]
+    deadly = [when for when, fault in struck if fault.kind in DEADLY] if silent else []
+    return max(deadly or [when for when, _ in struck], default=None)
 
 
 def fate(when: datetime, victim: FlowRun | None, whole: list[FlowRun], reconciled: set[str]) -> str:

@@ -69,10 +69,11 @@ def evaluate_database(
         write_card(url, "report", fingerprint=fingerprint(made_of), made_of=made_of, scores=content["scores"])
     places = {"score card": storage.join(url, CARD), "table": storage.join(url, "scores.md")}
     if grid:
-        places["score card beside the grid"] = beside = storage.join(home_of(grid), CARD)
+        home = home_of(grid)
+        places["score card beside the grid"] = beside = storage.join(home, CARD)
         storage.copy(places["score card"], beside)
-        if storage.exists(storage.join(home_of(grid), ITEM)):
-            write_item(home_of(grid))  # again: it names the score card now
+        if storage.exists(storage.join(home, ITEM)):
+            write_item(home)  # again: it names the score card now
     opens = opening("pandas as pd", "scores = pd.read_csv", storage.join(url, "scores.csv"))
     show_places(places, opens, "score-card", "The score card, and the table of scores")
     return url

@@ -84,6 +84,17 @@ def fixtures_dir():
     return found
 
 
+@pytest.fixture(scope="session")
+def mounting(tmp_path_factory):
+    """The beginning of a command that may mount file systems, which no other process sees."""
+    beginning = ["unshare", "--map-root-user", "--mount"]
+    mount = ["mount", "-t", "tmpfs", "none", str(tmp_path_factory.mktemp("mount"))]
+    tried = subprocess.run([*beginning, *mount], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"no file system may be mounted here: {tried.stderr.strip()}")
+    return beginning
+
+
 PROVIDERS = {
     "sentinel2l2a01.blob.core.windows.net": "Planetary Computer",
     "e84-earth-search-sentinel-data": "Earth Search, Collection 1",

@@ -164,8 +164,7 @@ def begin(step, inputs, number):
 def test_a_step_completes_by_itself_or_by_one_rerun(station, inputs, number):
     """kill -9 when its second unit is being written, of what is named.
 
-    The engine is a run's own process, and alone needs the rerun. Of the Prefect worker the runs are left alone, as
-    systemd and a container engine can be told to.
+    The engine is a run's own process: only its death needs the rerun. The Prefect worker is killed without its runs.
     """
     step, victim = KILLED[number]
 

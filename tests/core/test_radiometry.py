@@ -205,6 +205,7 @@ def test_a_users_own_processing_tells_no_baseline():
 
 def test_the_real_items_of_each_provider(real_items):
     assert {name: len(items) for name, items in real_items.items()} == {
+        "Digital Earth Africa": 1,
         "Planetary Computer": 1137,
         "Earth Search, Collection 1": 10,
         "Earth Search": 4,
@@ -215,6 +216,7 @@ def test_the_real_items_of_each_provider(real_items):
         for i in items
     }
     assert table == {
+        ("Digital Earth Africa", "05.10", -1000, False, False),
         ("Planetary Computer", "02.12", 0, False, False),
         ("Planetary Computer", "05.10", -1000, False, False),
         ("Planetary Computer", "05.11", -1000, False, False),
@@ -234,7 +236,7 @@ def test_every_band_of_every_real_item_has_its_asset(real_items):
             for band, key in keys.items():
                 assert re.search(rf"[/_]{band}(_\d\dm)?\.tif$", real["assets"][key]["href"]), (real["id"], band, key)
             seen += 1
-    assert seen == 1151
+    assert seen == 1152
 
 
 def test_tile_and_acquisition_of_every_real_item(real_items):

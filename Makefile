@@ -21,7 +21,7 @@ demo: .venv/ready  ## set up, then make a global RANGE+ grid from the demo plane
 
 test: .venv/ready  ## set up, then pass the checks and the tests
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: .venv/ready  ## kill what can be killed while samples, encoders and grids are made, and compare
 	$(BIN)/python -m pytest -m faults --timeout 1200

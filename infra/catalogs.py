@@ -22,10 +22,10 @@ import numpy as np
 import pystac
 import shapely
 from numpy.typing import NDArray
-from pystac_client import ItemSearch
 
 from infra import storage
 from infra.errors import CatalogUnavailable, UserError
+from infra.intervals import Interval
 from infra.settings import settings
 from infra.stac_api import open_api, search_api
 from infra.stac_files import is_file, open_file, search_file
@@ -108,7 +108,7 @@ def search(catalog: Catalog, interval: str, lonlat: NDArray[np.float64], max_clo
 
     Args:
         catalog: Where to search.
-        interval: RFC 3339 interval, `2021-01-01/2021-12-31`.
+        interval: Time window, as `Interval.parse` takes it.
         lonlat: (n, 2) points in degrees.
         max_cloud_percent: Largest `eo:cloud_cover`; items that do not tell theirs are kept.
 
@@ -116,25 +116,17 @@ def search(catalog: Catalog, interval: str, lonlat: NDArray[np.float64], max_clo
         CatalogUnavailable: The catalog does not answer, or never in whole.
         UserError: The catalog lacks the collection, or the interval is none.
     """
-    window = _window(interval)
+    window = Interval.parse(interval)
     if is_file(catalog.url):
         features = search_file(catalog.url, lonlat)
     else:
         found: dict[str, Any] = {}
         for points in _chunks(lonlat):
-            found |= search_api(catalog.url, catalog.collection, window, points, max_cloud_percent)
+            found |= search_api(catalog.url, catalog.collection, window.asked, points, max_cloud_percent)
         features = list(found.values())
     items = {item.id: item for item in _usable(catalog, features)}
     fits = [i for i in items.values() if _fits(i, catalog, window, lonlat, max_cloud_percent)]
     return sorted(fits, key=lambda item: item.id)
-
-
-def _window(interval: str) -> str:
-    """The interval with both ends to the second: a day alone means all of it, as `..` means no end."""
-    try:
-        return str(ItemSearch("", datetime=interval).get_parameters()["datetime"])
-    except Exception as error:  # pystac-client raises no narrower one
-        raise UserError(f"{interval!r} is no interval ({error}): give one such as 2021-01-01/2021-12-31") from None
 
 
 def _chunks(lonlat: NDArray[np.float64]) -> list[NDArray[np.float64]]:
@@ -150,22 +142,15 @@ def _chunks(lonlat: NDArray[np.float64]) -> list[NDArray[np.float64]]:
 
 
 def _fits(
-    item: pystac.Item, catalog: Catalog, window: str, lonlat: NDArray[np.float64], max_cloud_percent: float
+    item: pystac.Item, catalog: Catalog, window: Interval, lonlat: NDArray[np.float64], max_cloud_percent: float
 ) -> bool:
-    start, end = (None if text == ".." else _time(text) for text in (*window.split("/"), window)[:2])
-    first, last = _times(item)
     cloud = item.properties.get("eo:cloud_cover")
     return (
         item.collection_id in (None, catalog.collection)
-        and (start is None or last >= start)
-        and (end is None or first <= end)
+        and window.meets(*_times(item))
         and (cloud is None or cloud <= max_cloud_percent)
         and bool(shapely.intersects_xy(footprint(item.geometry), *lonlat.T).any())
     )
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
 def _times(item: pystac.Item) -> tuple[datetime, datetime]:

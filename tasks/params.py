@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from infra.intervals import Interval
+
 if TYPE_CHECKING:
     from tasks.core.grid import GridSpec
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")  # of Sentinel-2 L2A
-
-EARLIEST = "0000-01-01"  # what a year or a month alone leaves out
-
 
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
@@ -53,7 +52,7 @@ class SampleParams(Params):
     source: str | None = None
     """For `class` a GeoTIFF in longitude and latitude, 0 no class; for `list` a CSV or Parquet with lon and lat."""
     datetime: str = "2021-01-01/2022-12-31"
-    """Time window, an RFC 3339 interval."""
+    """Time window: a day, a month, a year, or two with / between, as 2021-01-01/2021-12-31; .. is an open end."""
     max_cloud_percent: float = Field(60.0, ge=0, le=100)
     """Largest cloud cover of a scene."""
     scene: Literal["least-cloudy", "nearest", "seasons"] = "least-cloudy"
@@ -102,12 +101,7 @@ class SampleParams(Params):
     @field_validator("datetime")
     @classmethod
     def _interval(cls, text: str) -> str:
-        ends = text.split("/")
-        for end in ends:
-            if end not in ("", ".."):
-                datetime.datetime.fromisoformat(end + EARLIEST[len(end) :] if len(end) < 10 else end)
-        if len(ends) > 2 or not any(end.strip(".") for end in ends):
-            raise ValueError("give one day or an interval such as 2021-01-01/2021-12-31")
+        Interval.parse(text)
         return text
 
     @field_validator("date")

@@ -6,13 +6,14 @@ whole. STAC 1.0.0 with the extensions datacube 2.1.0 and embeddings 0.0.1, which
 """
 
 import posixpath
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any
 
 from shapely import box, union_all
 from shapely.geometry import mapping
 
 from infra import storage
+from infra.intervals import Interval
 from infra.settings import settings
 from tasks import grids
 from tasks.conventions import COPERNICUS, LEGAL_NOTICE
@@ -25,6 +26,7 @@ EXTENSIONS = [
     "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json",
 ]
 ZARR, GEOTIFF = "application/vnd+zarr", "image/tiff; application=geotiff; profile=cloud-optimized"
+FIRST_IMAGE = datetime(2015, 6, 27, tzinfo=UTC)  # of Sentinel-2A, four days after its launch
 BESIDE = {
     "world.png": ("thumbnail", "image/png", ["thumbnail", "overview"], "First three principal components"),
     "world.tif": ("colours", GEOTIFF, ["visual"], "First three principal components, in the grid's CRS"),
@@ -96,12 +98,11 @@ def _described(spec: GridSpec, attrs: dict[str, Any], arrays: dict[str, Any]) ->
 
 def _period(home: str, attrs: dict[str, Any]) -> dict[str, Any]:
     """When the images are from, where their sample is still known; else when the grid was begun."""
+    begun = storage.modified(storage.join(home, GRID, "zarr.json")).astimezone(UTC)
     window = attrs.get("rangegrid:datetime")
     if window is None:
-        begun = storage.modified(storage.join(home, GRID, "zarr.json"))
-        return {"datetime": begun.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
-    start, end = (moment if "T" in moment else f"{moment}T00:00:00Z" for moment in window.split("/"))
-    return {"datetime": None, "start_datetime": start, "end_datetime": end.replace("T00:00:00Z", "T23:59:59Z")}
+        return {"datetime": begun.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    return Interval.parse(window).temporal(FIRST_IMAGE, begun)
 
 
 def _cube(spec: GridSpec, arrays: dict[str, Any]) -> dict[str, Any]:

@@ -85,14 +85,14 @@ def images(rows, changed=()):
     return {"keys": keys[rows], "values": values[rows], "locations": where[rows], "row_ids": np.asarray(rows)}
 
 
-def store(home, name, arrays, checkpoint=None, shard=150):
+def store(home, name, arrays, checkpoint=None, shard=150, **card):
     """A database in storage."""
     url, count = f"{home.as_uri()}/{name}", len(arrays["keys"])
     create_database(url, count, arrays["keys"].shape[1], arrays["values"].shape[1], shard)
     for start in range(0, count, shard):
         write_rows(url, start, {n: a[start : start + shard] for n, a in arrays.items()})
     space = checkpoint or read_card(f"{home.as_uri()}/checkpoint", "checkpoint")["fingerprint"]
-    finish_database(url, checkpoint=space, fingerprint=name, attribution="nobody")
+    finish_database(url, checkpoint=space, fingerprint=name, attribution="nobody", **card)
     return url
 
 

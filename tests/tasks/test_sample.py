@@ -112,6 +112,14 @@ def test_a_larger_sample_holds_the_smaller(run):
     pd.testing.assert_series_equal(both.sha256_x, both.sha256_y, check_names=False)
 
 
+@pytest.mark.parametrize(
+    ("window", "first", "last"), [("2021-07", "2021-07-01", "2021-08"), ("2022/..", "2022", "2024")]
+)
+def test_the_images_are_of_the_window(run, window, first, last):
+    taken = run(patches=4, datetime=window).manifest.datetime
+    assert taken.between(first, last).all()
+
+
 def test_a_list_is_sampled_in_its_order(run, points):
     found = run(places="list", source=str(points), patches=20).manifest
     table = pd.read_csv(points)

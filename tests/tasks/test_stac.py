@@ -4,6 +4,7 @@ import json
 import posixpath
 import re
 import xml.etree.ElementTree as ET
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from urllib.parse import urljoin
 
@@ -16,16 +17,18 @@ from PIL import Image
 from pystac.validation import JsonSchemaSTACValidator, validate_dict
 
 from infra import clusters, storage
+from tasks.cards import write_card
 from tasks.checkpoint import save_checkpoint
 from tasks.core.location import LocationEncoder
 from tasks.grids import open_vectors
-from tasks.params import PublishParams
+from tasks.params import PublishParams, SampleParams
 from tasks.publish import publish_grid
 from tasks.stac import write_collection, write_item
 from tests.tasks.test_publish import DIM, STEP, VALUES, images, store
 from tests.test_architecture import ROOT
 
 SCHEMAS = ROOT / "tests/schemas/stac"
+HOUR = timedelta(hours=1)
 CORE = "https://schemas.stacspec.org/v1.0.0"
 
 
@@ -75,6 +78,55 @@ def test_the_item_is_valid(homes, validator, which):
     del item["assets"]["embeddings"]
     with pytest.raises(pystac.STACValidationError):
         validate_dict(item, validator=validator)
+
+
+WINDOWS = {  # by what `--datetime` takes: what the item tells; an end that is open is when the grid was begun
+    "2021-01-01/2022-12-31": ("2021-01-01T00:00:00Z", "2022-12-31T23:59:59Z"),
+    "2021-06-30": ("2021-06-30T00:00:00Z", "2021-06-30T23:59:59Z"),
+    "2020-02": ("2020-02-01T00:00:00Z", "2020-02-29T23:59:59Z"),
+    "2021": ("2021-01-01T00:00:00Z", "2021-12-31T23:59:59Z"),
+    "2021-06-30t12:00:00.5+02:00/2022": ("2021-06-30T10:00:00.500000Z", "2022-12-31T23:59:59Z"),
+    "2021-01-01/..": ("2021-01-01T00:00:00Z", None),
+    "/2021": ("2015-06-27T00:00:00Z", "2021-12-31T23:59:59Z"),
+    "1999": ("1999-01-01T00:00:00Z", "1999-12-31T23:59:59Z"),
+}
+
+
+@pytest.fixture(scope="module")
+def windowed(homes, tmp_path_factory):
+    """The directory of a grid of images whose sample is there, of 2021 or later."""
+    folder, checkpoint = (
+        tmp_path_factory.mktemp("windows"),
+        f"{posixpath.dirname(posixpath.dirname(homes[0]))}/checkpoints/one",
+    )
+    made_of = {"datetime": SampleParams(datetime="2021-01-01/..").datetime}
+    with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
+        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
+        write_card(f"{folder.as_uri()}/patches/sample", "patches", made_of=made_of)
+        arrays, space = images(np.arange(20)), read_space(checkpoint)
+        database = store(folder, "databases/one", arrays, checkpoint=space, patches="sample")
+        yield posixpath.dirname(publish_grid(client, checkpoint, database, PublishParams(step=30.0, tile_cells=3)))
+
+
+def test_an_item_tells_the_window_of_the_images(windowed, validator):
+    """However it is written; an end that is open is when the grid was begun."""
+    published = read(windowed, "item.json")
+    assert published["properties"]["start_datetime"] == WINDOWS["2021-01-01/.."][0]
+    zarr = read(windowed, "grid.zarr/zarr.json")
+    for window, (start, end) in WINDOWS.items():
+        zarr["attributes"]["rangegrid:datetime"] = SampleParams(datetime=window).datetime
+        storage.write_json(f"{windowed}/grid.zarr/zarr.json", zarr)
+        item = write_item(windowed)
+        assert len(validate_dict(item, validator=validator)) == 3
+        told = pystac.Item.from_dict(item).common_metadata
+        assert item["properties"]["start_datetime"] == start
+        assert item["properties"]["end_datetime"] == end or told.end_datetime > datetime.now(UTC) - HOUR
+        assert told.start_datetime <= told.end_datetime
+        collection = write_collection(posixpath.dirname(windowed))
+        assert len(validate_dict(collection, validator=validator)) == 3
+        assert collection["extent"]["temporal"]["interval"][0][0] == start
+    zarr["attributes"]["rangegrid:datetime"] = "2021-01-01/.."
+    storage.write_json(f"{windowed}/grid.zarr/zarr.json", zarr)
 
 
 def test_the_collection_is_valid_and_leads_to_every_item(homes, validator):

@@ -6,11 +6,13 @@ find the same directory and resume; changed ones make a new version; nothing tha
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
+
+FORMER_LAND: Literal["centre"] = "centre"  # which cells are land of a grid whose card does not tell: of the first ones
 
 
 def fingerprint(content: Any) -> str:

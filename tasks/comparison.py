@@ -5,7 +5,7 @@ the canaries, which are the same in all versions of a grid.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -96,7 +96,7 @@ def same_cells(old: str, new: str) -> GridSpec:
     )
     if before != after:
         raise UserError(f"{old} is {before} and {new} is {after}: only vectors of the same cells can be compared")
-    return max(specs, key=lambda spec: spec.tile)
+    return replace(max(specs, key=lambda spec: spec.tile), land="any")  # which has the land of either rule
 
 
 def compare_tile(old: str, new: str, tile: Tile) -> tuple[NDArray[np.float32], NDArray[np.float32], int, int]:

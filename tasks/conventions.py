@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.cards import FORMER_LAND
 from tasks.core.grid import GridSpec
 
 COPERNICUS = "Copernicus Sentinel"  # in the attribution of what was made from Sentinel-2
@@ -64,7 +65,8 @@ def spec_of(attrs: Mapping[str, Any], columns: int, tile: int = 1) -> GridSpec:
     """The grid whose attributes these are: what `placed` wrote."""
     west, south, east, north = attrs["spatial:bbox"]
     crs = attrs.get("proj:code") or attrs["proj:wkt2"]
-    return GridSpec((east - west) / columns, tile, (west, south, east, north), crs)
+    land = attrs.get("rangegrid:made_of", {}).get("land", FORMER_LAND)
+    return GridSpec((east - west) / columns, tile, (west, south, east, north), crs, land)
 
 
 def axes(spec: GridSpec) -> dict[str, Any]:

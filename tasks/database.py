@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
+from tasks import arrays
 from tasks.cards import made_before, read_card, write_card
 from tasks.foreign import check_free, read_file, write_file
 
@@ -77,6 +78,7 @@ def create_database(url: str, images: int, key: int, value: int, rows: int) -> N
                 shape=shape,
                 dtype=dtype,
                 chunks=(min(rows, images), *shape[1:]),
+                compressors=arrays.packed(),
                 fill_value=_missing(dtype),
             )
 
@@ -94,7 +96,7 @@ def _array(url: str, name: str, mode: Any) -> zarr.Array:
     return zarr.open_array(storage.zarr_store(storage.join(url, "database.zarr", name)), mode=mode)
 
 
-def write_rows(url: str, start: int, arrays: dict[str, NDArray]) -> None:
+def write_rows(url: str, start: int, data: dict[str, NDArray]) -> None:
     """Writes one shard of every array, from image `start`; the keys last, as the mark that it is done.
 
     Raises:
@@ -103,13 +105,13 @@ def write_rows(url: str, start: int, arrays: dict[str, NDArray]) -> None:
     for name in reversed(NAMES):
         target = _array(url, name, "r+")
         rows, total = target.chunks[0], target.shape[0]
-        stop = start + len(arrays[name])
+        stop = start + len(data[name])
         if start % rows or stop != min(start + rows, total):
             raise UserError(
                 f"images {start} to {stop} are not one whole shard of {rows}: two workers could write "
                 "the same shard. Write whole shards"
             )
-        target[start:stop] = arrays[name]
+        target[start:stop] = data[name]
 
 
 def written_shards(url: str) -> set[int]:
@@ -119,14 +121,14 @@ def written_shards(url: str) -> set[int]:
 
 def finish_database(url: str, **card: Any) -> dict[str, Any]:
     """Checks the whole database and writes its card; returns the card."""
-    arrays = _read(url)
-    check(arrays["keys"], arrays["values"], arrays["locations"], url)
+    data = _read(url)
+    check(data["keys"], data["values"], data["locations"], url)
     return write_card(
         url,
         "database",
-        images=len(arrays["keys"]),
-        key_dim=arrays["keys"].shape[1],
-        value_dim=arrays["values"].shape[1],
+        images=len(data["keys"]),
+        key_dim=data["keys"].shape[1],
+        value_dim=data["values"].shape[1],
         **card,
     )
 
@@ -144,15 +146,16 @@ def open_database(url: str) -> Database:
 def read_rows(url: str, rows: slice | list[int]) -> Database:
     """Reads some images of a finished database into memory: a worker's part of a large one, or chosen rows."""
     card = _card(url)
-    return Database(**{name: np.asarray(_array(url, name, "r").oindex[rows]) for name in NAMES}, card=card)
+    return Database(**{name: arrays.read(_array(url, name, "r"), rows) for name in NAMES}, card=card)
 
 
 def read_blocks(url: str, size: int) -> Iterator[Database]:
     """A finished database, `size` images at a time."""
     card = _card(url)
-    arrays = {name: _array(url, name, "r") for name in NAMES}
+    stored = {name: _array(url, name, "r") for name in NAMES}
     for start in range(0, card["images"], size):
-        yield Database(**{name: np.asarray(a[start : start + size]) for name, a in arrays.items()}, card=card)
+        rows = slice(start, start + size)
+        yield Database(**{name: arrays.read(array, rows) for name, array in stored.items()}, card=card)
 
 
 def _card(url: str) -> dict[str, Any]:
@@ -167,9 +170,9 @@ def _card(url: str) -> dict[str, Any]:
     return card
 
 
-def stored_values(url: str) -> zarr.Array:
+def stored_values(url: str) -> arrays.Rows:
     """The values of a database, (n, v), to be read in blocks."""
-    return _array(url, "values", "r")
+    return arrays.Rows(_array(url, "values", "r"))
 
 
 def _read(url: str) -> dict[str, NDArray]:
@@ -180,7 +183,7 @@ def _whole(array: zarr.Array) -> NDArray:
     """All of an array, some whole shards at a time."""
     found, rows = np.empty(array.shape, array.dtype), max(1, READ_ROWS // array.chunks[0]) * array.chunks[0]
     for start in range(0, len(found), rows):
-        found[start : start + rows] = array[start : start + rows]
+        found[start : start + rows] = arrays.read(array, slice(start, start + rows))
     return found
 
 

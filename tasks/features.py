@@ -22,6 +22,7 @@ from safetensors.torch import save as serialise
 
 from infra import storage
 from infra.errors import UserError
+from tasks import arrays
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.checkpoint import describe
 from tasks.core.encoders import fit_encoder, load_encoder
@@ -131,10 +132,10 @@ def read_weights(place: str) -> dict[str, NDArray]:
         tensors = parse(read_file(file, "a .safetensors"))
     except SafetensorError as error:
         raise UserError(f"{place} is no .safetensors ({error}): convert the weights to one first") from error
-    arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
+    found = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
     if file == place:
-        return arrays
-    return {name.removeprefix("encoder."): a for name, a in arrays.items() if name.startswith("encoder.")}
+        return found
+    return {name.removeprefix("encoder."): a for name, a in found.items() if name.startswith("encoder.")}
 
 
 def _prepare(url: str, patches: str, params: EncoderParams) -> None:
@@ -198,6 +199,7 @@ def _create(url: str, views: int, images: int, dim: int) -> None:
             shape=(views, images, dim),
             dtype="f4",
             chunks=(1, min(SHARD, images), dim),
+            compressors=arrays.packed(),
             fill_value=np.nan,
             dimension_names=("view", "image", "feature"),
         )
@@ -213,8 +215,8 @@ def open_store(patches: str) -> Patches:
 def open_encoder(url: str, patches: str, name: str) -> ImageEncoder:
     """The fitted encoder of the features at `url`, loaded once per worker process."""
     tensors = parse(storage.read(storage.join(url, "encoder.safetensors")))
-    arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
-    return load_encoder(name, arrays, open_store(patches).bands)
+    fitted = {key: tensor.numpy() for key, tensor in tensors.items()}
+    return load_encoder(name, fitted, open_store(patches).bands)
 
 
 def view_of(images: NDArray[np.float32], view: int) -> NDArray[np.float32]:
@@ -255,7 +257,7 @@ def _array(url: str, mode: Any) -> zarr.Array:
 
 def read_features(url: str, rows: slice = slice(None)) -> NDArray[np.float32]:
     """Rows of the features of the untouched images, (n, feature)."""
-    return np.asarray(_array(url, "r")[0, rows])
+    return arrays.read(_array(url, "r"), (0, rows))
 
 
 class StoredFeatures:
@@ -271,7 +273,7 @@ class StoredFeatures:
 
     def _read(self, number: int) -> NDArray[np.float32]:
         view, shard = divmod(number, -(-self.shape[1] // self.run))
-        return np.asarray(self._stored[view, shard * self.run : (shard + 1) * self.run])
+        return arrays.read(self._stored, (view, slice(shard * self.run, (shard + 1) * self.run)))
 
     def take(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
         """Features of images, each in the view of the same index, (n, feature)."""

@@ -46,7 +46,7 @@ from zarr.storage import MemoryStore
 
 from infra import storage
 from infra.errors import UserError
-from tasks import conventions
+from tasks import arrays, conventions
 from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
 from tasks.core.quantize import NODATA, DType, Scale, half
@@ -189,7 +189,8 @@ def create(
         warnings.filterwarnings("ignore", "Consolidated metadata")
         for group, part in [(None, dataset), *levels.items()]:
             cells = {str(name): array for name, array in part.items() if spec.plane.dims[0] in array.dims}
-            encoding = {name: _stored(spec, array) for name, array in cells.items()}
+            encoding: dict[str, Any] = {str(name): {"compressors": arrays.packed()} for name in part.variables}
+            encoding |= {name: _stored(spec, array) for name, array in cells.items()}
             part.to_zarr(
                 store, group=group, mode="a", compute=False, zarr_format=3, consolidated=False, encoding=encoding
             )
@@ -207,7 +208,7 @@ def _stored(spec: GridSpec, array: xr.DataArray) -> dict[str, Any]:
             f"a shard's edge. Use {chunk * max(1, spec.tile // chunk)} or {chunk * (spec.tile // chunk + 1)}"
         )
     missing = array.encoding.get("_FillValue", np.float32(np.nan))
-    packed = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")  # docs/grid.md has what others would do
+    packed = arrays.packed(BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"))  # docs/grid.md: what others would do
     stored = {"compressors": packed, "_FillValue": missing, "fill_value": missing}
     if array.ndim == 2:
         return stored | {"chunks": (spec.tile, spec.tile), "shards": (spec.tile, spec.tile)}
@@ -309,7 +310,7 @@ def open_spec(url: str) -> GridSpec:
 
 
 def _decoded(array: zarr.Array, index: Any) -> NDArray[np.float32]:
-    values = np.asarray(array[index])
+    values = arrays.read(array, index)
     return _scale(array).decode(values) if array.dtype == np.int8 else values.astype(np.float32, copy=False)
 
 
@@ -321,5 +322,5 @@ def read_tile(url: str, tile: Tile, variable: str = VARIABLE) -> NDArray[np.floa
 def read_projection(url: str) -> Projection:
     """What made the grid compact."""
     group = zarr.open_group(storage.zarr_store(url), mode="r")
-    mean, components = (np.asarray(group[name]) for name in ("mean", "components"))
+    mean, components = (arrays.read(group[name], ...) for name in ("mean", "components"))
     return Projection(mean, components, group.attrs["rangegrid:explained_variance"])

@@ -211,6 +211,8 @@ class PublishParams(Params):
     """Eastern edge; beyond 180 degrees for a box that crosses them, as 170 to 190."""
     north: float = 90.0
     """Northern edge."""
+    land: Literal["any", "centre"] | None = None
+    """Which cells have a vector: of any land, or of land at their centre; unset, as the parent, else any."""
     method: Literal["range+", "range"] = "range+"
     """Retrieval: RANGE+ (semantic and geodesic) or RANGE (semantic only)."""
     beta: float = Field(0.5, ge=0, le=1)
@@ -260,10 +262,10 @@ class PublishParams(Params):
 
     @property
     def spec(self) -> "GridSpec":
-        """The grid; a size of tiles that is not given is for the database to tell (`tasks.publish.with_tiles`)."""
+        """The grid; a size of tiles that is not given is for the database to tell (`tasks.publish.settled`)."""
         from tasks.core.grid import GridSpec
 
-        return GridSpec(self.step, self.tile_cells or GridSpec.tile, self.box, self.crs)
+        return GridSpec(self.step, self.tile_cells or GridSpec.tile, self.box, self.crs, self.land or "any")
 
     @model_validator(mode="after")
     def _exact(self) -> Self:

@@ -27,6 +27,7 @@ from zarr.errors import ContainsArrayError
 
 from infra import storage
 from infra.errors import UserError
+from tasks import arrays
 from tasks.cards import read_card
 from tasks.core.radiometry import NODATA, to_reflectance
 
@@ -129,7 +130,7 @@ def _create(url: str, patches: int, bands: tuple[str, ...], pixels: int, resolut
             chunks=(1, len(bands), pixels, pixels),
             shards=(shard, len(bands), pixels, pixels),
             fill_value=NODATA,
-            compressors=ZstdCodec(level=3),
+            compressors=arrays.packed(ZstdCodec(level=3)),
             dimension_names=("patch", "band", "y", "x"),
             attributes={"bands": list(bands), "resolution_m": resolution_m},
         )
@@ -153,7 +154,7 @@ def write_shard(url: str, start: int, pixels: NDArray[np.uint16]) -> None:
 
 def read_rows(url: str, rows: slice) -> NDArray[np.uint16]:
     """Raw numbers (n, band, y, x) of a store that may be unfinished."""
-    return storage.patiently(lambda: _array(url, "r")[rows], url)
+    return storage.patiently(lambda: arrays.read(_array(url, "r"), rows), url)
 
 
 def write_manifest(url: str, rows: pd.DataFrame) -> None:

@@ -16,7 +16,7 @@ from infra.errors import UserError
 from infra.settings import settings
 from tasks import conventions, grids, versions
 from tasks.artifacts import opening, show_places
-from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
+from tasks.cards import FORMER_LAND, fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
 from tasks.core.grid import Tile
@@ -54,14 +54,14 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
             another run moved `latest` meanwhile.
     """
     card = read_pair(checkpoint, database)
-    params = with_tiles(params, card)
+    params = settled(params, card)
     spec = params.spec
     tiles = land_tiles(spec)
     if not tiles:
-        raise UserError(f"the box {spec.box} in {spec.crs} has no land at the centre of any cell: give another one")
+        raise UserError(f"the box {spec.box} in {spec.crs} has no land in any cell: give another one")
     kept = kept_sums(card, params)
     parent = read_parent(params.parent, kept) if params.parent else {}
-    decides = params.model_dump(mode="json", exclude={"promote", "drift_alert"})
+    decides = decisive(params)
     made_of = {"database": card["fingerprint"], **decides, "parent": parent.get("fingerprint")}
     job = Job(
         home=product_url("grids", made_of),
@@ -99,15 +99,21 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     return job.grid
 
 
-def with_tiles(params: PublishParams, card: dict[str, Any]) -> PublishParams:
-    """The parameters with a tile size: the one given, the parent's, or what makes shards large enough."""
-    if params.tile_cells:
-        return params
+def settled(params: PublishParams, card: dict[str, Any]) -> PublishParams:
+    """The parameters with what was left open: the parent's tile size and land, or shards large enough and any land."""
     if params.parent:
-        tile = read_card(home_of(params.parent), "grid")["made_of"]["tile_cells"]
+        made = read_card(home_of(params.parent), "grid")["made_of"]
+        tile, land = made["tile_cells"], made.get("land", FORMER_LAND)
     else:
         tile = grids.tile_cells((params.compact_dims or card["value_dim"]) + card["key_dim"], params.dtype)
-    return params.model_copy(update={"tile_cells": tile})
+        land = "any"
+    return params.model_copy(update={"tile_cells": params.tile_cells or tile, "land": params.land or land})
+
+
+def decisive(params: PublishParams) -> dict[str, Any]:
+    """The parameters that decide what a grid is; the rule of land is named where it is not that of the first grids."""
+    aside = {"promote", "drift_alert"} | ({"land"} if params.land == FORMER_LAND else set())
+    return params.model_dump(mode="json", exclude=aside)
 
 
 def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], done: set[Tile]) -> list[Report]:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from tasks.cards import read_card
 from tasks.core.compact import Projection
 from tasks.core.field import DISTANCES_KM, FINER, Change, kernel_width_km, probe_places
+from tasks.core.grid import GridSpec
+from tasks.core.land import is_land, land_mask
 from tasks.core.probes import blocked_folds, score
 from tasks.core.quantize import DType, Scale, half, loss
 from tasks.core.retrieval import embed
@@ -23,6 +25,8 @@ from tasks.tiles import Job, index_of, load, load_encoder
 from tasks.units import log
 
 BLOCK_DEGREES, FOLDS = 10.0, 5  # of the probe: one fold is scored
+
+CELLS, SHORE = 20_000, 1000  # land cells that are looked at for such as lie at sea, and of these at most
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,24 @@ def survey(job: Job, dtype: DType, projection: Projection | None) -> Survey:
     cell_km = round(job.spec.gsd / 1000, 1)
     distances = tuple(sorted({cell_km, *DISTANCES_KM}))
     places = probe_places(distances)
-    flat = places.reshape(-1, 2)
-    visual, location = _embedded(job, flat, projection)
-    blocks = dict(zip(BLOCKS, (visual, location), strict=True))
-    changes = {name: Change.of(part.reshape(*places.shape[:2], -1), distances) for name, part in blocks.items()}
+    flat = np.concatenate([places.reshape(-1, 2), shore_cells(job.spec) if dtype == "int8" else np.empty((0, 2))])
+    blocks = dict(zip(BLOCKS, _embedded(job, flat, projection), strict=True))
+    probed = {name: part[: places[..., 0].size].reshape(*places.shape[:2], -1) for name, part in blocks.items()}
+    changes = {name: Change.of(part, distances) for name, part in probed.items()}
     attrs: dict[str, Any] = {"rangegrid:field": _field(changes, cell_km)}
     if dtype == "float32":
         return Survey(attrs)
     scales = {name: Scale.fit(part) for name, part in blocks.items()} if dtype == "int8" else {}
     attrs["rangegrid:loss"] = {"dtype": dtype} | _loss(flat, blocks, scales)
     return Survey(attrs | _quantization(dtype, scales), dtype, scales)
+
+
+def shore_cells(spec: GridSpec) -> NDArray[np.float64]:
+    """Centres of some land cells that lie at sea, (n, 2) in degrees: a scale must hold them too."""
+    rows, columns = np.nonzero(land_mask(spec))
+    picked = np.random.default_rng(0).permutation(len(rows))[:CELLS]
+    centres = spec.plane.lonlat(np.column_stack([spec.x[columns[picked]], spec.y[rows[picked]]]))
+    return centres[~is_land(centres)][:SHORE]
 
 
 def _embedded(job: Job, places: NDArray[np.float64], projection: Projection | None) -> list[NDArray[np.float32]]:

@@ -14,7 +14,7 @@ from tasks.checkpoint import load_checkpoint
 from tasks.core.adaptive import Cells, Report, embed_cells
 from tasks.core.evidence import evidence
 from tasks.core.grid import GridSpec, Tile
-from tasks.core.land import is_land, land_mask
+from tasks.core.land import land_mask, land_of
 from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.sums import Halves
@@ -109,7 +109,7 @@ def land_tiles(spec: GridSpec) -> list[Tile]:
 def land_cells(spec: GridSpec, tile: Tile) -> Cells:
     """The cells of a tile, of which those on land are wanted."""
     rows, columns = tile.window
-    return Cells(spec.x[columns], spec.y[rows], is_land(spec.lonlat(tile)), spec.plane)
+    return Cells(spec.x[columns], spec.y[rows], land_of(spec, tile), spec.plane)
 
 
 def publish_tile(job: Job, tile: Tile) -> Report:

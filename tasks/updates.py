@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.errors import UserError
 from tasks import grids
-from tasks.cards import read_card
+from tasks.cards import FORMER_LAND, read_card
 from tasks.core.adaptive import Report
 from tasks.core.grid import Tile
 from tasks.core.retrieval import Method, RetrievalIndex
@@ -44,6 +44,7 @@ def kept_sums(card: dict[str, Any], params: PublishParams) -> dict[str, Any]:
         "box": list(params.box),
         "step": params.step,
         "tile_cells": params.tile_cells,
+        **({} if params.land == FORMER_LAND else {"land": params.land}),
         "semantic_temperature": method.semantic,
         "geodesic_temperature": method.geodesic_temperature if method.has_geodesic else None,
         "value_dim": card["value_dim"],

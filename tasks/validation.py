@@ -8,6 +8,7 @@ that are stored. The same comparison with the mirrored places must fail: a check
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
-from tasks import grids
+from tasks import arrays, grids
 from tasks.audit import Finding
-from tasks.cards import fingerprint
+from tasks.cards import FORMER_LAND, fingerprint
 from tasks.checkpoint import load_checkpoint
 from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
@@ -28,11 +29,13 @@ from tasks.core.plane import GLOBE, Box
 from tasks.core.retrieval import Method, unit_vectors
 from tasks.database import Database, read_blocks
 from tasks.params import PublishParams
-from tasks.tiles import land_cells, land_tiles
+from tasks.tiles import SUMS, land_cells, land_tiles
 from tasks.units import run_units
+from tasks.updates import home_of
 from tasks.versions import name_of
 
 CANARIES = 24  # cells that are computed again
+BATCH = 64  # objects that are decoded as one unit
 BLOCK = 4096  # images at a time
 EXACT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.1}  # relative error of an exact cell: ten times what it should be
 UNIT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.02}  # how far a location part's length is from 1
@@ -108,8 +111,10 @@ def validate_grid(client: Client, grid: str, card: dict[str, Any]) -> list[Findi
     spec = params.spec
     tiles = land_tiles(spec)
     missing = set(tiles) - grids.written(grid, spec, tiles)
-    findings = [presence(tiles, missing), *header(grid, spec, card)]
-    if not all(finding.passed for finding in findings):
+    findings = [presence(tiles, missing), checksums(grid), beside(client, grid)]
+    if findings[-1].passed:
+        findings += header(grid, spec, card)
+    if any(finding.passed is False for finding in findings):
         return [*findings, Finding("values", None, "none read: first mend what failed")]
     checks = run_units(client, partial(check_tile, grid, spec, blocks(grid)), tiles, label="validate")
     findings += shards(checks, UNIT[params.dtype])
@@ -139,13 +144,35 @@ def params_of(card: dict[str, Any]) -> PublishParams:
     """The parameters that a version was made with; its parent left out, which is known by fingerprint alone."""
     made_of = {FORMER.get(name, name): value for name, value in card["made_of"].items()}
     known = {name: made_of[name] for name in PublishParams.model_fields if name in made_of and name != "parent"}
-    return PublishParams(**known)
+    return PublishParams(**{"land": FORMER_LAND} | known)
 
 
 def presence(tiles: list[Tile], missing: set[Tile]) -> Finding:
     """Whether every tile with land has its shard."""
     example = f", for example {min(map(str, missing))} is not" if missing else ""
     return Finding("shards", not missing, f"{len(tiles) - len(missing)} of {len(tiles)} land tiles are there{example}")
+
+
+def checksums(grid: str) -> Finding:
+    """Whether every chunk has a checksum: without one, only what cannot be decoded is known to be damaged."""
+    without = arrays.unchecked(grid)
+    told = f"{', '.join(without[:3])}{' …' * (len(without) > 3)} have none: a flipped bit may decode as another number"
+    return Finding("checksums", None if without else True, told if without else "every chunk has one")
+
+
+def beside(client: Client, grid: str) -> Finding:
+    """Whether all that is stored beside the vectors decodes: coordinates, evidence, coarser levels, kept sums."""
+    stored = [(grid, found) for found in arrays.objects(grid) if found.array not in (grids.VARIABLE, *grids.BLOCKS)]
+    stored += [(sums, found) for sums in [storage.join(home_of(grid), SUMS)] for found in arrays.objects(sums)]
+    batches = [stored[start : start + BATCH] for start in range(0, len(stored), BATCH)]
+    bad = list(chain(*run_units(client, damaged, batches, label="decode", name=lambda _: "objects")))
+    told = f"{len(stored) - len(bad)} of {len(stored)} chunks beside the vectors decode"
+    return Finding("other arrays", not bad, f"{told} {'; '.join(bad[:3])}".rstrip())
+
+
+def damaged(batch: list[tuple[str, arrays.Stored]]) -> list[str]:
+    """Why objects of Zarr groups, each by the group's URL, cannot be decoded; nothing of those that can."""
+    return [why for url, stored in batch if (why := arrays.check(url, stored))]
 
 
 def header(grid: str, spec: GridSpec, card: dict[str, Any]) -> Iterator[Finding]:
@@ -177,8 +204,8 @@ def check_tile(grid: str, spec: GridSpec, parts: dict[str, list[int]], tile: Til
     """Reads one shard back."""
     try:
         data = grids.read_tile(grid, tile)
-    except (ValueError, RuntimeError) as error:  # of the codecs; a store that does not answer is no bad shard
-        return TileCheck(str(tile), error=f"{type(error).__name__}: {error}")
+    except arrays.Damaged as error:
+        return TileCheck(str(tile), error=str(error))
     wanted = land_cells(spec, tile).wanted
     finite = np.isfinite(data)
     misplaced = np.where(wanted, ~finite.all(0), finite.any(0))

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.core.plane import GLOBE, WGS84, Box, Plane
 
+Land = Literal["any", "centre"]
 WHOLE = 1e-9  # how far from a whole number a number of cells may be
 
 
@@ -46,6 +48,8 @@ class GridSpec:
     """West, south, east and north edge in the units of the CRS."""
     crs: str = WGS84
     """The coordinate reference system, a code or WKT."""
+    land: Land = "any"
+    """Which cells are land: those with any land in them, or those whose centre lies on it."""
 
     def __post_init__(self) -> None:
         west, south, east, north = self.box
@@ -126,6 +130,12 @@ class GridSpec:
         """Of the columns' centres, from west to east; longitudes in degrees where the CRS is geographic."""
         columns = self.shape[1]
         return self.box[0] + (np.arange(columns, dtype=np.float64) + 0.5) * (self.sides[0] / columns)
+
+    @property
+    def edges(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of the columns, from west to east, and of the rows, from north to south; one more than there are of these."""
+        (rows, columns), (west, south, east, north) = self.shape, self.box
+        return np.linspace(west, east, columns + 1), np.linspace(north, south, rows + 1)
 
     @property
     def coarser(self) -> "GridSpec":

@@ -49,6 +49,12 @@ class Plane:
         return bool(self.definition.is_geographic)
 
     @property
+    def has_lonlat(self) -> bool:
+        """Whether x and y are longitude and latitude of WGS84, but for a shift of some metres."""
+        first = self.definition.prime_meridian
+        return self.is_geographic and not self.definition.is_derived and first is not None and first.longitude == 0
+
+    @property
     def dims(self) -> tuple[str, str]:
         """Names of the dimensions of y and x."""
         return ("lat", "lon") if self.is_geographic else ("y", "x")

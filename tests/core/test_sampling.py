@@ -20,7 +20,7 @@ def test_known_places(lon, lat, land):
 
 
 def test_mask_by_cells_is_the_mask_by_points():
-    spec = GridSpec(15.0, 5)
+    spec = GridSpec(15.0, 5, land="centre")
     assert land_mask(spec).tolist() == [[is_land(np.array([[x, y]]))[0] for x in spec.x] for y in spec.y]
 
 

@@ -18,15 +18,19 @@ from tasks.checkpoint import save_checkpoint
 from tasks.core.evidence import evidence
 from tasks.core.field import DISTANCES_KM, PROBES
 from tasks.core.grid import GridSpec
+from tasks.core.land import is_land
 from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.database import create_database, finish_database, write_rows
+from tasks.grid_sampling import sample_grid
 from tasks.grids import read_projection
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tasks.survey import survey
 from tasks.tiles import Job
 from tasks.updates import home_of
+from tasks.validation import validate_grid
+from tests.core.test_land import cities
 from tests.core.test_retrieval import close, database
 
 STEP = {"step": 10.0, "tile_cells": 5}
@@ -333,3 +337,30 @@ def test_a_grid_finer_than_its_field_says_so(publish, home, before):
     job = Job("", f"{home.as_uri()}/checkpoint", before, GridSpec(0.01), Method(), 0.0, None, False, None, None, False)
     fine = survey(job, "float32", None).attrs["rangegrid:field"]
     assert fine["warning"].startswith("finer than the field: over one cell (1.1 km)")
+
+
+def test_grids_of_before_keep_their_rule_of_land(client, publish, before, after):
+    """Their cards tell of none: cells whose centre is on land; so they are found, validated and updated."""
+    grid = publish(before, KEEPS.model_copy(update={"land": "centre"}))
+    card = read_card(home_of(grid), "grid")
+    assert "land" not in card["made_of"] | card["sums"]
+    stored = xr.open_zarr(grid)
+    centres = is_land(np.stack(np.meshgrid(stored.lon, stored.lat), axis=-1))
+    np.testing.assert_array_equal(np.isfinite(embeddings(grid)[0]), centres)
+    assert all(finding.passed is not False for finding in validate_grid(client, grid, card))
+    child = publish(after, KEEPS.model_copy(update={"parent": grid}))
+    np.testing.assert_array_equal(np.isfinite(embeddings(child)[0]), centres)
+    with pytest.raises(UserError, match="land None and not any"):
+        publish(after, KEEPS.model_copy(update={"parent": grid, "land": "any"}))
+
+
+def test_no_town_by_the_sea_is_without_a_vector(publish, before):
+    """Of the cities of the Caribbean by GeoNames, half a degree: by the centres of cells 20 % had none."""
+    box = {"step": 0.5, "west": -90, "south": 8, "east": -58, "north": 28, "tile_cells": 20}
+    lonlat, country = cities()
+    west, south, east, north = (box[edge] for edge in ("west", "south", "east", "north"))
+    inside = (lonlat > (west, south)).all(1) & (lonlat < (east, north)).all(1)
+    found = sample_grid(publish(before, PublishParams(**box)), lonlat[inside])
+    assert inside.sum() > 800
+    assert np.isfinite(found).all()
+    assert len({*country[inside]}) > 30

@@ -80,7 +80,7 @@ def test_a_good_grid_passes_and_becomes_the_latest(made, findings, params):
 
 def test_a_version_of_before_the_boxes_is_the_globe_with_its_own_step():
     params = validation.params_of({"made_of": {"step_degrees": 2.0, "tile_cells": 60, "parent": None}})
-    assert params.spec == GridSpec(2.0, 60)
+    assert params.spec == GridSpec(2.0, 60, land="centre")
 
 
 def test_a_grid_may_wait_for_its_promotion(made):
@@ -203,7 +203,7 @@ def attributes(grid):
         (one(something_at_sea), {"land and sea"}),
         (one(longer), {"location part"}),
         (one(far), {"visual part"}),
-        (spoil(lambda data: data[:, ::-1]), {"shards"}),
+        (spoil(lambda data: data[:, ::-1]), {"land and sea"}),
         (coordinates, {"coordinates, north up"}),
         (attributes, {"card"}),
     ],

@@ -1,0 +1,150 @@
+"""Flipped bits: in any chunk of any product one is an error that names the file, and never other numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+from infra import clusters, storage
+from infra.errors import UserError
+from tasks import arrays, features, grids, patches, validation
+from tasks.cards import read_card
+from tasks.core.grid import GridSpec
+from tasks.database import open_database, read_blocks, read_rows, stored_values
+from tasks.params import PublishParams
+from tasks.publish import publish_grid
+from tasks.updates import home_of
+from tests.tasks.test_publish import images, inputs, store
+
+RICH = {"step": 10.0, "tile_cells": 6, "evidence": True, "keep_sums": True, "compact_dims": 3}
+KINDS = {
+    "float32": RICH,
+    "int8": {"step": 10.0, "tile_cells": 6, "dtype": "int8", "overviews": 1},
+}
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with clusters.connect("threads", 2) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def made(client, tmp_path_factory):
+    with inputs(tmp_path_factory.mktemp("rot")) as (checkpoint, database):
+        yield lambda params: publish_grid(client, checkpoint, database, PublishParams(**params))
+
+
+def path(url, *parts):
+    return Path(storage.join(url, *parts).removeprefix("file://"))
+
+
+class Flipped:
+    """A file with one of its bits flipped meanwhile, somewhere in it."""
+
+    def __init__(self, file):
+        self.file, self.data = file, file.read_bytes()
+
+    def __enter__(self):
+        spoiled = bytearray(self.data)
+        spoiled[RNG.integers(len(spoiled))] ^= 1 << RNG.integers(8)
+        self.file.write_bytes(spoiled)
+
+    def __exit__(self, *_):
+        self.file.write_bytes(self.data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("float32", {*grids.EVIDENCE, "embedding", "components", "mean", "lat", "lon", "sums", "block"}),
+        ("int8", {"visual", "location", "x2/visual", "x2/location", "x2/lat"}),
+    ],
+)
+def test_validation_names_the_damaged_object_of_a_grid(made, client, kind, names):
+    """In the vectors, and in whatever lies beside them."""
+    grid = made(KINDS[kind])
+    card = read_card(home_of(grid), "grid")
+    by_array = {}
+    for url in (grid, storage.join(home_of(grid), "sums.zarr")):
+        by_array |= {stored.array: (url, stored) for stored in arrays.objects(url)}
+    assert names <= by_array.keys()
+    for url, stored in by_array.values():
+        with Flipped(path(url, str(stored))):
+            assert f"{storage.join(url, str(stored))} is damaged" in arrays.check(url, stored)
+    vectors, beside = ("embedding", "sums") if kind == "float32" else ("location", "x2/visual")
+    for name, check in ((vectors, "decoding"), (beside, "other arrays")):
+        url, stored = by_array[name]
+        with Flipped(path(url, str(stored))):
+            found = {finding.check: finding for finding in validation.validate_grid(client, grid, card)}
+        assert found["checksums"].passed
+        assert not found[check].passed
+        assert f"{storage.join(url, str(stored))} is damaged" in found[check].detail
+
+
+def test_no_flip_is_read_as_other_numbers(made):
+    """Anywhere in a shard: by our own readers and by plain xarray."""
+    grid = made(KINDS["float32"])
+    variables = {"embedding": grids.open_vectors(grid)[:], "distance_km": xr.open_zarr(grid).distance_km.values}
+    for name, whole in variables.items():
+        stored = next(found for found in arrays.objects(grid) if found.array == name)
+        refused = 0
+        for _ in range(20):
+            with Flipped(path(grid, str(stored))):
+                read = xr.open_zarr(grid, chunks=None)[name]
+                try:
+                    np.testing.assert_array_equal(read.values, whole)
+                except ValueError:
+                    refused += 1
+        assert refused > 18  # another can be in bytes that no chunk has
+    shard = next(found for found in arrays.objects(grid) if found.array == "embedding")
+    with Flipped(path(grid, str(shard))), pytest.raises(UserError, match=f"{shard} is damaged"):
+        grids.open_vectors(grid)[:]
+
+
+def test_databases_patches_and_features_name_what_is_damaged(tmp_path, made):
+    home = path(made(RICH)).parents[2]
+    url = store(home, "rotten", images(np.arange(300)))
+    readers = {
+        "keys": lambda: open_database(url),
+        "values": lambda: stored_values(url)[slice(0, 300)],
+        "locations": lambda: read_rows(url, [1, 200, 299]),
+        "row_ids": lambda: list(read_blocks(url, 70)),
+    }
+    for name, read in readers.items():
+        for file in path(url, "database.zarr", name).rglob("c/*"):
+            file = next(iter(file.rglob("[0-9]"))) if file.is_dir() else file
+            match = rf"database.zarr/{name}/c/[0-9/]+ is damaged"
+            with Flipped(file), pytest.raises(UserError, match=match):
+                read()
+        read()
+    url = tmp_path.as_uri()
+    patches.create(url, 5, ("B02", "B03"), 8, 10.0, 2)
+    for start in (0, 2, 4):
+        patches.write_shard(url, start, RNG.integers(1, 9000, (min(2, 5 - start), 2, 8, 8)).astype("u2"))
+    with Flipped(path(url, "patches.zarr/pixels/c/1/0/0/0")):
+        patches.read_rows(url, slice(0, 2))
+        with pytest.raises(UserError, match=r"patches.zarr/pixels/c/1/0/0/0 is damaged"):
+            patches.read_rows(url, slice(0, 5))
+    features._create(url, 2, 700, 4)
+    features._array(url, "r+")[:] = RNG.normal(size=(2, 700, 4)).astype("f4")
+    with Flipped(path(url, "features.zarr/features/c/0/1/0")):
+        with pytest.raises(UserError, match=r"features/c/0/1/0 is damaged"):
+            features.read_features(url)
+        with pytest.raises(UserError, match=r"features/c/0/1/0 is damaged"):
+            features.StoredFeatures(url, 100).take(np.array([600]), np.array([0]))
+
+
+def test_a_grid_of_before_is_read_and_what_it_cannot_vouch_for_is_said(made, client, monkeypatch):
+    """As the earlier versions wrote them: the same arrays without checksums."""
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays, "packed", lambda compressor=None: (compressor or zarr.codecs.ZstdCodec(),))
+        grid = made({**RICH, "beta": 0.4})
+    found = {f.check: f for f in validation.validate_grid(client, grid, read_card(home_of(grid), "grid"))}
+    assert found["checksums"].passed is None
+    assert "have none: a flipped bit may decode as another number" in found["checksums"].detail
+    assert not [check for check, finding in found.items() if finding.passed is False]
+    assert np.isfinite(grids.read_tile(grid, list(GridSpec(10.0, 6).tiles())[8])).any()

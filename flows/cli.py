@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.markup import escape
 from flows import grids
 from flows.options import with_options
 from infra.errors import UserError
+from infra.settings import hand_on
 from tasks.params import (
     AblateParams,
     Choice,
@@ -66,11 +67,14 @@ Space = Annotated[
 ]
 Directory = Annotated[Path, typer.Option(help="Where the sandbox keeps its data and its state.")]
 SANDBOX = Path(".sandbox")
+
+
 INTERRUPTED = 130  # what a shell reports for SIGINT, and what typer makes of a KeyboardInterrupt
 
 
 def main() -> None:
     """Runs the command; a user's error is one sentence and exit status 2, an interrupt 130."""
+    hand_on()
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # a failed run's cause is printed once, below
     err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -83,6 +87,13 @@ def main() -> None:
         if ended.code == INTERRUPTED:
             err.print("interrupted: run the same command again to go on from here")
         raise
+    except Exception as error:  # what Prefect's client raises where its server is gone, or was never there
+        if not (type(error).__module__.startswith("httpx") or str(error).startswith("Failed to reach API at")):
+            raise
+        from infra.deployments import silent
+
+        err.print("[bold red]error:[/]", escape(str(silent(os.environ.get("PREFECT_API_URL"), error))))
+        sys.exit(2)
 
 
 def command(model: type[Params]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -324,11 +335,11 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Tell what is installed, reachable and writable."""
-    from flows.doctor import checks
+    from flows.doctor import checks, line
 
     failed = 0
     for name, found, good in checks():
-        print(f"{'ok  ' if good else 'FAIL'}  {name:<12}{found}")
+        print(line(name, found, good), flush=True)
         failed += not good
     raise typer.Exit(1 if failed else 0)
 
@@ -356,6 +367,7 @@ def status(directory: Directory = SANDBOX) -> None:
     """Tell which servers run."""
     from infra import sandbox
 
+    sandbox.require(directory)
     for name, state in sandbox.status(directory).items():
         print(f"{name:<10}{state}")
 
@@ -366,8 +378,64 @@ def reconcile(
         float, typer.Option(min=0, help="Minutes without a sign of life after which a run is dead; one comes each 3.")
     ] = 15,
 ) -> None:
-    """End flow runs that were killed and stay RUNNING for ever; run again, each goes on from what is stored."""
+    """End flow runs of rangegrid that were killed and stay RUNNING; run again, each goes on from what is stored."""
+    from infra.reconcile import begun
     from infra.reconcile import reconcile as end
 
-    for run in end(silent_minutes):
+    found = begun()
+    print(
+        f"{found.server}: {len(found.ours)} runs of rangegrid under way, and {len(found.others)} of others, left alone",
+        file=sys.stderr,
+    )
+    ended = end(silent_minutes)
+    for run in ended:
         print(f"{run.id}  {run.name}")
+    print(f"{len(ended)} silent for {silent_minutes:g} minutes, and ended", file=sys.stderr)
+
+
+Schedules = Annotated[
+    Path | None, typer.Option(help="Your schedules; by default schedules.yaml beside the settings file.")
+]
+TakeOption = Annotated[
+    Literal["ui", "file"] | None,
+    typer.Option(help="What was set in the UI and differs from your schedules: ui keeps it there, file replaces it."),
+]
+
+
+@app.command()
+def deploy(schedules: Schedules = None, take: TakeOption = None) -> None:
+    """Lay the deployments, and over them your schedules and parameters, on the Prefect server that is set."""
+    from infra.deployments import deploy as lay
+
+    for told in lay(schedules, take):
+        print(f"{told.name}: {told.what}")
+    print("deployed")
+
+
+@app.command()
+def serve(
+    port: Annotated[
+        int, typer.Option(min=1, max=65_535, envvar="PREFECT_SERVER_API_PORT", help="Port of the Prefect server.")
+    ] = 4200,
+    schedules: Schedules = None,
+    take: TakeOption = None,
+    systemd: Annotated[
+        bool, typer.Option("--systemd", help="Write systemd units that do it for good, and end.")
+    ] = False,
+    part: Annotated[
+        Literal["server", "worker"] | None, typer.Option(help="Only this part, as a unit of systemd runs it.")
+    ] = None,
+) -> None:
+    """Serve on this machine until Ctrl-C: a Prefect server, the deployments, your schedules, and a worker."""
+    from infra import serve as one
+
+    if part:
+        one.become(part, port, schedules)
+    elif systemd:
+        units = one.write_units(port)
+        print(*units, sep="\n")
+        print("systemctl --user daemon-reload")
+        print(f"systemctl --user enable --now {' '.join(unit.stem for unit in units)}")
+        print("loginctl enable-linger    # so that they run while you are not logged in")
+    else:
+        one.serve(port, schedules, take, lambda line: print(line, flush=True))

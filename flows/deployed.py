@@ -10,13 +10,15 @@ from prefect.runtime import deployment
 from prefect.states import Completed
 from rich.console import Console
 
+from infra import storage
 from infra.errors import UserError
+from tasks.updates import home_of
 
 HOUR = 3600.0  # a flow's timeout ends one that hangs: it is some times what the largest run should take
 
 
 def be_quiet(console: Console) -> None:
-    """Where nobody reads a run's output any more, since its worker died: rich itself would end the run."""
+    """Silences a run's output that nobody reads any more, since its worker died: rich itself would end the run."""
     console.quiet = True
 
 
@@ -29,8 +31,26 @@ def in_deployment() -> bool:
 
 
 def made(url: str) -> Any:
-    """A flow's result: the URL, which the run's state tells too, to the UI and to what started the run."""
+    """Returns a flow's result: the URL, which the run's state tells too, to the UI and to what started the run.
+
+    Raises:
+        UserError: The product is not at the URL, read anew from the storage, so that nothing ends well that is lost.
+    """
+    try:
+        card = storage.read_json(storage.join(home_of(url), "card.json"))
+        whole = bool(card["kind"]) and (home_of(url) == url or storage.exists(storage.join(url, "zarr.json")))
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise _lost(url) from error
+    if not whole:
+        raise _lost(url)
     return Completed(message=url, data=url)
+
+
+def _lost(url: str) -> UserError:
+    return UserError(
+        f"the product was written to {url} and is not there: something else empties that storage, or the run has "
+        "another under the same name; `rangegrid doctor` tells what a run sees"
+    )
 
 
 def run_deployed(step: Flow[..., str], *arguments: Any) -> str:
@@ -50,7 +70,7 @@ def run_deployed(step: Flow[..., str], *arguments: Any) -> str:
     try:
         run = run_deployment(f"{step.name}/{step.name}", parameters=step.serialize_parameters(named), poll_interval=5)
     except ObjectNotFound as error:
-        raise UserError(f"the step {step.name} is not deployed: `prefect deploy --all` deploys it") from error
+        raise UserError(f"the step {step.name} is not deployed: `rangegrid deploy` deploys it") from error
     if run.state is None or not run.state.is_completed():
         ended = f"{run.state.name}: {run.state.message}" if run.state else "nothing is known of it"
         raise UserError(

@@ -4,6 +4,7 @@ A run tells that it lives every three minutes (`PREFECT_FLOWS_HEARTBEAT_FREQUENC
 is ended as crashed, which frees its place under the deployment's limit; run again, it goes on from what is stored.
 """
 
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -14,19 +15,53 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
 from prefect.states import Crashed
 
+from infra.deployments import TAG, api_url, deployments, on_server
+
 BEGUN = ["RUNNING", "PENDING", "CANCELLING"]
 PAGE = 200
 
 
+@dataclass(frozen=True)
+class Begun:
+    """The runs of a server that have begun and not ended."""
+
+    server: str
+    """URL of the API that was asked."""
+    ours: list[FlowRun]
+    """Those of rangegrid: of its tag, of a flow of its own and, where it is a deployment's, of one of its own."""
+    others: list[FlowRun]
+    """All others, none of which is touched."""
+
+
+def begun() -> Begun:
+    """Returns the runs that have begun and not ended.
+
+    Raises:
+        UserError: No server is set, or it does not answer.
+    """
+    url = api_url()
+    with get_client(sync_client=True) as client:
+        runs = _begun(client)
+        tagged = {run.flow_id for run in runs if TAG in run.tags}
+        flows = {flow for flow in tagged if client.read_flow(flow).name in deployments()}
+        ids = {None, *(found.id for name in deployments() if (found := on_server(client, name)))}
+    ours = [run for run in runs if TAG in run.tags and run.flow_id in flows and run.deployment_id in ids]
+    return Begun(url, ours, [run for run in runs if run not in ours])
+
+
 def reconcile(silent_minutes: float) -> list[FlowRun]:
-    """Ends as crashed the runs that have given no sign of life for some minutes, and returns them.
+    """Ends as crashed the runs of rangegrid that have given no sign of life for some minutes, and returns them.
 
     Args:
         silent_minutes: More than two heartbeats, or a run that lives may be taken for dead.
+
+    Raises:
+        UserError: No server is set, or it does not answer.
     """
     since = datetime.now(UTC) - timedelta(minutes=silent_minutes)
+    found = begun().ours
     with get_client(sync_client=True) as client:
-        ended = [run for run in _begun(client) if _changed(run) < since and not _heard(client, run.id, since)]
+        ended = [run for run in found if _changed(run) < since and not _heard(client, run.id, since)]
         message = f"ended by reconcile: silent for {silent_minutes:g} minutes. Run it again, and it goes on"
         for run in ended:
             client.set_flow_run_state(run.id, Crashed(message=message), force=True)

@@ -95,7 +95,12 @@ def running(directory: Path, planet: PlanetSpec | None = None, prefect: bool = T
 
 
 def down(directory: Path) -> None:
-    """Stops the servers; their data stay."""
+    """Stops the servers; their data stay.
+
+    Raises:
+        UserError: There is no sandbox in the directory.
+    """
+    require(directory)
     _stop(directory, keep=set())
 
 
@@ -103,6 +108,18 @@ def status(directory: Path) -> dict[str, str]:
     """`running` or `stopped` by server."""
     processes = _read(directory).get("processes", {})
     return {name: "running" if servers.is_alive(servers.Process(*p)) else "stopped" for name, p in processes.items()}
+
+
+def require(directory: Path) -> None:
+    """Refuses a directory without a sandbox, rather than to tell nothing of it.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not _read(directory):
+        raise UserError(
+            f"there is no sandbox in {directory.absolute()}: give its --directory, or `rangegrid sandbox up`"
+        )
 
 
 def _interrupt(*_: Any) -> None:

@@ -29,6 +29,8 @@ def run(*arguments, **variables):
             "a step of 0.7 does not divide the box of 360 x 180 degree: use",
         ),
         (["publish", "--tolerance", "0.01", "--keep-sums", "true", "a", "b"], "without a tolerance"),
+        (["sandbox", "status", "--directory", "/nowhere"], "there is no sandbox in /nowhere"),
+        (["sandbox", "down", "--directory", "/nowhere"], "there is no sandbox in /nowhere"),
         (["sample", "--bogus", "1"], "No such option"),
         (["nonsense"], "No such command"),
     ],
@@ -51,6 +53,22 @@ def test_an_interrupt_says_how_to_go_on(tmp_path):
     assert "run the same command again to go on from here" in said
     assert "Traceback" not in said
     assert json.loads((tmp_path / "box/state.json").read_text())["processes"] == {}
+
+
+@pytest.mark.parametrize("command", [["sample", "--patches", "3"], ["reconcile"], ["deploy"]])
+def test_a_server_that_is_gone_is_told_in_one_sentence(tmp_path, command):
+    ran = run(*command, PREFECT_API_URL="http://127.0.0.1:9/api", RANGEGRID_STORAGE_URL=tmp_path.as_uri())
+    assert ran.returncode == 2
+    assert "no Prefect server answers at http://127.0.0.1:9/api" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_what_prefect_needs_may_be_in_the_settings_file(tmp_path):
+    """It counts as set, and is asked."""
+    (tmp_path / "own.env").write_text("PREFECT_API_URL=http://127.0.0.1:9/api\n")
+    ran = run("reconcile", RANGEGRID_SETTINGS=str(tmp_path / "own.env"))
+    assert ran.returncode == 2
+    assert "no Prefect server answers at http://127.0.0.1:9/api" in ran.stderr
 
 
 def test_the_doctor_tells_what_fails(tmp_path):

@@ -156,7 +156,17 @@ def test_three_workers_in_their_own_directories_do_the_units(fleet, home, proven
         assert run_units(client, storage.exists, urls, label="found") == [unit == 3 for unit in range(12)]
         pause = client.run(lambda dask_worker: dask_worker.memory_manager.memory_pause_fraction)
         assert set(pause.values()) == {0.85}
+        profiled = client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks)
+        assert set(profiled.values()) == {False}
     assert [path.name for path in home.iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("name", ["threads", "local"])
+def test_no_profiler_runs_beside_the_garbage_collector(name, home):
+    """Before Python 3.11.12 the two can deadlock."""
+    with clusters.connect(name, workers=1) as client:
+        profiled = client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks)
+    assert set(profiled.values()) == {False}
 
 
 def test_a_stranger_is_not_let_in(fleet, home, proven, tmp_path, monkeypatch):

@@ -9,9 +9,17 @@ import typer
 app = typer.Typer(no_args_is_help=True, help="The versions of the grid, and which one readers open.")
 
 Grid = Annotated[
-    str, typer.Argument(help="latest, previous, a fingerprint or its first digits, or the directory or URL of a Zarr.")
+    str,
+    typer.Argument(
+        help="latest, previous, latest.LINE, previous.LINE, a fingerprint or its first digits, or a Zarr's URL."
+    ),
 ]
+Line = Annotated[str, typer.Option(help="Product line; `rangegrid grid list` shows them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PLACED, STORED = ("step", "crs", "box"), ("dtype", "dims")
+COLUMNS = {"state": 11, "fingerprint": 14, "finished": 21, "line": 32} | {"step": 8, "crs": 11, "box": 18}
+COLUMNS |= {"dtype": 9, "dims": 6}  # of the table, with their widths
+LONGEST = 60  # letters of a cell: WKT has thousands
 MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 
 
@@ -23,23 +31,33 @@ def list_versions(as_json: AsJson = False) -> None:
     rows = [describe(version) for version in versions()]
     if as_json:
         print(json.dumps(rows, indent=2))
-    else:
-        for row in rows:
-            print(f"{row['state']:<11}{row['fingerprint']:<14}{row['finished'] or '':<21}{row['grid']}")
+        return
+    print("".join(f"{name:<{width}}" for name, width in COLUMNS.items()) + "grid")
+    for row in rows:
+        print("".join(f"{_told(row[name]):<{width}}" for name, width in COLUMNS.items()) + row["grid"])
 
 
 def describe(version: Any) -> dict[str, Any]:
-    """A version as JSON has it."""
+    """Returns a version as JSON has it."""
     when = version.finished and version.finished.strftime("%Y-%m-%d %H:%M:%S")
-    return {"fingerprint": version.fingerprint, "state": version.state, "finished": when, "grid": version.grid}
+    row = {"state": version.state, "fingerprint": version.fingerprint, "finished": when, "line": version.line}
+    layout = version.layout
+    about = {"step": layout.step, "crs": layout.crs, "box": layout.place} if layout else dict.fromkeys(PLACED)
+    about |= {"dtype": layout.dtype, "dims": layout.dims} if layout else dict.fromkeys(STORED)
+    return row | about | {"grid": version.grid}
+
+
+def _told(value: Any) -> str:
+    """A cell of the table, with room to the next one."""
+    text = f"{value:g}" if isinstance(value, float) else str(value if value is not None else "")
+    return f"{text[:LONGEST]} "
 
 
 @app.command()
 def inspect(grid: Grid = "latest") -> None:
     """Tell what a version was made of, and how large it is, as JSON."""
     from infra.storage import size
-    from tasks.cards import read_card
-    from tasks.updates import home_of
+    from tasks.cards import home_of, read_card
     from tasks.validation import opened
     from tasks.versions import find
 
@@ -52,8 +70,7 @@ def inspect(grid: Grid = "latest") -> None:
 def validate(grid: Grid = "latest", as_json: AsJson = False) -> None:
     """Check a version: every shard, and some cells computed again; status 1 where a check fails."""
     from infra import clusters
-    from tasks.cards import read_card
-    from tasks.updates import home_of
+    from tasks.cards import home_of, read_card
     from tasks.validation import validate_grid
     from tasks.versions import find
 
@@ -79,11 +96,10 @@ def promote(
     grid: Grid,
     unchecked: Annotated[bool, typer.Option("--unchecked", help="Do not validate it first.")] = False,
 ) -> None:
-    """Make a version the latest, after validation."""
+    """Make a version the latest of its line, after validation."""
     from infra import clusters
     from tasks import versions
-    from tasks.cards import read_card
-    from tasks.updates import home_of
+    from tasks.cards import home_of, read_card
     from tasks.validation import refuse, validate_grid
 
     url = versions.find(grid)
@@ -97,25 +113,27 @@ def promote(
 @app.command()
 def rollback(
     grid: Annotated[str | None, typer.Argument(help="Which version; by default the previous one.")] = None,
+    line: Line = "",
 ) -> None:
-    """Go back to the previous version, or to a named earlier one."""
+    """Go back to the previous version of a line, by default the first one, or to a named earlier version."""
     from tasks import versions
 
-    print(versions.rollback(versions.find(grid) if grid else None).grid)
+    print(versions.rollback(versions.find(grid) if grid else None, line).grid)
 
 
 @app.command()
 def prune(
-    keep: Annotated[int, typer.Option(min=0, help="How many of the newest versions to keep.")] = 3,
+    keep: Annotated[int, typer.Option(min=0, help="How many of the newest versions of each line to keep.")] = 3,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; tell what would be.")] = False,
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="Also what broken runs left; give it while no run publishes.")
     ] = False,
+    line: Line = "",
 ) -> None:
-    """Delete old versions; never the latest, the previous one, or what these need."""
+    """Delete old versions, each line for itself; never the latest, the previous one, or what these need."""
     from tasks import versions
 
-    for version in versions.prune(keep, unfinished=unfinished, dry_run=dry_run):
+    for version in versions.prune(keep, unfinished=unfinished, dry_run=dry_run, line=line):
         print(version.grid)
 
 

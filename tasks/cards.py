@@ -13,6 +13,7 @@ from infra.errors import UserError
 from infra.settings import settings
 
 FORMER_LAND: Literal["centre"] = "centre"  # which cells are land of a grid whose card does not tell: of the first ones
+GRID, SUMS = "grid.zarr", "sums.zarr"  # in the directory of a grid
 
 
 def fingerprint(content: Any) -> str:
@@ -65,3 +66,13 @@ def made_before(url: str, kind: str, made_of: Any) -> dict[str, Any] | None:
 def product_url(kind: str, made_of: Any) -> str:
     """Where the product made of `made_of` lives: `<storage>/<kind>/<fingerprint>`."""
     return storage.join(settings().storage_url, kind, fingerprint(made_of))
+
+
+def home_of(grid: str) -> str:
+    """Returns the directory of the product whose Zarr is at `grid`."""
+    return grid.rstrip("/").removesuffix("/" + GRID)
+
+
+def name_of(grid: str) -> str:
+    """Returns the fingerprint of the version whose Zarr is at `grid`."""
+    return home_of(grid).rpartition("/")[2]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")  # of Sentinel-2 L2A
 
+LINE = r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?$"  # a line's name: part of a path
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
@@ -233,8 +234,10 @@ class PublishParams(Params):
     """Keeps the sums behind the grid beside it, twice its size, so that a later grid can have it as parent."""
     parent: str | None = None
     """URL of a grid with kept sums, of a former database: only the images that came and went are computed."""
+    line: str = Field("", pattern=LINE)
+    """Product line whose latest it becomes, a name; unset, that of grids of the same CRS, box, step, dtype and dims."""
     promote: bool = True
-    """Makes the grid the latest, which readers open, once it is found good; false: `rangegrid grid promote` does."""
+    """Makes the grid its line's latest, which readers open, once it is good; false: `rangegrid grid promote` does."""
     drift_alert: float = Field(0.1, ge=0, le=2)
     """Turn of the vectors since the latest grid, 1 - mean cosine, from which an event is sent."""
 
@@ -280,10 +283,12 @@ class PublishParams(Params):
 
 
 class PruneParams(Params):
-    """Which versions of the grid to delete; never the latest, the previous one, or what these need."""
+    """Which versions of the grid to delete; never the latest or the previous one of a line, or what these need."""
 
     keep: int = Field(3, ge=0)
-    """How many of the newest versions are kept."""
+    """How many of the newest versions of each line are kept."""
+    line: str = Field("", pattern=LINE)
+    """The only line to delete versions of; unset, every line."""
     unfinished: bool = False
     """Also deletes what broken runs left; for when no run publishes."""
     dry_run: bool = False

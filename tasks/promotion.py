@@ -1,24 +1,24 @@
-"""The last step of a version: it becomes the latest, unless a person or its own scores speak against it."""
+"""The last step of a version: it becomes the latest of its line, unless a person or its own scores speak against it."""
 
 from prefect.events import emit_event
 
 from infra import storage
 from infra.errors import UserError
 from tasks import versions
+from tasks.cards import home_of
 from tasks.comparison import drift
 from tasks.gate import CARD, Card, gate
 from tasks.units import in_run, log
-from tasks.updates import home_of
 
 DRIFTED = "rangegrid.grid.drifted"  # the event that `infra/automations.yaml` waits for
 
 
 def promote_evaluated(grid: str, margin: float, drift_alert: float) -> bool:
-    """Makes a version the latest if its score card is good enough.
+    """Makes a version the latest of its line if its score card is good enough.
 
     Args:
         grid: URL of its Zarr, beside which is its score card.
-        margin: What the score of a task may fall by, against the version that is the latest now.
+        margin: What the score of a task may fall by, against the latest version of its line.
         drift_alert: Drift from which an event is sent.
 
     Returns:
@@ -48,11 +48,11 @@ def read_scores(grid: str) -> Card | None:
 
 def promote_unless_withdrawn(grid: str, since: versions.Pointer, drift_alert: float) -> bool:
     """Makes a version the latest, unless it was rolled back: that decision is a person's, and so is its end."""
-    if versions.name_of(grid) in versions.read_pointer()[0].withdrawn:
+    if versions.name_of(grid) in versions.read_pointer(since.line)[0].withdrawn:
         log().warning("%s was rolled back, and is not promoted again but by `rangegrid grid promote`", grid)
         return False
     found = tell_drift(since.grid, grid, drift_alert) if since.grid not in ("", grid) else {}
-    log().info("the latest grid is %s", versions.promote(grid, since, found).grid)
+    log().info("the latest grid of the line %s is %s", since.line, versions.promote(grid, since, found).grid)
     return True
 
 

@@ -24,6 +24,7 @@ from tasks.core.land import land_mask
 from tasks.core.quantize import DType
 from tasks.core.retrieval import Method
 from tasks.database import stored_values
+from tasks.lines import Layout
 from tasks.overviews import publish_overviews
 from tasks.params import PublishParams
 from tasks.previews import draw, write_page
@@ -38,7 +39,7 @@ from tasks.validation import refuse, validate_grid
 
 
 def publish_grid(client: Client, checkpoint: str, database: str, params: PublishParams) -> str:
-    """Publishes the grid of one database, resuming what an earlier run began, and makes it the latest once it is good.
+    """Publishes the grid of one database, resuming what an earlier run began, and makes it the latest of its line.
 
     Args:
         client: The Dask cluster.
@@ -76,7 +77,8 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         parent_database=parent.get("database"),
         evidence=params.evidence,
     )
-    since = versions.begin(job.grid)
+    layout = Layout.of(made_of, (params.compact_dims or card["value_dim"]) + card["key_dim"])
+    since = versions.begin(job.grid, params.line, layout)
     parts = parts_of(client, job, card)
     if parts and (params.evidence or params.dtype != "float32"):
         raise UserError(
@@ -84,7 +86,8 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
             "need it whole: publish float32 without evidence, or give each worker more memory"
         )
     look = unmeasured if parts else partial(measure, client, job, params.dtype)
-    prepare(job, card, provenance(job, card, made_of), look, params.overviews)
+    attrs = provenance(job, card, made_of) | {"rangegrid:line": since.line}
+    prepare(job, card, attrs, look, params.overviews)
     done = grids.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
     publish_tiles(client, job, parts, tiles, done)
@@ -93,7 +96,9 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     refuse(job.grid, validate_grid(client, job.grid, made))
     show(job, card["attribution"])
     if not is_finished(job.home):  # its time is the version's age
-        write_card(job.home, "grid", **made, sums=kept if job.keep_sums else None)
+        told = {"line": since.line, "dims": layout.dims}
+        write_card(job.home, "grid", **made, **told, sums=kept if job.keep_sums else None)
+    versions.confirm(job.grid, since)
     if params.promote:
         promote_unless_withdrawn(job.grid, since, params.drift_alert)
     return job.grid
@@ -112,7 +117,7 @@ def settled(params: PublishParams, card: dict[str, Any]) -> PublishParams:
 
 def decisive(params: PublishParams) -> dict[str, Any]:
     """The parameters that decide what a grid is; the rule of land is named where it is not that of the first grids."""
-    aside = {"promote", "drift_alert"} | ({"land"} if params.land == FORMER_LAND else set())
+    aside = {"promote", "drift_alert", "line"} | ({"land"} if params.land == FORMER_LAND else set())
     return params.model_dump(mode="json", exclude=aside)
 
 

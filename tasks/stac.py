@@ -6,7 +6,9 @@ whole. STAC 1.0.0 with the extensions datacube 2.1.0 and embeddings 0.0.1, which
 """
 
 import posixpath
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 from shapely import box, union_all
@@ -15,10 +17,11 @@ from shapely.geometry import mapping
 from infra import storage
 from infra.intervals import Interval
 from infra.settings import settings
-from tasks import grids
-from tasks.conventions import COPERNICUS, LEGAL_NOTICE
+from tasks.cards import GRID
+from tasks.conventions import COPERNICUS, LEGAL_NOTICE, spec_of
 from tasks.core.grid import GridSpec
-from tasks.tiles import GRID
+from tasks.lines import versions_in
+from tasks.versions import Version
 
 ITEM, COLLECTION = "item.json", "collection.json"
 EXTENSIONS = [
@@ -47,7 +50,8 @@ def make_item(home: str) -> dict[str, Any]:
     """The Item of a grid, from its Zarr's metadata and what lies beside it."""
     node = storage.read_json(storage.join(home, GRID, "zarr.json"))
     attrs, arrays = node["attributes"], node["consolidated_metadata"]["metadata"]
-    identity, spec = posixpath.basename(home.rstrip("/")), grids.open_spec(storage.join(home, GRID))
+    columns = next(arrays[name]["shape"][-1] for name in ("embedding", "visual") if name in arrays)
+    identity, spec = posixpath.basename(home.rstrip("/")), spec_of(attrs, columns)
     return {
         "type": "Feature",
         "stac_version": "1.0.0",
@@ -148,24 +152,22 @@ def _from(home: str, url: str) -> str:
     return posixpath.relpath(url.removeprefix(root), home.removeprefix(root))
 
 
-def write_collection(grids: str, latest: str | None = None) -> dict[str, Any] | None:
+def write_collection(
+    grids: str, latest: str | None = None, known: Mapping[str, Version] = MappingProxyType({})
+) -> dict[str, Any] | None:
     """Writes the Collection of the items that are in the directories under `grids`, if any, and returns it.
 
     Args:
         grids: URL of the directory of all grids.
         latest: Id of the grid that is in force, whose fields the collection takes; unset, the last by name.
+        known: The versions by id, where their lines and states are known.
     """
-    items = {name: item for name in names_in(grids) if (item := _read_item(storage.join(grids, name)))}
+    items = {name: item for name in versions_in(grids) if (item := _read_item(storage.join(grids, name)))}
     if not items:
         return None
-    collection = make_collection(items, latest if latest in items else max(items))
+    collection = make_collection(items, latest if latest in items else max(items), known)
     storage.write_json(storage.join(grids, COLLECTION), collection)
     return collection
-
-
-def names_in(grids: str) -> list[str]:
-    """Names of the directories of grids; pointer, locks and collection, which lie beside them, have a dot."""
-    return [name for name in storage.names(grids) if "." not in name]
 
 
 def _read_item(home: str) -> dict[str, Any] | None:
@@ -173,8 +175,10 @@ def _read_item(home: str) -> dict[str, Any] | None:
     return storage.read_json(url) if storage.exists(url) else None
 
 
-def make_collection(items: dict[str, dict[str, Any]], latest: str) -> dict[str, Any]:
-    """The Collection of items by id."""
+def make_collection(
+    items: dict[str, dict[str, Any]], latest: str, known: Mapping[str, Version] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Returns the Collection of items by id; its links tell of each its line, and whether it was withdrawn."""
     shown = items[latest]
     properties = shown["properties"]
     times = [_extent(item["properties"]) for item in items.values()]
@@ -208,12 +212,27 @@ def make_collection(items: dict[str, dict[str, Any]], latest: str) -> dict[str, 
         },
         "links": [
             {"rel": "root", "href": f"./{COLLECTION}"},
-            *({"rel": "item", "href": f"./{name}/{ITEM}", "type": "application/geo+json"} for name in items),
-            {"rel": "latest-version", "href": f"./{latest}/{ITEM}", "type": "application/geo+json"},
+            *(_link("item", name, known.get(name)) for name in items),
+            *(_link("latest-version", name, known.get(name)) for name in _in_force(items, latest, known)),
             *models,
             *([{"rel": "license", "href": LEGAL_NOTICE, "title": "Terms of Copernicus Sentinel data"}] * copernicus),
         ],
     }
+
+
+def _in_force(items: Iterable[str], latest: str, known: Mapping[str, Version]) -> list[str]:
+    """The given grid, and the latest of every other line."""
+    others = [name for name in items if name in known and known[name].state == "latest"]
+    return list(dict.fromkeys([latest, *others]))
+
+
+def _link(rel: str, name: str, version: Version | None) -> dict[str, Any]:
+    link: dict[str, Any] = {"rel": rel, "href": f"./{name}/{ITEM}", "type": "application/geo+json"}
+    if version is None:
+        return link
+    link |= {"title": f"{version.line}, {version.state}", "rangegrid:line": version.line}
+    withdrawn = {"deprecated": True} if version.state == "withdrawn" else {}
+    return link | {"rangegrid:state": version.state} | withdrawn
 
 
 def _around(boxes: list[list[float]]) -> list[float]:

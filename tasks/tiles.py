@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.metrics import CELLS
 from tasks import grids
+from tasks.cards import GRID, SUMS
 from tasks.checkpoint import load_checkpoint
 from tasks.core.adaptive import Cells, Report, embed_cells
 from tasks.core.evidence import evidence
@@ -20,7 +21,6 @@ from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.sums import Halves
 from tasks.database import Database, open_database
 
-GRID, SUMS = "grid.zarr", "sums.zarr"
 LOADING = threading.Lock()  # threads of one process share what is loaded, and do not load it twice
 
 

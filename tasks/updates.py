@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.errors import UserError
 from tasks import grids
-from tasks.cards import FORMER_LAND, read_card
+from tasks.cards import FORMER_LAND, SUMS, home_of, read_card
 from tasks.core.adaptive import Report
 from tasks.core.grid import Tile
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.sums import Halves, updated
 from tasks.database import Database, read_blocks, read_rows
 from tasks.params import PublishParams
-from tasks.tiles import GRID, LOADING, SUMS, Job, deliver, index_of, land_cells, load, load_encoder
+from tasks.tiles import LOADING, Job, deliver, index_of, land_cells, load, load_encoder
 from tasks.units import log
 
 SAME = 1e-6  # of a vector's length: ten times its rounding, a tenth of the error that an update may have
@@ -50,11 +50,6 @@ def kept_sums(card: dict[str, Any], params: PublishParams) -> dict[str, Any]:
         "value_dim": card["value_dim"],
         "compact_dims": params.compact_dims,
     }
-
-
-def home_of(grid: str) -> str:
-    """The directory of the product whose Zarr is at `grid`."""
-    return grid.rstrip("/").removesuffix("/" + GRID)
 
 
 def read_parent(grid: str, ours: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from tasks.core.land import land_mask
 from tasks.core.plane import GLOBE, Box
 from tasks.core.retrieval import Method, unit_vectors
 from tasks.database import Database, read_blocks
+from tasks.lines import FORMER
 from tasks.params import PublishParams
 from tasks.tiles import SUMS, land_cells, land_tiles
 from tasks.units import run_units
@@ -41,8 +42,6 @@ EXACT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.1}  # relative error of an 
 UNIT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.02}  # how far a location part's length is from 1
 WITHIN = 0.9  # of the canaries of an interpolated grid within its tolerance, which holds for 99 % of a tile's cells
 FARTHEST = 10  # times the tolerance, for the others
-
-FORMER = {"step_degrees": "step"}  # parameters by the names that they had
 
 Float = NDArray[np.float64]
 

@@ -1,15 +1,23 @@
 """The pointer `latest`: who may move it, back and forth, and what is deleted."""
 
 import json
+import posixpath
 import threading
 from dataclasses import replace
 
 import pytest
+import xarray as xr
+from typer.testing import CliRunner
 
-from infra import storage
+from flows.cli import app
+from infra import clusters, storage
 from infra.errors import UserError
+from tasks import publish as publish_module
 from tasks import versions
+from tasks.params import PublishParams
+from tasks.publish import publish_grid
 from tests.proxy import Proxy, lost
+from tests.tasks.test_publish import STEP, inputs
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -23,12 +31,12 @@ def home(request, tmp_path, monkeypatch):
     return url
 
 
-def version(name, parent=None, finished=True):
+def version(name, parent=None, finished=True, **made_of):
     """A version as far as the pointer knows it."""
     grid = storage.join(versions.directory(), name, "grid.zarr")
     storage.write(storage.join(grid, "zarr.json"), b"{}")
     if finished:
-        card = {"kind": "grid", "fingerprint": name, "made_of": {"parent": parent}}
+        card = {"kind": "grid", "fingerprint": name, "made_of": {"parent": parent, **made_of}}
         storage.write_json(storage.join(versions.directory(), name, "card.json"), card)
     return grid
 
@@ -223,3 +231,186 @@ def test_names_of_versions(home):
     versions.promote(one)
     assert versions.find("latest") == one
     assert json.loads(storage.read(versions.pointer_url()))["grid"] == one
+
+
+def rangegrid(*arguments):
+    """The command's output."""
+    ran = CliRunner().invoke(app, ["grid", *arguments], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+def test_each_line_has_its_own_latest(home):
+    """Readers of one keep theirs whatever becomes of the others."""
+    half, europe = version("half"), version("europe", crs="EPSG:3035", step=10000)
+    named = version("named", dtype="int8")
+    card = storage.read_json(f"{versions.directory()}/named/card.json")
+    storage.write_json(f"{versions.directory()}/named/card.json", card | {"line": "small", "dims": 320})
+    for grid in (half, europe, named):
+        rangegrid("promote", grid, "--unchecked")
+    assert latest()["grid"] == half
+    assert (
+        storage.read_json(f"{versions.directory()}/latest.small.json")["grid"] == named == versions.find("latest.small")
+    )
+    listed = {row["fingerprint"]: row for row in json.loads(rangegrid("list", "--json"))}
+    assert {name: row["state"] for name, row in listed.items()} == dict.fromkeys(("half", "europe", "named"), "latest")
+    assert listed["named"] == listed["named"] | {"line": "small", "dtype": "int8", "dims": 320, "box": "globe"}
+    assert listed["europe"] == listed["europe"] | {"crs": "EPSG:3035", "step": 10000}
+    second = version("second")
+    rangegrid("promote", second, "--unchecked")
+    assert (latest()["grid"], latest()["previous"]) == (second, half)
+    assert versions.find("latest.small") == named
+    line = listed["half"]["line"]
+    assert versions.find(f"latest.{line}") == second
+    assert storage.read_json(f"{versions.directory()}/latest.{line}.json") == latest()
+    with pytest.raises(UserError, match="nothing to go back to"):
+        rangegrid("rollback", "--line", "small")
+    rangegrid("rollback")
+    assert latest()["grid"] == half
+    assert states() == {"half": "latest", "second": "withdrawn", "europe": "latest", "named": "latest"}
+
+
+def test_prune_goes_line_by_line(home):
+    """To keep two of the newest deleted every other box and CRS."""
+    boxes = [version(f"{crs}{i}", crs=crs, step=10000) for crs in ("3035", "6933") for i in range(4)]
+    for grid in boxes:
+        versions.promote(grid)
+    assert {found.fingerprint for found in versions.prune(0)} == {
+        f"{crs}{i}" for crs in ("3035", "6933") for i in (0, 1)
+    }
+    assert {found.fingerprint for found in versions.prune(0)} == set()
+    waiting = version("waiting", crs="EPSG:3857")
+    rangegrid("prune", "--keep", "0")
+    assert states()["waiting"] == "kept", "nothing says which of its line is in use"
+    versions.promote(version("other", crs="EPSG:3857"))
+    assert rangegrid("prune", "--keep", "0", "--line", versions.read_line(boxes[3])) == ""
+    assert rangegrid("prune", "--keep", "0").split() == [waiting]
+
+
+def test_lines_that_begin_at_once_get_a_pointer_each(home):
+    grids = [version(f"run{i}", step=1 + i) for i in range(4)]
+    threads = [threading.Thread(target=versions.promote, args=(grid,)) for grid in grids]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert set(states().values()) == {"latest"}
+    assert latest()["grid"] in grids
+
+
+def former(name, **made_of):
+    """A version as it was before there were lines: commit f485dcd."""
+    grid = version(name, **made_of)
+    attrs = {"geoemb:dimensions": 24, "rangegrid:made_of": made_of}
+    storage.write_json(f"{grid}/zarr.json", {"attributes": attrs})
+    return grid
+
+
+def test_a_storage_of_before_there_were_lines_is_read(home):
+    """Of two half-degree grids, an int8 that took their place, and a box that took its."""
+    globe = {"step": 0.5, "crs": "EPSG:4326", "west": -180.0, "south": -90.0, "east": 180.0, "north": 90.0}
+    first, second = (
+        former(name, **globe, dtype="float32", beta=beta) for name, beta in (("first", 0.5), ("second", 1))
+    )
+    small, box = former("small", **globe, dtype="int8"), former("box", **globe | {"west": -25.0}, dtype="float32")
+    moves = [
+        {"grid": grid, "fingerprint": posixpath.basename(posixpath.dirname(grid)), "nonce": nonce, "drift": {}}
+        | {"promoted": "2026-01-01T00:00:00+00:00"}
+        for grid, nonce in ((box, "d"), (small, "c"), (second, "b"), (first, "a"))
+    ]
+    stored = moves[0] | {"history": moves[1:], "withdrawn": [], "condemned": [], "previous": small}
+    storage.write_json(versions.pointer_url(), stored)
+    assert states() == {"box": "latest", "small": "latest", "second": "latest", "first": "previous"}
+    assert versions.prune(0, dry_run=True) == []
+    rangegrid("promote", third := former("third", **globe, dtype="float32", beta=0.1), "--unchecked")
+    assert latest() == stored, "readers of today's pointer keep their grid"
+    assert versions.find("latest.epsg4326-0.5-float32-24") == third
+    assert [found.fingerprint for found in versions.prune(0)] == ["first"]
+    assert states() == {"box": "latest", "small": "latest", "third": "latest", "second": "previous"}
+    rangegrid("promote", box2 := former("box2", **globe | {"west": -25.0}, dtype="float32", beta=0.1), "--unchecked")
+    assert (latest()["grid"], latest()["previous"]) == (box2, box)
+    assert versions.rollback(line="epsg4326-0.5-float32-24").grid == second
+    assert states()["small"] == "latest"
+
+
+def test_a_copied_storage_names_its_own_grids(home, tmp_path, monkeypatch):
+    versions.promote(version("one"))
+    copy = f"{home}-copy"
+    storage.copy(home, copy)
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", copy)
+    assert latest()["grid"].startswith(f"{home}/"), "for readers of before there was href"
+    assert f"{versions.directory()}/{latest()['href']}" == versions.find("latest") == f"{copy}/grids/one/grid.zarr"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function that publishes a grid."""
+    with inputs(tmp_path_factory.mktemp("lines")) as paths, clusters.connect("threads", 2) as client:
+        yield lambda **params: publish_grid(client, *paths, PublishParams(**{**STEP, **params}))
+
+
+def test_publish_goes_by_line(made):
+    whole, compact = made(), made(compact_dims=3, dtype="int8")
+    named = made(beta=0.6, line="trial")
+    assert {versions.find(f"latest{line}") for line in ("", ".epsg4326-10-int8-19", ".trial")} == {
+        whole,
+        compact,
+        named,
+    }
+    assert latest()["grid"] == whole
+    assert xr.open_zarr(named).attrs["rangegrid:line"] == "trial"
+    assert made(beta=0.6) == named == versions.find("latest.trial"), "the line is no part of what makes a grid"
+    with pytest.raises(UserError, match="of the line trial"):
+        made(beta=0.6, line="other")
+    child = made(beta=0.7, line="trial")
+    assert (versions.find("latest.trial"), versions.find("previous.trial"), versions.find("latest")) == (
+        child,
+        named,
+        whole,
+    )
+
+
+def test_the_collection_tells_what_was_withdrawn(made):
+    first, second = made(beta=0.8, line="told"), made(beta=0.9, line="told")
+    versions.rollback(line="told")
+    links = storage.read_json(f"{versions.directory()}/collection.json")["links"]
+    marks = {link["href"]: link for link in links if link["rel"] == "item"}
+    assert marks[f"./{versions.name_of(second)}/item.json"]["deprecated"]
+    assert "deprecated" not in marks[f"./{versions.name_of(first)}/item.json"]
+    assert marks[f"./{versions.name_of(second)}/item.json"]["rangegrid:line"] == "told"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_version_that_is_deleted_under_its_run_is_not_promoted(made, monkeypatch, killed):
+    """A prune comes when the tiles were found good, and before the card is written: by then it is done, or half so."""
+    doomed, kept = made(beta=0.2, line="raced"), made(beta=0.3, line="raced")
+    versions.promote(kept)
+    versions.promote(made(beta=0.4, line="raced"))
+    real = publish_module.show
+
+    def show(*arguments):
+        real(*arguments)
+        if killed:
+            monkeypatch.setattr(storage, "delete", lambda url: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                versions.prune(0, line="raced")
+            monkeypatch.undo()
+        else:
+            assert [found.grid for found in versions.prune(0, line="raced")] == [doomed]
+
+    monkeypatch.setattr(publish_module, "show", show)
+    before = versions.read_pointer("raced")[0].grid
+    with pytest.raises(UserError, match="is being deleted" if killed else "was deleted by a prune meanwhile"):
+        made(beta=0.2, line="raced")
+    monkeypatch.undo()
+    assert versions.find("latest.raced") == before
+    assert not storage.exists(f"{versions.home_of(doomed)}/card.json")
+    if killed:
+        versions.prune(0, line="raced")
+    assert made(beta=0.2, line="raced") == doomed == versions.find("latest.raced")
+    assert xr.open_zarr(doomed).embedding.notnull().any()
+
+
+def test_a_card_alone_is_not_promoted(home):
+    grid = version("alone")
+    storage.delete(grid)
+    with pytest.raises(UserError, match="a card and no grid"):
+        rangegrid("promote", "alone", "--unchecked")

@@ -1,0 +1,126 @@
+"""Product lines: grids that replace one another for their readers, each line with a `latest` of its own.
+
+A line has the name that `--line` gives, or one made of what a reader's code relies on: CRS, step, box, dtype and
+number of dimensions. A version is in one line for good: its card tells which.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from infra import storage
+from infra.errors import UserError
+from tasks.cards import home_of
+
+FORMER = {"step_degrees": "step"}  # parameters by the names that they had
+EDGES = {"west": -180.0, "south": -90.0, "east": 180.0, "north": 90.0}  # where a card names none: the globe
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a reader's code relies on."""
+
+    crs: str
+    """Code or WKT."""
+    step: float
+    """Cell size in the units of the CRS."""
+    box: tuple[float, ...]
+    """West, south, east and north in these units."""
+    dtype: str
+    """How a number is stored."""
+    dims: int | None
+    """Numbers of a vector; none where no metadata tells them."""
+
+    @classmethod
+    def of(cls, made_of: Mapping[str, Any], dims: int | None) -> "Layout":
+        """Returns the layout of a grid made of these parameters."""
+        given = {FORMER.get(name, name): value for name, value in made_of.items()}
+        box = tuple(float(given.get(edge, default)) for edge, default in EDGES.items())
+        return cls(given.get("crs", "EPSG:4326"), given.get("step", 0.5), box, given.get("dtype", "float32"), dims)
+
+    @property
+    def place(self) -> str:
+        """The box in words."""
+        return "globe" if self.box == tuple(EDGES.values()) else ",".join(f"{edge:.10g}" for edge in self.box)
+
+    @property
+    def line(self) -> str:
+        """The name of its line, where none was given."""
+        short = self.crs if len(self.crs) < 24 else f"wkt{hashlib.sha256(self.crs.encode()).hexdigest()[:8]}"
+        parts = [short.replace(":", "").lower(), f"{self.step:.10g}", self.dtype]
+        parts += [str(self.dims)] * (self.dims is not None)
+        parts += ["box" + self.place.replace(",", "_")] * (self.place != "globe")
+        return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a version tells of itself."""
+
+    card: dict[str, Any]
+    """Its card; empty while it is unfinished."""
+    layout: Layout | None = None
+    """What its readers rely on; none before its metadata are there."""
+    line: str = ""
+    """Its line; empty before its metadata are there."""
+
+
+def read_told(grid: str) -> Told:
+    """Returns what the version whose Zarr is at `grid` tells: its card, or while it is unfinished, its metadata."""
+    card = _read(storage.join(home_of(grid), "card.json"))
+    facts = card if {"line", "dims"} <= card.keys() else _facts(grid) | card
+    if "made_of" not in facts:
+        return Told(card)
+    layout = Layout.of(facts["made_of"], facts.get("dims"))
+    return Told(card, layout, facts.get("line") or layout.line)
+
+
+def _facts(grid: str) -> dict[str, Any]:
+    attrs = _read(storage.join(grid, "zarr.json")).get("attributes", {})
+    names = {"made_of": "rangegrid:made_of", "line": "rangegrid:line", "dims": "geoemb:dimensions"}
+    return {name: attrs[key] for name, key in names.items() if key in attrs}
+
+
+def _read(url: str) -> dict[str, Any]:
+    try:
+        return storage.read_json(url)
+    except FileNotFoundError:
+        return {}
+
+
+def read_line(grid: str) -> str:
+    """Returns the line of the version whose Zarr is at `grid`; nothing where nothing tells it."""
+    return read_told(grid).line
+
+
+def choose_line(grid: str, asked: str, layout: Layout) -> str:
+    """Returns the line of a grid that is going to be made, or is there.
+
+    Args:
+        grid: URL of its Zarr.
+        asked: The name that was given, if one was.
+        layout: What its readers rely on.
+
+    Raises:
+        UserError: It is there, in another line than the one that is asked for.
+    """
+    there = read_line(grid)
+    if there and asked and there != asked:
+        raise UserError(
+            f"the grid of these parameters is {home_of(grid)}, of the line {there}, where its readers look for it: "
+            f"give --line {there}, or leave --line out"
+        )
+    return there or asked or layout.line
+
+
+def versions_in(directory: str) -> list[str]:
+    """Names of the versions under the directory of all grids; pointers, locks and collection there have a dot."""
+    return [name for name in storage.names(directory) if "." not in name]
+
+
+def lines_in(directory: str) -> list[str]:
+    """Names of the lines that have a pointer of their own, `latest.LINE.json`, under the directory of all grids."""
+    begin, end = "latest.", ".json"
+    names = [name for name in storage.names(directory) if name.startswith(begin) and name.endswith(end)]
+    return [name[len(begin) : -len(end)] for name in names if name != begin + "json"]

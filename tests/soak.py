@@ -52,7 +52,7 @@ DRAIN = 1800.0  # seconds that what is under way, or waits, may take when the la
 POINTER = "grids/latest.json"
 RECORDS = (
     re.compile(  # of how a run went: when, in which order, how much it read; a report names when its grid was written
-        r"grids/(latest|collection)\.json|patches/\w+/(run\.md|(parts|screen)/.*)|reports/.*|grids/\w+/scorecard\.json"
+        r"grids/(latest[\w.-]*|collection)\.json|patches/\w+/(run\.md|(parts|screen)/.*)|reports/.*|grids/\w+/scorecard\.json"
     )
 )
 STRUCK = {  # what is killed, and whether with all that it started

@@ -50,7 +50,7 @@ HEARTBEAT, SILENT = "30", 3.0  # seconds, minutes: a run that lives is heard of 
 ROUND = 3.0  # seconds between the rounds of supervisor and operator
 DRAIN = 1800.0  # seconds that what is under way, or waits, may take when the last fault is over
 POINTER = "grids/latest.json"
-RECORDS = re.compile(  # of how a run went: when, in which order, how much it read; a report names when its grid was written
+RECORDS = re.compile(  # of how a run went: when, in which order, how much it read; a report names its grid
     r"grids/(latest[\w.-]*|collection)\.json|patches/\w+/(run\.md|(parts|screen)/.*)|reports/.*|grids/\w+/scorecard\.json"
 )
 STRUCK = {  # what is killed, and whether with all that it started

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""The exceptions for what a user can put right, and for what passes by itself."""
 
 
 class UserError(ValueError):
@@ -15,3 +15,8 @@ class Unavailable(UserError):
 
 class CatalogUnavailable(Unavailable):
     """A catalog that does not answer, refuses, or gives no whole answer after all attempts."""
+
+
+def may_pass(error: object) -> bool:
+    """Returns whether an error may pass by itself: all but what a user must mend, so a lost worker or a bug too."""
+    return isinstance(error, Unavailable) or not isinstance(error, UserError)

@@ -5,6 +5,7 @@ Rates are Prometheus's own: `sum(rate(rangegrid_patches_total{verdict="good"}[5m
 
 from collections import Counter as Tally
 from collections.abc import Iterable
+from enum import StrEnum
 
 from prometheus_client import Counter
 
@@ -21,6 +22,29 @@ def count(counter: Counter, reasons: Iterable[str]) -> None:
         counter.labels(reason or "good").inc(number)
 
 
-def count_retry(problem: str) -> None:
-    """Adds a retry under its cause, which is one of few: texts that begin with a number have a number each."""
-    RETRIES.labels("a short body" if problem[:1].isdigit() else problem).inc()
+class Cause(StrEnum):
+    """Why a request to an archive is asked again: the label of its retries, and so one of few."""
+
+    REFUSED = "access is refused"
+    SHORT = "a short body"
+    LOST = "a lost connection"
+    REGION = "another region"
+    HTTP_408 = "HTTP 408"
+    HTTP_425 = "HTTP 425"
+    HTTP_429 = "HTTP 429"
+    HTTP_500 = "HTTP 500"
+    HTTP_502 = "HTTP 502"
+    HTTP_503 = "HTTP 503"
+    HTTP_504 = "HTTP 504"
+    HTTP_5XX = "HTTP 5xx"
+
+    @classmethod
+    def of_status(cls, status: int) -> "Cause | None":
+        """Returns the cause of an HTTP status that may pass; none of one that stays."""
+        text = f"HTTP {status}"
+        return cls(text) if text in list(cls) else cls.HTTP_5XX if status >= 500 else None
+
+
+def count_retry(cause: Cause) -> None:
+    """Adds a retry under its cause."""
+    RETRIES.labels(cause.value).inc()

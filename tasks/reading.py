@@ -6,7 +6,7 @@ replaces them. So the store's shards are whole from the first byte on, and no pa
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from infra import metrics, storage
-from infra.cogs import Traffic, UnreadableAsset, read_scene
+from infra.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
 from tasks import patches as store
 from tasks.core import radiometry
 from tasks.estimate import THREADS, Meter
 from tasks.params import SampleParams
-from tasks.screening import EDGE, NODATA, UNREADABLE
+from tasks.scenes import find_items
+from tasks.screening import EDGE, JUDGED, NODATA, REFUSED, UNREADABLE, UNTRIED, hrefs, judge, settle
 from tasks.units import log
 
 
@@ -36,10 +37,10 @@ def read_shard(url: str, params: SampleParams, unit: tuple[int, int]) -> None:
         return
     start = shard * params.shard_patches
     meter = Meter()
-    plan = _planned(url, number, shard)
-    plan.index = plan["position"] - start
+    choices = _planned(url, number, shard)
     pixels = _held(url, params, number, shard)
-    plan["reason"] = pd.Series(read_scenes(plan, pixels, params, meter.traffic))
+    plan = Reader(params, pixels, start, meter.traffic).read(choices)
+    plan.index = plan["position"] - start
     plan["href"] = [assets[params.bands[0]] for assets in plan["assets"]]
     metrics.count(metrics.PATCHES, plan["reason"])
     good = plan[plan["reason"] == ""]
@@ -50,6 +51,7 @@ def read_shard(url: str, params: SampleParams, unit: tuple[int, int]) -> None:
     store.create_part(url, "parts", number, shard, meter.stamp(plan.join(found)))
 
 
+BEYOND = "numbers beyond the format"
 FOUND = ["sha256", "nodata_fraction", "dark_dn", "offset_check"]  # columns that a read adds
 
 
@@ -59,11 +61,12 @@ def shape(params: SampleParams) -> tuple[int, tuple[str, ...], int, float, int]:
 
 
 def _planned(url: str, number: int, shard: int) -> pd.DataFrame:
-    """The verdicts on the places that a plan names."""
+    """The scenes of the places that a plan names: the one that was found good first, then those not tried yet."""
     plan = store.read_part(url, "plan", number, shard)
     parts = np.unique(plan[["round", "cell"]], axis=0).tolist()
-    screened = [store.read_part(url, "screen", *part) for part in parts]
-    return plan[["position", "row_id"]].merge(pd.concat(screened), on="row_id")
+    screened = pd.concat([store.read_part(url, "screen", *part) for part in parts])
+    scenes = screened[screened["reason"].isin(["", UNTRIED])]
+    return plan[["position", "row_id"]].merge(scenes, on="row_id")
 
 
 def _held(url: str, params: SampleParams, number: int, shard: int) -> NDArray[np.uint16]:
@@ -81,54 +84,119 @@ def _held(url: str, params: SampleParams, number: int, shard: int) -> NDArray[np
     return pixels
 
 
-def read_scenes(
-    plan: pd.DataFrame, pixels: NDArray[np.uint16], params: SampleParams, traffic: Traffic
-) -> dict[int, str]:
-    """Reads patches into their rows of `pixels`, scene by scene.
+@dataclass
+class Reader:
+    """Reads the patches of one shard, each from the first of its scenes that has it."""
 
-    Args:
-        plan: Places by row of `pixels`.
-        pixels: (patch, band, y, x), written where a patch is good.
-        params: Bands, size, threshold.
-        traffic: Counts requests and bytes.
+    params: SampleParams
+    """Bands, size, thresholds."""
+    pixels: NDArray[np.uint16]
+    """(patch, band, y, x), written where a patch is good."""
+    start: int
+    """Position of the first patch."""
+    traffic: Traffic
+    """Counts requests and bytes."""
+    refused: list[RefusedAsset] = field(default_factory=list)
+    """What access was refused to."""
+    doubtful: set[int] = field(default_factory=set)
+    """Positions of patches that hold numbers beyond the format: kept where no other scene serves."""
 
-    Returns:
-        By row, why there is no patch, or nothing where there is one.
+    def read(self, choices: pd.DataFrame) -> pd.DataFrame:
+        """Reads the patches, scene by scene, in turns: in each the next scene of every place that lacks one.
 
-    Raises:
-        UnavailableAsset: An asset cannot be had now, so nothing is known of its patches.
-    """
-    groups = [group for _, group in plan.groupby("item_id")]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(partial(_read_scene, pixels, params, traffic), groups))
-    return {row: reason for reasons in found for row, reason in reasons.items()}
+        Args:
+            choices: The places' scenes in order, as `_planned` gives them.
+
+        Returns:
+            One row per place: the scene that it was read from, with an empty reason, or its first one and why not.
+
+        Raises:
+            RefusedAsset: A scene is refused, and so is all else.
+            UnavailableAsset: An asset cannot be had now, so nothing is known of its patches.
+        """
+        choices = choices.reset_index(drop=True)
+        first = choices.drop_duplicates("position")
+        found = pd.Series(first.index, first["position"])
+        turns = choices.groupby("position").cumcount()
+        lacking = set(found.index)
+        for turn in range(int(turns.max()) + 1):
+            rows = choices[(turns == turn) & choices["position"].isin(lacking)]
+            if rows.empty:
+                break
+            verdict = self._turn(rows)
+            choices.loc[verdict.index, JUDGED] = verdict
+            for row, position, reason in zip(rows.index, rows["position"], verdict["reason"][rows.index], strict=True):
+                if not reason:
+                    found[position] = row
+                if not reason and position not in self.doubtful:
+                    lacking.discard(position)
+        settle(self.refused)
+        return choices.loc[found]
+
+    def _turn(self, rows: pd.DataFrame) -> pd.DataFrame:
+        full = self._full(rows)
+        groups = [(group, full[str(item)]) for item, group in rows.groupby("item_id")]
+        with ThreadPoolExecutor(THREADS) as pool:
+            return pd.concat(pool.map(lambda job: self._read_scene(*job), groups))
+
+    def _full(self, rows: pd.DataFrame) -> dict[str, dict[str, str]]:
+        """Hrefs that can be read now, by item; the catalog is asked again for those whose query is never stored."""
+        items = rows.drop_duplicates("item_id")
+        found = {item: _known(assets) for item, assets in zip(items["item_id"], items["assets"], strict=True)}
+        passing = rows[rows["passing"].eq(True)] if "passing" in rows else rows[:0]
+        if len(passing):
+            again = {item.id: hrefs(item) for item in find_items(passing[["lon", "lat"]].to_numpy(), self.params)}
+            found |= {item: again.get(item, {}) for item in passing["item_id"].unique()}
+        return found
+
+    def _read_scene(self, group: pd.DataFrame, full: dict[str, str]) -> pd.DataFrame:
+        """The verdict on the places of one scene; those that were not screened are so first."""
+        verdict = group[JUDGED].copy()
+        untried = group[group["reason"] == UNTRIED]
+        if len(untried):
+            verdict.loc[untried.index] = judge(untried, full, self.params, self.traffic, self.refused)
+        clear = group[verdict["reason"] == ""]
+        if len(clear):
+            verdict.loc[clear.index, "reason"] = self._read_bands(clear, full)
+        return verdict
+
+    def _read_bands(self, group: pd.DataFrame, full: dict[str, str]) -> list[str]:
+        """Why there is no patch of each place, or nothing where there is one."""
+        places, params = group[["lon", "lat"]].to_numpy(), self.params
+        if not set(params.bands) <= set(full):
+            return [UNREADABLE] * len(group)
+        bands = {band: full[band] for band in params.bands}
+        try:
+            layers = read_scene(bands, places, params.patch_pixels, params.resolution_m, self.traffic)
+        except UnreadableAsset as error:
+            log().warning("%s; its %d patches are read elsewhere", error, len(group))
+            return [UNREADABLE] * len(group)
+        except RefusedAsset as error:
+            self.refused.append(error)
+            return [REFUSED] * len(group)
+        windows = zip(*layers.values(), strict=True)
+        return [self._keep(position, patch) for position, patch in zip(group["position"], windows, strict=True)]
+
+    def _keep(self, position: int, windows: tuple[NDArray | None, ...]) -> str:
+        """Puts the bands' windows into the patch's row of `pixels`, or tells why not."""
+        if any(window is None for window in windows):
+            return EDGE
+        patch = np.stack(windows)  # type: ignore[arg-type]
+        if nodata_fraction(patch) > self.params.max_nodata_fraction:
+            return NODATA
+        if radiometry.beyond_format(patch):
+            if position in self.doubtful:
+                return BEYOND
+            self.doubtful.add(position)
+        else:
+            self.doubtful.discard(position)
+        self.pixels[position - self.start] = patch
+        return ""
 
 
-def _read_scene(
-    pixels: NDArray[np.uint16], params: SampleParams, traffic: Traffic, group: pd.DataFrame
-) -> dict[int, str]:
-    hrefs = {band: group["assets"].iloc[0][band] for band in params.bands}
-    places = group[["lon", "lat"]].to_numpy()
-    try:
-        layers = read_scene(hrefs, places, params.patch_pixels, params.resolution_m, traffic)
-    except UnreadableAsset as error:
-        log().warning("%s; its %d patches are replaced", error, len(group))
-        return dict.fromkeys(group.index, UNREADABLE)
-    return {
-        row: _keep(pixels, row, windows, params.max_nodata_fraction)
-        for row, windows in zip(group.index, zip(*layers.values(), strict=True), strict=True)
-    }
-
-
-def _keep(pixels: NDArray[np.uint16], row: int, windows: tuple[NDArray | None, ...], max_nodata: float) -> str:
-    """Puts the bands' windows into a row of `pixels`, or tells why not."""
-    if any(window is None for window in windows):
-        return EDGE
-    patch = np.stack(windows)  # type: ignore[arg-type]
-    if nodata_fraction(patch) > max_nodata:
-        return NODATA
-    pixels[row] = patch
-    return ""
+def _known(assets: dict[str, str | None]) -> dict[str, str]:
+    """An item's hrefs: Parquet gives every item the bands of all."""
+    return {band: href for band, href in assets.items() if href is not None}
 
 
 def nodata_fraction(patch: NDArray[np.uint16]) -> float:

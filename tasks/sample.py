@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pystac
 from distributed import Client
 
 from infra import storage, workers
 from infra.catalogs import ask, catalogs, collection_title, unsigned
-from infra.errors import UserError
+from infra.cogs import RefusedAsset, UnreadableAsset, read_scene
+from infra.errors import Unavailable, UserError
 from infra.settings import settings
 from tasks import patches as store
 from tasks.artifacts import keep_picture, keep_table
@@ -35,7 +37,7 @@ from tasks.pictures import sample_map
 from tasks.places import draw, source_digest
 from tasks.reading import read_shard, shape
 from tasks.scenes import asset_keys, find_items
-from tasks.screening import screen_cell
+from tasks.screening import UNTRIED, by_place, hrefs, screen_cell
 from tasks.units import log, run_units
 
 PLACES = {
@@ -44,7 +46,8 @@ PLACES = {
     "class": "by class in turn",
     "list": "from a list",
 }
-LOOKS = 32  # places looked at for an item that tells the catalog's bands
+LOOKS = 32  # places looked at for scenes that tell the catalog's bands
+OPENED = 5  # scenes of which one must have bands that can be read: a single one may be gone
 SCREENED = ["row_id", "item_id", "reason", "round", "cell"]  # what the run keeps in memory of each place tried
 PLANNED = ["position", "row_id", "round", "cell"]  # leads a unit back to the verdict
 READ = [*store.MANIFEST, "position", "reason"]
@@ -92,6 +95,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         attribution=source,
         tried=len(run.screened),
         rejected=run.rejected,
+        passed_over=run.passed_over,
         offset_checks=rows["offset_check"].value_counts().to_dict(),
     )
     return url
@@ -116,25 +120,71 @@ def check(client: Client, params: SampleParams, planned: Cost) -> None:
             f"{room / 1e9:.1f} GB for each of its threads: lower --shard-patches, or give the workers more"
         )
     storage.check_writable(settings().storage_url, planned.bytes_stored)
-    check_bands(params)
+    client.submit(check_bands, params, pure=False).result()  # where they will be read
 
 
 def check_bands(params: SampleParams) -> None:
-    """Refuses bands that the catalog does not have, by its items at the first place that has any.
+    """Refuses bands that the catalog does not have or that cannot be read, by opening one file of each.
 
     Raises:
-        UserError: A band is unknown to the catalog, or none answers.
+        UserError: A band is unknown to the catalog or unreadable in all scenes that were opened, or none answers.
     """
+    problems: list[UserError] = []
     for place in draw(LOOKS, params)[:, 1:3]:
-        known = {band for item in find_items(place[None], params) for band in asset_keys(item)}
-        lacking = [band for band in (*params.bands, "SCL") if band not in known]
-        if known and lacking:
-            raise UserError(
-                f"the catalog's items have no {lacking[0]}: give --bands of {', '.join(sorted(known - {'SCL'}))}, or "
-                "set RANGEGRID_COLLECTION to one of Sentinel-2 L2A"
-            )
-        if known:
-            return
+        items = find_items(place[None], params)
+        if not items:
+            continue
+        whole = [item for item in items if set(_wanted(items, params)) <= set(asset_keys(item))]
+        for item in whole[:: max(1, len(whole) // OPENED)][: OPENED - len(problems)]:
+            try:
+                _open_bands(item, params)
+                return
+            except (RefusedAsset, UnreadableAsset) as error:
+                problems.append(error)
+        if len(problems) == OPENED:
+            break
+    if problems:
+        raise _unreadable(problems)
+
+
+def _wanted(items: list[pystac.Item], params: SampleParams) -> list[str]:
+    """The bands that are read of each scene, after checking that some item has each.
+
+    Raises:
+        UserError: A band is unknown to the catalog.
+    """
+    known = {band for item in items for band in asset_keys(item)}
+    wanted = [*params.bands, "SCL"]
+    lacking = [band for band in wanted if band not in known]
+    if known and lacking:
+        raise UserError(
+            f"the catalog's items have no {lacking[0]}: give --bands of {', '.join(sorted(known - {'SCL'}))}, or "
+            "set RANGEGRID_COLLECTION to one of Sentinel-2 L2A"
+        )
+    if lacking:
+        there = [f"{key} ({asset.media_type or 'no media type'})" for key, asset in items[0].assets.items()]
+        raise UserError(
+            "the catalog's items have no asset that is a band of Sentinel-2 L2A in a GeoTIFF of its own: "
+            f"{items[0].id} has {', '.join(there[:6])}. Set RANGEGRID_COLLECTION or RANGEGRID_STAC_URL to one that has "
+            "them"
+        )
+    return wanted
+
+
+def _open_bands(item: pystac.Item, params: SampleParams) -> None:
+    """Reads the headers of a scene's bands and scene classification."""
+    full = hrefs(item)
+    wanted = {band: full[band] for band in (*params.bands, "SCL")}
+    read_scene(wanted, np.empty((0, 2)), params.patch_pixels, params.resolution_m)
+
+
+def _unreadable(problems: list[UserError]) -> UserError:
+    """What is said where no scene that was opened could be read: a refusal of all may pass."""
+    refused = all(isinstance(problem, RefusedAsset) for problem in problems)
+    return (Unavailable if refused else UserError)(
+        f"none of {len(problems)} scenes can be read: {problems[0]}. GeoTIFFs of one band of 8 or 16 bits are; set "
+        "RANGEGRID_COLLECTION or RANGEGRID_STAC_URL to a catalog that has them"
+    )
 
 
 def attribution() -> str:
@@ -161,6 +211,8 @@ class Run:
     """Clear places that are planned to be read."""
     lost: Counter[str] = field(default_factory=Counter)
     """Of these, those that could not be read, by reason."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Scenes that were tried in vain for some place, by reason; another may have served it."""
     costs: list[dict[str, Any]] = field(default_factory=list)
     """What each unit took."""
 
@@ -222,7 +274,9 @@ class Run:
         units = np.unique(cells).tolist()
         left = [(number, cell, more[cells == cell]) for cell in units if cell not in there]
         self._do(screen_cell, left, "search and screen", len(there), lambda unit: f"cell {unit[1]}")
-        self.screened = pd.concat([self.screened, self._collect("screen", number, units, SCREENED)])
+        scenes = self._collect("screen", number, units, SCREENED)
+        self.screened = pd.concat([self.screened, by_place(scenes)])
+        self.passed_over.update(scenes.loc[~scenes["reason"].isin(["", UNTRIED]), "reason"])
         self.searches += 1
         return True
 

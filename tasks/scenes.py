@@ -19,6 +19,7 @@ from tasks.core.radiometry import decide
 from tasks.core.sampling import TILES
 from tasks.params import SampleParams
 
+MOST_SCENES = 12  # tried for one place: each costs two requests for its scene classification
 SEASON = {month: month % 12 // 3 for month in range(1, 13)}  # 0 December to February, 3 September to November
 
 
@@ -29,9 +30,10 @@ def find_items(lonlat: NDArray[np.float64], params: SampleParams) -> list[pystac
 
 def choose(
     items: list[pystac.Item], candidates: NDArray[np.float64], params: SampleParams
-) -> list[tuple[pystac.Item | None, str]]:
-    """For each candidate the item to read, or why there is none; the newest baseline among duplicates.
+) -> list[tuple[list[pystac.Item], str]]:
+    """For each candidate the items that may be read, in the order of preference, or why there is none.
 
+    Those of the newest baselines come first, then older processings of the same acquisitions, then what lacks a band.
     An item whose radiometry is quarantined is chosen by nobody, so that another scene of the place can be.
 
     Args:
@@ -65,6 +67,8 @@ class Scene(NamedTuple):
     """Cloud cover in percent, 100 where it is not told."""
     quarantined: bool
     """Whether nobody knows what its numbers mean."""
+    bands: frozenset[str]
+    """Bands that it has, and SCL."""
 
 
 def describe(item: pystac.Item) -> Scene:
@@ -78,33 +82,54 @@ def describe(item: pystac.Item) -> Scene:
         day=_day(item),
         cloud=100.0 if told is None else float(told),
         quarantined=decide(facts).quarantined,
+        bands=frozenset(band_assets(facts)),
     )
 
 
-def _choose(
-    scenes: list[Scene], candidate: NDArray[np.float64], params: SampleParams
-) -> tuple[pystac.Item | None, str]:
+def _choose(scenes: list[Scene], candidate: NDArray[np.float64], params: SampleParams) -> tuple[list[pystac.Item], str]:
     tiles = {scene.tile for scene in scenes}
     if params.places == "tile" and tiles and candidate[4] * TILES >= len(tiles):
-        return None, "passed over for equal tiles"
+        return [], "passed over for equal tiles"
     if params.scene == "seasons":
         scenes = [scene for scene in scenes if SEASON[scene.day.month] == candidate[3]]
-    found = newest(scene for scene in scenes if not scene.quarantined)
-    if not found:
-        return None, "radiometry quarantined" if scenes else "no scene"
-    if params.scene == "nearest":
-        day = datetime.date.fromisoformat(str(params.date))
-        return min(found, key=lambda scene: (abs((scene.day - day).days), scene.cloud, scene.item.id)).item, ""
-    return min(found, key=lambda scene: (scene.cloud, scene.item.id)).item, ""
+    known = [scene for scene in scenes if not scene.quarantined]
+    if not known:
+        return [], "radiometry quarantined" if scenes else "no scene"
+    return [scene.item for scene in ordered(known, params)[:MOST_SCENES]], ""
+
+
+def ordered(scenes: list[Scene], params: SampleParams) -> list[Scene]:
+    """Scenes of a place in the order in which they are tried."""
+    best = newest(scenes)
+    newer = {scene.item.id for scene in best}
+    latest = {scene.overpass: scene.item.id for scene in sorted(best, key=lambda scene: scene.item.id)}
+    wanted = {*params.bands, "SCL"}
+
+    def preference(scene: Scene) -> tuple[Any, ...]:
+        again = latest[scene.overpass] != scene.item.id  # of two alike, the one that was made later comes first
+        standing = (not wanted <= scene.bands, scene.item.id not in newer)
+        return *standing, _days_off(scene, params), scene.cloud, again, scene.item.id
+
+    return sorted(scenes, key=preference)
+
+
+def _days_off(scene: Scene, params: SampleParams) -> int:
+    """Days between a scene and the date that it should be near to; 0 where any date will do."""
+    if params.scene != "nearest":
+        return 0
+    return abs((scene.day - datetime.date.fromisoformat(str(params.date))).days)
 
 
 def newest(scenes: Iterable[Scene]) -> list[Scene]:
-    """Of scenes of one acquisition and tile only the newest processing baseline."""
-    found: dict[str, Scene] = {}
-    for scene in scenes:
-        rival = found.get(scene.overpass, scene)
-        found[scene.overpass] = max(rival, scene, key=lambda s: (s.version, s.item.id))
-    return list(found.values())
+    """Of scenes of one acquisition and tile only those of the newest processing baseline.
+
+    There can be several such: a tile comes in two halves where its overpass was sent down in two parts.
+    """
+    found = list(scenes)
+    best: dict[str, tuple[int, int]] = {}
+    for scene in found:
+        best[scene.overpass] = max(best.get(scene.overpass, scene.version), scene.version)
+    return [scene for scene in found if scene.version == best[scene.overpass]]
 
 
 def _facts(item: pystac.Item) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from prefect.runtime import deployment
 from prefect.tasks import exponential_backoff
 
 from infra import clusters, workers
-from infra.errors import Unavailable, UserError
+from infra.errors import may_pass
 from tasks import ablate, encode, evaluate, promotion, publish, sample, train, versions
 from tasks.artifacts import reported
 from tasks.units import Work, note
@@ -28,7 +28,7 @@ JITTER = 1.0  # of a wait, added at random: what failed together does not ask ag
 def may_mend(_: Task, __: TaskRun, state: State) -> bool:
     """Whether a failed step is tried again: not what a user must mend, nor at a terminal, where the user decides."""
     error = state.result(raise_on_failure=False)
-    return deployment.id is not None and (isinstance(error, Unavailable) or not isinstance(error, UserError))
+    return deployment.id is not None and may_pass(error)
 
 
 def on_cluster(step: Callable[..., str]) -> Callable[..., str]:

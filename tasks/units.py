@@ -20,7 +20,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from infra.errors import Unavailable, UserError
+from infra.errors import Unavailable, UserError, may_pass
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -157,7 +157,7 @@ class Failure:
     @property
     def lasts(self) -> bool:
         """Whether a user must mend it."""
-        return isinstance(self.error, UserError) and not isinstance(self.error, Unavailable)
+        return not may_pass(self.error)
 
 
 def _failed(label: str, failures: list[Failure], total: int) -> UserError:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tasks.core.items import band_assets, baselines, entries, number, properties
 
 NODATA = 0  # before and after the shift: mask first, then shift
+MOST = 32_767  # ESA writes 15 bits; above are numbers that a provider took below zero, where they begin anew at 65,535
 OFFSET = -1000
 SCALE = 1e-4
 BASELINE_WITH_OFFSET = (4, 0)
@@ -149,7 +150,7 @@ def _compare(
 
 
 def to_reflectance(dn: NDArray[np.uint16], offset: NDArray[np.int64] | int) -> NDArray[np.float32]:
-    """Reflectance of raw numbers; nodata becomes NaN.
+    """Reflectance of raw numbers; nodata, and numbers that the format has not, become NaN.
 
     Args:
         dn: Raw numbers, first axis one patch each.
@@ -160,7 +161,12 @@ def to_reflectance(dn: NDArray[np.uint16], offset: NDArray[np.int64] | int) -> N
     """
     shift = np.reshape(offset, (-1,) + (1,) * (dn.ndim - 1)).astype(np.float32)
     values = np.clip((dn.astype(np.float32) + shift) * np.float32(SCALE), 0, 1)
-    return np.where(dn == NODATA, np.float32(np.nan), values)
+    return np.where((dn == NODATA) | (dn > MOST), np.float32(np.nan), values)
+
+
+def beyond_format(dn: NDArray[np.uint16]) -> bool:
+    """Returns whether some number is one that the format has not: nobody knows what it means."""
+    return bool((dn > MOST).any())
 
 
 DARK_SHARE = 0.1  # of vegetation and water in a patch: then its darkest hundredth is dark in some band
@@ -172,7 +178,8 @@ def check_numbers(dn: NDArray[np.uint16], offset: int, dark_share: float) -> tup
     """Whether a patch's numbers deny the decided offset.
 
     With the offset still in the numbers nothing is darker than about 1000; without it, the darkest pixels of
-    vegetation and water are well below that in some band. Bright ground and haze tell nothing.
+    vegetation and water are well below that in some band. Bright ground and haze tell nothing. A number that the format
+    has not denies it in any case: something was done to the numbers that nobody told.
 
     Args:
         dn: Raw numbers, (band, y, x).
@@ -182,10 +189,13 @@ def check_numbers(dn: NDArray[np.uint16], offset: int, dark_share: float) -> tup
     Returns:
         The first percentile of each pixel's darkest band, in DN, and `agree`, `deny` or `silent`.
     """
-    known = (dn != NODATA).all(0)
+    known = ((dn != NODATA) & (dn <= MOST)).all(0)
+    denied = beyond_format(dn)
     if not known.any():
-        return float("nan"), "silent"
+        return float("nan"), "deny" if denied else "silent"
     dark = float(np.percentile(dn[:, known].min(0), 1))
+    if denied:
+        return dark, "deny"
     shifted = _looks_shifted(dark, dark_share)
     if shifted is None:
         return dark, "silent"

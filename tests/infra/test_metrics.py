@@ -42,6 +42,9 @@ def test_retries_are_counted_by_cause(worker, sandbox):
     before = served(worker)
     with Proxy(sandbox.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANGEGRID_S3_ENDPOINT", proxy.url)
+        run(
+            Ranges("s3://rangegrid/metrics/asset", Traffic()).read(0, 1)
+        )  # the endpoint has told that the bucket is its
         proxy.inject(status(503), times=2)
         proxy.inject(truncated(honest=True), skip=2, times=1)
         assert run(Ranges("s3://rangegrid/metrics/asset", Traffic()).read(0, 1000)) == bytes(1000)

@@ -1,6 +1,7 @@
 """What is installed, reachable and writable: here, and where the pool runs a flow."""
 
 import logging
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -75,6 +76,11 @@ def _python() -> tuple[str, bool]:
 
 def _storage() -> str:
     url = settings().storage_url
+    if url.startswith("s3:") and os.environ.get("AWS_PROFILE") and settings().access_key is None:
+        raise UserError(
+            f"AWS_PROFILE is {os.environ['AWS_PROFILE']!r}, and profiles and SSO are not read: put the keys into the "
+            "settings file, as `aws configure export-credentials --format env` tells them"
+        )
     storage.check_writable(url)
     return f"{url} is writable"
 

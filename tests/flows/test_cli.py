@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.doctor import seen
+
 PROGRAM = str(Path(sys.executable).with_name("rangegrid"))
 
 
@@ -84,6 +86,16 @@ def test_the_doctor_tells_what_fails(tmp_path):
     assert lines["cluster"].startswith("ok")
     assert lines["catalog"].startswith("FAIL")
     assert "no STAC API answers at http://127.0.0.1:9" in lines["catalog"]
+
+
+def test_the_doctor_tells_that_profiles_are_not_read(monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", "s3://bucket")
+    monkeypatch.setenv("RANGEGRID_STAC_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    found = {name: (said, good) for name, said, good in seen()}
+    assert "profiles and SSO are not read" in found["storage"][0]
+    assert not found["storage"][1]
 
 
 def test_the_doctor_is_content_with_the_sandbox(sandbox):

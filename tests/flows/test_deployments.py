@@ -15,6 +15,7 @@ from prefect.states import Failed
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
+from flows.deployed import made
 from infra.errors import Unavailable, UserError
 from tasks.steps import may_mend, sample_patches
 from tasks.units import UnitsFailed
@@ -57,6 +58,23 @@ def test_a_schedule_makes_runs(prefect):
         runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id={"any_": [made]}))
     assert len(runs) >= 3
     assert all(run.state.is_scheduled() and run.auto_scheduled for run in runs)
+
+
+def test_a_run_ends_well_only_after_its_product_was_read_back(prefect, tmp_path):
+    """Whatever became of it between its writing and the end."""
+    home = tmp_path / "grids" / "1"
+    home.mkdir(parents=True)
+
+    @Flow
+    def publish():
+        return made(f"{home.as_uri()}/grid.zarr")
+
+    for lost in ("card.json", "grid.zarr/zarr.json"):
+        with pytest.raises(UserError, match=f"the product was written to {home.as_uri()}/grid.zarr and is not there"):
+            publish()
+        (home / lost).parent.mkdir(exist_ok=True)
+        (home / lost).write_text('{"kind": "grid"}')
+    assert publish(return_state=True).message == f"{home.as_uri()}/grid.zarr"
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)

@@ -185,6 +185,8 @@ async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 async def _read_asset(asset: Ranges, places: Places) -> Layer:
     """The windows of one asset, which is read anew while its bytes make no sense, or none of a band."""
+    if asset.lies_beside(".msk"):
+        raise asset.failure(UnreadableAsset, "its mask is in a file of its own, .msk, which is not read")
     problem = ""
     for _ in range(READINGS):
         try:

@@ -131,6 +131,10 @@ class Ranges:
             error.place = self._place
         return error
 
+    def lies_beside(self, ending: str) -> bool:
+        """Returns whether a local asset has a file of its name and this ending beside it; servers are not asked."""
+        return urlsplit(self.href).scheme in ("", "file") and Path(_path(self.href) + ending).exists()
+
     @property
     def _place(self) -> str:
         """The host or bucket that serves it."""

@@ -129,22 +129,23 @@ def check_bands(params: SampleParams) -> None:
     Raises:
         UserError: A band is unknown to the catalog or unreadable in all scenes that were opened, or none answers.
     """
-    problems: list[UserError] = []
+    problems: dict[str, UserError] = {}
     for place in draw(LOOKS, params)[:, 1:3]:
         items = find_items(place[None], params)
         if not items:
             continue
-        whole = [item for item in items if set(_wanted(items, params)) <= set(asset_keys(item))]
+        wanted = set(_wanted(items, params))
+        whole = [item for item in items if wanted <= set(asset_keys(item)) and item.id not in problems]
         for item in whole[:: max(1, len(whole) // OPENED)][: OPENED - len(problems)]:
             try:
                 _open_bands(item, params)
                 return
             except (RefusedAsset, UnreadableAsset) as error:
-                problems.append(error)
+                problems[item.id] = error
         if len(problems) == OPENED:
             break
     if problems:
-        raise _unreadable(problems)
+        raise _unreadable(list(problems.values()))
 
 
 def _wanted(items: list[pystac.Item], params: SampleParams) -> list[str]:

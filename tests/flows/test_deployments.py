@@ -16,9 +16,12 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
 from flows.deployed import made
+from infra import ranges
 from infra.errors import Unavailable, UserError
+from tasks.params import SampleParams
 from tasks.steps import may_mend, sample_patches
 from tasks.units import UnitsFailed
+from tests import archive
 
 CONFIG = Path(__file__).parents[2] / "prefect.yaml"
 DEPLOYMENTS = {d["name"]: d for d in yaml.safe_load(CONFIG.read_text())["deployments"]}
@@ -118,3 +121,22 @@ def test_what_may_mend_by_itself_is_tried_again_where_nobody_watches(error, agai
     assert not may_mend(sample_patches, None, failed)
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "1")
     assert may_mend(sample_patches, None, failed) == again
+
+
+def test_an_outage_of_the_archive_is_tried_again_by_a_deployment(tmp_path, prefect, monkeypatch):
+    """What the archive itself raises, through the failures of units, the step and Prefect's own retries."""
+    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "1")
+    monkeypatch.setenv("RANGEGRID_COLLECTION", "s2")
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", (tmp_path / "home").as_uri())
+    files, places = archive.scene(tmp_path / "a"), archive.listed(tmp_path, [[200, 200], [500, 500]])
+    options = {"patches": 2, "places": "list", "source": places, "patch_pixels": 64, "bands": archive.BANDS}
+    outage = range(len(files), len(files) + 3 * ranges.ATTEMPTS + 5)  # after the bands were opened: all tries of a unit
+    with archive.served(tmp_path, lambda _: (503, {}) if len(server.asked) - 1 in outage else None) as server:
+        item = archive.item("a", {band: f"{server.url}/a/{band}.tif" for band in files})
+        monkeypatch.setenv("RANGEGRID_STAC_URL", archive.catalog(tmp_path, [item]))
+        step = sample_patches.with_options(retry_delay_seconds=0)
+        state = step(SampleParams(**options), return_state=True)
+    assert state.is_completed(), state
+    with get_client(sync_client=True) as client:
+        assert client.read_task_run(state.state_details.task_run_id).run_count == 2

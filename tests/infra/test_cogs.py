@@ -175,3 +175,130 @@ def test_real_patches_read_as_rasterio_reads_them(fixtures_dir, tmp_path):
                 target.write(band, 1)
         found = read_scene(hrefs, np.array([centre]), 256, 10)
         np.testing.assert_array_equal(np.stack([windows[0] for windows in found.values()]), bands)
+
+
+@pytest.mark.parametrize("epsg", [32601, 32631, 32660, 32701, 32733, 32760])
+@pytest.mark.parametrize(("resolution", "sizes"), [(10, (10, 20, 60)), (20, (20, 60)), (60, (60,))])
+def test_bands_register_at_pixel_centres_in_every_zone(tmp_path, epsg, resolution, sizes):
+    """A pixel holds the column of its left edge: all bands of a window begin at one."""
+    rng, left, top = np.random.default_rng(0), 499_980.0, 5_000_040.0
+    for size in sizes:
+        side = 7_200 // size
+        edges = np.broadcast_to((1000 + np.arange(side) * (size // 10)).astype(np.uint16), (side, side)).copy()
+        transform = from_origin(left, top, size, size)
+        write(tmp_path / f"{size}.tif", edges, size, crs=epsg, transform=transform)
+    middles = (rng.integers(20, 7_200 // resolution - 20, (60, 2)) + 0.5) * resolution
+    x, y = left + middles[:, 0], top - middles[:, 1]
+    lonlat = np.column_stack(Transformer.from_crs(epsg, 4326, always_xy=True).transform(x, y))
+    found = read_scene({str(size): str(tmp_path / f"{size}.tif") for size in sizes}, lonlat, 16, resolution)
+    for windows in zip(*found.values(), strict=True):
+        finest = windows[0].astype(int) - 1000
+        for size, window in zip(sizes, windows, strict=True):
+            np.testing.assert_array_equal(window.astype(int) - 1000, finest // (size // 10) * (size // 10))
+
+
+def test_bands_half_a_pixel_apart_are_refused(tmp_path, data):
+    hrefs = {"a": write(tmp_path / "a.tif", data, 10)}
+    for name, off in (("half", 5), ("whole", 10), ("north", 0)):
+        transform = from_origin(LEFT + off, TOP + (5 if name == "north" else 0), 10, 10)
+        hrefs["b"] = write(tmp_path / f"{name}.tif", data, 10, transform=transform)
+        with pytest.raises(UnreadableAsset, match=rf"{name}\.tif cannot be read \(its corner is"):
+            read_scene(hrefs, place(LEFT + 1500, TOP - 800), 16, 10)
+    hrefs["b"] = write(tmp_path / "zone.tif", data, 10, crs=32632)
+    with pytest.raises(UnreadableAsset, match="its corner is"):
+        read_scene(hrefs, place(LEFT + 1500, TOP - 800), 16, 10)
+
+
+@pytest.mark.parametrize("driver", ["GTiff", "COG"])
+@pytest.mark.parametrize("bigtiff", ["yes", "no"])
+def test_what_an_internal_mask_hides_is_nodata(tmp_path, driver, bigtiff):
+    """The mask lies behind the pixels in a plain file, before them in a COG."""
+    data = np.random.default_rng(0).integers(1, 9000, (1024, 1024), dtype=np.uint16)
+    mask = np.random.default_rng(1).random((1024, 1024)) > 0.3
+    options = {"tiled": True, "blockxsize": 128, "blockysize": 128, "nodata": None, "bigtiff": bigtiff}
+    plain = tmp_path / "plain.tif"
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        write(plain, data, 10, **options)
+        with rasterio.open(plain, "r+") as target:
+            target.write_mask(mask)
+        if driver == "COG":
+            with rasterio.open(plain) as source:
+                rasterio.shutil.copy(source, tmp_path / "cog.tif", driver="COG", blocksize=128, compress="deflate")
+    href = str(plain if driver == "GTiff" else tmp_path / "cog.tif")
+    (window,) = read_windows(href, place(LEFT + 5120, TOP - 5120), 256, 10)
+    rows = slice(384, 640)
+    np.testing.assert_array_equal(window, np.where(mask, data, 0)[rows, rows])
+
+
+def test_a_mask_in_a_file_of_its_own_and_an_alpha_band_are_refused(tmp_path, data):
+    href = write(tmp_path / "a.tif", data, 10, nodata=None)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(href, "r+") as target:
+        target.write_mask(data > 5)
+    with pytest.raises(UnreadableAsset, match=r"its mask is in a file of its own, \.msk"):
+        read_windows(href, place(LEFT + 1500, TOP - 800), 16, 10)
+    with rasterio.open(tmp_path / "b.tif", "w", **PROFILE | {"count": 2, "alpha": "yes"}) as target:
+        target.write(np.stack([data, data]))
+    with pytest.raises(UnreadableAsset, match="bands: uint16, uint16"):
+        read_windows(str(tmp_path / "b.tif"), place(LEFT + 1500, TOP - 800), 16, 10)
+
+
+PROFILE = {
+    "driver": "GTiff",
+    "dtype": "uint16",
+    "height": 200,
+    "width": 300,
+    "crs": EPSG,
+    "transform": from_origin(LEFT, TOP, 10, 10),
+}
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_the_headers_nodata_is_nodata(tmp_path, sparse):
+    data = np.full((512, 512), 65_535, np.uint16)
+    data[:, 200:] = 7
+    options = {"tiled": True, "blockxsize": 128, "blockysize": 128, "nodata": 65_535, "sparse_ok": sparse}
+    href = write(tmp_path / "a.tif", data, 10, **options)
+    (window,) = read_windows(href, place(LEFT + 2000, TOP - 2560), 256, 10)
+    np.testing.assert_array_equal(window, np.where(data == 65_535, 0, data)[128:384, 72:328])
+
+
+@pytest.mark.parametrize("bigtiff", ["yes", "no"])
+def test_a_header_at_the_end_is_read(tmp_path, bigtiff):
+    """Of a file that is far larger than what is read ahead."""
+    data = np.random.default_rng(0).integers(1, 30_000, (2000, 2000), dtype=np.uint16)
+    options = {"tiled": True, "blockxsize": 256, "blockysize": 256, "bigtiff": bigtiff}
+    href = write(tmp_path / "a.tif", data, 10, **options)
+    with rasterio.open(href, "r+") as target:
+        target.update_tags(x="y" * 40_000)
+    head = (tmp_path / "a.tif").read_bytes()[:16]
+    assert int.from_bytes(head[8:16] if bigtiff == "yes" else head[4:8], "little") > 7_000_000
+    (window,) = read_windows(href, place(LEFT + 10_000, TOP - 10_000), 256, 10)
+    np.testing.assert_array_equal(window, data[872:1128, 872:1128])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"transform": rasterio.Affine(10, 1, LEFT, 1, -10, TOP)}, "not square with north up"),
+        ({"transform": rasterio.Affine(10, 0, LEFT, 0, 10, TOP)}, "not square with north up"),
+        ({"transform": rasterio.Affine(10, 0, LEFT, 0, -20, TOP)}, "not square with north up"),
+        ({"dtype": "int16"}, "bands: int16"),
+        ({"dtype": "float32"}, "bands: float32"),
+    ],
+)
+def test_what_is_no_band_is_said(tmp_path, data, options, said):
+    with rasterio.open(tmp_path / "a.tif", "w", **PROFILE | {"count": 1} | options) as target:
+        target.write(data.astype(options.get("dtype", "uint16")), 1)
+    with pytest.raises(UnreadableAsset, match=said):
+        read_windows(str(tmp_path / "a.tif"), place(LEFT + 1500, TOP - 800), 16, 10)
+
+
+def test_a_chain_of_directories_that_leads_back_ends(tmp_path, data):
+    href = write(tmp_path / "a.tif", data, 10)
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    at = int.from_bytes(content[4:8], "little")
+    end = at + 2 + 12 * int.from_bytes(content[at : at + 2], "little")
+    content[end : end + 4] = at.to_bytes(4, "little")
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(UnreadableAsset, match="its bytes are corrupt"):
+        read_windows(href, place(LEFT + 1500, TOP - 800), 16, 10)

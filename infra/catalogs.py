@@ -6,7 +6,9 @@ not answer.
 """
 
 import ipaddress
+import json
 import logging
+import math
 import re
 import socket
 import time
@@ -27,7 +29,7 @@ from infra import storage
 from infra.errors import CatalogUnavailable, UserError
 from infra.intervals import Interval
 from infra.settings import settings
-from infra.stac_api import open_api, search_api
+from infra.stac_api import Features, open_api, search_api
 from infra.stac_files import is_file, open_file, search_file
 
 T = TypeVar("T")
@@ -36,6 +38,10 @@ POINTS = 150  # in one request: as a GET it stays below the 8 kB that servers ta
 WIDEST = 9.0  # degrees of longitude: a scene at 84 degrees of latitude
 REST = 600.0  # seconds for which a catalog that did not answer is passed over where another stands in
 UNSAFE = re.compile(r"[\x00-\x1f\\]")  # read differently by different libraries
+BROKEN = (  # what JSON that is no item raises
+    *(KeyError, TypeError, ValueError, AttributeError, OverflowError),
+    *(pystac.STACError, pystac.STACTypeError, shapely.errors.ShapelyError),
+)
 METADATA_HOSTS = ("metadata.google.internal", "metadata.goog", "metadata")
 METADATA_NETWORKS = [
     ipaddress.ip_network(text)  # link-local, and where clouds that are not link-local answer for a machine
@@ -90,7 +96,7 @@ def collection_title(catalog: Catalog) -> str:
         UserError: Nothing answers there, or it lacks the collection.
     """
     if not is_file(catalog.url):
-        return open_api(catalog.url, catalog.collection)[1].title or ""
+        return open_api(catalog.url, catalog.collection).collection.title or ""
     known = set(open_file(catalog.url).collection)
     if catalog.collection not in known:
         raise UserError(
@@ -120,13 +126,33 @@ def search(catalog: Catalog, interval: str, lonlat: NDArray[np.float64], max_clo
     if is_file(catalog.url):
         features = search_file(catalog.url, lonlat)
     else:
-        found: dict[str, Any] = {}
+        found = Features()
         for points in _chunks(lonlat):
-            found |= search_api(catalog.url, catalog.collection, window.asked, points, max_cloud_percent)
-        features = list(found.values())
-    items = {item.id: item for item in _usable(catalog, features)}
-    fits = [i for i in items.values() if _fits(i, catalog, window, lonlat, max_cloud_percent)]
-    return sorted(fits, key=lambda item: item.id)
+            found.add(search_api(catalog.url, catalog.collection, window, points, max_cloud_percent).all())
+        features = found.all()
+    ours = [feature for feature in features if _collection_of(feature) in (None, catalog.collection)]
+    items: dict[str, pystac.Item] = {}
+    for item in _usable(catalog, ours):
+        if _fits(item, window, lonlat, max_cloud_percent):
+            items[item.id] = _newer(items.get(item.id, item), item)
+    return sorted(items.values(), key=lambda item: item.id)
+
+
+def _collection_of(feature: Any) -> Any:
+    return feature.get("collection") if isinstance(feature, dict) else None
+
+
+def _newer(one: pystac.Item, other: pystac.Item) -> pystac.Item:
+    """Of two items with one id that which was updated last, else always the same one, in whatever order they come."""
+    if one is other:
+        return one
+    return max(
+        one, other, key=lambda item: (str(item.properties.get("updated", "")), json.dumps(_plain(item), default=str))
+    )
+
+
+def _plain(item: pystac.Item) -> dict[str, Any]:
+    return item.to_dict(include_self_link=False, transform_hrefs=False)
 
 
 def _chunks(lonlat: NDArray[np.float64]) -> list[NDArray[np.float64]]:
@@ -141,13 +167,10 @@ def _chunks(lonlat: NDArray[np.float64]) -> list[NDArray[np.float64]]:
     return [asked[start : start + POINTS] for start in range(0, len(asked), POINTS)]
 
 
-def _fits(
-    item: pystac.Item, catalog: Catalog, window: Interval, lonlat: NDArray[np.float64], max_cloud_percent: float
-) -> bool:
+def _fits(item: pystac.Item, window: Interval, lonlat: NDArray[np.float64], max_cloud_percent: float) -> bool:
     cloud = item.properties.get("eo:cloud_cover")
     return (
-        item.collection_id in (None, catalog.collection)
-        and window.meets(*_times(item))
+        window.meets(*_times(item))
         and (cloud is None or cloud <= max_cloud_percent)
         and bool(shapely.intersects_xy(footprint(item.geometry), *lonlat.T).any())
     )
@@ -163,13 +186,15 @@ def _times(item: pystac.Item) -> tuple[datetime, datetime]:
 
 def _usable(catalog: Catalog, features: Iterable[Any]) -> list[pystac.Item]:
     """Items with a place, a time and assets that may be read; what is passed over is counted in the log."""
-    items, broken, refused = [], 0, 0
+    items, broken, refused, hosts = [], 0, 0, settings().asset_hosts
     for feature in features:
         try:
             item = _item(feature, catalog)
-            refused += _resolve(item, catalog)
+            refused += _resolve(item, catalog, hosts)
             items.append(item)
-        except Exception:  # pystac and shapely raise anything for JSON that is no item
+        except BROKEN as error:
+            if isinstance(error, UserError):
+                raise
             broken += 1
     if broken or refused:
         log.warning(
@@ -182,7 +207,9 @@ def _usable(catalog: Catalog, features: Iterable[Any]) -> list[pystac.Item]:
 def _item(feature: Any, catalog: Catalog) -> pystac.Item:
     item = pystac.Item.from_dict(feature, preserve_dict=False, migrate=False)  # migration copies all, for nothing here
     cloud = item.properties.get("eo:cloud_cover")
-    item.properties["eo:cloud_cover"] = None if cloud is None else float(cloud)
+    item.properties["eo:cloud_cover"] = None if cloud is None or math.isnan(float(cloud)) else float(cloud)
+    if item.datetime is None:  # the manifest tells when an image begins
+        item.datetime, item.properties["datetime"] = _times(item)[0], item.properties["start_datetime"]
     if not item.assets or footprint(item.geometry).is_empty or not _times(item):
         raise ValueError("the item has no place or no assets")
     item.extra_fields["catalog"] = unsigned(catalog.url)
@@ -213,13 +240,13 @@ def _split(part: shapely.Geometry) -> list[shapely.Geometry]:
     return [shapely.transform(part & world, lambda xy, turn=turn: xy - [turn, 0]) for turn, world in worlds]
 
 
-def _resolve(item: pystac.Item, catalog: Catalog) -> int:
+def _resolve(item: pystac.Item, catalog: Catalog, hosts: tuple[str, ...]) -> int:
     """Makes the assets' hrefs absolute and drops those that may not be read; tells how many.
 
     Beside a file its own address counts: the items' links tell where they once came from.
     """
     base = catalog.url if is_file(catalog.url) else item.get_self_href() or catalog.url
-    local, hosts = urlsplit(catalog.url).scheme in ("", "file"), settings().asset_hosts
+    local = urlsplit(catalog.url).scheme in ("", "file")
     for asset in item.assets.values():
         asset.href = _absolute(asset.href, storage.as_url(base))
     refused = [key for key, asset in item.assets.items() if not may_read(asset.href, local, hosts)]

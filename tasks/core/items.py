@@ -94,14 +94,19 @@ def _fit(key: str, asset: Mapping[str, Any]) -> tuple[str, int] | None:
     """The band of an asset, and how sure that is: the exact key, the common name, then the finest pixels first."""
     if key in NAMES:
         return key, 0
-    if key in COMMON:
-        return COMMON[key], 1
-    if (match := SIZED.fullmatch(key)) and match[1] in NAMES:
-        return match[1], 1 + int(match[2])
-    named = [str(entry["name"]) for entry in entries(asset) if entry.get("name")]
-    if len(named) == 1 and named[0] in NAMES and "visual" not in key:
-        return named[0], 2 + _pixel(asset)
+    if band := _band(key):
+        return band, 1
+    if (match := SIZED.fullmatch(key)) and (band := _band(match[1])):
+        return band, 1 + int(match[2])
+    named = {str(entry["name"]) for entry in entries(asset) if entry.get("name")}  # in several extensions at once
+    if len(named) == 1 and (band := _band(*named)) and "visual" not in key:
+        return band, 2 + _pixel(asset)
     return None
+
+
+def _band(name: str) -> str | None:
+    """The band of this name in whatever case, or of this common name."""
+    return name.upper() if name.upper() in NAMES else COMMON.get(name.lower())
 
 
 def _pixel(asset: Mapping[str, Any]) -> int:

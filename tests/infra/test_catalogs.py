@@ -78,7 +78,7 @@ def serving(collection, items):
 def proxy(server, monkeypatch):
     """A proxy before the server; what waits between attempts does so briefly."""
     monkeypatch.setattr(stac_api, "PAUSE", 0.001)
-    brief = {"backoff_factor": 0.001, "backoff_jitter": 0, "status_forcelist": [429, 500, 503], "allowed_methods": None}
+    brief = {"backoff_factor": 0.001, "backoff_jitter": 0, "status_forcelist": [429, 503], "allowed_methods": None}
     monkeypatch.setattr(stac_api, "RETRY", Retry(total=6, **brief))
     catalogs._rests.clear()
     with Proxy(server) as between:

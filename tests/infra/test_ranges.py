@@ -17,9 +17,10 @@ from planetary_computer.settings import Settings
 from pyproj import Transformer
 from rasterio.transform import from_origin
 
-from infra import ranges, storage
+from infra import ranges, signing, storage
 from infra.cogs import Traffic, UnavailableAsset, UnreadableAsset, read_scene
 from infra.errors import UserError
+from infra.signing import signed
 from tests.proxy import Proxy, corrupted, dropped, latency, named, path, status, truncated, wrong_length
 
 BUCKET, FOLDER = "rangegrid", "reading/scene"
@@ -287,3 +288,11 @@ def test_no_header_brings_the_reader_down(tmp_path_factory, files, places, chang
     target.write_bytes(content)
     with suppress(UserError):
         assert len(read_scene({"B05": str(target)}, places, 128, 10)["B05"]) == len(places)
+
+
+def test_an_endpoint_of_ones_own_is_asked_for_its_own_buckets_alone(sandbox, monkeypatch):
+    public = "s3://public-bucket/folder/B02.tif"
+    monkeypatch.setattr(signing, "_regions", {})
+    assert signed("s3://rangegrid/x.tif").startswith(sandbox.endpoint)
+    assert signed(public).startswith("https://s3.us-east-1.amazonaws.com/public-bucket/")
+    assert "Signature" not in signed(public)

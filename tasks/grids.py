@@ -315,8 +315,8 @@ def _decoded(array: zarr.Array, index: Any) -> NDArray[np.float32]:
 
 
 def read_tile(url: str, tile: Tile, variable: str = VARIABLE) -> NDArray[np.float32]:
-    """One tile, (dim, rows, columns)."""
-    return Vectors(tuple(_arrays(url, variable, "r")))[(slice(None), *tile.window)]
+    """One tile, (dim, rows, columns), or (rows, columns) of a layer of evidence."""
+    return Vectors(tuple(_arrays(url, variable, "r")))[(..., *tile.window)]
 
 
 def read_projection(url: str) -> Projection:

@@ -1,9 +1,8 @@
 """The pictures that a run leaves: PNG bytes from plain arrays, with no global state of matplotlib."""
 
 import io
-from collections.abc import Iterator
 from textwrap import fill
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,22 +20,10 @@ from tasks.core.grid import GridSpec
 INK, FAINT, OCEAN, ACCENT, SECOND = "#1d2733", "#8a95a1", "#eef2f5", "#0b6e99", "#e07a3f"
 STAND_IN = "NASA Blue Marble at about 7 km stands in for 10 m Sentinel-2"
 EQUAL_EARTH = (1.340264, -0.081106, 0.000893, 0.003796)  # Savric, Patterson, Jenny 2018
-STRIP = 60  # rows read at a time
 WRAP = 14  # letters of a line above a panel
 SCALE = (0.0, 0.02, 0.01, 0.3)  # of a map's colours: in the corner that the globe leaves free
 ROOM = 0.15  # of a box's width, to its left: there the scale is
 SHOWN = 0.995  # share of the cells that a scale of colours tells apart: some islands are far from everything
-
-
-class Sliced(Protocol):
-    """An array in memory or in a store."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its lengths."""
-
-    def __getitem__(self, index: Any, /) -> Any:
-        """The part at `index`."""
 
 
 def world_map(colours: NDArray[np.float32], spec: GridSpec, title: str, caption: str) -> bytes:
@@ -77,9 +64,12 @@ def layer_map(layer: NDArray[np.float32], spec: GridSpec, title: str, caption: s
 
 
 def _cells(cells: NDArray, spec: GridSpec, title: str, caption: str, **style: Any) -> tuple[Figure, Axes, QuadMesh]:
-    """A map of cells, (y, x) numbers or (y, x, 4) colours: the globe in Equal Earth, a box in its own plane."""
+    """A map of cells, (y, x) numbers or (y, x, 4) colours, all of a grid's or evenly some of them.
+
+    The globe is in Equal Earth, a box in its own plane.
+    """
     figure, axes = canvas(12, 6.6, title, caption)
-    (west, south, east, north), (rows, columns) = spec.box, spec.shape
+    (west, south, east, north), (rows, columns) = spec.box, cells.shape[:2]
     x, y = np.meshgrid(np.linspace(west, east, columns + 1), np.linspace(north, south, rows + 1))
     if spec.is_globe:
         x, y = equal_earth(x, y)
@@ -104,42 +94,26 @@ def geotiff(colours: NDArray[np.float32], spec: GridSpec) -> bytes:
         return bytes(memory.getbuffer())
 
 
-def principal_colours(vectors: Sliced) -> NDArray[np.float32]:
-    """(y, x, 4) colours: ranks of the first three components, transparent where there are no data.
+def principal_axes(sample: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The first three principal axes of some vectors, (n, dim) to (dim, 3); their signs are arbitrary."""
+    centred = sample - sample.mean(0, dtype="f8")
+    return np.linalg.eigh(centred.T @ centred)[1][:, :-4:-1].astype(np.float32)
+
+
+def principal_colours(components: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(y, x, 4) colours: ranks of three components, (3, y, x), transparent where there are no data.
 
     Ranks use the whole range of each colour, whatever the few extremes are.
-
-    Args:
-        vectors: (dim, y, x), NaN where there are none; read by strips, so that it may be larger than memory.
     """
-    dims, height, width = vectors.shape
-    count, total, products = 0, np.zeros(dims), np.zeros((dims, dims))
-    for _, _, data in _strips(vectors):
-        count += len(data)
-        total += data.sum(0, dtype="f8")
-        products += data.T @ data
-    _, axes = np.linalg.eigh(products - np.outer(total, total) / max(count, 1))
-    known = np.zeros((height, width), bool)
-    parts = []
-    for rows, there, data in _strips(vectors):
-        known[rows] = there
-        parts.append(data @ axes[:, :-4:-1].astype(np.float32))
-    components = np.concatenate(parts)
-    components *= np.sign(components[np.abs(components).argmax(0), range(3)])  # the sign of an axis is arbitrary
-    ranks = components.argsort(0).argsort(0) / max(len(components) - 1, 1)
-    colours = np.zeros((height, width, 4), np.float32)
+    known = np.isfinite(components[0])
+    found = components[:, known].T
+    if len(found):
+        found = found * np.sign(found[np.abs(found).argmax(0), range(3)])  # the sign of an axis is arbitrary
+    ranks = found.argsort(0).argsort(0) / max(len(found) - 1, 1)
+    colours = np.zeros((*known.shape, 4), np.float32)
     colours[known, :3] = 0.08 + 0.88 * ranks
     colours[known, 3] = 1
     return colours
-
-
-def _strips(vectors: Sliced) -> Iterator[tuple[slice, NDArray[np.bool_], NDArray[np.float32]]]:
-    """Strips of rows: which, where data are known, and those data, (n, dim)."""
-    for start in range(0, vectors.shape[1], STRIP):
-        rows = slice(start, min(start + STRIP, vectors.shape[1]))
-        strip = np.asarray(vectors[:, rows])
-        there = np.isfinite(strip[0])
-        yield rows, there, strip[:, there].T
 
 
 def sample_map(lonlat: NDArray[np.float64], title: str, caption: str) -> bytes:

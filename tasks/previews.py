@@ -1,18 +1,25 @@
 """What shows a grid to people: maps of its colours and its evidence, and a page with both that lies in the bucket."""
 
 import html
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-import zarr
+from distributed import Client
+from numpy.typing import NDArray
 
 from infra import storage
 from tasks import grids
 from tasks.artifacts import keep_picture
-from tasks.core.grid import GridSpec
-from tasks.pictures import geotiff, layer_map, principal_colours, world_map
-from tasks.tiles import GRID, Job
+from tasks.core.grid import GridSpec, Tile
+from tasks.core.land import land_mask
+from tasks.pictures import geotiff, layer_map, principal_axes, principal_colours, world_map
+from tasks.tiles import GRID, Job, land_tiles
+from tasks.units import run_units
 
+MOST_DRAWN = 500_000  # cells: as many as the picture has pixels
+BLOCKS = 64  # of a chunk's cells, that the axes are found by
 MAPS = {"world.png": "The world in embedding colours", "evidence.png": "Distance to the nearest image"}
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -36,25 +43,81 @@ a GeoTIFF</a></p>
 """
 
 
-def draw(job: Job, attribution: str) -> None:
-    """Keeps the world in embedding colours beside the grid, as PNG and GeoTIFF, and a map of the evidence."""
+def draw(client: Client, job: Job, attribution: str) -> None:
+    """Keeps the world in embedding colours beside a grid, as PNG and GeoTIFF, and a map of the evidence.
+
+    What is there is not drawn again. Of a large grid some cells are drawn, evenly: tiles are read on Dask, and three
+    numbers a drawn cell come back, so that memory and time here do not grow with the grid.
+    """
+    wanted = {"world.png", "world.tif"} | ({"evidence.png"} if job.evidence else set())
+    if wanted <= set(storage.names(job.home)):
+        return
+    tiles, drawn = land_tiles(job.spec), Drawn.of(job.spec)
+    parts = run_units(client, partial(look, job, drawn, axes_of(job)), tiles, label="draw")
+    whole = np.full((4, len(drawn.rows), len(drawn.columns)), np.nan, np.float32)
+    for tile, part in zip(tiles, parts, strict=True):
+        whole[(slice(None), *drawn.window(tile))] = part
     where = "world" if job.spec.is_globe else "land"
-    colours = principal_colours(grids.open_vectors(job.grid))
+    colours = principal_colours(whole[:3])
     title = f"The {where} in {job.method.name.upper()} colours, {job.spec.size}"
     caption = f"First three principal components of the embeddings. {attribution}."
     picture = world_map(colours, job.spec, title, caption)
     keep_picture(storage.join(job.home, "world.png"), picture, "world-map", title)
     storage.write(storage.join(job.home, "world.tif"), geotiff(colours, job.spec))
     if job.evidence:
-        draw_evidence(job, attribution)
+        draw_evidence(job, whole[3], attribution)
 
 
-def draw_evidence(job: Job, attribution: str) -> None:
+@dataclass(frozen=True)
+class Drawn:
+    """The cells of a grid that a picture shows."""
+
+    rows: NDArray[np.intp]
+    """Their rows, rising."""
+    columns: NDArray[np.intp]
+    """Their columns, rising."""
+
+    @classmethod
+    def of(cls, spec: GridSpec) -> "Drawn":
+        """All, or evenly as many as a picture needs: of each part of the box the cell in the middle."""
+        times = max(1.0, np.sqrt(np.prod(spec.shape) / MOST_DRAWN))
+        counts = [max(1, int(n / times)) for n in spec.shape]
+        return cls(*(((np.arange(c) + 0.5) * n / c).astype(int) for n, c in zip(spec.shape, counts, strict=True)))
+
+    def window(self, tile: Tile) -> tuple[slice, slice]:
+        """Which of them are in a tile."""
+        edges = zip((self.rows, self.columns), tile.window, strict=True)
+        rows, columns = (slice(*np.searchsorted(cells, (part.start, part.stop)).tolist()) for cells, part in edges)
+        return rows, columns
+
+
+def axes_of(job: Job) -> NDArray[np.float32]:
+    """The principal axes of a grid's embeddings, (dim, 3), by some blocks of its land."""
+    vectors, land, side = grids.open_vectors(job.grid), land_mask(job.spec), min(grids.CHUNK_CELLS, job.spec.tile)
+    rows, columns = np.nonzero(land)
+    blocks = np.unique(np.column_stack([rows, columns]) // side, axis=0)
+    picked = np.random.default_rng(0).permutation(len(blocks))[:BLOCKS]
+    windows = [(slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)) for i, j in blocks[np.sort(picked)]]
+    return principal_axes(np.concatenate([vectors[(slice(None), *window)][:, land[window]].T for window in windows]))
+
+
+def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:
+    """What a picture shows of a tile, (4, rows, columns): three components, and km to the nearest image or NaN."""
+    rows, columns = drawn.window(tile)
+    i, j = np.ix_(drawn.rows[rows] - tile.row, drawn.columns[columns] - tile.column)
+    seen = np.full((4, i.size, j.size), np.nan, np.float32)
+    if seen.size:
+        seen[:3] = np.tensordot(axes.T, grids.read_tile(job.grid, tile)[:, i, j], 1)
+    if seen.size and job.evidence:
+        seen[3] = grids.read_tile(job.grid, tile, "distance_km")[i, j]
+    return seen
+
+
+def draw_evidence(job: Job, away: NDArray[np.float32], attribution: str) -> None:
     """Keeps a map of the distance to the nearest image: far from all, an embedding is extrapolation."""
-    layer = np.asarray(zarr.open_array(storage.zarr_store(storage.join(job.grid, "distance_km")), mode="r")[:])
     title = f"What the {job.method.name.upper()} embeddings rest on, {job.spec.size}"
     caption = f"Great-circle distance from a cell to the nearest image of the database. {attribution}."
-    picture = layer_map(layer, job.spec, title, caption, "km")
+    picture = layer_map(away, job.spec, title, caption, "km")
     keep_picture(storage.join(job.home, "evidence.png"), picture, "evidence-map", title)
 
 
@@ -87,6 +150,7 @@ def _facts(attrs: dict[str, Any]) -> dict[str, Any]:
         "dimensions": f"{blocks['location'][1]}: visual {blocks['visual'][1]}, then location",
         "stored as": attrs["geoemb:data_type"],
         "loss": lost and f"cosine with float32 {lost['cosine_mean']} on average, {lost['cosine_min']} at least",
+        "lost dimensions": lost.get("warning"),
         "resolution": field.get("warning"),
         "made by": attrs["geoemb:build_version"],
         "checkpoint": attrs["rangegrid:checkpoint"],

@@ -15,7 +15,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
 from tasks import conventions, grids, versions
-from tasks.artifacts import opening, show_places
+from tasks.artifacts import keep_table, opening, show_places
 from tasks.cards import FORMER_LAND, fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
@@ -94,11 +94,11 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     publish_overviews(client, job, params.overviews)
     made = {"fingerprint": fingerprint(made_of), "made_of": made_of, "database": database, "checkpoint": checkpoint}
     refuse(job.grid, validate_grid(client, job.grid, made))
-    show(job, card["attribution"])
     if not is_finished(job.home):  # its time is the version's age
-        told = {"line": since.line, "dims": layout.dims}
+        told = {"line": since.line, "dims": layout.dims} | warn_of_loss(job)
         write_card(job.home, "grid", **made, **told, sums=kept if job.keep_sums else None)
     versions.confirm(job.grid, since)
+    show(client, job, card["attribution"])
     if params.promote:
         promote_unless_withdrawn(job.grid, since, params.drift_alert)
     return job.grid
@@ -221,9 +221,23 @@ def find_projection(job: Job) -> Projection:
     return Projection.fit(values, dims)
 
 
-def show(job: Job, attribution: str) -> None:
+def warn_of_loss(job: Job) -> dict[str, Any]:
+    """What the card tells of what fewer bits lost, dimension by dimension; warns where that is much."""
+    attrs = zarr.open_group(storage.zarr_store(job.grid), mode="r").attrs
+    lost = attrs.get("rangegrid:loss")
+    if lost and "warning" in lost:
+        log().warning("%s: %s", job.grid, lost["warning"])
+        rows = [
+            f"| {name} | {i} | {share:.0%} |" for name in grids.BLOCKS for i, share in enumerate(lost[name]["lost"])
+        ]
+        table = "\n".join([lost["warning"], "", "| part | dimension | lost of its deviation |", "|---|---|---|", *rows])
+        keep_table(storage.join(job.home, "loss.md"), table, "grid-loss", f"What {lost['dtype']} loses")
+    return {"loss": lost} if lost else {}
+
+
+def show(client: Client, job: Job, attribution: str) -> None:
     """Keeps beside the grid what shows it: maps, a page, and its STAC item; and tells where they are."""
-    draw(job, attribution)
+    draw(client, job, attribution)
     page = write_page(job.home)
     write_item(job.home)
     places = {"page": page, "map": storage.join(job.home, "world.png"), "STAC item": storage.join(job.home, ITEM)}

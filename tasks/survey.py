@@ -17,7 +17,7 @@ from tasks.core.field import DISTANCES_KM, FINER, Change, kernel_width_km, probe
 from tasks.core.grid import GridSpec
 from tasks.core.land import is_land, land_mask
 from tasks.core.probes import blocked_folds, score
-from tasks.core.quantize import DType, Scale, half, loss
+from tasks.core.quantize import DType, Scale, half, loss, lost_by_dimension
 from tasks.core.retrieval import embed
 from tasks.database import open_database
 from tasks.grids import BLOCKS
@@ -27,6 +27,8 @@ from tasks.units import log
 BLOCK_DEGREES, FOLDS = 10.0, 5  # of the probe: one fold is scored
 
 CELLS, SHORE = 20_000, 1000  # land cells that are looked at for such as lie at sea, and of these at most
+
+SPOILED = 0.1  # share of a dimension's deviation that storing it may lose before a warning
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,25 @@ def _loss(
         name: round(score(vectors, places[:, 1], "regression", split), 4)
         for name, vectors in (("float32", exact), ("stored", back))
     }
-    parts = {name: loss(part, stored[name]) for name, part in blocks.items()}
-    return loss(exact, back) | parts | {"latitude_probe_r2": probes}
+    parts = {name: loss(part, stored[name]) | _by_dimension(part, stored[name]) for name, part in blocks.items()}
+    return loss(exact, back) | parts | {"latitude_probe_r2": probes} | _warning(parts)
+
+
+def _by_dimension(exact: NDArray[np.float32], stored: NDArray[np.float32]) -> dict[str, Any]:
+    """What each dimension of a block lost, and how many lost too much; told to the digits that a rerun finds again."""
+    shares = [float(f"{share:.2g}") for share in lost_by_dimension(exact, stored)]
+    return {"lost": shares, "worst": int(np.argmax(shares)), "spoiled": sum(share > SPOILED for share in shares)}
+
+
+def _warning(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What to warn of, if there is anything: judged by the worst dimension, which cosines do not show."""
+    bad = [
+        f"{part['spoiled']} of {len(part['lost'])} {name} dimensions lose more than {SPOILED:.0%} of their deviation "
+        f"(number {part['worst']} {part['lost'][part['worst']]:.0%})"
+        for name, part in parts.items()
+        if part["spoiled"]
+    ]
+    return {"warning": f"fewer bits spoil {', '.join(bad)}; float32 loses nothing"} if bad else {}
 
 
 def _stored(part: NDArray[np.float32], scale: Scale | None) -> NDArray[np.float32]:

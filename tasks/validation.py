@@ -119,6 +119,7 @@ def validate_grid(client: Client, grid: str, card: dict[str, Any]) -> list[Findi
     findings += shards(checks, UNIT[params.dtype])
     if any(check.error for check in checks):
         return findings
+    findings += storage_loss(grid)
     stored, reference = canaries(grid, spec, card, params)
     slack = max(EXACT[params.dtype], FARTHEST * params.tolerance)
     findings.append(visual_range(checks, reference, slack))
@@ -226,6 +227,15 @@ def shards(checks: list[TileCheck], unit: float) -> Iterator[Finding]:
     yield Finding("land and sea", not cells, f"{cells} cells with a value at sea or without one on land{where}")
     length = max((check.length for check in checks), default=0.0)
     yield Finding("location part", length < unit, f"of length 1 to {length:.1g}")
+
+
+def storage_loss(grid: str) -> Iterator[Finding]:
+    """What fewer bits lost, by the worst dimension; nothing of float32 and of grids of before, which tell of none."""
+    lost = opened(grid).attrs.get("rangegrid:loss", {})
+    if parts := {name: lost[name] for name in grids.BLOCKS if "lost" in lost.get(name, {})}:
+        worst = ", ".join(f"{name} {max(part['lost']):.0%}" for name, part in parts.items())
+        told = f"the worst dimensions lose of their deviation: {worst}"
+        yield Finding(f"stored as {lost['dtype']}", None if "warning" in lost else True, lost.get("warning", told))
 
 
 def visual_range(checks: list[TileCheck], reference: Reference, slack: float) -> Finding:

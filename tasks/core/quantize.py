@@ -84,6 +84,17 @@ def loss(exact: NDArray[np.float32], stored: NDArray[np.float32]) -> dict[str, A
     }
 
 
+def lost_by_dimension(exact: NDArray[np.float32], stored: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of each dimension of vectors (n, d), the error as a share of its deviation, (d,); 0 where it has none.
+
+    Cosines are decided by the dimensions that vary most; a probe standardises all, and a dimension that storage made
+    one number is lost to it however small it was.
+    """
+    errors = np.sqrt(np.mean((exact.astype(np.float64) - stored) ** 2, axis=0))
+    deviations = exact.std(0, dtype=np.float64)
+    return np.divide(errors, deviations, out=np.zeros_like(errors), where=deviations > 0)
+
+
 def _figure(value: Any) -> float:
     """Digits that the next run finds again."""
     return round(float(value), 4)

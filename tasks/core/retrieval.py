@@ -15,6 +15,7 @@ it must:
 Source: RANGE (CVPR 2025), arXiv 2502.19781, and its released code.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -130,6 +131,7 @@ class RetrievalIndex:
         self.places = torch.as_tensor(unit_vectors(locations)).to(device)
         self.query_tile, self.key_tile = tile_sizes(device, len(keys))
         self._spectra: dict[float, Spectrum] = {}
+        self._making = threading.Lock()  # threads of one process share a spectrum, and do not make it twice
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -235,9 +237,10 @@ class RetrievalIndex:
 
     def spectrum(self, temperature: float) -> Spectrum:
         """The geodesic half of the whole database, made once."""
-        if temperature not in self._spectra:
-            self._spectra[temperature] = Spectrum.of(self.locations, self.values, temperature)
-        return self._spectra[temperature]
+        with self._making:
+            if temperature not in self._spectra:
+                self._spectra[temperature] = Spectrum.of(self.locations, self.values, temperature)
+            return self._spectra[temperature]
 
     def by_nearness(self, lonlat: NDArray[np.float64], temperature: float) -> Sums:
         """The geodesic half, image by image; angles in float64, since float32's last bit times 40 would show."""

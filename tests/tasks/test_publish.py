@@ -5,16 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 import xarray as xr
 from sklearn.decomposition import PCA
 
 from infra import clusters, storage
 from infra.errors import UserError
+from tasks import previews, updates
 from tasks import tiles as tiles_module
-from tasks import updates
 from tasks.cards import read_card
 from tasks.checkpoint import save_checkpoint
+from tasks.core import retrieval
 from tasks.core.evidence import evidence
 from tasks.core.field import DISTANCES_KM, PROBES
 from tasks.core.grid import GridSpec
@@ -364,3 +366,60 @@ def test_no_town_by_the_sea_is_without_a_vector(publish, before):
     assert inside.sum() > 800
     assert np.isfinite(found).all()
     assert len({*country[inside]}) > 30
+
+
+def test_what_a_dimension_lost_is_told_and_warned_of(client, publish, home, caplog):
+    """Compact int8 has one scale for components of unlike deviations: the least is lost, whatever the cosine says."""
+    arrays = images(np.arange(200))
+    arrays["values"] = arrays["values"] * np.array([10, 8, 5, 2, 1, 0.3, 0.02, 0.01], np.float32)
+    url = store(home, "unlike", arrays)
+    grid = publish(url, PublishParams(**STEP, dtype="int8", compact_dims=8))
+    exact = np.moveaxis(embeddings(publish(url, PublishParams(**STEP, compact_dims=8))), 0, -1)
+    card = read_card(home_of(grid), "grid")
+    lost = card["loss"]
+    assert lost["cosine_mean"] > 0.999
+    assert "visual dimensions lose more than 10% of their deviation" in lost["warning"]
+    assert lost["warning"] in caplog.text
+    assert lost["warning"] in storage.read(storage.join(home_of(grid), "loss.md")).decode()
+    stored = np.moveaxis(xr.open_zarr(grid).visual.values, 0, -1)
+    land = np.isfinite(stored[..., 0])
+    difference = stored[land] - exact[land][:, :8]
+    measured = np.sqrt((difference.astype("f8") ** 2).mean(0)) / exact[land][:, :8].std(0, dtype="f8")
+    assert lost["visual"]["worst"] == measured.argmax() == 7
+    np.testing.assert_array_equal(np.array(lost["visual"]["lost"]) > 0.1, measured > 0.1)
+    found = {f.check: f for f in validate_grid(client, grid, card)}
+    assert found["stored as int8"].passed is None
+    assert "loss" not in read_card(home_of(publish(url, PublishParams(**STEP))), "grid")
+
+
+def test_pictures_are_drawn_once_after_the_card_from_a_bounded_number_of_cells(publish, before, monkeypatch):
+    """Here at most 100 of 648 cells, and never the grid as a whole; a rerun draws nothing."""
+    monkeypatch.setattr(previews, "MOST_DRAWN", 100)
+    drawn, order = [], []
+    real = previews.principal_colours
+    monkeypatch.setattr(previews, "principal_colours", lambda seen: (drawn.append(seen.shape), real(seen))[1])
+    keep = storage.write
+    monkeypatch.setattr(storage, "write", lambda url, data: (order.append(url.rpartition("/")[2]), keep(url, data))[1])
+    params = PublishParams(**STEP, beta=0.7, evidence=True)
+    grid = publish(before, params)
+    ((_, rows, columns),) = drawn
+    assert rows * columns <= 100
+    assert order.index("card.json") < order.index("world.png") < order.index("world.tif") < order.index("evidence.png")
+    with rasterio.open(storage_path(home_of(grid)) / "world.tif") as file:
+        assert file.shape == (rows, columns)
+        assert tuple(file.bounds) == (-180, -90, 180, 90)
+    assert publish(before, params) == grid
+    assert len(drawn) == 1
+    storage.delete(storage.join(home_of(grid), "world.tif"))
+    publish(before, params)
+    assert len(drawn) == 2
+
+
+def test_the_spectrum_is_made_once_per_process(publish, home, monkeypatch):
+    """Two threads of one process share it."""
+    url = store(home, "spectral", images(np.arange(60)))
+    made, real = [], retrieval.Spectrum.of
+    monkeypatch.setattr(retrieval, "pays", lambda *_: True)
+    monkeypatch.setattr(retrieval.Spectrum, "of", lambda *call: (made.append(call), real(*call))[1])
+    publish(url, PublishParams(**STEP))
+    assert len(made) == 1

@@ -99,6 +99,7 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         write_card(job.home, "grid", **made, **told, sums=kept if job.keep_sums else None)
     versions.confirm(job.grid, since)
     show(client, job, card["attribution"])
+    versions.confirm(job.grid, since)  # again: to draw takes a while
     if params.promote:
         promote_unless_withdrawn(job.grid, since, params.drift_alert)
     return job.grid

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pystac
 from distributed import Client
+from numpy.typing import NDArray
 
 from infra import storage, workers
 from infra.catalogs import ask, catalogs, collection_title, unsigned
@@ -120,17 +121,22 @@ def check(client: Client, params: SampleParams, planned: Cost) -> None:
             f"{room / 1e9:.1f} GB for each of its threads: lower --shard-patches, or give the workers more"
         )
     storage.check_writable(settings().storage_url, planned.bytes_stored)
-    client.submit(check_bands, params, pure=False).result()  # where they will be read
+    places = draw(LOOKS, params)[:, 1:3]
+    client.submit(check_bands, params, places, pure=False).result()  # where they will be read
 
 
-def check_bands(params: SampleParams) -> None:
+def check_bands(params: SampleParams, places: NDArray[np.float64]) -> None:
     """Refuses bands that the catalog does not have or that cannot be read, by opening one file of each.
+
+    Args:
+        params: What is asked for.
+        places: (n, 2) first places of the sample, where scenes are looked for.
 
     Raises:
         UserError: A band is unknown to the catalog or unreadable in all scenes that were opened, or none answers.
     """
     problems: dict[str, UserError] = {}
-    for place in draw(LOOKS, params)[:, 1:3]:
+    for place in places:
         items = find_items(place[None], params)
         if not items:
             continue

@@ -3,6 +3,7 @@
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from prefect import Flow
@@ -14,10 +15,15 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Failed
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
+from urllib3 import Retry
 
 from flows.deployed import made
-from infra import ranges
+from infra import clusters, ranges, stac_api, storage
+from infra.catalogs import Catalog, search
+from infra.cogs import read_scene
 from infra.errors import Unavailable, UserError
+from infra.sandbox import servers
+from tasks import units
 from tasks.params import SampleParams
 from tasks.steps import may_mend, sample_patches
 from tasks.units import UnitsFailed
@@ -140,3 +146,55 @@ def test_an_outage_of_the_archive_is_tried_again_by_a_deployment(tmp_path, prefe
     assert state.is_completed(), state
     with get_client(sync_client=True) as client:
         assert client.read_task_run(state.state_details.task_run_id).run_count == 2
+
+
+def storage_down(url):
+    storage.read("s3://bucket/object")
+
+
+def catalog_down(url):
+    search(Catalog(url, "s2"), "2021-01-01/2021-12-31", np.array([[2.0, 45.0]]), 100)
+
+
+def archive_down(url):
+    read_scene({"B02": f"{url}/B02.tif"}, np.array([[2.0, 45.0]]), 64, 10)
+
+
+def archive_busy(url):
+    with archive.served(".", lambda path: (503, {})) as server:
+        archive_down(server.url)
+
+
+def archive_refuses(url):
+    with archive.served(".", lambda path: (403, {})) as server:
+        archive_down(server.url)
+
+
+@pytest.mark.parametrize("source", [storage_down, catalog_down, archive_down, archive_busy, archive_refuses])
+def test_what_each_source_raises_while_it_is_down_may_pass_also_out_of_a_unit(source, tmp_path, monkeypatch):
+    (port,) = servers.free_ports(1)
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
+    monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "1")
+    for module, name, value in (
+        (storage, "ATTEMPTS", 1),
+        (storage, "RETRIES", {"max_retries": 0}),
+        (stac_api, "RETRY", Retry(0)),
+        (ranges, "FIRST_WAIT", 0.001),
+        (units, "RETRIES", 0),
+    ):
+        monkeypatch.setattr(module, name, value)
+    with clusters.connect("threads") as client, pytest.raises(UserError) as caught:
+        units.run_units(client, source, [f"http://127.0.0.1:{port}"], label="reading")
+    assert may_mend(sample_patches, None, Failed(data=caught.value)), caught.value
+    with pytest.raises(Unavailable):
+        source(f"http://127.0.0.1:{port}")
+
+
+def test_what_a_scheduler_raises_while_it_is_down_may_pass(monkeypatch):
+    (port,) = servers.free_ports(1)
+    monkeypatch.setattr(clusters, "ANSWER", 1)
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "1")
+    with pytest.raises(Unavailable) as caught, clusters.connect(f"tcp://127.0.0.1:{port}"):
+        pass
+    assert may_mend(sample_patches, None, Failed(data=caught.value))

@@ -1,8 +1,8 @@
 """STAC catalogs: one search over APIs and files, whose items can be used.
 
 A catalog is the root of a STAC API, or a file: stac-geoparquet (`.parquet`, `.geoparquet`) or an item collection
-(`.json`, `.geojson`) at a path, `file://` or `s3://`. A second one, where it is set, stands in while the first does
-not answer.
+(`.json`, `.geojson`, `.ndjson`, `.jsonl`) at a path, `file://`, `s3://` or `https://`. A second one, where it is set,
+stands in while the first does not answer.
 """
 
 import ipaddress
@@ -97,10 +97,10 @@ def collection_title(catalog: Catalog) -> str:
     """
     if not is_file(catalog.url):
         return open_api(catalog.url, catalog.collection).collection.title or ""
-    known = set(open_file(catalog.url).collection)
-    if catalog.collection not in known:
+    known = set(open_file(catalog.url).collections)
+    if known and not {"", catalog.collection} & known:
         raise UserError(
-            f"{catalog.url} has no items of {catalog.collection!r}: set RANGEGRID_COLLECTION to one of "
+            f"{unsigned(catalog.url)} has no items of {catalog.collection!r}: set RANGEGRID_COLLECTION to one of "
             f"{', '.join(sorted(known))}"
         )
     return ""

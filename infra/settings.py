@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     )
 
     stac_url: str = "https://earth-search.aws.element84.com/v1"
-    """Root of the STAC API, or a stac-geoparquet or item-collection file: a path, `file://` or `s3://`."""
+    """Root of the STAC API, or a stac-geoparquet or item-collection file: a path, `file://`, `s3://`, `https://`."""
     collection: str = "sentinel-2-c1-l2a"
     """Collection of Sentinel-2 L2A items."""
     fallback_stac_url: str | None = None

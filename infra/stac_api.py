@@ -10,6 +10,7 @@ import json
 import logging
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from pystac_client import Client, ItemSearch
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
+from requests import Response
 from requests.exceptions import ConnectionError, InvalidURL, MissingSchema, RequestException, RetryError, Timeout
 from urllib3 import Retry
 
@@ -43,7 +45,7 @@ RETRY = Retry(
     retry_after_max=300,
 )
 TIMEOUT = 60.0  # seconds without a byte
-HOPS = 10  # redirects on the way to an answer
+HOPS = 5  # redirects on the way to an answer
 ATTEMPTS = 5
 PAGE, SMALLEST_PAGE = 100, 6  # items: big pages of Sentinel-2 make Earth Search answer 502, so each attempt halves them
 PAUSE = 0.5  # seconds before the second attempt, doubled with each
@@ -56,6 +58,7 @@ PADDING = 1e-4  # degrees around a box, which of one point is none
 FAILURES = (APIError, RequestException, pystac.STACError, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 log = logging.getLogger("rangegrid")
+warnings.filterwarnings("ignore", message="The requested method .* is not advertised")  # it is tried where POST fails
 
 
 class PartialAnswer(ValueError):
@@ -156,7 +159,17 @@ class CheckedIO(StacApiIO):
         headers: dict[str, str] | None = None,
         parameters: dict[str, Any] | None = None,
     ) -> str:
-        """Returns the text of the answer.
+        """Returns the text of the answer; see `answer`."""
+        return self.answer(href, method, headers, parameters).content.decode("utf-8")
+
+    def answer(
+        self,
+        href: str,
+        method: str | None = None,
+        headers: dict[str, str] | None = None,
+        parameters: dict[str, Any] | None = None,
+    ) -> Response:
+        """Returns the answer to a request, after all redirects.
 
         Raises:
             APIError: It is none, an error or a redirect that would lose the request.
@@ -178,7 +191,7 @@ class CheckedIO(StacApiIO):
             parameters = {} if method != "POST" and urlsplit(href).query else parameters
         if not 200 <= answer.status_code < 300:
             raise APIError.from_response(answer)
-        return answer.content.decode("utf-8")
+        return answer
 
     def _check(self, href: str) -> None:
         """Refuses a hop that nothing may be read from, or that leaves the catalog for a host that is not allowed."""
@@ -433,7 +446,8 @@ def _walk(io: StacApiIO, query: ItemSearch, window: Interval, limit: int) -> Wal
     if request and len(found) != matched:
         raise PartialAnswer(f"{len(found)} of {matched or 'more'} items came, then pages that came before or none")
     last, largest = sizes[-1], max(sizes[:-1])
-    capped = not request and last > 0 and (last in CAPS or last == largest) and len(found) != matched
+    like_a_cap = last == largest if largest else last in CAPS
+    capped = not request and last > 0 and like_a_cap and len(found) != matched
     return Walk(found, matched, full=not request and last == limit, capped=capped)
 
 
@@ -441,8 +455,9 @@ def _page(io: StacApiIO, request: Request, follows: bool) -> dict[str, Any]:
     try:
         text = io.request(request.url, request.method, request.headers, request.parameters)
     except APIError as error:
-        if follows and 400 <= (_status(error) or 0) < 500:
-            raise Expired(f"the next page answers {_status(error)}") from None
+        status = _status(error) or 0
+        if follows and 400 <= status < 500 and status not in GATEWAY:
+            raise Expired(f"the next page answers {status}") from None
         raise
     page = json.loads(text)
     if not isinstance(page, dict) or not isinstance(page.get("features"), list):

@@ -98,9 +98,9 @@ def _fit(key: str, asset: Mapping[str, Any]) -> tuple[str, int] | None:
         return band, 1
     if (match := SIZED.fullmatch(key)) and (band := _band(match[1])):
         return band, 1 + int(match[2])
-    named = {str(entry["name"]) for entry in entries(asset) if entry.get("name")}  # in several extensions at once
-    if len(named) == 1 and (band := _band(*named)) and "visual" not in key:
-        return band, 2 + _pixel(asset)
+    named = {str(entry["name"]).upper() for entry in entries(asset) if entry.get("name")}  # alike in each extension
+    if len(named) == 1 and named <= NAMES.keys() and "visual" not in key:
+        return named.pop(), 2 + _pixel(asset)
     return None
 
 

@@ -113,8 +113,8 @@ def _told(name: str, band: Mapping[str, Any], *wider: Mapping[str, Any]) -> Any:
 
 
 def _dn(scale: Any, offset: Any) -> int | None:
-    """An offset of reflectance in DN; nothing where scale or offset is not the format's."""
-    per_dn, told = number(scale), number(offset)
+    """An offset of reflectance in DN; nothing where scale or offset is not the format's. An untold scale is."""
+    per_dn, told = SCALE if scale is None else number(scale), number(offset)
     return round(told / SCALE) if per_dn and told is not None and math.isclose(per_dn, SCALE) else None
 
 

@@ -195,6 +195,24 @@ def test_only_what_is_read_counts(beside):
     assert not decide(made).quarantined
 
 
+@pytest.mark.parametrize("told", [("eo:bands", "bands"), ("eo:bands", "raster:bands", "bands"), ("bands",)])
+@pytest.mark.parametrize("case", [str, str.lower])
+def test_bands_told_by_several_extensions_are_known(told, case):
+    """Where the keys tell nothing; by name in any case."""
+    entry = {band: {key: [{"name": case(band)}] for key in told} for band in (*BANDS, "SCL")}
+    assets = {f"layer-{n}": {"href": f"https://x/{n}.tif"} | more for n, more in enumerate(entry.values())}
+    assert band_assets({"assets": assets}) == dict(zip((*BANDS, "SCL"), assets, strict=True))
+    assert list(band_assets({"assets": {case(band): {"href": "x"} for band in entry}})) == [*BANDS, "SCL"]
+
+
+@pytest.mark.parametrize(("declared", "offset", "quarantined"), [(-0.1, -1000, False), (-1000, 0, True), (0, 0, True)])
+def test_an_offset_without_a_scale_is_of_reflectance(declared, offset, quarantined):
+    made = item("05.11")
+    for asset in made["assets"].values():
+        asset["raster:offset"] = declared
+    assert (decide(made).offset, decide(made).quarantined) == (offset, quarantined)
+
+
 def test_a_users_own_processing_tells_no_baseline():
     assert decide(item("99.99")).quarantined
     assert decide(item("99.99", -0.1)).offset == -1000

@@ -3,7 +3,7 @@
 import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow.parquet
@@ -18,6 +18,7 @@ from infra import catalogs, stac_api, storage
 from infra.catalogs import Catalog, ask, collection_title, footprint, may_read, search
 from infra.errors import CatalogUnavailable, UserError
 from infra.sandbox import servers
+from tests.infra.stac_server import item as stac_item
 from tests.proxy import (
     Proxy,
     corrupted,
@@ -37,11 +38,22 @@ YEAR = "2024-01-01/2024-12-31"
 
 
 @pytest.fixture(scope="module")
-def served(real_items):
-    """The real items of Planetary Computer of 2024, each once."""
-    items = {i["id"]: i for i in real_items["Planetary Computer"] if i["properties"]["datetime"] > "2024"}
-    assert len(items) == 1080
-    return list(items.values())
+def served():
+    """Items of 2024 around Colorado, made up: so many that those of four places fill two pages."""
+    rng, begin = np.random.default_rng(0), datetime(2024, 1, 1, tzinfo=UTC)
+    corners = rng.uniform((-109.5, 36.5), (-103, 40.5), (800, 2))
+    corners[0] = COLORADO[0] - 0.5
+    days, clouds = rng.uniform(0, 366, 800), rng.uniform(0, 100, 800).round(2)
+    return [
+        stac_item(
+            f"scene-{n}",
+            begin + timedelta(days=day),
+            PC,
+            shapely.box(west, south, west + 1.2, south + 1),
+            **{"eo:cloud_cover": cloud},
+        )
+        for n, ((west, south), day, cloud) in enumerate(zip(corners, days, clouds.tolist(), strict=True))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +64,23 @@ def collection_file(served, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(fixtures_dir, collection_file):
+def server(collection_file):
     """A real STAC API over them."""
-    collection = json.loads((fixtures_dir / "stac_items/odc-stac/sentinel-2-l2a.collection.json").read_text())
-    with serving(collection, collection_file) as url:
+    with serving(collection_of(PC), collection_file) as url:
         yield url
+
+
+def collection_of(name):
+    extent = pystac.Extent(pystac.SpatialExtent([[-180, -90, 180, 90]]), pystac.TemporalExtent([[None, None]]))
+    return pystac.Collection(name, name, extent).to_dict()
+
+
+@pytest.fixture(scope="module")
+def real(real_items):
+    """The real items of Planetary Computer of 2024, each once."""
+    items = {i["id"]: i for i in real_items["Planetary Computer"] if i["properties"]["datetime"] > "2024"}
+    assert len(items) == 1080
+    return list(items.values())
 
 
 @contextmanager
@@ -103,7 +127,7 @@ def ids(url, lonlat=COLORADO, cloud=100.0, interval=YEAR):
 
 
 @pytest.mark.parametrize("cloud", [100.0, 20.0])
-@pytest.mark.parametrize("interval", [YEAR, "2024-08-28/2024-08-31", "2024-12"])
+@pytest.mark.parametrize("interval", [YEAR, "2024-08-28/2024-09-15", "2024-12"])
 def test_an_api_and_a_file_answer_alike(server, collection_file, served, cloud, interval):
     wanted = expected(served, interval, COLORADO, cloud)
     assert wanted
@@ -112,10 +136,20 @@ def test_an_api_and_a_file_answer_alike(server, collection_file, served, cloud, 
     assert ids(collection_file.as_uri(), cloud=cloud, interval=interval) == wanted
 
 
-def test_stac_geoparquet_as_it_comes(fixtures_dir, served):
+def test_real_items_are_found_by_an_api_and_in_a_file(fixtures_dir, real, tmp_path):
+    (tmp_path / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": real}))
+    collection = json.loads((fixtures_dir / "stac_items/odc-stac/sentinel-2-l2a.collection.json").read_text())
+    wanted = expected(real)
+    assert len(wanted) > 100
+    assert ids(tmp_path / "items.json") == wanted
+    with serving(collection, tmp_path / "items.json") as url:
+        assert ids(url) == wanted
+
+
+def test_stac_geoparquet_as_it_comes(fixtures_dir, real):
     file = fixtures_dir / "stac_items/rustac/1000-sentinel-2-items.parquet"
     held = set(pyarrow.parquet.read_table(file, columns=["id"])["id"].to_pylist())
-    wanted = expected([i for i in served if i["id"] in held])
+    wanted = expected([i for i in real if i["id"] in held])
     assert ids(file) == wanted
     assert len(wanted) > 50
 

@@ -30,8 +30,15 @@ def find_items(lonlat: NDArray[np.float64], params: SampleParams) -> list[pystac
 
 def choose(
     items: list[pystac.Item], candidates: NDArray[np.float64], params: SampleParams
+) -> list[tuple[pystac.Item | None, str]]:
+    """Returns for each candidate the item that is read first, or none and why; see `rank_scenes`."""
+    return [(next(iter(ranked), None), reason) for ranked, reason in rank_scenes(items, candidates, params)]
+
+
+def rank_scenes(
+    items: list[pystac.Item], candidates: NDArray[np.float64], params: SampleParams
 ) -> list[tuple[list[pystac.Item], str]]:
-    """For each candidate the items that may be read, in the order of preference, or why there is none.
+    """Returns for each candidate the items that may be read, in the order of preference, or why there is none.
 
     Those of the newest baselines come first, then older processings of the same acquisitions, then what lacks a band.
     An item whose radiometry is quarantined is chosen by nobody, so that another scene of the place can be.
@@ -45,7 +52,7 @@ def choose(
     scenes = [describe(item) for item in items]
     holds = [_holds(item, corners) for item in items]
     return [
-        _choose([scene for scene, held in zip(scenes, holds, strict=True) if held[i]], candidate, params)
+        _rank([scene for scene, held in zip(scenes, holds, strict=True) if held[i]], candidate, params)
         for i, candidate in enumerate(candidates)
     ]
 
@@ -86,7 +93,7 @@ def describe(item: pystac.Item) -> Scene:
     )
 
 
-def _choose(scenes: list[Scene], candidate: NDArray[np.float64], params: SampleParams) -> tuple[list[pystac.Item], str]:
+def _rank(scenes: list[Scene], candidate: NDArray[np.float64], params: SampleParams) -> tuple[list[pystac.Item], str]:
     tiles = {scene.tile for scene in scenes}
     if params.places == "tile" and tiles and candidate[4] * TILES >= len(tiles):
         return [], "passed over for equal tiles"

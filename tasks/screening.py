@@ -22,7 +22,7 @@ from tasks import patches as store
 from tasks.core.radiometry import decide
 from tasks.estimate import Meter
 from tasks.params import SampleParams
-from tasks.scenes import asset_keys, choose, find_items, version
+from tasks.scenes import asset_keys, find_items, rank_scenes, version
 
 NO_DATA, SATURATED, DARK = (0,), (1,), (4, 6)  # SCL: no data; saturated or defective; vegetation, water
 CLOUDY = (0, 1, 3, 8, 9, 10)  # SCL: no data, saturated, shadow, cloud (medium, high), cirrus
@@ -42,8 +42,8 @@ def screen_cell(url: str, params: SampleParams, unit: tuple[int, int, NDArray[np
     number, cell, candidates = unit
     meter = Meter()
     items = find_items(candidates[:, 1:3], params)
-    chosen = choose(items, candidates, params)
-    rows = [row for candidate, choice in zip(candidates, chosen, strict=True) for row in _rows(candidate, *choice)]
+    ranked = rank_scenes(items, candidates, params)
+    rows = [row for candidate, choice in zip(candidates, ranked, strict=True) for row in _rows(candidate, *choice)]
     table = pd.DataFrame(rows).assign(round=number, cell=cell)
     judge_in_order(table, {item.id: hrefs(item) for item in items}, params, meter.traffic)
     metrics.count(metrics.PLACES, by_place(table)["reason"])

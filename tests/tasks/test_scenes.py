@@ -33,14 +33,8 @@ def candidates(n=1, lon=0.5, lat=0.5, season=-1, u=0.0):
     return np.array([[i, lon, lat, season, u] for i in range(n)], float)
 
 
-def first(choice):
-    """The scene that is tried first, or none, and why there is none."""
-    scenes, reason = choice
-    return (scenes[0] if scenes else None), reason
-
-
 def chosen(items, params, **place):
-    return first(choose(items, candidates(**place), params)[0])
+    return choose(items, candidates(**place), params)[0]
 
 
 def test_the_least_cloudy():
@@ -81,11 +75,11 @@ def test_by_tile_a_place_is_as_likely_as_it_has_tiles():
     two = [item("a"), item("b", tile="31TBB")]
     params = SampleParams(places="tile")
     u = thin(6000, 0)
-    kept = [sum(bool(scenes) for scenes, _ in choose(tiles, rows(u), params)) for tiles in (two[:1], two)]
+    kept = [sum(bool(scene) for scene, _ in choose(tiles, rows(u), params)) for tiles in (two[:1], two)]
     assert abs(kept[0] - 6000 / TILES) < 5 * np.sqrt(6000 / TILES)
     assert abs(kept[1] - 2 * 6000 / TILES) < 5 * np.sqrt(2 * 6000 / TILES)
     everywhere = choose(two, rows(u), SampleParams())
-    assert all(scenes for scenes, _ in everywhere)
+    assert all(scene for scene, _ in everywhere)
 
 
 def rows(u):
@@ -144,7 +138,7 @@ def test_a_place_in_six_tiles_is_not_six_times_as_likely(real_items):
     once, often = tiles == 1, tiles > 1
     assert min(once.sum(), often.sum()) > 200
     kept = {
-        places: np.array([bool(scenes) for scenes, _ in choose(items, table, SampleParams(places=places))])
+        places: np.array([bool(scene) for scene, _ in choose(items, table, SampleParams(places=places))])
         for places in ("area", "tile")
     }
     assert kept["area"][once].mean() > 0.95
@@ -175,7 +169,7 @@ def test_a_real_scene_is_found_offline_and_read(fixtures_dir, tmp_path, monkeypa
     monkeypatch.setenv("RANGEGRID_COLLECTION", "sentinel-2-l2a")
     params = SampleParams(datetime="2020-02-19", resolution_m=100, patch_pixels=32)
     place = np.array([[-11.4, 24.8]])
-    scene, _ = first(choose(find_items(place, params), candidates(lon=-11.4, lat=24.8), params)[0])
+    scene, _ = choose(find_items(place, params), candidates(lon=-11.4, lat=24.8), params)[0]
     (window,) = read_windows(scene.assets[asset_keys(scene)["B04"]].href, place, 32, 100)
     with rasterio.open(folder / "B04.tif") as source:
         ((x,), (y,)) = rasterio.warp.transform(4326, source.crs, *place.T)

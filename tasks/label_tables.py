@@ -160,12 +160,9 @@ def _coordinate(table: pd.DataFrame, source: str, option: str, given: str | None
 
 
 def make_labels(table: pd.DataFrame, columns: Columns, source: str, params: EvaluateParams) -> LabelSet:
-    """The labels of one task, checked, and drawn from where there are more than asked for."""
-    table = table[table[columns.label].notna()]
-    lonlat, rows = _places(table, columns, source, params)
-    labels = table[columns.label].to_numpy()[rows]
-    known = np.isfinite(lonlat).all(1)
-    lonlat, labels = lonlat[known], _typed(labels[known], columns, source)
+    """Returns the labels of one task, checked, and drawn from where there are more than asked for."""
+    lonlat, labels = _labelled_places(table[table[columns.label].notna()], columns, source, params)
+    labels = _typed(labels, columns, source)
     _check(lonlat, labels, columns, source)
     kept = _draw(len(labels), params)
     degrees = params.block_degrees or columns.block_degrees
@@ -179,18 +176,28 @@ def _draw(count: int, params: EvaluateParams) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(params.seed).choice(count, params.points, replace=False))
 
 
-def _places(
+def _labelled_places(
     table: pd.DataFrame, columns: Columns, source: str, params: EvaluateParams
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Places, and the row of the table that each belongs to."""
+) -> tuple[NDArray[np.float64], NDArray]:
+    """Returns places, (n, 2), and the label of each; rows without a place are left out of both."""
     if columns.lonlat is not None:
         numbers = [pd.to_numeric(table[name], errors="coerce").to_numpy("f8") for name in columns.lonlat]
-        return np.column_stack(numbers), np.arange(len(table))
+        return _placed(np.column_stack(numbers), table[columns.label])
     assert isinstance(table, gpd.GeoDataFrame)  # for the type checker: without coordinates there is a geometry
     table = table[~(table.geometry.is_empty | table.geometry.isna())]
-    if (table.geom_type == "Point").all():
-        return np.column_stack([table.geometry.x, table.geometry.y]), np.arange(len(table))
-    return draw_in_polygons(table, params.points or IN_POLYGONS, params.seed, source)
+    kinds = set(table.geom_type)
+    if kinds <= {"Point", "MultiPoint"}:
+        table = table.explode(index_parts=False)  # every point of several has their label
+        return _placed(np.column_stack([table.geometry.x, table.geometry.y]), table[columns.label])
+    if not kinds <= {"Polygon", "MultiPolygon"}:
+        raise UserError(f"{source} has geometries of {', '.join(sorted(kinds))}: give points alone, or polygons alone")
+    lonlat, rows = draw_in_polygons(table, params.points or IN_POLYGONS, params.seed, source)
+    return lonlat, table[columns.label].to_numpy()[rows]
+
+
+def _placed(lonlat: NDArray[np.float64], labels: pd.Series) -> tuple[NDArray[np.float64], NDArray]:
+    known = np.isfinite(lonlat).all(1)
+    return lonlat[known], labels.to_numpy()[known]
 
 
 def draw_in_polygons(

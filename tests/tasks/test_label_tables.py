@@ -4,7 +4,7 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
-from shapely.geometry import box
+from shapely.geometry import MultiPoint, Point, box
 
 from infra import storage
 from infra.errors import UserError
@@ -95,6 +95,43 @@ def test_points_of_a_geometry_are_taken_as_they_are(rows, tmp_path):
     gpd.GeoDataFrame({"soil": ["a", "b"] * 40}, geometry=geometry).to_parquet(tmp_path / "soil.parquet")
     (found,) = read(tmp_path / "soil.parquet", label="soil", kind="classification")
     np.testing.assert_allclose(found.lonlat, rows)
+
+
+@pytest.mark.parametrize("name", ["soil.parquet", "soil.geojson", "soil.gpkg"])
+@pytest.mark.parametrize("missing", [None, Point()], ids=["null", "empty"])
+def test_a_row_without_geometry_or_label_moves_no_other(rows, tmp_path, name, missing):
+    """Each label is a function of its own place, so that any shift shows in every row after it."""
+    geometry = list(gpd.points_from_xy(rows["lon"], rows["lat"]))
+    geometry[0] = geometry[41] = missing
+    labels = rows["lon"].round(6)
+    labels[7] = None
+    table = gpd.GeoDataFrame({"east": labels}, geometry=geometry, crs="EPSG:4326")
+    table.to_parquet(tmp_path / name) if name.endswith("parquet") else table.to_file(tmp_path / name)
+    (found,) = read(tmp_path / name, label="east", kind="regression")
+    np.testing.assert_allclose(found.labels, found.lonlat[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found.lonlat, rows.drop([0, 7, 41]), atol=1e-5)
+
+
+def test_a_row_without_geometry_moves_no_polygon(tmp_path):
+    shapes = pd.concat([gpd.GeoDataFrame({"BIOME_NAME": ["lost"]}, geometry=[None], crs="EPSG:4326"), SQUARES])
+    shapes.to_parquet(tmp_path / "b.parquet")
+    (found,) = read(tmp_path / "b.parquet", points=500)
+    assert ((found.lonlat[:, 0] < 10) == (found.labels == "wet")).all()
+
+
+def test_each_of_several_points_has_their_label(rows, tmp_path):
+    geometry = [MultiPoint([(lon, lat), (lon + 1, lat)]) for lon, lat in rows.to_numpy()]
+    gpd.GeoDataFrame({"row": range(COUNT)}, geometry=geometry, crs="EPSG:4326").to_parquet(tmp_path / "p.parquet")
+    (found,) = read(tmp_path / "p.parquet", label="row", kind="regression")
+    np.testing.assert_array_equal(found.labels, np.repeat(np.arange(COUNT), 2))
+    np.testing.assert_allclose(found.lonlat[::2], rows)
+
+
+def test_a_mixture_of_points_and_polygons_is_refused(tmp_path):
+    mixed = gpd.GeoDataFrame({"a": range(2)}, geometry=[Point(1, 2), box(0, 0, 1, 1)], crs="EPSG:4326")
+    mixed.to_parquet(tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="geometries of Point, Polygon: give points alone, or polygons alone"):
+        read(tmp_path / "p.parquet", label="a", kind="regression")
 
 
 def test_a_table_comes_from_the_object_store_and_from_the_web(sandbox, rows):

@@ -51,7 +51,7 @@ app.add_typer(grids.app, name="grid")
 
 
 def _url(place: str | None) -> str | None:
-    from infra.storage import as_url
+    from infra.addresses import as_url
 
     return place and as_url(place)
 
@@ -65,6 +65,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Space = Annotated[
     str, typer.Option("--checkpoint", help="Directory or URL of the checkpoint of its keys.", callback=_url)
 ]
+POINTS = "Path or URL of a table of points: CSV, Parquet, GeoJSON and others, with columns lon and lat or a geometry."
+Points = Annotated[str, typer.Argument(help=POINTS)]
+Lon = Annotated[str | None, typer.Option("--lon", help="Column of the longitudes in degrees; unset, by its name.")]
+Lat = Annotated[str | None, typer.Option("--lat", help="Column of the latitudes in degrees; unset, by its name.")]
 Directory = Annotated[Path, typer.Option(help="Where the sandbox keeps its data and its state.")]
 SANDBOX = Path(".sandbox")
 
@@ -118,7 +122,7 @@ sample_app.callback()(with_options(SampleParams, _sample))
 
 @sample_app.command()
 def explain(
-    item: Annotated[str, typer.Argument(help="Path, file:// or s3:// URL of a STAC item of Sentinel-2 L2A.")],
+    item: Annotated[str, typer.Argument(help="Path or URL of a STAC item of Sentinel-2 L2A.")],
 ) -> None:
     """Tell how an item's numbers become reflectance, and why, as JSON."""
     from tasks.scenes import explain as decision
@@ -181,12 +185,16 @@ def evaluate(
     """Score embeddings by probes, on random and on blocked splits: ours, others' and any grid."""
     from flows.evaluate import evaluate as flow
     from infra import storage
+    from infra.addresses import as_url
     from tasks.gate import CARD
 
+    target = as_url(output) if output else None
+    if target:
+        storage.check_writable(target.rpartition("/")[0])
     url = flow(checkpoint, database, params, grid)
     print(storage.read(storage.join(url, "scores.md")).decode() + "\n")
-    if output:
-        storage.copy(storage.join(url, CARD), storage.as_url(output))
+    if target:
+        storage.copy(storage.join(url, CARD), target)
     print(url)
 
 
@@ -227,31 +235,35 @@ def geoprior(
 
 @command(EmbedParams)
 def embed(
-    points: Annotated[Path, typer.Argument(help="A .csv or .parquet with columns lon and lat, in degrees.")],
+    points: Points,
     checkpoint: Annotated[str, typer.Option(help="Directory or URL of the checkpoint, or a SatCLIP .ckpt.")],
     database: Annotated[str, typer.Option(help="Directory or URL of the database, or a range_db .npz.")],
-    output: Annotated[Path, typer.Option(help="The .parquet or .zarr to write.")],
+    output: Annotated[str, typer.Option(help="Path or URL of the .parquet or .zarr to write.")],
     params: EmbedParams,
     overwrite: Overwrite = False,
+    lon: Lon = None,
+    lat: Lat = None,
 ) -> None:
     """Embed a list of points: their columns, and their embedding."""
     from tasks.points import embed_file
 
-    print(embed_file(points, checkpoint, database, output, params, overwrite=overwrite))
+    print(embed_file(points, checkpoint, database, output, params, overwrite, lon, lat))
 
 
 @app.command("sample-grid")
 def sample_grid(
-    points: Annotated[Path, typer.Argument(help="A .csv or .parquet with columns lon and lat, in degrees.")],
+    points: Points,
     grid: Annotated[str, typer.Option(help="Directory or URL of the grid's Zarr.", callback=_url)],
-    output: Annotated[Path, typer.Option(help="The .parquet to write.")],
+    output: Annotated[str, typer.Option(help="Path or URL of the .parquet to write.")],
     method: Annotated[Sampling, typer.Option(help="The cell of a point, or the weighted mean of four.")] = "nearest",
     overwrite: Overwrite = False,
+    lon: Lon = None,
+    lat: Lat = None,
 ) -> None:
-    """Add the vectors of a published grid to a list of points."""
+    """Add the vectors of a published grid to a list of points, and why a point has none."""
     from tasks.grid_sampling import sample_file
 
-    print(sample_file(points, grid, output, method, overwrite))
+    print(sample_file(points, grid, output, method, overwrite, lon, lat))
 
 
 @checkpoint_app.command("import")

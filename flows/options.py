@@ -48,7 +48,7 @@ def build(model: type[Params], values: dict[str, Any]) -> Params:
         return model.model_validate(_nest(model, values))
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        option = _flag("_".join(part for part in first["loc"] if isinstance(part, str)))
         given = f"{option} {first['input']!r}: " if first["loc"] else ""  # a model's own check names its fields
         raise UserError(f"{given}{first['msg'].removeprefix('Value error, ')}. See --help for what fits") from None
 
@@ -65,27 +65,38 @@ def _is_model(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, Params)
 
 
-def _nest(model: type[Params], values: dict[str, Any]) -> dict[str, Any]:
+def _nest(model: type[Params], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if _is_model(field):
             inner = {k.removeprefix(f"{name}_"): v for k, v in values.items() if k.startswith(f"{name}_")}
-            nested[name] = _nest(field.annotation, inner)  # type: ignore[arg-type]
+            nested[name] = _nest(field.annotation, inner, f"{prefix}{name}_")  # type: ignore[arg-type]
         elif name in values:
-            nested[name] = _parse(values[name])
+            nested[name] = _parse(prefix + name, values[name])
     return nested
 
 
-def _parse(value: str | list[str]) -> Any:
+def _parse(name: str, value: str | list[str]) -> Any:
     """Lists come as JSON or as an option given again, `null` is none, and all else stays text for pydantic to read."""
     if isinstance(value, list):
-        return _parse(value[0]) if len(value) == 1 and value[0].startswith("[") else value
-    text = value
-    return json.loads(text) if text.startswith(("[", "{")) or text == "null" else text
+        return _parse(name, value[0]) if len(value) == 1 and value[0].lstrip().startswith("[") else value
+    if not value.lstrip().startswith(("[", "{")) and value != "null":
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        flag = _flag(name)
+        raise UserError(
+            f'{flag} {value[:80]!r} is no JSON ({error}): give a list as \'["a", "b"]\', or the option once for each'
+        ) from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _option(name: str, field: FieldInfo) -> Any:
-    flag = "--" + name.replace("_", "-")
+    flag = _flag(name)
     bounds = [str(b) for b in field.metadata if type(b).__name__ in ("Gt", "Ge", "Lt", "Le")]
     leaves = [leaf for part in get_args(field.annotation) for leaf in get_args(part) or [part]]
     parts = [leaf for leaf in leaves if leaf not in (type(None), Ellipsis)]

@@ -1,4 +1,4 @@
-"""Objects by URL: `file:///directory/x` and `s3://bucket/key` by one code path.
+"""Objects by URL: `file:///directory/x` and `s3://bucket/key` by one code path, and what is read from `https://`.
 
 Every write is one whole object: it is there entirely or not at all. Credentials come from the settings at the
 moment of use and are in no URL, so a URL may be logged, stored and sent to workers.
@@ -8,19 +8,19 @@ import asyncio
 import fcntl
 import itertools
 import json
+import os
 import random
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from mimetypes import guess_type
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
-from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
-from urllib.request import urlopen
 
 import obstore
 from obstore.exceptions import (
@@ -31,21 +31,31 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 from obstore.store import LocalStore, ObjectStore, S3Store
-from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore as ZarrObjectStore
 
+from infra import web
+from infra.addresses import as_url as as_url
+from infra.addresses import is_web, name_of, shown
 from infra.errors import Unavailable, UserError
 from infra.settings import settings
+from infra.web import Refused
 
 T = TypeVar("T")
 
-PATIENCE = 60.0  # seconds for an answer from the web
+ROOT = "zarr.json"  # of a Zarr, with the metadata of all
+PIECE = 8 << 20  # bytes at a time, of what goes to disk
 ATTEMPTS = 3  # beyond obstore's own, for what it takes for an answer: a body that is not whole, a lost connection
 RETRIES: Any = {  # obstore's: some 4 s, as long as a server that restarts needs
     "max_retries": 6,
     "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 3},
 }
+AMBIENT = (  # variables by which containers are told where their keys are
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
 FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
 REFUSED = (AlreadyExistsError, PreconditionError)  # an answer of the store, not a failure of it
 EMPTY = ("416 Range Not Satisfiable", "Requested range was invalid")  # what asking for byte 0 of nothing comes to
@@ -57,19 +67,17 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def as_url(place: str) -> str:
-    """A URL as it is, and a path as its `file://` URL."""
-    return place if "://" in place else Path(place).absolute().as_uri()
-
-
 def _locate(url: str) -> tuple[ObjectStore, str]:
     """The object store that serves `url` (one per bucket and environment), and the key within it."""
-    parts = urlsplit(url)
-    if parts.scheme == "file" and not parts.netloc:
-        return _local("/"), unquote(parts.path).strip("/")
-    if parts.scheme != "s3" or not parts.netloc:
+    scheme, _, rest = url.partition("://")
+    if scheme == "file" and rest.startswith("/"):
+        return _local("/"), unquote(rest).strip("/")
+    bucket, _, key = rest.partition("/")  # not by urlsplit: a key may hold # and ?
+    if is_web(url):
+        raise UserError(f"nothing can be written to {shown(url)}: use a path, file:///directory or s3://bucket/prefix")
+    if scheme != "s3" or not bucket:
         raise UserError(f"the storage URL {url!r} is not one of ours: use file:///directory or s3://bucket/prefix")
-    return _s3(parts.netloc, ""), parts.path.strip("/")
+    return _s3(bucket, ""), key.strip("/")
 
 
 @lru_cache
@@ -92,6 +100,8 @@ def _s3_with(
         options |= {"endpoint": endpoint}
     if key and secret:
         options |= {"access_key_id": key, "secret_access_key": secret}
+    elif not has_ambient_keys():
+        options["skip_signature"] = True
     return S3Store(
         bucket,
         prefix=prefix or None,
@@ -99,6 +109,16 @@ def _s3_with(
         client_options={"allow_http": bool(endpoint and endpoint.startswith("http://"))},
         retry_config=RETRIES,
     )
+
+
+def has_ambient_keys() -> bool:
+    """Whether this machine may have S3 keys beyond the settings': of a container, or of an EC2 instance.
+
+    One without any asks for no keys and signs nothing: so it reads what is public.
+    """
+    vendor = Path("/sys/class/dmi/id/sys_vendor")
+    told = any(name in os.environ for name in AMBIENT)
+    return told or (vendor.exists() and "Amazon EC2" in vendor.read_text())
 
 
 def patiently(call: Callable[[], T], url: str) -> T:
@@ -138,7 +158,7 @@ def _pause(error: Exception, attempt: int, url: str) -> float:
 
 
 def _forbidden(url: str) -> UserError:
-    return UserError(
+    return Refused(
         f"access to {url} is forbidden: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
         "and that they may read and write this bucket"
     )
@@ -150,9 +170,14 @@ def _unreachable(url: str, error: Exception) -> UserError:
         return UserError(f"the bucket of {url} does not exist: create it, or set RANGEGRID_STORAGE_URL")
     if "No space left" in text or "os error 28" in text:
         return UserError(f"no space is left at {url}: free some, or set RANGEGRID_STORAGE_URL elsewhere")
-    endpoint = settings().s3_endpoint or "the S3 service" if url.startswith("s3:") else "the file system"
     reason = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
-    return Unavailable(f"{endpoint} did not serve {url} ({reason}): check that it is up and reachable")
+    return Unavailable(f"{_server(url)} did not serve {shown(url)} ({reason}): check that it is up and reachable")
+
+
+def _server(url: str) -> str:
+    if url.startswith("s3:"):
+        return settings().s3_endpoint or "the S3 service"
+    return urlsplit(url).netloc.rpartition("@")[2] or "the file system"
 
 
 def read(url: str) -> bytes:
@@ -162,8 +187,8 @@ def read(url: str) -> bytes:
         FileNotFoundError: There is none.
         UserError: The store is unreachable or forbids it.
     """
-    if urlsplit(url).scheme in ("http", "https"):
-        return patiently(lambda: _download(url), url)
+    if is_web(url):
+        return patiently(lambda: web.read(url), url)
     store, name = _locate(url)
     return _get(store, name, url)[0]
 
@@ -179,17 +204,43 @@ def read_tagged(url: str) -> tuple[bytes, str]:
     return _get(store, name, url)
 
 
-def _download(url: str) -> bytes:
-    """A file of the web; one that is gone, or that may not be had, is not asked for again."""
-    try:
-        with urlopen(url, timeout=PATIENCE) as answer:
-            return answer.read()
-    except HTTPError as error:
-        if error.code in (404, 410):
-            raise FileNotFoundError(url) from None
-        if error.code in (401, 403):
-            raise UserError(f"access to {urlsplit(url)._replace(query='').geturl()} is refused: download it") from None
-        raise
+@contextmanager
+def as_file(url: str) -> Iterator[Path]:
+    """Yields the object as a file of this machine: itself, or a copy that is gone after the block.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: The store is unreachable or forbids it.
+    """
+    if url.startswith("file:"):
+        path = Path("/", _locate(url)[1])
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        yield path
+        return
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch, name_of(url))
+        patiently(lambda: web.download(url, path) if is_web(url) else _fetch(url, path), url)
+        yield path
+
+
+def _fetch(url: str, path: Path) -> None:
+    store, name = _locate(url)
+    answer = obstore.get(store, name)
+    with path.open("wb") as file:
+        for piece in answer.stream(min_chunk_size=PIECE):
+            file.write(piece)
+    if (came := path.stat().st_size) != answer.meta["size"]:
+        raise OSError(f"{came} bytes came for {answer.meta['size']}")
+
+
+def upload(path: Path, url: str) -> None:
+    """Writes a file, or every file of a directory, to `url`; what is named `ROOT`, which tells of the others, last."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in sorted(files, key=lambda file: file.relative_to(path).as_posix() == ROOT):
+        target = join(url, file.relative_to(path).as_posix()) if file != path else url
+        store, name = _locate(target)
+        patiently(partial(obstore.put, store, name, file), target)
 
 
 def _get(store: ObjectStore, name: str, url: str) -> tuple[bytes, str]:
@@ -290,9 +341,8 @@ def modified(url: str) -> datetime:
 
 def exists(url: str) -> bool:
     """Whether an object is there."""
-    store, name = _locate(url)
     try:
-        patiently(lambda: obstore.head(store, name), url)
+        version(url)
     except FileNotFoundError:
         return False
     return True
@@ -304,6 +354,8 @@ def version(url: str) -> str:
     Raises:
         FileNotFoundError: There is none.
     """
+    if is_web(url):
+        return patiently(lambda: web.version(url), url)
     store, name = _locate(url)
     meta = patiently(lambda: obstore.head(store, name), url)
     return f"{meta.get('e_tag')} {meta['last_modified'].isoformat()} {meta['size']}"
@@ -383,11 +435,13 @@ def presigned(url: str) -> str:
     raise UserError(f"{url} needs keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
 
-def zarr_store(url: str, read_only: bool = False) -> ZarrObjectStore:
+def zarr_store(url: str, read_only: bool = False) -> Store:
     """A Zarr store at `url`, for `zarr.open_group(store=…)` and `xarray.open_zarr`; as patient as `read`."""
+    if is_web(url):
+        return WebStore(url)
     _, path = _locate(url)
     local = url.startswith("file:")
-    store = _local("/" + path) if local else _s3(urlsplit(url).netloc, path)
+    store = _local("/" + path) if local else _s3(url.removeprefix("s3://").partition("/")[0], path)
     return _ZarrStore(store, url, read_only=read_only)
 
 
@@ -416,6 +470,10 @@ class _ZarrStore(ZarrObjectStore):
             return await _patiently(whole, join(self.url, key))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
+        except Refused:
+            if self.read_only and key != ROOT and await asyncio.to_thread(exists, join(self.url, ROOT)):
+                return None  # a bucket that may not be listed says so of what is not there, as of a tile at sea
+            raise
 
     async def exists(self, key: str) -> bool:
         return await _patiently(partial(super().exists, key), join(self.url, key))
@@ -434,6 +492,67 @@ def _range(asked: ByteRequest | None) -> Any:
     if isinstance(asked, SuffixByteRequest):
         return {"suffix": asked.suffix}
     return {"offset": asked.offset if asked else 0}
+
+
+class WebStore(Store):
+    """A Zarr on the web, read as it is asked for; what a server forbids while it serves the root is not there."""
+
+    supports_writes = supports_deletes = supports_listing = False
+
+    def __init__(self, url: str) -> None:
+        super().__init__(read_only=True)
+        self.url = url
+
+    def with_read_only(self, read_only: bool = False) -> Self:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WebStore) and other.url == self.url
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        url, span = join(self.url, key), _span(byte_range)
+        try:
+            body = await asyncio.to_thread(patiently, lambda: web.read(url, span), url)
+        except FileNotFoundError:
+            return None
+        except Refused:
+            if key != ROOT and await asyncio.to_thread(exists, join(self.url, ROOT)):
+                return None
+            raise
+        return prototype.buffer.from_bytes(body)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        return list(await asyncio.gather(*(self.get(key, prototype, asked) for key, asked in key_ranges)))
+
+    async def exists(self, key: str) -> bool:
+        return await asyncio.to_thread(exists, join(self.url, key))
+
+    async def set(self, key: str, value: Buffer) -> None:
+        raise UserError(f"nothing can be written to {shown(self.url)}")
+
+    async def delete(self, key: str) -> None:
+        raise UserError(f"nothing can be deleted at {shown(self.url)}")
+
+    async def list(self) -> AsyncIterator[str]:
+        raise UserError(f"{shown(self.url)} cannot be listed")
+        yield
+
+    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        return self.list()
+
+    def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        return self.list()
+
+
+def _span(asked: ByteRequest | None) -> str | None:
+    """What Zarr asks for, as HTTP has it."""
+    if isinstance(asked, RangeByteRequest):
+        return f"{asked.start}-{asked.end - 1}"
+    if isinstance(asked, SuffixByteRequest):
+        return f"-{asked.suffix}"
+    return f"{asked.offset}-" if asked else None
 
 
 def check_writable(url: str, size: int = 0) -> None:

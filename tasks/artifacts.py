@@ -1,8 +1,12 @@
 """Pictures, tables and places: stored beside the product they show and, inside a Prefect run, seen in the UI."""
 
 import base64
+import hashlib
 import io
-from collections.abc import Callable
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import wraps
 from typing import Any
@@ -16,11 +20,38 @@ from prefect.runtime import task_run
 from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
-from tasks.units import REPORTED, Work, in_run
+from tasks.units import REPORTED, Work, in_run, shown
 from tasks.updates import home_of
 
 PREVIEW_WIDTH = 1200  # pixels: the artifact carries the picture itself, since a browser cannot open s3:// URLs
+LONGEST_SLUG = 60  # characters: file systems take 255 bytes of a name
 GLANCE = 5.0  # seconds for whether an address answers: a run does without
+
+
+def slugs(names: Iterable[str]) -> dict[str, str]:
+    """Returns a lower-case name of ASCII letters, digits and dashes for each text: for files and artifact keys.
+
+    What has no ASCII letters, is long, or would be taken for another gets a part of its digest.
+    """
+    asked = list(names)
+    plain = {name: _plain(name) for name in asked}
+    shared = Counter(plain.values())
+    return {name: slug if slug and shared[slug] == 1 else _told_apart(name, slug) for name, slug in plain.items()}
+
+
+def _plain(text: str) -> str:
+    ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    slug = re.sub("[^a-z0-9]+", "-", ascii_only).strip("-")
+    return slug if len(slug) <= LONGEST_SLUG else ""
+
+
+def _told_apart(text: str, slug: str) -> str:
+    return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}".lstrip("-")
+
+
+def cell(text: object) -> str:
+    """Returns a text as one cell of a Markdown table: on one line, its bars no borders."""
+    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def keep_picture(url: str, png: bytes, key: str, description: str) -> str:
@@ -40,7 +71,8 @@ def keep_picture(url: str, png: bytes, key: str, description: str) -> str:
     storage.write(url, png)
     if in_run():
         text = f"![{description}]({_data_url(png)})\n\nFull size: {_linked(url)}\n"
-        create_markdown_artifact(text, key=key, description=description)
+        with shown():
+            create_markdown_artifact(text, key=key, description=description)
     return url
 
 
@@ -71,14 +103,16 @@ def web_address(url: str) -> str | None:
 def show_table(rows: list[dict[str, Any]], key: str, description: str) -> None:
     """Shows rows as the run's table artifact."""
     if in_run():
-        create_table_artifact(rows, key=key, description=description)
+        with shown():
+            create_table_artifact(rows, key=key, description=description)
 
 
 def keep_table(url: str, markdown: str, key: str, description: str) -> str:
     """Writes a Markdown table to `url` and shows it as the run's artifact; returns `url`."""
     storage.write(url, markdown.encode())
     if in_run():
-        create_markdown_artifact(f"{markdown}\n", key=key, description=description)
+        with shown():
+            create_markdown_artifact(f"{markdown}\n", key=key, description=description)
     return url
 
 
@@ -130,7 +164,8 @@ def show_places(places: dict[str, str], code: str, key: str, description: str) -
     if in_run():
         lines = [f"- {name}: {_linked(url)}" for name, url in places.items()]
         text = "\n".join([*lines, "", "```python", code, "```", ""])
-        create_markdown_artifact(text, key=key, description=description)
+        with shown():
+            create_markdown_artifact(text, key=key, description=description)
 
 
 def opening(module: str, call: str, url: str) -> str:

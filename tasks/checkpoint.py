@@ -28,6 +28,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from infra import storage
+from infra.addresses import as_url, name_of
 from infra.errors import UserError
 from tasks.cards import made_before, read_card, write_card
 from tasks.core.contrastive import ImageProjection
@@ -158,7 +159,7 @@ def import_satclip(source: str | Path, url: str) -> dict[str, Any]:
             product is at `url`.
     """
     data = read_file(source, "a satclip-*.ckpt")
-    made_of = {"file": Path(source).name, "sha256": hashlib.sha256(data).hexdigest()}
+    made_of = {"file": name_of(as_url(source)), "sha256": hashlib.sha256(data).hexdigest()}
     if there := made_before(url, "checkpoint", made_of):
         return there
     content = _unpickle(data, source)
@@ -187,7 +188,7 @@ def load_foreign(source: str | Path, kind: str) -> dict[str, Any]:
         UserError: The file is not there, or cannot be read without running code from it.
     """
     data = read_file(source, kind)
-    if str(source).endswith(".safetensors"):
+    if name_of(as_url(source)).endswith(".safetensors"):
         try:
             return parse(data)
         except Exception as error:  # a hostile file may fail in any way

@@ -26,6 +26,7 @@ import zarr
 from numpy.typing import NDArray
 
 from infra import storage
+from infra.addresses import as_url, name_of
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import made_before, read_card, write_card
@@ -231,7 +232,7 @@ def import_npz(source: str | Path, url: str, checkpoint: str) -> dict[str, Any]:
         UserError: The file is no such database, its numbers cannot be right, or another product is at `url`.
     """
     space, data = read_card(checkpoint, "checkpoint"), read_file(source, "a range_db_*.npz")
-    name, digest = Path(source).name, hashlib.sha256(data).hexdigest()
+    name, digest = name_of(as_url(source)), hashlib.sha256(data).hexdigest()
     made_of = {"file": name, "sha256": digest, "checkpoint": space["fingerprint"]}
     if there := made_before(url, "database", made_of):
         return there

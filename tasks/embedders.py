@@ -8,7 +8,7 @@ unit vectors         points of the unit sphere
 wrap, theory         `tasks.core.encodings`
 spherical harmonics  the fixed features below the location encoder
 geoclip              the weights in the package `geoclip`
-satclip, sinr, csp   NAME=PATH of the published weights; without them shown as not given
+satclip, sinr, csp   NAME=PATH, or =URL, of the published weights; without them shown as not given
 location encoder     ours, without retrieval
 range, range+        the product
 URL of a grid        what its readers get
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from infra import storage
+from infra.addresses import as_url, shown
 from infra.errors import UserError
 from tasks.checkpoint import import_satclip, load_checkpoint, load_foreign
 from tasks.core.encodings import theory, wrap
@@ -97,10 +98,10 @@ def embedders(checkpoint: str | None, database: str | None, grid: str | None, pa
 def _named(spec: str, checkpoint: str | None, database: str | None, params: EmbedderParams) -> Named:
     name, _, path = spec.partition("=")
     name = name.strip().lower()
-    if "://" in spec or spec.rstrip("/").endswith(".zarr"):
-        return _grid(spec, storage.as_url(spec), params)
     if name in BY_PATH:
-        return _by_path(name, path)
+        return _by_path(name, path.strip())
+    if "://" in spec or spec.rstrip("/").endswith(".zarr"):
+        return _grid(shown(spec), as_url(spec), params)
     if name in FIXED:
         return Named(name, lambda lonlat: FIXED[name](lonlat).astype(np.float32))
     if name == "spherical harmonics":
@@ -136,7 +137,7 @@ def _version(url: str) -> str:
     try:
         return storage.version(url)
     except FileNotFoundError:
-        raise UserError(f"there is nothing at {url}: check the path or URL of the embedder") from None
+        raise UserError(f"there is nothing at {shown(url)}: check the path or URL of the embedder") from None
 
 
 SHOWN = {"satclip": "SatCLIP", "sinr": "SINR", "csp": "CSP"}
@@ -146,7 +147,7 @@ def _by_path(name: str, path: str) -> Named:
     if not path:
         return Named(SHOWN[name], None)
     load_weights = {"satclip": load_satclip, "sinr": load_sinr, "csp": load_csp}[name]
-    return Named(SHOWN[name], load_weights(path), _version(storage.as_url(path)))
+    return Named(SHOWN[name], load_weights(path), _version(as_url(path)))
 
 
 def load_satclip(path: str) -> Embedder:

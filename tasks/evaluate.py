@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
-from tasks.artifacts import keep_picture, keep_table, opening, show_places
+from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places, slugs
 from tasks.cards import fingerprint, is_finished, product_url, write_card
 from tasks.core.evidence import distance_km
 from tasks.embedders import Lonlat, Named, embedders
@@ -150,26 +150,26 @@ def explain(
     caption = f"Blocks held out. {attribution}"
     picture = bias_chart(table, f"Geographic bias of {product}", f"Bars are standard errors. {caption}")
     keep_picture(storage.join(url, "bias.png"), picture, "geographic-bias", f"Where {product} fails")
+    files = slugs(made.labels.name for made in scored.trials)
     for made in scored.trials:
         name = made.labels.name
         lost = losses(made, scored.predicted[product, name])
-        _error_map(url, name, made.labels.lonlat, lost, f"Errors of {product}: {name}", caption)
+        _error_map(url, f"errors-{files[name]}", made.labels.lonlat, lost, f"Errors of {product}: {name}", caption)
     return spread(table)
 
 
 def _error_map(url: str, name: str, lonlat: NDArray[np.float64], lost: NDArray, title: str, caption: str) -> None:
-    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
     picture = error_map(
         lonlat, lost, title, f"Grey: right; dark: wrong class, or off by a standard deviation. {caption}"
     )
-    keep_picture(storage.join(url, f"errors-{slug}.png"), picture, f"errors-{slug}".strip("-"), title)
+    keep_picture(storage.join(url, f"{name}.png"), picture, name, title)
 
 
 def _pivot(table: Any) -> str:
     """A Markdown table: groups by tasks, the score and the number of places."""
     tasks = list(table["task"].unique())
-    lines = ["| group | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    lines = ["| group | " + " | ".join(map(cell, tasks)) + " |", "|---" * (len(tasks) + 1) + "|"]
     for (by, group), rows in table.groupby(["by", "group"], sort=False):
         cells = {row.task: f"{row.score:.2f} ± {row.std:.2f} ({row.n})" for row in rows.itertuples()}
-        lines.append(f"| {by}: {group} | " + " | ".join(cells.get(task, "") for task in tasks) + " |")
+        lines.append(f"| {by}: {cell(group)} | " + " | ".join(cells.get(task, "") for task in tasks) + " |")
     return "\n".join(lines)

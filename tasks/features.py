@@ -21,6 +21,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialise
 
 from infra import storage
+from infra.addresses import as_url, name_of
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
@@ -113,9 +114,11 @@ def identity(params: EncoderParams) -> dict[str, Any]:
 
 def _weights_file(place: str) -> str:
     """The .safetensors itself, where a checkpoint's directory was given."""
-    url = storage.as_url(place)
+    url = as_url(place)
     inside = storage.join(url, "model.safetensors")
-    return inside if not storage.exists(url) and storage.exists(inside) else place
+    if name_of(url).endswith(".safetensors"):
+        return url
+    return inside if storage.exists(inside) else url
 
 
 def read_weights(place: str) -> dict[str, NDArray]:
@@ -133,7 +136,7 @@ def read_weights(place: str) -> dict[str, NDArray]:
     except SafetensorError as error:
         raise UserError(f"{place} is no .safetensors ({error}): convert the weights to one first") from error
     found = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
-    if file == place:
+    if file == as_url(place):
         return found
     return {name.removeprefix("encoder."): a for name, a in found.items() if name.startswith("encoder.")}
 

@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 from infra import storage
+from infra.addresses import as_url, is_web, shown
 from infra.errors import UserError
 
 EXPANSION = 20  # bytes that a byte of an archive may become: numbers of embeddings become 1 to 3
@@ -21,9 +22,9 @@ def read_file(place: str | Path, kind: str) -> bytes:
         UserError: It is not there, or is an archive that expands beyond reason.
     """
     try:
-        data = storage.read(storage.as_url(str(place)))
+        data = storage.read(as_url(place))
     except FileNotFoundError:
-        raise UserError(f"there is no file {place}: give the path or URL of {kind}") from None
+        raise UserError(f"there is no file {shown(str(place))}: give the path or URL of {kind}") from None
     _refuse_bomb(data, place, kind)
     return data
 
@@ -53,7 +54,7 @@ def write_file(place: str | Path, data: bytes, overwrite: bool) -> str:
     Raises:
         UserError: One is there, and is not to be replaced.
     """
-    url = storage.as_url(str(place))
+    url = as_url(place)
     if overwrite:
         storage.write(url, data)
     elif not storage.create(url, data):
@@ -63,7 +64,10 @@ def write_file(place: str | Path, data: bytes, overwrite: bool) -> str:
 
 def check_free(place: str | Path, overwrite: bool) -> None:
     """Refuses, before any work, what `write_file` would refuse after it."""
-    if not overwrite and storage.exists(storage.as_url(str(place))):
+    url = as_url(place)
+    if is_web(url):
+        raise UserError(f"nothing can be written to {shown(url)}: give a path, file:// or s3://")
+    if not overwrite and storage.exists(url):
         raise _taken(place)
 
 

@@ -1,4 +1,4 @@
-"""Labels from tables: CSV, Parquet, GeoParquet, GeoJSON and shapefiles, of points or of polygons to draw points in.
+"""Labels from tables (`tasks.tables`), of points or of polygons to draw points in.
 
 The paper's tables are recognised by the columns that its loaders read:
 
@@ -18,29 +18,26 @@ Any other column is named. What has no label or no place is left out; the order 
 split depends on it.
 """
 
-import io
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from urllib.parse import urlsplit
+from dataclasses import dataclass, replace
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
-import pyarrow.parquet
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from infra import storage
 from infra.errors import UserError
 from tasks.core.probes import Kind
 from tasks.core.sampling import uniform_places
 from tasks.labels import LabelSet
 from tasks.params import EvaluateParams
+from tasks.tables import Place, Table, find_place, lonlat_of, open_table, remedy_of, settled, shapes_of
+from tasks.units import log
 
 IN_POLYGONS = 10_000  # places that are drawn where no number is asked for
 FEWEST = 50  # labelled places of a task
 DRAWS, TRIES = 20_000, 500  # places at a time, and times, until polygons have enough of them
-LON, LAT = ("lon", "longitude", "lng", "x"), ("lat", "latitude", "y")
-GEOGRAPHIC = (".geojson", ".json", ".shp", ".zip", ".gpkg", ".fgb")
+NO_LABEL = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")  # what tables write for none
 
 
 @dataclass(frozen=True)
@@ -73,100 +70,49 @@ PAPER = (
 
 
 def read_labels(params: EvaluateParams) -> list[LabelSet]:
-    """The tasks of the tables that were named.
+    """Returns the tasks of the tables that were named.
 
     Raises:
         UserError: A table cannot be read, lacks a column, or has too few labels of one kind.
     """
-    found = [
-        make_labels(table, columns, source, params)
-        for source in params.labels
-        for table in [read_table(source)]
-        for columns in recognise(table, source, params)
-    ]
+    found = []
+    for source in params.labels:
+        with open_table(source, "labels") as table:
+            found += [make_labels(table, columns, params) for columns in recognise(table, params)]
     names = [labels.name for labels in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two tables have labels of {twice[0]!r}: evaluate one of them at a time")
     return found
 
 
-def read_table(source: str) -> pd.DataFrame:
-    """A table by path or URL; with a geometry, a GeoDataFrame in WGS84.
+def recognise(table: Table, params: EvaluateParams) -> list[Columns]:
+    """Returns where the tasks are in a table: as named, or the paper's by its columns.
 
-    Raises:
-        UserError: It is not there, or of no kind that can be read.
+    A task of the paper whose columns of coordinates have other names is taken where none has its own.
     """
-    name = PurePosixPath(urlsplit(source).path).name.lower()
-    try:
-        if name.endswith(".shp") and "://" not in source:
-            return _degrees(gpd.read_file(source), source)  # its other files lie beside it
-        data = io.BytesIO(storage.read(storage.as_url(source)))
-        if name.endswith((".csv", ".csv.gz")):
-            return pd.read_csv(data, compression="gzip" if name.endswith(".gz") else None)
-        if name.endswith(".parquet"):
-            geographic = b"geo" in (pyarrow.parquet.read_schema(data).metadata or {})
-            return _degrees(gpd.read_parquet(data), source) if geographic else pd.read_parquet(data)
-        if name.endswith(GEOGRAPHIC):
-            return _degrees(gpd.read_file(data), source)
-    except FileNotFoundError:
-        raise UserError(f"there is no table {source}: check its path or URL") from None
-    except UserError:
-        raise
-    except Exception as error:  # each reader has its own errors
-        raise UserError(f"{source} cannot be read as a table of labels ({error}): mend the file") from error
-    raise UserError(f"{source} is of no kind that can be read: give .csv, .parquet, {', '.join(GEOGRAPHIC)}")
-
-
-def _degrees(frame: gpd.GeoDataFrame, source: str) -> gpd.GeoDataFrame:
-    if frame.crs is None:
-        raise UserError(f"{source} does not say its coordinate reference system: set it, for example EPSG:4326")
-    return frame.to_crs(4326)
-
-
-def recognise(table: pd.DataFrame, source: str, params: EvaluateParams) -> list[Columns]:
-    """Where the tasks are in a table: as named, or the paper's by its columns."""
+    names = set(table.names)
     if params.label and params.kind:
-        _need(table, params.label, source)
-        where = None if isinstance(table, gpd.GeoDataFrame) else _coordinates(table, source, params)
-        return [Columns(params.label, params.label, params.kind, where, params.log1p)]
-    geometry = isinstance(table, gpd.GeoDataFrame)
-    found = [c for c in PAPER if c.label in table and (geometry or set(c.lonlat or ()) <= set(table))]
-    if not found:
-        raise UserError(
-            f"{source} has none of the paper's tasks among its columns {', '.join(map(str, table))}: name one with "
-            "--label and --kind"
+        if params.label not in names:
+            raise table.refused(f"has no column {params.label!r} among {', '.join(table.names)}: name one of them")
+        return [Columns(params.label, params.label, params.kind, None, params.log1p)]
+    labelled = [columns for columns in PAPER if columns.label in names]
+    exact = [columns for columns in labelled if set(columns.lonlat or ()) <= names]
+    if not labelled:
+        raise table.refused(
+            f"has none of the paper's tasks among its columns {', '.join(table.names)}: name one with --label and "
+            "--kind"
         )
-    return [Columns(c.name, c.label, c.kind, None, c.log1p, c.block_degrees) for c in found] if geometry else found
+    return exact if exact and not table.geometry else [replace(columns, lonlat=None) for columns in labelled]
 
 
-def _need(table: pd.DataFrame, column: str, source: str) -> None:
-    if column not in table:
-        raise UserError(f"{source} has no column {column!r} among {', '.join(map(str, table))}: name one of them")
-
-
-def _coordinates(table: pd.DataFrame, source: str, params: EvaluateParams) -> tuple[str, str]:
-    return _coordinate(table, source, "lon", params.lon, LON), _coordinate(table, source, "lat", params.lat, LAT)
-
-
-def _coordinate(table: pd.DataFrame, source: str, option: str, given: str | None, names: tuple[str, ...]) -> str:
-    if given:
-        _need(table, given, source)
-        return given
-    found = [column for column in map(str, table) if column.lower() in names]
-    if len(found) != 1:
-        what = f"columns {' and '.join(found)}" if found else f"no column named {' or '.join(names)}"
-        raise UserError(f"{source} has {what} for its coordinates: name one with --{option}")
-    return found[0]
-
-
-def make_labels(table: pd.DataFrame, columns: Columns, source: str, params: EvaluateParams) -> LabelSet:
+def make_labels(table: Table, columns: Columns, params: EvaluateParams) -> LabelSet:
     """Returns the labels of one task, checked, and drawn from where there are more than asked for."""
-    lonlat, labels = _labelled_places(table[table[columns.label].notna()], columns, source, params)
-    labels = _typed(labels, columns, source)
-    _check(lonlat, labels, columns, source)
+    lonlat, labels = _labelled_places(table, columns, params)
+    labels = _typed(labels, columns, table.source)
+    _check(lonlat, labels, columns, table.source)
     kept = _draw(len(labels), params)
     degrees = params.block_degrees or columns.block_degrees
-    return LabelSet(columns.name, columns.kind, lonlat[kept], labels[kept], source, degrees)
+    return LabelSet(columns.name, columns.kind, lonlat[kept], labels[kept], table.source, degrees)
 
 
 def _draw(count: int, params: EvaluateParams) -> NDArray[np.int64]:
@@ -176,27 +122,44 @@ def _draw(count: int, params: EvaluateParams) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(params.seed).choice(count, params.points, replace=False))
 
 
-def _labelled_places(
-    table: pd.DataFrame, columns: Columns, source: str, params: EvaluateParams
-) -> tuple[NDArray[np.float64], NDArray]:
-    """Returns places, (n, 2), and the label of each; rows without a place are left out of both."""
-    if columns.lonlat is not None:
-        numbers = [pd.to_numeric(table[name], errors="coerce").to_numpy("f8") for name in columns.lonlat]
-        return _placed(np.column_stack(numbers), table[columns.label])
-    assert isinstance(table, gpd.GeoDataFrame)  # for the type checker: without coordinates there is a geometry
-    table = table[~(table.geometry.is_empty | table.geometry.isna())]
-    kinds = set(table.geom_type)
+def _labelled_places(table: Table, columns: Columns, params: EvaluateParams) -> tuple[NDArray[np.float64], NDArray]:
+    """Returns places, (n, 2), and the label of each; rows without a place or a label are left out of both."""
+    place = _place(table, columns, params)
+    rows = settled(lambda: list(table.batches([columns.label, *place.columns])))
+    if not rows:
+        raise table.refused("has no rows: give one for each label")
+    read = pa.Table.from_batches(rows)
+    labels = read[columns.label].to_pandas()
+    labelled = (labels.notna() & ~labels.isin(NO_LABEL)).to_numpy()
+    if not place.geometry:
+        return _known(lonlat_of(read, place, table), labels, labelled)
+    frame = gpd.GeoDataFrame({"label": labels}, geometry=shapes_of(read[place.geometry], place, table), crs=4326)
+    frame = frame[labelled & ~(frame.geometry.is_empty | frame.geometry.isna())]
+    kinds = set(frame.geom_type)
     if kinds <= {"Point", "MultiPoint"}:
-        table = table.explode(index_parts=False)  # every point of several has their label
-        return _placed(np.column_stack([table.geometry.x, table.geometry.y]), table[columns.label])
+        frame = gpd.GeoDataFrame(frame.explode())  # every point of several has their label
+        lonlat = np.column_stack([frame.geometry.x, frame.geometry.y])
+        return _known(lonlat, frame["label"], np.ones(len(frame), bool))
     if not kinds <= {"Polygon", "MultiPolygon"}:
-        raise UserError(f"{source} has geometries of {', '.join(sorted(kinds))}: give points alone, or polygons alone")
-    lonlat, rows = draw_in_polygons(table, params.points or IN_POLYGONS, params.seed, source)
-    return lonlat, table[columns.label].to_numpy()[rows]
+        raise table.refused(f"has geometries of {', '.join(sorted(kinds))}: give points alone, or polygons alone")
+    lonlat, which = draw_in_polygons(frame, params.points or IN_POLYGONS, params.seed, table.source)
+    return lonlat, frame["label"].to_numpy()[which]
 
 
-def _placed(lonlat: NDArray[np.float64], labels: pd.Series) -> tuple[NDArray[np.float64], NDArray]:
-    known = np.isfinite(lonlat).all(1)
+def _place(table: Table, columns: Columns, params: EvaluateParams) -> Place:
+    if columns.lonlat is not None:
+        return find_place(table, *columns.lonlat)
+    if params.lon or params.lat:
+        return find_place(table, params.lon, params.lat)
+    return table.geometry or find_place(table)
+
+
+def _known(
+    lonlat: NDArray[np.float64], labels: pd.Series, wanted: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray]:
+    known = wanted & np.isfinite(lonlat).all(1)
+    if left := int((~known).sum()):
+        log().info("%d of %d rows have no place or no label, and are left out", left, len(known))
     return lonlat[known], labels.to_numpy()[known]
 
 
@@ -223,7 +186,7 @@ def draw_in_polygons(
 
 def _typed(labels: NDArray, columns: Columns, source: str) -> NDArray:
     if columns.kind == "classification":
-        return labels.astype(str) if labels.dtype == object else labels
+        return labels if labels.dtype.kind in "biuf" else labels.astype(str)
     try:
         numbers = labels.astype(np.float64)
     except ValueError as error:
@@ -240,7 +203,10 @@ def _check(lonlat: NDArray[np.float64], labels: NDArray, columns: Columns, sourc
     lon, lat = lonlat.T
     wrong = (np.abs(lat) > 90) | (lon < -180) | (lon > 360)
     if wrong.any():
-        raise UserError(f"{where} is at lon {lon[wrong][0]:g}, lat {lat[wrong][0]:g}: name the columns in degrees")
+        raise UserError(
+            f"{where} is at lon {lon[wrong][0]:g}, lat {lat[wrong][0]:g}: name the columns in degrees. "
+            f"{remedy_of(lon[wrong][0], lat[wrong][0])}"
+        )
     if len(labels) < FEWEST:
         raise UserError(f"{where} has {len(labels)} labels with a place: a probe needs at least {FEWEST}")
     if columns.kind == "regression" and not np.isfinite(labels).all():

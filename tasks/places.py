@@ -1,17 +1,18 @@
 """Where to sample, in the order in which places are tried."""
 
 import hashlib
-import io
 
 import numpy as np
-import pandas as pd
 import rasterio
 from numpy.typing import NDArray
 
 from infra import storage
+from infra.addresses import as_url
 from infra.errors import UserError
 from tasks.core.sampling import draw_classes, draw_land, thin
 from tasks.params import SampleParams
+from tasks.points import check_points, open_points, rows_of
+from tasks.tables import BATCH
 
 
 def draw(count: int, params: SampleParams) -> NDArray[np.float64]:
@@ -44,26 +45,24 @@ def source_digest(params: SampleParams) -> dict[str, str]:
     if params.places not in ("class", "list"):
         return {}
     draw(1, params)
-    return {"source_sha256": hashlib.sha256(storage.read(storage.as_url(str(params.source)))).hexdigest()}
+    return {"source_sha256": hashlib.sha256(storage.read(as_url(str(params.source)))).hexdigest()}
 
 
-def read_points(url: str) -> NDArray[np.float64]:
-    """The (n, 2) points of a CSV or Parquet table with the columns lon and lat, in degrees.
+def read_points(source: str) -> NDArray[np.float64]:
+    """Returns the points of a table (`tasks.tables`), (n, 2) degrees, longitudes within -180 and 180.
 
     Raises:
-        UserError: There is no such table, or a point that is none.
+        UserError: There is no such table, or a point that is none, or where Sentinel-2's grid is not.
     """
-    try:
-        data = io.BytesIO(storage.read(storage.as_url(url)))
-        table = pd.read_parquet(data) if url.endswith("parquet") else pd.read_csv(data)
-        points = table[["lon", "lat"]].to_numpy("f8")
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise UserError(f"{url} is no table of points ({error}): give a CSV or Parquet with lon and lat") from None
-    wrong = ~((np.abs(points[:, 0]) <= 180) & (points[:, 1] >= -80) & (points[:, 1] <= 84))
+    with open_points(source) as (table, place):
+        check_points(table, place)
+        points = np.concatenate([lonlat for _, lonlat in rows_of(table, place, BATCH, place.columns)])
+    points[points[:, 0] > 180] -= [360, 0]
+    wrong = ~((points[:, 1] >= -80) & (points[:, 1] <= 84))
     if wrong.any():
         first = int(wrong.argmax())
-        raise UserError(f"{url}, row {first}: lon {points[first, 0]}, lat {points[first, 1]} is outside -180 to 180, "
-                        "-80 to 84, where Sentinel-2's grid is")  # fmt: skip
+        raise UserError(f"{source}, row {first + 1}: lon {points[first, 0]}, lat {points[first, 1]} is outside -180 to "
+                        "180, -80 to 84, where Sentinel-2's grid is")  # fmt: skip
     return points
 
 
@@ -74,7 +73,7 @@ def read_classes(url: str) -> tuple[NDArray[np.integer], tuple[float, float, flo
         UserError: There is no such raster, or it is not in longitude and latitude.
     """
     try:
-        data = storage.read(storage.as_url(url))
+        data = storage.read(as_url(url))
         with rasterio.MemoryFile(data) as file, file.open() as raster:
             classes = raster.read(1, masked=True).filled(0)
             bounds, crs = raster.bounds, raster.crs

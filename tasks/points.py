@@ -12,24 +12,27 @@ image_ids           int64, fixed length     with top_images: row ids of the imag
 =================== ======================= ==========================================================
 """
 
+import itertools
 import json
-import shutil
+import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 import torch
 import zarr
 from numpy.typing import ArrayLike, NDArray
 
 from infra import storage
+from infra.addresses import as_url, name_of
 from infra.errors import UserError
 from tasks.cards import read_card
 from tasks.checkpoint import import_satclip, load_checkpoint
@@ -39,10 +42,22 @@ from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import BATCH, Method, RetrievalIndex
 from tasks.database import Database, import_npz, open_database
 from tasks.params import EmbedParams
+from tasks.tables import (
+    Place,
+    Table,
+    check_degrees,
+    find_place,
+    in_tables,
+    lonlat_of,
+    open_table,
+    settled,
+    with_degrees,
+)
 from tasks.units import progress
 
-INPUTS, OUTPUTS = (".csv", ".parquet"), (".parquet", ".zarr")
-CSV_BLOCK = 16 << 20  # bytes at a time; the types of the columns are guessed from the first
+OUTPUTS = (".parquet", ".zarr")
+EVIDENCE = ("effective_images", "largest_weight", "distance_km")
+Rows = Iterator[tuple[pa.Table, NDArray[np.float64]]]
 
 
 @dataclass(frozen=True)
@@ -69,9 +84,7 @@ class Embedder:
         if params.evidence or params.top_images:
             rests_on = evidence(self.index, queries, lonlat, method, params.top_images)
             if params.evidence:
-                found["effective_images"] = rests_on.images
-                found["largest_weight"] = rests_on.largest
-                found["distance_km"] = rests_on.distance_km
+                found |= dict(zip(EVIDENCE, (rests_on.images, rests_on.largest, rests_on.distance_km), strict=True))
             if params.top_images:
                 found["image_ids"] = self.row_ids[rests_on.rows]
         return found
@@ -98,33 +111,43 @@ def embed_points(
 
 
 def embed_file(
-    points: Path,
+    points: str | Path,
     checkpoint: str,
     database: str,
-    output: Path,
+    output: str | Path,
     params: EmbedParams = EmbedParams(),
     overwrite: bool = False,
-) -> Path:
-    """Embeds the points of a file into another, which appears when it is whole.
+    lon: str | None = None,
+    lat: str | None = None,
+) -> str | Path:
+    """Embeds the points of a table into another, which appears when it is whole.
 
     Args:
-        points: A .csv or .parquet with columns lon and lat in degrees.
+        points: Path or URL of a table of points (`tasks.tables`).
         checkpoint: Directory or URL of the checkpoint, or a SatCLIP `.ckpt`.
         database: Directory or URL of the database, or a `range_db_*.npz`.
-        output: The .parquet or .zarr to write.
+        output: Path or URL of the .parquet or .zarr to write.
         params: How.
         overwrite: Whether an output that is there is replaced.
+        lon: Column of the longitudes; none: by its name.
+        lat: Column of the latitudes; none: by its name.
+
+    Returns:
+        The output, as it was given.
 
     Raises:
         UserError: Anything is wrong with the input; found before the work begins.
     """
-    check_output(output, overwrite)
+    suffix = check_output(output, overwrite)
     _check_evidence(params)
-    total = check_points(points)
-    embedder = open_embedder(checkpoint, database, params, total)
-    write = _write_parquet if output.suffix == ".parquet" else _write_zarr
-    with whole(output) as partial, progress("embed", total) as advance:
-        write(partial, embedder, read_points(points), total, advance)
+    added = ("embedding", *(EVIDENCE if params.evidence else ()), *(("image_ids",) if params.top_images else ()))
+    with open_points(points, lon, lat) as (table, place):
+        check_names(table, added if suffix == ".parquet" else ())
+        total = check_points(table, place)
+        embedder = open_embedder(checkpoint, database, params, total)
+        write = _write_parquet if suffix == ".parquet" else _write_zarr
+        with whole(output) as partial, progress("embed", total) as advance:
+            write(partial, embedder, rows_of(table, place, BATCH), total, advance)
     return output
 
 
@@ -161,12 +184,12 @@ def open_embedder(checkpoint: str, database: str, params: EmbedParams, points: i
     return Embedder(encoder, index, data.row_ids, params, attrs)
 
 
-def _imported(source: str, suffix: str, read: Callable[[Path, str], Any], scratch: str) -> str:
+def _imported(source: str, suffix: str, read: Callable[[str, str], Any], scratch: str) -> str:
     """URL of a product: where it is, or where a foreign file was imported to."""
-    if source.endswith(suffix):
-        read(Path(source), url := Path(scratch).as_uri())
+    if name_of(as_url(source)).endswith(suffix):
+        read(source, url := Path(scratch).as_uri())
         return url
-    return source if "://" in source else Path(source).absolute().as_uri()
+    return as_url(source)
 
 
 def _compact(data: Database, dims: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
@@ -188,13 +211,35 @@ def _check_device(device: str) -> None:
         raise UserError(f"there is no {device} here: PyTorch finds {count} CUDA devices. Give --device cpu")
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    if output.suffix not in OUTPUTS:
-        raise UserError(f"the output {output} is of no kind that can be written: name it .parquet or .zarr")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"there is no directory {output.absolute().parent} to write {output.name} into: make it")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} is there already: name another output, or give --overwrite")
+def check_output(output: str | Path, overwrite: bool, kinds: tuple[str, ...] = OUTPUTS) -> str:
+    """Returns the suffix of an output that can be written.
+
+    Raises:
+        UserError: It is of another kind, has no directory, is on the web, or is there and not to be replaced.
+    """
+    url = as_url(output)
+    suffix = Path(name_of(url)).suffix
+    if suffix not in kinds:
+        raise UserError(f"the output {output} is of no kind that can be written: name it {' or '.join(kinds)}")
+    if not url.startswith("file:"):
+        _check_remote(url, output, overwrite)
+        return suffix
+    path = Path(unquote(urlsplit(url).path))
+    if not path.parent.is_dir():
+        raise UserError(f"there is no directory {path.parent} to write {path.name} into: make it")
+    if os.path.lexists(path) and not overwrite:
+        raise _taken(output)
+    return suffix
+
+
+def _check_remote(url: str, output: str | Path, overwrite: bool) -> None:
+    storage.check_writable(url.rpartition("/")[0])
+    if not overwrite and (storage.exists(url) or storage.paths(url + "/")):
+        raise _taken(output)
+
+
+def _taken(output: str | Path) -> UserError:
+    return UserError(f"{output} is there already: name another output, or give --overwrite")
 
 
 def _check_evidence(params: EmbedParams) -> None:
@@ -202,129 +247,115 @@ def _check_evidence(params: EmbedParams) -> None:
         raise UserError("without retrieval an embedding rests on no image: drop --evidence and --top-images")
 
 
-def check_points(path: Path) -> int:
-    """The number of points, after one look at every one of them."""
-    count = 0
-    for batch in read_points(path, ["lon", "lat"]):
-        _check_places(lonlat_of(batch), count, path)
-        count += len(batch)
+@contextmanager
+def open_points(points: str | Path, lon: str | None = None, lat: str | None = None) -> Iterator[tuple[Table, Place]]:
+    """Opens a table of points, and finds where in it the places are.
+
+    Raises:
+        UserError: The table is not there, not readable, or lacks a place.
+    """
+    with open_table(str(points)) as table:
+        yield table, find_place(table, lon, lat)
+
+
+def check_names(table: Table, added: Sequence[str]) -> None:
+    """Refuses a table with a column that the output would add."""
+    if taken := set(added) & set(table.names):
+        raise table.refused(f"has a column {min(taken)!r} already, which the output would add: rename it")
+
+
+def check_points(table: Table, place: Place) -> int:
+    """Returns the number of points, after one look at every one of them.
+
+    Raises:
+        UserError: There is none, or one that is nowhere.
+    """
+    count = settled(partial(_count, table, place))
     if not count:
-        raise UserError(f"{path} has no points: give one row per point")
+        raise table.refused("has no points: give one row per point")
     return count
 
 
-def _check_places(lonlat: NDArray[np.float64], start: int, path: Path) -> None:
-    lon, lat = lonlat.T
-    wrong = ~(np.isfinite(lonlat).all(1) & (np.abs(lat) <= 90) & (lon >= -180) & (lon <= 360))
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise UserError(
-            f"{path} has no place in row {start + row + 1}: lon {lon[row]:g}, lat {lat[row]:g}. Give degrees, "
-            "lon within -180 and 360, lat within -90 and 90"
-        )
+def _count(table: Table, place: Place) -> int:
+    count = 0
+    for batch in table.batches(None if table.is_text else place.columns):
+        check_degrees(lonlat_of(batch, place, table, count), table, count)
+        count += len(batch)
+    return count
 
 
-def lonlat_of(batch: pa.Table) -> NDArray[np.float64]:
-    columns = [batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False) for name in ("lon", "lat")]
-    return np.column_stack(columns)
-
-
-def read_points(path: Path, columns: list[str] | None = None, size: int = BATCH) -> Iterator[pa.Table]:
-    """The points, in batches of `size` rows; the last may have fewer.
-
-    Raises:
-        UserError: The file is not there, not readable, or lacks a column.
-    """
-    if path.suffix not in INPUTS:
-        raise UserError(f"{path} is of no kind that can be read: give a .csv or a .parquet")
-    if not path.is_file():
-        raise UserError(f"there is no file {path}: give a .csv or a .parquet with columns lon and lat")
-    try:
-        schema, batches = _open_csv(path) if path.suffix == ".csv" else _open_parquet(path, columns)
-        _check_names(path, schema.names)
-        yield from _batched((batch.select(columns or schema.names) for batch in batches), size)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} cannot be read as a table of points ({reason}): mend the file") from error
-
-
-def _open_csv(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    convert = pa.csv.ConvertOptions(column_types={"lon": pa.float64(), "lat": pa.float64()})
-    reader = pa.csv.open_csv(path, pa.csv.ReadOptions(block_size=CSV_BLOCK), convert_options=convert)
-    return reader.schema, iter(reader)
-
-
-def _open_parquet(path: Path, columns: list[str] | None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    file = pa.parquet.ParquetFile(path)
-    known = [name for name in columns or [] if name in file.schema_arrow.names]
-    return file.schema_arrow, file.iter_batches(BATCH, columns=known or None)
-
-
-def _check_names(path: Path, names: list[str]) -> None:
-    missing = [name for name in ("lon", "lat") if name not in names]
-    if missing:
-        raise UserError(f"{path} has no column {missing[0]!r} among {', '.join(names)}: name them lon and lat")
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UserError(f"{path} has {names.count(twice[0])} columns {twice[0]!r}: rename all but one")
-    taken = {"embedding", "effective_images", "largest_weight", "distance_km", "image_ids"} & set(names)
-    if taken:
-        raise UserError(f"{path} has a column {min(taken)!r} already, which the output would add: rename it")
-
-
-def _batched(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
-    """The same rows in tables of `size` rows: one chunk of a Zarr array each, whatever the source's blocks are."""
-    held: list[pa.RecordBatch] = []
-    rows = 0
-    for batch in batches:
-        held.append(batch)
-        rows += len(batch)
-        if rows >= size:
-            table = pa.Table.from_batches(held)
-            cut = rows - rows % size
-            yield from (table.slice(start, size) for start in range(0, cut, size))
-            held, rows = table.slice(cut).to_batches(), rows - cut
-    if rows:
-        yield pa.Table.from_batches(held)
+def rows_of(table: Table, place: Place, size: int, columns: Sequence[str] | None = None) -> Rows:
+    """Yields the rows in tables of `size`, the last of perhaps fewer, and where they are, (n, 2) degrees."""
+    for rows in in_tables(table.batches(columns), size):
+        lonlat = lonlat_of(rows, place, table)
+        yield with_degrees(rows, place, lonlat), lonlat
 
 
 @contextmanager
-def whole(output: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `output` if nothing goes wrong, and else nothing."""
-    partial = output.with_name(f".{output.name}.partial")
-    _remove(partial)
+def whole(output: str | Path) -> Iterator[Path]:
+    """Yields a name to write to, which becomes `output` if nothing goes wrong, and else nothing.
+
+    What was there stays until then: a file is replaced in one step, a directory set aside until the new one is there.
+    """
+    url = as_url(output)
+    if not url.startswith("file:"):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield (partial := Path(scratch, name_of(url)))
+            _publish(partial, url)
+        return
+    path = Path(unquote(urlsplit(url).path))
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as scratch:
+        yield (partial := Path(scratch, path.name))
+        _replace(partial, path, Path(scratch, "former"))
+
+
+def _publish(partial: Path, url: str) -> None:
+    """Uploads an output; of a directory that was there, what the new one has not goes last."""
+    former = set(storage.paths(url + "/"))
+    storage.upload(partial, url)
+    for name in former - {file.relative_to(partial).as_posix() for file in partial.rglob("*")}:
+        storage.delete(storage.join(url, name))
+
+
+def _replace(partial: Path, path: Path, former: Path) -> None:
+    """Moves an output into place; what was there is moved back where this fails."""
+    if not (partial.is_dir() or path.is_dir()):
+        partial.replace(path)
+        return
+    if there := os.path.lexists(path):
+        path.rename(former)
     try:
-        yield partial
-        _remove(output)
-        partial.rename(output)
-    finally:
-        _remove(partial)
+        partial.rename(path)
+    except BaseException:
+        if there:
+            former.rename(path)
+        raise
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def write_table(path: Path, tables: Iterator[pa.Table], about: dict[str, Any]) -> None:
+    """Writes tables of the same columns as one Parquet file.
+
+    Args:
+        path: Where.
+        tables: The rows, in their order; one table at least.
+        about: What the file says of itself, beside what the tables say.
+    """
+    first = next(tables)
+    schema = first.schema.with_metadata((first.schema.metadata or {}) | {b"rangegrid": json.dumps(about).encode()})
+    with pa.parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table.cast(schema))
 
 
-def _write_parquet(
-    path: Path, embedder: Embedder, batches: Iterator[pa.Table], total: int, advance: Callable[[int], None]
-) -> None:
-    writer = None
-    try:
-        for table in batches:
-            for name, array in embedder.columns(lonlat_of(table)).items():
+def _write_parquet(path: Path, embedder: Embedder, rows: Rows, total: int, advance: Callable[[int], None]) -> None:
+    def embedded() -> Iterator[pa.Table]:
+        for table, lonlat in rows:
+            for name, array in embedder.columns(lonlat).items():
                 table = table.append_column(name, vectors_column(array))
-            if writer is None:
-                attrs = {b"rangegrid": json.dumps(embedder.attrs).encode()}
-                schema = table.schema.with_metadata((table.schema.metadata or {}) | attrs)
-                writer = pa.parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False)
-            writer.write_table(table.cast(writer.schema))
+            yield table
             advance(len(table))
-    finally:
-        if writer is not None:
-            writer.close()
+
+    write_table(path, embedded(), embedder.attrs)
 
 
 def vectors_column(array: NDArray) -> pa.Array:
@@ -333,21 +364,18 @@ def vectors_column(array: NDArray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
 
 
-def _write_zarr(
-    path: Path, embedder: Embedder, batches: Iterator[pa.Table], total: int, advance: Callable[[int], None]
-) -> None:
+def _write_zarr(path: Path, embedder: Embedder, rows: Rows, total: int, advance: Callable[[int], None]) -> None:
     store = storage.zarr_store(path.absolute().as_uri())
     group = zarr.create_group(store, attributes=embedder.attrs)
     start = 0
-    for table in batches:
-        lonlat = lonlat_of(table)
+    for _, lonlat in rows:
         columns = {"lon": lonlat[:, 0], "lat": lonlat[:, 1], **embedder.columns(lonlat)}
         for name, array in columns.items():
             if name not in group:
                 _create(group, name, array, total)
             _array(group, name)[start : start + len(array)] = array
-        start += len(table)
-        advance(len(table))
+        start += len(lonlat)
+        advance(len(lonlat))
     zarr.consolidate_metadata(store)
 
 

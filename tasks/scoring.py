@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from infra import storage
 from infra.errors import UserError
-from tasks.artifacts import keep_table, show_table
+from tasks.artifacts import cell, keep_table, show_table
 from tasks.cards import fingerprint
 from tasks.core.probes import (
     CLASS_FOLDS,
@@ -197,11 +197,11 @@ def markdown(table: pd.DataFrame) -> str:
     tasks = list(table["task"].unique())
     metric = table.groupby("task")["metric"].first()
     best = table.groupby("task")["blocked"].max()
-    lines = ["| random / blocked | " + " | ".join(f"{task} ({metric[task]})" for task in tasks) + " |"]
+    lines = ["| random / blocked | " + " | ".join(f"{cell(task)} ({metric[task]})" for task in tasks) + " |"]
     lines.append("|---" * (len(tasks) + 1) + "|")
     for name, rows in table.groupby("embedder", sort=False):
         cells = [_cell(rows[rows["task"] == task].iloc[0], best[task]) for task in tasks]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {cell(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -77,7 +77,9 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
     made_of = {"patches": source["fingerprint"], **params.model_dump(exclude=NOT_CONTENT)}
     made_of["encoder"] = identity(params.encoder)
     url = product_url("checkpoints", made_of)
+    state = storage.join(url, "training.pt")
     if is_finished(url):
+        storage.delete(state)  # of a run that ended between its card and this
         return url
     with processes(params.device) as device:
         lonlat, held_out = split(patches, params)
@@ -87,15 +89,19 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
         _wait()
         pairs = Pairs(lonlat, StoredFeatures(features, params.shuffle), held_out)
         trainer = new_trainer(pairs, params, device)
-        fit(trainer, pairs, storage.join(url, "training.pt"), params.save_every)
+        fit(trainer, pairs, state, params.save_every)
         if client is not None:
             encoder = open_encoder(features, patches, params.encoder.name)
             _save(url, trainer, encoder, source, made_of)
+            storage.delete(state)
     return url
 
 
 def _save(url: str, trainer: Trainer, encoder: Any, source: dict[str, Any], made_of: dict[str, Any]) -> None:
+    """Stores the curve and the checkpoint; its card comes last, since a rerun looks for no more than that."""
     history, attribution = [vars(now) for now in trainer.history], source.get("attribution", "")
+    picture = loss_curve(history, "Contrastive training", attribution)
+    keep_picture(storage.join(url, "loss.png"), picture, "loss-curve", "Loss and held-out retrieval accuracy")
     save_checkpoint(
         url,
         trainer.location.cpu(),
@@ -107,9 +113,6 @@ def _save(url: str, trainer: Trainer, encoder: Any, source: dict[str, Any], made
         metrics=vars(trainer.result),
         history=history,
     )
-    picture = loss_curve(history, "Contrastive training", attribution)
-    keep_picture(storage.join(url, "loss.png"), picture, "loss-curve", "Loss and held-out retrieval accuracy")
-    storage.delete(storage.join(url, "training.pt"))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from uuid import UUID
 
 from distributed import Client, Future, as_completed
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -122,13 +123,14 @@ def follow(
                 i = position[future.key]
                 try:
                     results[i] = future.result()  # waits again where a worker died with what it had finished
-                    advance(1)
-                    tell("%s: %s done, %d of %d", label, name(units[i]), done, len(units))
                 except Exception as error:  # the unit's own, whatever it is
                     failures.append(Failure(name(units[i]), error))
                     log().warning("%s: %s. A rerun does it again and keeps what succeeded", label, failures[-1])
                     if len(failures) > max_failed_fraction * len(units):
                         break
+                else:
+                    advance(1)
+                    tell("%s: %s done, %d of %d", label, name(units[i]), done, len(units))
                 future.release()
             if failures:
                 raise _failed(label, failures, len(units))
@@ -210,7 +212,10 @@ class _Artifact:
         self.label, self.note = label, ""
         self.done, self.total = there, max(total, 1)
         self.shown = 100.0 * there / self.total
-        self.id = create_progress_artifact(self.shown, description=label) if in_run() else None
+        self.id: UUID | None = None
+        if in_run():
+            with shown():
+                self.id = create_progress_artifact(self.shown, description=label)
 
     def advance(self, done: int, note: str) -> None:
         self.done, self.note = self.done + done, note
@@ -227,7 +232,17 @@ class _Artifact:
         if self.id is not None:
             counted = f"{self.label}, {self.done:,} of {self.total:,}"  # the UI's cards show no more than this text
             described = f"{counted}: {self.note}" if self.note else counted
-            update_progress_artifact(self.id, min(percent, 100.0), description=described)
+            with shown():
+                update_progress_artifact(self.id, min(percent, 100.0), description=described)
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Logs what goes wrong within: the UI shows the work, and the work goes on where the UI does not answer."""
+    try:
+        yield
+    except Exception as error:  # of the Prefect API or of the way to it
+        log().warning("the UI is not told of this run's work (%s): the work goes on", type(error).__name__)
 
 
 def in_run() -> bool:

@@ -15,7 +15,9 @@ A tower takes the middle 224 x 224 pixels of an image, as SatCLIP and the publis
 images are first enlarged.
 """
 
+import ast
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +39,7 @@ BATCH = 16  # images at a time: the tokens of a ViT-L, 13 MB a layer, stay small
 SENTINEL2 = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
 ABSENT = {"B10"}  # of L1C, the cirrus band: L2A has none, and SatCLIP was trained with zeros in its place
 TRUE_COLOUR = 0.2  # reflectance that is white in the L2A true colour image, which SatMAE was shown for RANGE
+MARKING = "decorate it with image_encoder_builder, in the module that defines it"
 IMAGENET = (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225]))  # mean and deviation, RGB in 0 to 1
 
 
@@ -189,7 +192,8 @@ def image_encoder_builder(function: Load) -> Load:
 
     It is called with the arrays of a file first, and with the `arrays()` of what it returned ever after.
 
-    A checkpoint's card names its encoder and may come from anyone, so what is not marked is not called.
+    A checkpoint's card names its encoder and may come from anyone, so what is not marked is not called; and no module
+    is imported before the mark was seen in its source, as a decorator above the function.
     """
     function.builds_image_encoder = True  # type: ignore[attr-defined]
     return function
@@ -236,10 +240,47 @@ def _builder(name: str) -> Load:
         raise ValueError(
             f"the image encoder {name!r} is unknown: use one of {', '.join(sorted(LOADED))}, or module:function"
         )
+    if module not in sys.modules and not _is_marked(_source(name, module), function):
+        raise ValueError(f"{name} does not say that it builds image encoders: {MARKING}")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found = vars(importlib.import_module(module))[function]
+    except (ImportError, KeyError) as error:
         raise ValueError(f"{name} was not found ({error}): install its package here and on every worker") from error
     if not getattr(found, "builds_image_encoder", False):
-        raise ValueError(f"{name} does not say that it builds image encoders: decorate it with image_encoder_builder")
+        raise ValueError(f"{name} does not say that it builds image encoders: {MARKING}")
     return found
+
+
+def _source(name: str, module: str) -> ast.Module:
+    """Parses the source of an installed module; neither the module nor a package above it is imported.
+
+    Raises:
+        ValueError: There is no such module, or it is not of Python source.
+    """
+    spec, folders, parts = None, None, module.split(".")
+    for i in range(len(parts)):
+        full = ".".join(parts[: i + 1])
+        found = (finder.find_spec(full, folders) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        spec = next((one for one in found if one), None)
+        if spec is None:
+            raise ValueError(f"{name} was not found (no module {full!r}): install its package here and on every worker")
+        folders = spec.submodule_search_locations
+    read = getattr(spec.loader, "get_source", None) if spec else None
+    text = read(module) if read else None
+    if text is None:
+        raise ValueError(f"{name} is in no Python source, where a mark could be seen: {MARKING}")
+    return ast.parse(text)
+
+
+def _is_marked(source: ast.Module, function: str) -> bool:
+    """Whether a function is defined in a source with the mark above it.
+
+    Raises:
+        ValueError: There is no such function.
+    """
+    named = [n for n in source.body if isinstance(n, ast.FunctionDef) and n.name == function]
+    if not named:
+        raise ValueError(f"the function {function!r} was not found in its module: {MARKING}")
+    return any(
+        "image_encoder_builder" in (getattr(d, "id", ""), getattr(d, "attr", "")) for d in named[-1].decorator_list
+    )

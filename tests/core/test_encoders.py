@@ -1,12 +1,19 @@
 """Encoders by name: what each takes, does to the numbers, and refuses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from infra.errors import UserError
+from tasks.checkpoint import load_checkpoint, save_checkpoint
 from tasks.core import vision
+from tasks.core.contrastive import ImageProjection
 from tasks.core.encoders import TOWERS, TorchEncoder, fit_encoder, load_encoder, load_tower, middle
 from tasks.core.images import take_bands
+from tasks.core.location import LocationEncoder
+from tests.core import my_encoder
 
 L2A = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
 RNG = np.random.default_rng(0)
@@ -147,6 +154,50 @@ def test_a_module_of_the_users_own():
 def test_what_is_no_encoder_is_refused_and_not_called(name, message):
     with pytest.raises(ValueError, match=message):
         load_encoder(name, {"2.weight": np.eye(2, dtype="f4")}, ("red", "nir"))
+
+
+MINE = """
+import sys
+from pathlib import Path
+Path(__file__).with_suffix(".ran").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shady:build", "does not say that it builds"),
+        ("shady:nothing", "was not found"),
+        ("room.shady:build", "does not say that it builds"),
+        ("room:build", "was not found"),
+    ],
+)
+def test_a_module_is_not_imported_before_its_mark_was_seen(tmp_path, monkeypatch, name, message):
+    """By the door that a foreign checkpoint has: its card."""
+    (tmp_path / "room").mkdir()
+    for module in ("shady", "room/__init__", "room/shady"):
+        text = MINE if module.endswith("__init__") else f"{MINE}\ndef build(arrays, bands):\n    raise SystemExit\n"
+        (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    encoder = fit_encoder("rcf", np.random.default_rng(0).random((9, 2, 16, 16), "f4"), ("B02", "B04"), 8, 0)
+    url = (tmp_path / "checkpoint").as_uri()
+    save_checkpoint(url, LocationEncoder(4, hidden=8, dim=4), ImageProjection(encoder.dim, 4), encoder)
+    card = tmp_path / "checkpoint" / "card.json"
+    card.write_text(card.read_text().replace('"rcf"', f'"{name}"'))
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(url)
+    assert not list(tmp_path.rglob("*.ran"))
+
+
+def test_a_marked_module_of_a_package_is_imported(tmp_path, monkeypatch):
+    package = tmp_path / "marked_encoders"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    source = Path(my_encoder.__file__).read_text().replace("tests.core.my_encoder", "marked_encoders.mean")
+    (package / "mean.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    encoder = load_encoder("marked_encoders.mean:build", {"2.weight": np.eye(2, dtype="f4")}, ("B02", "B04"))
+    assert encoder.dim == 2
 
 
 @pytest.mark.parametrize("name", ["rcf", "tests.core.my_encoder:build"])

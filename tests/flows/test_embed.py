@@ -109,7 +109,7 @@ def test_one_call_in_python(home):
 
 
 CSV = {
-    "no_lat.csv": ("lon,latitude\n1,2\n", "has no column 'lat' among lon, latitude"),
+    "no_lat.csv": ("lon,height\n1,2\n", "has no column 'lat' among lon, height"),
     "pole.csv": ("lon,lat\n1,2\n3,95\n", "no place in row 2: lon 3, lat 95"),
     "swapped.csv": ("lon,lat\n1000,2\n", "no place in row 1: lon 1000"),
     "nan.csv": ("lon,lat\n1,\n", "no place in row 1: lon 1, lat nan"),
@@ -117,7 +117,7 @@ CSV = {
     "empty.csv": ("", "cannot be read as a table of points"),
     "header.csv": ("lon,lat\n", "has no points"),
     "twice.csv": ("lon,lat,lon\n1,2,3\n", "has 2 columns 'lon': rename all but one"),
-    "semicolons.csv": ("lon;lat\n1;2\n", "has no column 'lon' among lon;lat"),
+    "spaces.csv": ("lon lat\n1 2\n", "has no column 'lon' among lon lat"),
     "taken.csv": ("lon,lat,embedding\n1,2,3\n", "has a column 'embedding' already"),
     "points.txt": ("lon,lat\n1,2\n", "is of no kind that can be read"),
     "broken.parquet": ("lon,lat\n1,2\n", "cannot be read as a table of points"),

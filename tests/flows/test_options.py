@@ -50,6 +50,14 @@ def test_a_list_may_come_one_by_one(invoke):
     assert invoke("here", "--bands", "B02", "--bands", "B03")[1] == [("here", Outer(bands=("B02", "B03")))]
 
 
+@pytest.mark.parametrize("text", ["[B02", '["B02"', "[B02, B03]", "[" * 100_000, " [1,"])
+def test_malformed_lists_are_one_sentence(text):
+    with pytest.raises(UserError, match=r"--bands '.*' is no JSON .*give a list as"):
+        build(Outer, {"bands": [text]})
+    with pytest.raises(UserError, match=r"--inner-depth '.*' is no JSON"):
+        build(Outer, {"inner_depth": text})
+
+
 def test_without_options_the_defaults_hold(invoke):
     assert invoke("here")[1] == [("here", Outer())]
 

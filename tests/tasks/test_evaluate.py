@@ -1,6 +1,7 @@
 """The evaluation of a small database: what it stores, what it refuses, and what its figures say."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,11 @@ from sklearn.metrics import r2_score
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.evaluate import evaluate
 from infra import storage
 from infra.errors import UserError
 from tasks.ablate import ablate_database, int8
+from tasks.artifacts import slugs
 from tasks.checkpoint import save_checkpoint
 from tasks.core.evidence import EARTH_RADIUS_KM
 from tasks.core.grid import GridSpec
@@ -82,6 +85,23 @@ def test_the_report_and_the_score_card(products):
     assert [r.task for r in refusals] == (
         [] if rows["RANGE+"]["blocked"] > rows["coordinates"]["blocked"] else ["east"]
     )
+
+
+def test_labels_of_any_name_are_evaluated_in_a_run(products, prefect, tmp_path):
+    """Names of files and artifact keys are made of the column's: in a run, where Prefect checks them."""
+    table = pd.read_csv(products[2]).rename(columns={"east": "Höhe | m"})
+    table.to_csv(tmp_path / "height.csv", index=False)
+    url = evaluate(None, None, params(str(tmp_path / "height.csv"), label="Höhe | m", embedder=("wrap",)))
+    assert [name for name in storage.names(url) if name.startswith("errors-")] == ["errors-hohe-m.png"]
+    header = storage.read(storage.join(url, "scores.md")).decode().splitlines()[0]
+    assert header.startswith("| random / blocked | Höhe \\| m (")
+
+
+def test_names_that_come_to_the_same_are_told_apart():
+    found = slugs(["climate zone", "a b", "a-b", "Höhe", "高度", "x" * 300, "..", "a/b\n"])
+    assert (found["climate zone"], found["Höhe"]) == ("climate-zone", "hohe")
+    assert len(set(found.values())) == 8
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,80}", slug) for slug in found.values())
 
 
 def test_a_second_evaluation_finds_the_first_and_other_labels_make_a_new_one(products, tmp_path):

@@ -87,6 +87,25 @@ def test_a_rerun_finds_what_is_there(client, home, monkeypatch):
     assert "training.pt" not in storage.names(checkpoint)
 
 
+def test_a_checkpoint_that_is_finished_has_its_curve(client, home, monkeypatch):
+    """Killed between the two: a rerun looks for the card alone."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    patches = mock_patches(f"{home}/patches/p")
+    with monkeypatch.context() as context:
+        context.setattr("tasks.train.keep_picture", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_model(client, patches, PARAMS)
+    assert not [path for path in storage.paths(f"{home}/checkpoints") if path.endswith("card.json")]
+    checkpoint = train_model(client, patches, PARAMS)
+    assert {"card.json", "loss.png"} <= set(storage.names(checkpoint))
+    storage.write(f"{checkpoint}/training.pt", b"left")
+    train_model(client, patches, PARAMS)
+    assert "training.pt" not in storage.names(checkpoint)
+
+
 def test_a_killed_training_resumes_to_the_same_weights(client, home, tmp_path, monkeypatch):
     patches = mock_patches(f"{home}/patches/p")
     params = PARAMS.model_copy(update={"save_every": 10})

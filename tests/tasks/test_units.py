@@ -7,6 +7,7 @@ import time
 from functools import partial
 
 import pytest
+from prefect import flow
 
 from infra import clusters
 from infra.errors import Unavailable, UserError
@@ -96,6 +97,21 @@ def test_the_log_has_one_line_for_each_unit(client, caplog):
     assert re.fullmatch(
         "roots: of -4: ValueError: .*A rerun does it again and keeps what succeeded", failed.getMessage()
     )
+
+
+def test_a_display_that_fails_is_no_failure_of_the_work(client, prefect, monkeypatch):
+    """In a run, where the API stops to answer: the units are done, counted, and nothing is charged to them."""
+
+    def gone(*_, **__):
+        raise ConnectionError("no answer")
+
+    @flow
+    def work():
+        return run_units(client, slowest_first, range(5), label="order")
+
+    for name in ("create_progress_artifact", "update_progress_artifact"):
+        monkeypatch.setattr(f"tasks.units.{name}", gone)
+        assert work() == [0, 1, 2, 3, 4]
 
 
 def test_what_only_the_user_can_mend_is_no_outage(client):

@@ -1,0 +1,98 @@
+"""Files of the web, read whole or in part; each hop of a redirect is held to the hosts that the settings allow."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import httpx
+
+from infra.addresses import shown
+from infra.errors import UserError
+from infra.settings import settings
+
+PATIENCE = 60.0  # seconds for an answer
+HOPS = 10  # redirects on the way to an object
+PIECE = 1 << 20  # bytes at a time, of what goes to disk
+
+
+class Refused(UserError):
+    """A server lets us have one object not; whether it lets us have any, the caller knows."""
+
+
+def read(url: str, span: str | None = None) -> bytes:
+    """Returns the object, or a part.
+
+    Args:
+        url: Where it is.
+        span: A range as HTTP has it, `0-99` or `-8`; none: the whole.
+
+    Raises:
+        FileNotFoundError: There is none.
+        OSError: The server does not answer as it should; it may do so later.
+        UserError: It, or a host on the way to it, may not be asked.
+    """
+    with _answer(url, {"Range": f"bytes={span}"} if span else {}) as answer:
+        if span and answer.status_code != 206:
+            raise UserError(f"{answer.url.host} serves no parts of files: download {shown(url)} first")
+        return answer.read()
+
+
+def version(url: str) -> str:
+    """Returns what changes when the object does; as `read`, but no more than the head of the answer is waited for."""
+    with _answer(url, {}) as answer:
+        return " ".join(answer.headers.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length"))
+
+
+def download(url: str, path: Path) -> None:
+    """Writes the object to a file of this machine; as `read`, but in pieces."""
+    with _answer(url, {}) as answer, path.open("wb") as file:
+        for piece in answer.iter_bytes(PIECE):
+            file.write(piece)
+
+
+@contextmanager
+def _answer(url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
+    """The answer to a GET, also where a HEAD would do: a signature holds for one method."""
+    try:
+        request: httpx.Request | None = _client().build_request("GET", url, headers=headers)
+        for hop in range(HOPS):
+            assert request is not None  # for the type checker: each hop that is none has returned
+            _check(str(request.url), redirected=hop > 0)
+            answer = _client().send(request, stream=True)
+            try:
+                if answer.next_request is None:
+                    _refuse(answer, url)
+                    yield answer
+                    return
+                request = answer.next_request
+            finally:
+                answer.close()
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise UserError(f"{shown(url)} is no address that can be read ({error}): give another") from None
+    except httpx.HTTPError as error:  # their texts may hold the signature
+        raise OSError(type(error).__name__) from None
+    raise UserError(f"{shown(url)} redirects without end: give another address")
+
+
+def _refuse(answer: httpx.Response, url: str) -> None:
+    if answer.status_code in (404, 410):
+        raise FileNotFoundError(shown(url))
+    if answer.status_code in (401, 403):
+        raise Refused(f"access to {shown(url)} is refused: download it, or give an address that needs no password")
+    if answer.status_code not in (200, 206):
+        raise OSError(f"HTTP {answer.status_code}")
+
+
+def _check(href: str, redirected: bool) -> None:
+    """Refuses an address that nothing may be read from; who is sent there must find it among the allowed hosts."""
+    from infra.catalogs import may_read  # here, since only what is on the web needs them
+
+    if not may_read(href, local=False, hosts=settings().asset_hosts if redirected else ()):
+        why = "a redirect leads there, and RANGEGRID_ASSET_HOSTS does not allow it" if redirected else "give another"
+        raise UserError(f"{httpx.URL(href).host} may not be asked: {why}")
+
+
+@lru_cache(maxsize=1)
+def _client() -> httpx.Client:
+    return httpx.Client(timeout=PATIENCE, headers={"Accept-Encoding": "identity"})

@@ -1,0 +1,594 @@
+"""Tables that people have, read in one way and in batches: CSV, Parquet, GeoJSON and what else GDAL reads.
+
+Where a row is, is told by columns or by a geometry, looked for in this order:
+
+1. `lon` and `lat`, or other words for them in any case: longitude, lng, long, decimalLatitude, `lat (deg)`
+2. the geometry of a GeoParquet or of GDAL, in any CRS; or a text column of WKT, in degrees
+3. `x` and `y`
+
+Memory does not grow with the table, but for formats that GDAL reads whole.
+"""
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from infra import storage
+from infra.addresses import as_url, name_of
+from infra.errors import UserError
+
+T = TypeVar("T")
+
+TEXT = {".csv": ",", ".tsv": "\t", ".tab": "\t"}  # by the delimiter that wins where several would do
+PARQUET = (".parquet", ".geoparquet", ".pq")
+SHAPES = (".geojson", ".json", ".shp", ".zip", ".gpkg", ".fgb")
+READABLE = ", ".join((".csv", ".tsv", ".parquet", *SHAPES))
+DELIMITERS = ",;\t|"
+BATCH = 65_536  # rows that are read at a time
+BLOCK = 16 << 20  # bytes of a CSV at a time
+HEAD = 1 << 16  # bytes by which delimiter and decimal comma are told
+LON, LAT = {"lon", "long", "lng", "longitude"}, {"lat", "latitude"}
+NOISE = {"decimal", "deg", "degree", "degrees", "dd", "wgs84", "east", "north", "e", "n"}  # around a name
+GEOMETRIES = {"geometry", "geom", "wkt", "the_geom", "wkb_geometry"}
+COMMA, POINT = re.compile(r"\s*[-+]?\d+,\d+\s*"), re.compile(r"\s*[-+]?\d+\.\d+\s*")
+CONVERSION = re.compile(r"In CSV column #(\d+): .*CSV conversion error to (\w+)", re.S)
+WIDER = {"null": pa.int64(), "int64": pa.float64()}  # the type of a column, after its first block taught another
+DEGREES = "OGC:CRS84"
+NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which columns tell where a row is."""
+
+    lon: str = ""
+    """Column of the longitudes in degrees; none where a geometry tells."""
+    lat: str = ""
+    """Column of the latitudes."""
+    geometry: str = ""
+    """Column of WKB, of WKT, or of points as (x, y)."""
+    crs: str = DEGREES
+    """That the geometry is in, as pyproj reads it."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Their names."""
+        return [self.geometry] if self.geometry else [self.lon, self.lat]
+
+
+@dataclass(frozen=True)
+class Table:
+    """An open table."""
+
+    source: str
+    """As it was named."""
+    kind: str
+    """What it is of: "points"."""
+    names: tuple[str, ...]
+    """Its columns, in order."""
+    geometry: Place | None
+    """Its column of geometries, if its format has such."""
+    read: Callable[[list[str] | None], Iterator[pa.RecordBatch]]
+    """Some of its columns, or all, in batches; begins anew with each call."""
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Yields the rows in batches; columns of a CSV can turn out to be of another type (`settled`)."""
+        with told(self.source, self.kind):
+            yield from self.read(None if columns is None else list(dict.fromkeys(columns)))
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the types of its columns are learnt by reading."""
+        return _suffix(name_of(as_url(self.source))) in TEXT
+
+    def refused(self, why: str) -> UserError:
+        """Returns the error that names this table."""
+        return UserError(f"{self.source} {why}")
+
+
+class Widened(Exception):
+    """A column of a CSV is of another type than its first block told; a new reading knows."""
+
+
+def settled(work: Callable[[], T]) -> T:
+    """Returns what some work on a table comes to, begun anew when a column turns out to be of another type."""
+    while True:
+        try:
+            return work()
+        except Widened:
+            continue
+
+
+@contextmanager
+def told(source: str, kind: str) -> Iterator[None]:
+    """Makes what readers raise one sentence that names the table."""
+    try:
+        yield
+    except (UserError, Widened):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"there is no table {source} (there is no file of that name): check its path or URL") from None
+    except Exception as error:  # each reader has its own errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"{source} cannot be read as a table of {kind} ({reason}): mend the file") from error
+
+
+@contextmanager
+def open_table(source: str, kind: str = "points") -> Iterator[Table]:
+    """Opens a table by path or URL.
+
+    Args:
+        source: A CSV (perhaps .gz; of commas, semicolons, tabs or bars), a Parquet, or a file that GDAL reads.
+        kind: What it is a table of, for messages.
+
+    Raises:
+        UserError: It is not there, of no kind that can be read, or damaged.
+    """
+    url = as_url(source)
+    suffix = _suffix(name_of(url))
+    if suffix not in (*TEXT, *PARQUET, *SHAPES):
+        raise UserError(f"{source} is of no kind that can be read: give {READABLE}")
+    if suffix == ".shp" and not url.startswith("file:"):
+        raise UserError(f"{source} needs the files beside it: give them together, as .shp.zip")
+    opening = {**dict.fromkeys(TEXT, _open_text), **dict.fromkeys(PARQUET, _open_parquet)}.get(suffix, _open_shapes)
+    with ExitStack() as stack:
+        with told(source, kind):
+            path = stack.enter_context(storage.as_file(url))
+            _check_content(path, suffix, source, kind)
+            table = opening(path, source, kind)
+        yield table  # what goes wrong from here on is no fault of the table
+
+
+def _check_content(path: Path, suffix: str, source: str, kind: str) -> None:
+    """Refuses a file that is empty, or by its content no Parquet though it is named so, or the reverse."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        raise UserError(f"{source} cannot be read as a table of {kind} (it is empty): give a header and rows")
+    if (start == b"PAR1") != (suffix in PARQUET):
+        kinds = "is Parquet: name it .parquet" if start == b"PAR1" else "is no Parquet: name it by what it is"
+        raise UserError(f"{source} cannot be read as a table of {kind} (by its content it {kinds})")
+
+
+def _suffix(name: str) -> str:
+    """The suffix in lower case, without that of gzip."""
+    return Path(name.lower().removesuffix(".gz")).suffix
+
+
+# CSV
+
+
+class _Checked:
+    """Bytes of a text, which are refused where they are no UTF-8."""
+
+    closed = False
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        self.file: BinaryIO = gzip.open(path) if packed else path.open("rb")  # type: ignore[assignment]  # noqa: SIM115
+        self.at = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        if self.at == 0 and data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError("it is UTF-16: save it as UTF-8")
+        if (nul := data.find(b"\0")) >= 0:
+            raise UserError(f"it has a NUL byte at {self.at + nul:,}: it is UTF-16 or damaged; save it as UTF-8")
+        self.at += len(data)
+        return data
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return False
+
+    def flush(self) -> None:
+        """Nothing is written."""
+
+    def close(self) -> None:
+        self.file.close()
+        self.closed = True
+
+
+def _open_text(path: Path, source: str, kind: str) -> Table:
+    try:
+        head = _Checked(path).read(HEAD)
+    except UserError as error:
+        raise UserError(f"{source} cannot be read as a table of {kind} ({error})") from None
+    try:
+        text = head.decode("utf-8-sig", errors="strict" if len(head) < HEAD else "ignore")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{source} cannot be read as a table of {kind} (byte {error.start:,} is no UTF-8): save it as UTF-8"
+        ) from None
+    lines = text.splitlines()
+    told_by_excel = re.fullmatch(r"sep=(.)", lines[0].strip()) if lines else None
+    lines = [line for line in lines[bool(told_by_excel) :] if line.strip()]
+    if not lines:
+        raise UserError(f"{source} cannot be read as a table of {kind} (it is empty): give a header and rows")
+    delimiter = told_by_excel[1] if told_by_excel else _delimiter(lines[0], _suffix(path.name))
+    rows = list(csv.reader(lines[:200], delimiter=delimiter))
+    names = tuple(rows[0])
+    options = {
+        "parse_options": pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        "read_options": pa.csv.ReadOptions(block_size=BLOCK, skip_rows=int(bool(told_by_excel))),
+    }
+    if len(lines) == 1:
+        return Table(source, kind, names, None, lambda columns: iter(()))
+    types: dict[str, pa.DataType] = {name: pa.string() for name in names if _tells_place(name)}
+    return Table(source, kind, names, None, partial(_read_text, path, options, types, _decimal(rows[1:]), source, kind))
+
+
+def _delimiter(header: str, suffix: str) -> str:
+    """What parts a header into the most names; of equals, the one that the suffix tells."""
+    order = TEXT[suffix] + DELIMITERS
+    return max(DELIMITERS, key=lambda mark: (len(next(csv.reader([header], delimiter=mark))), -order.index(mark)))
+
+
+def _decimal(rows: list[list[str]]) -> str:
+    """The decimal mark: a comma where numbers have one, and none has a point."""
+    cells = [cell for row in rows[:-1] or rows for cell in row]
+    commas = any(COMMA.fullmatch(cell) for cell in cells)
+    return "," if commas and not any(POINT.fullmatch(cell) for cell in cells) else "."
+
+
+def _read_text(
+    path: Path,
+    options: dict[str, Any],
+    types: dict[str, pa.DataType],
+    decimal: str,
+    source: str,
+    kind: str,
+    columns: list[str] | None,
+) -> Iterator[pa.RecordBatch]:
+    reader = None
+    chosen = [] if columns is None else columns
+    convert = pa.csv.ConvertOptions(column_types=types, decimal_point=decimal, include_columns=chosen)
+    try:
+        with pa.PythonFile(_Checked(path), mode="r") as stream:
+            reader = pa.csv.open_csv(stream, convert_options=convert, **options)
+            for batch in reader:
+                _refuse_bytes(batch)
+                yield batch
+    except UserError as error:
+        raise UserError(f"{source} cannot be read as a table of {kind} ({error})") from None
+    except pa.ArrowInvalid as error:
+        if not (found := CONVERSION.search(str(error))):
+            raise
+        name = _header(path, options)[int(found[1])]
+        types[name] = WIDER.get(found[2], pa.string())
+        raise Widened from None
+
+
+def _header(path: Path, options: dict[str, Any]) -> list[str]:
+    """The names as the reader has them."""
+    with pa.PythonFile(_Checked(path), mode="r") as stream:
+        return pa.csv.open_csv(stream, **options).schema.names
+
+
+def _refuse_bytes(batch: pa.RecordBatch) -> None:
+    """A column is of bytes where its text is no UTF-8."""
+    for field in batch.schema:
+        if pa.types.is_binary(field.type):
+            raise UserError(f"the column {field.name!r} is no UTF-8: save the file as UTF-8")
+
+
+# Parquet and GDAL
+
+
+def _open_parquet(path: Path, source: str, kind: str) -> Table:
+    file = pa.parquet.ParquetFile(path, pre_buffer=False)
+    schema = file.schema_arrow
+
+    def read(columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+        return file.iter_batches(BATCH, columns=columns)
+
+    return Table(source, kind, tuple(schema.names), _geometry_of(schema, source), read)
+
+
+def _geometry_of(schema: pa.Schema, source: str) -> Place | None:
+    """The primary geometry of a GeoParquet."""
+    geo = (schema.metadata or {}).get(b"geo")
+    if geo is None:
+        return None
+    about = json.loads(geo)
+    name = about["primary_column"]
+    crs = about["columns"][name].get("crs", DEGREES)  # left out it is this one, and null is none
+    if name not in schema.names:
+        raise UserError(f"{source} lacks its geometry {name!r}: write it anew, with its geometry")
+    return Place(geometry=name, crs=_crs(crs, source))
+
+
+def _crs(crs: Any, source: str) -> str:
+    if not crs:
+        raise UserError(f"{source} does not say its coordinate reference system: set it, for example EPSG:4326")
+    return crs if isinstance(crs, str) else json.dumps(crs)
+
+
+def _open_shapes(path: Path, source: str, kind: str) -> Table:
+    import pyogrio  # here, since tables of other formats need no GDAL
+
+    about = pyogrio.read_info(path)
+    place = Place(geometry="geometry", crs=_crs(about["crs"], source)) if about["geometry_type"] else None
+    if place is None:
+        raise UserError(f"{source} has no geometry: give its rows as .csv or .parquet")
+
+    def read(columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+        fields = None if columns is None else [name for name in columns if name != "geometry"]
+        with pyogrio.open_arrow(path, columns=fields, use_pyarrow=True, batch_size=BATCH) as (meta, reader):
+            own = meta["geometry_name"] or "wkb_geometry"
+            schema = _as_geoparquet(reader.schema, own, str(place.crs))
+            for batch in reader:
+                yield pa.RecordBatch.from_arrays([_plain(column) for column in batch.columns], schema=schema)
+
+    return Table(source, kind, (*map(str, about["fields"]), "geometry"), place, read)
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    return column.storage if isinstance(column.type, pa.ExtensionType) else column
+
+
+def _as_geoparquet(schema: pa.Schema, geometry: str, crs: str) -> pa.Schema:
+    """The schema with its geometry as GeoParquet tells it, so that what is written stays a table of places."""
+    from pyproj import CRS
+
+    fields = []
+    for field in schema:
+        kind = field.type.storage_type if isinstance(field.type, pa.ExtensionType) else field.type
+        fields.append(pa.field("geometry" if field.name == geometry else field.name, kind))
+    column = {"encoding": "WKB", "geometry_types": [], "crs": CRS.from_user_input(crs).to_json_dict()}
+    about = {"version": "1.0.0", "primary_column": "geometry", "columns": {"geometry": column}}
+    return pa.schema(fields, metadata={"geo": json.dumps(about)})
+
+
+# Places
+
+
+def _word(name: str) -> str:
+    """A column's name as it is compared: lower case, without spaces and units around it."""
+    text = re.sub(r"[(\[].*?[)\]]", " ", name.lower().replace("decimal", " "))
+    words = [word for word in re.split(r"[^a-z0-9]+", text) if word]
+    return "".join(word for word in words if word not in NOISE) or "".join(words)
+
+
+def _tells_place(name: str) -> bool:
+    return _word(name) in LON | LAT | {"x", "y"} or name.strip().lower() in GEOMETRIES
+
+
+def find_place(table: Table, lon: str | None = None, lat: str | None = None) -> Place:
+    """Returns which columns tell where a row is.
+
+    Args:
+        table: The table.
+        lon: Column of the longitudes; none: by its name.
+        lat: Column of the latitudes; none: by its name.
+
+    Raises:
+        UserError: There is none, or more than one could be meant.
+    """
+    _refuse_twice(table)
+    if lon and lat:
+        return Place(_there(table, lon), _there(table, lat))
+    if lon or lat or {"lon", "lat"} <= set(table.names) or not _geometry(table):
+        wide = _has(table, LON) or bool(lon) or _has(table, LAT) or bool(lat)
+        return Place(
+            lon or _one(table, "lon", LON if wide else {"x"}), lat or _one(table, "lat", LAT if wide else {"y"})
+        )
+    if _has(table, LON) and _has(table, LAT):
+        return Place(_one(table, "lon", LON), _one(table, "lat", LAT))
+    return _geometry(table) or Place()
+
+
+def _refuse_twice(table: Table) -> None:
+    twice = [name for name in table.names if table.names.count(name) > 1]
+    if twice:
+        name = repr(twice[0]) if twice[0].strip() else "without a name"
+        raise table.refused(f"has {table.names.count(twice[0])} columns {name}: rename all but one")
+
+
+def _there(table: Table, column: str) -> str:
+    if column not in table.names:
+        raise table.refused(f"has no column {column!r} among {', '.join(table.names)}: name one of them")
+    return column
+
+
+def _has(table: Table, words: set[str]) -> bool:
+    return any(_word(name) in words for name in table.names)
+
+
+def _geometry(table: Table) -> Place | None:
+    if table.geometry:
+        return table.geometry
+    found = [name for name in table.names if name.strip().lower() in GEOMETRIES]
+    return Place(geometry=found[0]) if len(found) == 1 else None
+
+
+def _one(table: Table, short: str, words: set[str]) -> str:
+    """The one column of some words; one that is named as our own tables are wins."""
+    found = [name for name in table.names if _word(name) in words]
+    if short in found:
+        return short
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise table.refused(f"has columns {' and '.join(found)} for its coordinates: name one with --{short}")
+    numbers = any(POINT.fullmatch(name) or COMMA.fullmatch(name) for name in table.names)
+    remedy = "give it a header" if numbers else f"rename one, or name one with --{short}"
+    raise table.refused(f"has no column {short!r} among {', '.join(table.names)}: {remedy}")
+
+
+def lonlat_of(batch: pa.RecordBatch | pa.Table, place: Place, table: Table, start: int = 0) -> NDArray[np.float64]:
+    """Returns where rows are, (n, 2) degrees; NaN where a row tells nothing.
+
+    Args:
+        batch: Rows, with the columns of `place`.
+        place: Which columns tell it.
+        table: Theirs, for messages.
+        start: Rows of the table before these.
+
+    Raises:
+        UserError: A value is no number, or a geometry is no point.
+    """
+    if place.geometry:
+        return _points(shapes_of(batch[place.geometry], place, table), table, start)
+    return np.column_stack([_numbers(batch[name], name, table, start) for name in place.columns])
+
+
+def _numbers(column: Any, name: str, table: Table, start: int) -> NDArray[np.float64]:
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.cast(kind.value_type)
+        kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        column = _parsed(column, name, table, start)
+    elif not any(fits(kind) for fits in NUMBERS):
+        raise table.refused(f"has {kind} in its column {name!r}: give numbers, in degrees")
+    return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
+
+
+def _parsed(column: Any, name: str, table: Table, start: int) -> Any:
+    """Numbers of texts, with a decimal comma or point; what is empty, or says that there is none, is null."""
+    text = pc.replace_substring(pc.utf8_trim_whitespace(column), ",", ".")
+    none = pc.is_in(pc.utf8_lower(text), pa.array(["", "na", "n/a", "#n/a", "nan", "null", "none", "-"], text.type))
+    text = pc.if_else(none, None, text)
+    try:
+        return text.cast(pa.float64())
+    except pa.ArrowInvalid:
+        row, value = next((i, v) for i, v in enumerate(text.to_pylist()) if v is not None and not _is_number(v))
+        raise UserError(
+            f"{table.source} cannot be read as a table of {table.kind} (row {start + row + 1}: {name} {value!r} is no "
+            "number): give decimal degrees"
+        ) from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return pa.array([text]).cast(pa.float64()) is not None
+    except pa.ArrowInvalid:
+        return False
+
+
+def shapes_of(column: Any, place: Place, table: Table) -> NDArray[np.object_]:
+    """Returns geometries of shapely, in degrees; None where there is none.
+
+    Raises:
+        UserError: The column holds no geometries.
+    """
+    import shapely
+
+    kind = column.type
+    if pa.types.is_struct(kind):
+        x, y = (np.asarray(pc.struct_field(column, part).to_numpy(zero_copy_only=False), "f8") for part in ("x", "y"))
+        found = shapely.points(x, y)
+        found[~(np.isfinite(x) & np.isfinite(y))] = None
+    else:
+        try:
+            found = _shapes(column.to_numpy(zero_copy_only=False))
+        except (shapely.errors.ShapelyError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise table.refused(
+                f"has no geometries in its column {place.geometry!r} ({reason}): give WKB or WKT"
+            ) from None
+    return shapely.transform(found, partial(_moved, place.crs)) if place.crs != DEGREES else found
+
+
+def _shapes(values: NDArray[np.object_]) -> NDArray[np.object_]:
+    """Of WKB, of its hexadecimal digits as PostGIS has them, or of WKT."""
+    import shapely
+
+    texts = [value for value in values if isinstance(value, str) and value.strip()]
+    if not texts or re.fullmatch("[0-9A-Fa-f]+", texts[0].strip()):
+        return shapely.from_wkb(np.array([value or None for value in values], object))
+    plain = [re.sub(r"^\s*SRID=\d+;", "", value) if value and value.strip() else None for value in values]
+    return shapely.from_wkt(np.array(plain, object))
+
+
+def _moved(crs: str, xy: NDArray[np.float64]) -> NDArray[np.float64]:
+    from pyproj import Transformer
+
+    return np.column_stack(Transformer.from_crs(crs, DEGREES, always_xy=True).transform(xy[:, 0], xy[:, 1]))
+
+
+def _points(shapes: NDArray[np.object_], table: Table, start: int) -> NDArray[np.float64]:
+    import shapely
+
+    kinds, counts = shapely.get_type_id(shapes), shapely.get_num_geometries(shapes)
+    shapes = np.where((kinds == 4) & (counts == 1), shapely.get_geometry(shapes, 0), shapes)
+    shapes = np.where(shapely.is_empty(shapes), None, shapes)
+    wrong = ~np.isin(shapely.get_type_id(shapes), (-1, 0))
+    if wrong.any():
+        row = int(wrong.argmax())
+        kind = shapes[row].geom_type
+        raise table.refused(
+            f"has a {kind} in row {start + row + 1}, which is no one place: give one point a row, as geopandas' "
+            f"{'explode()' if kind == 'MultiPoint' else 'representative_point()'} makes"
+        )
+    return np.column_stack([shapely.get_x(shapes), shapely.get_y(shapes)])
+
+
+def check_degrees(lonlat: NDArray[np.float64], table: Table, start: int = 0) -> None:
+    """Refuses a place that is none, in the words of what may be wrong with it.
+
+    Raises:
+        UserError: A longitude is not within -180 and 360, or a latitude not within -90 and 90.
+    """
+    lon, lat = lonlat.T
+    wrong = ~(np.isfinite(lonlat).all(1) & (np.abs(lat) <= 90) & (lon >= -180) & (lon <= 360))
+    if wrong.any():
+        row = int(wrong.argmax())
+        where = f"lon {lon[row]:g}, lat {lat[row]:g}"
+        raise table.refused(f"has no place in row {start + row + 1}: {where}. {remedy_of(lon[row], lat[row])}")
+
+
+def remedy_of(lon: float, lat: float) -> str:
+    """Returns what may mend a place that is none."""
+    if np.isnan(lon) or np.isnan(lat):
+        return "Leave out rows without a place, or fill them in"
+    if abs(lon) <= 90 < abs(lat) <= 360:
+        return "Latitude and longitude may be swapped: name the columns the other way round"
+    if max(abs(lon), abs(lat)) > 360:
+        return "These may be metres of a projection: give degrees, or a GeoParquet or GeoPackage, which tell their CRS"
+    return "Give degrees, lon within -180 and 360, lat within -90 and 90"
+
+
+def with_degrees(batch: pa.Table, place: Place, lonlat: NDArray[np.float64]) -> pa.Table:
+    """Returns rows whose columns of coordinates, where these were text, are numbers."""
+    for name, values in zip(place.columns, lonlat.T, strict=True) if not place.geometry else ():
+        if pa.types.is_string(batch.schema.field(name).type):
+            batch = batch.set_column(batch.column_names.index(name), name, pa.array(values))
+    return batch
+
+
+def in_tables(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
+    """Yields the same rows in tables of `size` rows, whatever the source's blocks are; the last may have fewer."""
+    held: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in batches:
+        held.append(batch)
+        rows += len(batch)
+        if rows >= size:
+            table = pa.Table.from_batches(held)
+            cut = rows - rows % size
+            yield from (table.slice(start, size) for start in range(0, cut, size))
+            held, rows = table.slice(cut).to_batches(), rows - cut
+    if rows:
+        yield pa.Table.from_batches(held)

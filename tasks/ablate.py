@@ -72,7 +72,8 @@ def ablate_database(choice: Choice, checkpoint: str, database: str, params: Abla
     variants = list(variants_of(choice, checkpoint, database, params))
     sets = label_sets(params)
     labels = {one.name: digest(one) for one in sets}
-    made_of = {"choice": choice, "database": card["fingerprint"], "labels": labels, **params.model_dump(mode="json")}
+    made_of = {"choice": choice, "database": card["fingerprint"], "labels": labels}
+    made_of |= params.model_dump(mode="json", exclude={"labels", "embedder"})
     url = product_url("ablations", made_of)
     if is_finished(url):
         return url

@@ -102,13 +102,13 @@ def label_sets(params: EvaluateParams) -> list[LabelSet]:
 def made_from(
     card: dict[str, Any], found: list[Named], sets: list[LabelSet], params: EvaluateParams, grid: str | None
 ) -> dict[str, Any]:
-    """Everything that decides the scores."""
+    """Everything that decides the scores; labels and weights by their content, wherever they were read from."""
     return {
+        **params.model_dump(mode="json", exclude={"labels", "embedder"}),
         "database": card.get("fingerprint"),
         "grid": grid,
         "embedders": {one.name: one.version if one.embed else None for one in found},
         "labels": {labels.name: digest(labels) for labels in sets},
-        **params.model_dump(mode="json"),
     }
 
 

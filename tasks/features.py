@@ -8,6 +8,7 @@
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import save as serialise
 from infra import storage
 from infra.addresses import as_url, name_of
 from infra.errors import UserError
+from infra.web import Refused
 from tasks import arrays
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.checkpoint import describe
@@ -115,10 +117,12 @@ def identity(params: EncoderParams) -> dict[str, Any]:
 def _weights_file(place: str) -> str:
     """The .safetensors itself, where a checkpoint's directory was given."""
     url = as_url(place)
-    inside = storage.join(url, "model.safetensors")
     if name_of(url).endswith(".safetensors"):
         return url
-    return inside if storage.exists(inside) else url
+    inside = storage.join(url, "model.safetensors")
+    with suppress(Refused):  # of a signed URL, which is that of one file
+        return inside if storage.exists(inside) else url
+    return url
 
 
 def read_weights(place: str) -> dict[str, NDArray]:

@@ -33,8 +33,8 @@ from infra import storage
 from infra.addresses import as_url, shown
 from infra.errors import UserError
 from infra.web import Refused
-from tasks.core.grid import GridSpec
-from tasks.core.land import land_mask
+from tasks.core.grid import GridSpec, Tile
+from tasks.core.land import land_of
 from tasks.grids import Vectors, open_spec, open_vectors
 from tasks.params import Sampling
 from tasks.points import (
@@ -233,12 +233,16 @@ def _several(function: Callable[[T], R], items: list[T]) -> Iterator[R]:
 
 def _why_none(grid: Grid, rows: Index, columns: Index) -> NDArray[np.int8]:
     """Returns the status of cells without a vector."""
-    land = land_mask(grid.spec)[rows, columns]
-    tile = np.column_stack([rows, columns]) // grid.spec.tile
-    status = np.where(land, NO_DATA, SEA).astype(np.int8)
-    for i, j in np.unique(tile[land], axis=0):
-        if not _has_shard(grid, int(i), int(j)):
-            status[land & (tile == [i, j]).all(1)] = NEVER
+    side, (most_rows, most_columns) = grid.spec.tile, grid.spec.shape
+    status = np.full(len(rows), SEA, np.int8)
+    tiles, which = np.unique(np.column_stack([rows, columns]) // side, axis=0, return_inverse=True)
+    for number, (i, j) in enumerate(tiles.tolist()):
+        mine = np.flatnonzero(which.ravel() == number)
+        top, left = i * side, j * side
+        tile = Tile(top, left, min(side, most_rows - top), min(side, most_columns - left))
+        land = mine[land_of(grid.spec, tile)[rows[mine] - top, columns[mine] - left]]
+        if len(land):
+            status[land] = NO_DATA if _has_shard(grid, i, j) else NEVER
     return status
 
 

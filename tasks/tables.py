@@ -28,7 +28,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from infra import storage
-from infra.addresses import as_url, name_of
+from infra.addresses import as_url, name_of, shown
 from infra.errors import UserError
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ def open_table(source: str, kind: str = "points") -> Iterator[Table]:
     Raises:
         UserError: It is not there, of no kind that can be read, or damaged.
     """
-    url = as_url(source)
+    url, source = as_url(source), shown(source)
     suffix = _suffix(name_of(url))
     if suffix not in (*TEXT, *PARQUET, *SHAPES):
         raise UserError(f"{source} is of no kind that can be read: give {READABLE}")
@@ -533,7 +533,7 @@ def _points(shapes: NDArray[np.object_], table: Table, start: int) -> NDArray[np
 
     kinds, counts = shapely.get_type_id(shapes), shapely.get_num_geometries(shapes)
     shapes = np.where((kinds == 4) & (counts == 1), shapely.get_geometry(shapes, 0), shapes)
-    shapes = np.where(shapely.is_empty(shapes), None, shapes)
+    shapes[shapely.is_empty(shapes)] = None
     wrong = ~np.isin(shapely.get_type_id(shapes), (-1, 0))
     if wrong.any():
         row = int(wrong.argmax())

@@ -110,8 +110,11 @@ def test_a_second_evaluation_finds_the_first_and_other_labels_make_a_new_one(pro
     assert evaluate_database(checkpoint, images, params(table)) == url
     changed = pd.read_csv(table)
     changed.loc[0, "east"] += 1
-    changed.to_csv(tmp_path / "east.csv", index=False)
-    assert evaluate_database(checkpoint, images, params(str(tmp_path / "east.csv"))) != url
+    path = str(tmp_path / "east.csv")
+    pd.read_csv(table).to_csv(path, index=False)
+    assert evaluate_database(checkpoint, images, params(path)) == url  # the same labels, read from elsewhere
+    changed.to_csv(path, index=False)
+    assert evaluate_database(checkpoint, images, params(path)) != url
 
 
 def test_a_grid_gets_its_card_and_places_at_sea_are_left_out_for_all(products, tmp_path):

@@ -1,0 +1,109 @@
+"""Reading from the web: labels and weights go where the settings allow, whole or again."""
+
+import json
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from infra import storage
+from infra.errors import Unavailable, UserError
+from tasks.checkpoint import load_foreign
+from tasks.label_tables import read_labels
+from tasks.params import EvaluateParams
+
+GOOD = b"lon,lat,elevation\n" + b"".join(b"%d,%d,%d\n" % (i, i, i) for i in range(60))
+
+
+@contextmanager
+def serving(answer, host="127.0.0.1"):
+    """A server whose GETs are answered by status, headers and body, and the paths that it was asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            status, headers, body = answer(self.path, len(asked))
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer((host, 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://{host}:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def redirect(target):
+    return lambda path, count: (302, {"Location": target + path}, b"")
+
+
+def labels(url):
+    return read_labels(EvaluateParams(labels=(url,)))[0]
+
+
+@pytest.mark.parametrize("allowed", [[], ["127.0.0.1"]])
+def test_a_redirect_is_followed_where_it_may_lead(monkeypatch, allowed):
+    monkeypatch.setenv("RANGEGRID_ASSET_HOSTS", json.dumps(allowed))
+    with serving(lambda *_: (200, {}, GOOD)) as (there, asked), serving(redirect(there)) as (here, _):
+        assert len(labels(f"{here}/x.csv?sig=1").labels) == 60
+        assert asked
+
+
+@pytest.mark.parametrize("read", [labels, lambda url: load_foreign(url, "weights"), storage.exists])
+def test_a_redirect_to_a_host_that_is_not_allowed_is_refused_and_not_asked(monkeypatch, read):
+    monkeypatch.setenv("RANGEGRID_ASSET_HOSTS", '["localhost"]')
+    with serving(lambda *_: (200, {}, GOOD)) as (there, asked), serving(redirect(there)) as (here, first):
+        with pytest.raises(UserError, match=r"127\.0\.0\.1 may not be asked.*RANGEGRID_ASSET_HOSTS"):
+            read(f"{here.replace('127.0.0.1', 'localhost')}/x.csv")
+        assert first
+        assert not asked
+
+
+@pytest.mark.parametrize("target", ["http://169.254.169.254/latest", "file:///etc/passwd", "http://2852039166/"])
+def test_no_redirect_leads_to_this_machine_s_secrets(target):
+    with serving(redirect(target)) as (here, _), pytest.raises(UserError):
+        storage.read(f"{here}/x")
+
+
+def test_redirects_in_a_circle_end():
+    with serving(lambda path, _: (302, {"Location": path}, b"")) as (here, asked):
+        with pytest.raises(UserError, match="redirects without end"):
+            storage.read(f"{here}/x?sig=secret")
+        assert len(asked) == 10
+
+
+def test_an_answer_that_is_not_whole_is_asked_for_again(tmp_path):
+    def cut(path, count):
+        return (200, {"Content-Length": str(len(GOOD))}, GOOD if count % 2 == 0 else GOOD[:9])
+
+    with serving(cut) as (here, asked):
+        assert storage.read(f"{here}/x") == GOOD
+        with storage.as_file(f"{here}/x.csv") as path:
+            assert path.read_bytes() == GOOD
+        assert len(asked) == 4
+
+
+@pytest.mark.parametrize(("status", "kind"), [(403, UserError), (503, Unavailable)])
+def test_a_signature_is_told_to_nobody(status, kind, monkeypatch):
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    with serving(lambda *_: (status, {}, b"")) as (here, _):
+        with pytest.raises(kind) as raised:
+            labels(f"{here}/x.csv?sig=secret")
+        assert "secret" not in str(raised.value).replace("x.csv?sig=secret cannot", "")
+
+
+def test_what_is_gone_is_not_there():
+    with serving(lambda *_: (404, {}, b"")) as (here, _):
+        assert not storage.exists(f"{here}/x")
+        with pytest.raises(FileNotFoundError):
+            storage.read(f"{here}/x")

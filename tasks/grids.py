@@ -25,8 +25,9 @@ A grid of int8 has, in place of `embedding`, the two variables `visual` and `loc
 Beside it, where they are kept for updates, `sums.zarr`: the same tiles of one variable `sums`, (sum, y, x) float32,
 of which each half of the retrieval has numerators, denominator and shift (`tasks.core.sums`).
 
-One shard holds all dimensions of one tile and is written with one PUT; a tile without land has no shard. So
-the presence of a shard is the record of its work; of several variables, that of the one which is written last.
+One shard holds all dimensions of one tile and is written with one PUT. A land tile's shard is there: that is the record
+of its work; of several variables, that of the one which is written last. Where there is no land, an empty shard is
+written after all those (`tasks.seas`); grids of before have none there.
 """
 
 import warnings
@@ -185,7 +186,8 @@ def create(
     """
     files: dict[str, Buffer] = {}
     store = MemoryStore(files)
-    with warnings.catch_warnings():
+    every = zarr.config.set({"array.write_empty_chunks": True})  # of coordinates: to some readers, 403 is no fill value
+    with warnings.catch_warnings(), every:
         warnings.filterwarnings("ignore", "Consolidated metadata")
         for group, part in [(None, dataset), *levels.items()]:
             cells = {str(name): array for name, array in part.items() if spec.plane.dims[0] in array.dims}

@@ -31,9 +31,10 @@ td, th {{ text-align: left; padding: .15rem 1.5rem .15rem 0; vertical-align: top
 </style>
 <h1>{title}</h1>
 {maps}
-<pre>import xarray as xr
-grid = xr.open_zarr({url})
-vectors = grid.sel({place}, method="nearest")</pre>
+<pre>{code}</pre>
+<script>document.querySelectorAll("pre").forEach(code => {{
+  code.textContent = code.textContent.replace('"{zarr}"', JSON.stringify(new URL("{zarr}", location.href).href))
+}})</script>
 <table>
 {rows}
 </table>
@@ -41,6 +42,15 @@ vectors = grid.sel({place}, method="nearest")</pre>
 a GeoTIFF</a></p>
 </html>
 """
+CODE = """import xarray as xr{imports}
+
+grid = xr.open_zarr("{zarr}", zarr_format=3)  # by http(s), from a disk, or from s3:// with storage_options
+lon, lat = {lon:.10g}, {lat:.10g}
+x, y = {moved}
+vectors = grid.sel({x}=x, {y}=y, method="nearest", tolerance={tolerance:.10g})  # KeyError: outside of the grid"""
+DEGREES = "{west:.10g} + (lon - {west:.10g}) % 360, lat"  # as the grid counts: a box across 180 goes on beyond
+PROJECTED = 'Transformer.from_crs("EPSG:4326", grid.spatial_ref.attrs["crs_wkt"], always_xy=True).transform(lon, lat)'
+EDGE = 0.50001  # of a cell: a place on the edge between two is in one of them, whatever rounding does
 
 
 def draw(client: Client, job: Job, attribution: str) -> None:
@@ -127,19 +137,25 @@ def write_page(home: str) -> str:
     attrs, spec = storage.read_json(storage.join(grid, "zarr.json"))["attributes"], grids.open_spec(grid)
     there = storage.names(home)
     maps = "\n".join(f'<img src="{name}" alt="{alt}">' for name, alt in MAPS.items() if name in there)
-    rows = "\n".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in _facts(attrs).items())
+    rows = "\n".join(
+        f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in (_facts(attrs) | {"published at": grid}).items()
+    )
     title = f"RANGE embeddings of the land, {spec.size}"
-    url = _text(repr(grid))
-    page = PAGE.format(title=title, maps=maps, url=url, place=_place(spec), rows=rows, zarr=GRID)
+    page = PAGE.format(title=title, maps=maps, code=_text(_code(spec)), rows=rows, zarr=GRID)
     storage.write(target := storage.join(home, "index.html"), page.encode())
     return target
 
 
-def _place(spec: GridSpec) -> str:
-    """A place of the grid, as `sel` takes it: Paris, or the middle of the box."""
+def _code(spec: GridSpec) -> str:
+    """The lines that open the grid, from where the page lies, and read it at a place: Paris, or the box's middle."""
     (west, south, east, north), (y, x) = spec.box, spec.plane.dims
-    middle = (2.35, 48.86) if spec.is_globe else ((west + east) / 2, (south + north) / 2)
-    return f"{x}={middle[0]:.10g}, {y}={middle[1]:.10g}"
+    middle = np.array([(west + east) / 2, (south + north) / 2])
+    lon, lat = (2.35, 48.86) if spec.is_globe else spec.plane.lonlat(middle)
+    degrees = spec.plane.is_geographic
+    imports = "" if degrees else "\nfrom pyproj import Transformer"
+    moved = DEGREES.format(west=west) if degrees else PROJECTED
+    about = {"imports": imports, "moved": moved, "tolerance": EDGE * spec.step}
+    return CODE.format(zarr=GRID, lon=lon, lat=lat, x=x, y=y, **about)
 
 
 def _facts(attrs: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from tasks.overviews import publish_overviews
 from tasks.params import PublishParams
 from tasks.previews import draw, write_page
 from tasks.promotion import promote_unless_withdrawn
+from tasks.seas import fill_seas
 from tasks.shards import Part, parts_of, publish_in_parts
 from tasks.stac import ITEM, write_item
 from tasks.survey import Survey, kernels, survey
@@ -92,6 +93,8 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
     publish_tiles(client, job, parts, tiles, done)
     publish_overviews(client, job, params.overviews)
+    for url in [job.grid, *([job.sums] if job.keep_sums else [])]:
+        fill_seas(url)
     made = {"fingerprint": fingerprint(made_of), "made_of": made_of, "database": database, "checkpoint": checkpoint}
     refuse(job.grid, validate_grid(client, job.grid, made))
     if not is_finished(job.home):  # its time is the version's age

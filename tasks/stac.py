@@ -28,6 +28,7 @@ EXTENSIONS = [
     "https://stac-extensions.github.io/datacube/v2.1.0/schema.json",
     "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json",
 ]
+OPENED = "The grid, for xarray.open_zarr(URL, zarr_format=3)"
 ZARR, GEOTIFF = "application/vnd+zarr", "image/tiff; application=geotiff; profile=cloud-optimized"
 FIRST_IMAGE = datetime(2015, 6, 27, tzinfo=UTC)  # of Sentinel-2A, four days after its launch
 BESIDE = {
@@ -129,7 +130,7 @@ def _cube(spec: GridSpec, arrays: dict[str, Any]) -> dict[str, Any]:
 
 def _assets(home: str, attrs: dict[str, Any]) -> dict[str, Any]:
     assets: dict[str, Any] = {
-        "embeddings": {"href": f"./{GRID}", "type": ZARR, "roles": ["data"], "title": "The grid, for xarray.open_zarr"},
+        "embeddings": {"href": f"./{GRID}", "type": ZARR, "roles": ["data"], "title": OPENED},
         "model-card": {
             "href": _from(home, storage.join(attrs["geoemb:model"], "card.json")),
             "type": "application/json",

@@ -94,7 +94,7 @@ def test_drift_is_the_cosine_at_the_same_cells(made, good, caplog):  # noqa: F81
 
 
 def test_a_grid_that_cannot_be_compared_or_is_damaged_keeps_no_other_from_its_readers(made, good, caplog):  # noqa: F811
-    made(beta=0.45, line="mixed")
+    made(beta=0.46, line="mixed")
     compact = made(compact_dims=4, line="mixed")
     assert versions.read_pointer("mixed")[0].grid == compact
     assert "only vectors of the same cells can be compared" in caplog.text

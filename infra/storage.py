@@ -59,6 +59,7 @@ AMBIENT = (  # variables by which containers are told where their keys are
 FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
 REFUSED = (AlreadyExistsError, PreconditionError)  # an answer of the store, not a failure of it
 EMPTY = ("416 Range Not Satisfiable", "Requested range was invalid")  # what asking for byte 0 of nothing comes to
+BELOW_FILE = "Not a directory (os error 20)"
 LASTING = ("NoSuchBucket", "No space left", "os error 28")  # signs of what no further attempt mends
 
 
@@ -252,13 +253,18 @@ def _get(store: ObjectStore, name: str, url: str) -> tuple[bytes, str]:
         except BaseError as error:
             if any(sign in str(error) for sign in EMPTY):
                 return b"", str(obstore.head(store, name)["e_tag"])
-            raise
+            raise _told_missing(error) from None
         data = bytes(answer.bytes())
         if len(data) != answer.meta["size"]:
             raise OSError(f"{len(data)} bytes came for {answer.meta['size']}")
         return data, str(answer.meta["e_tag"])
 
     return patiently(whole, url)
+
+
+def _told_missing(error: Exception) -> Exception:
+    """The error, or that there is no such object where a path goes on below a file."""
+    return FileNotFoundError(str(error)) if BELOW_FILE in str(error) else error
 
 
 def write(url: str, data: bytes) -> None:
@@ -357,7 +363,14 @@ def version(url: str) -> str:
     if is_web(url):
         return patiently(lambda: web.version(url), url)
     store, name = _locate(url)
-    meta = patiently(lambda: obstore.head(store, name), url)
+
+    def head() -> Any:
+        try:
+            return obstore.head(store, name)
+        except BaseError as error:
+            raise _told_missing(error) from None
+
+    meta = patiently(head, url)
     return f"{meta.get('e_tag')} {meta['last_modified'].isoformat()} {meta['size']}"
 
 

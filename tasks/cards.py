@@ -9,6 +9,7 @@ import json
 from typing import Any, Literal
 
 from infra import storage
+from infra.addresses import as_url
 from infra.errors import UserError
 from infra.settings import settings
 
@@ -69,8 +70,8 @@ def product_url(kind: str, made_of: Any) -> str:
 
 
 def home_of(grid: str) -> str:
-    """Returns the directory of the product whose Zarr is at `grid`."""
-    return grid.rstrip("/").removesuffix("/" + GRID)
+    """Returns the URL of the product whose Zarr is at a path or URL."""
+    return as_url(grid).rstrip("/").removesuffix("/" + GRID)
 
 
 def name_of(grid: str) -> str:

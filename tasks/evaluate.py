@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from infra import storage
+from infra.addresses import is_web, shown
 from infra.errors import UserError
 from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places, slugs
 from tasks.cards import fingerprint, is_finished, product_url, write_card
@@ -53,6 +54,8 @@ def evaluate_database(
         UserError: Labels, embedders or products are not there or do not fit.
     """
     card = read_inputs(checkpoint, database)
+    if grid:
+        check_grid(grid)
     scored_by = embedders(checkpoint, database, grid, params)
     sets = label_sets(params)
     made_of = made_from(card, scored_by, sets, params, grid)
@@ -90,6 +93,13 @@ def read_inputs(checkpoint: str | None, database: str | None) -> dict[str, Any]:
     if checkpoint or database:
         raise UserError("a checkpoint and a database are evaluated together: give both, or neither")
     return {}
+
+
+def check_grid(grid: str) -> None:
+    """Refuses, before any work, a grid beside which no score card can be stored."""
+    if is_web(grid):
+        raise UserError(f"no score card can be stored beside {shown(grid)}: score it by --embedder {shown(grid)}")
+    storage.check_writable(home_of(grid))
 
 
 def label_sets(params: EvaluateParams) -> list[LabelSet]:

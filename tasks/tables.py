@@ -33,10 +33,10 @@ from infra.errors import UserError
 
 T = TypeVar("T")
 
-TEXT = {".csv": ",", ".tsv": "\t", ".tab": "\t"}  # by the delimiter that wins where several would do
+TEXT = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}  # by the delimiter that wins where several would do
 PARQUET = (".parquet", ".geoparquet", ".pq")
 SHAPES = (".geojson", ".json", ".shp", ".zip", ".gpkg", ".fgb")
-READABLE = ", ".join((".csv", ".tsv", ".parquet", *SHAPES))
+READABLE = ", ".join((".csv", ".tsv", ".txt", ".parquet", *SHAPES))
 DELIMITERS = ",;\t|"
 BATCH = 65_536  # rows that are read at a time
 BLOCK = 16 << 20  # bytes of a CSV at a time
@@ -327,7 +327,13 @@ def _crs(crs: Any, source: str) -> str:
 def _open_shapes(path: Path, source: str, kind: str) -> Table:
     import pyogrio  # here, since tables of other formats need no GDAL
 
-    about = pyogrio.read_info(path)
+    try:
+        about = pyogrio.read_info(path)
+    except pyogrio.errors.DataSourceError:  # its own words are about drivers, and name a copy of the file
+        raise UserError(
+            f"{source} cannot be read as a table of {kind} (it is no GeoJSON, nor another format of features): give "
+            f"{READABLE}"
+        ) from None
     place = Place(geometry="geometry", crs=_crs(about["crs"], source)) if about["geometry_type"] else None
     if place is None:
         raise UserError(f"{source} has no geometry: give its rows as .csv or .parquet")

@@ -21,6 +21,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import ModuleSpec
+from typing import Any
 
 import numpy as np
 import torch
@@ -260,16 +262,23 @@ def _source(name: str, module: str) -> ast.Module:
     spec, folders, parts = None, None, module.split(".")
     for i in range(len(parts)):
         full = ".".join(parts[: i + 1])
-        found = (finder.find_spec(full, folders) for finder in sys.meta_path if hasattr(finder, "find_spec"))
-        spec = next((one for one in found if one), None)
+        spec = _found(full, folders)
         if spec is None:
             raise ValueError(f"{name} was not found (no module {full!r}): install its package here and on every worker")
         folders = spec.submodule_search_locations
     read = getattr(spec.loader, "get_source", None) if spec else None
-    text = read(module) if read else None
-    if text is None:
-        raise ValueError(f"{name} is in no Python source, where a mark could be seen: {MARKING}")
-    return ast.parse(text)
+    try:
+        return ast.parse(read(module)) if read else ast.Module([], [])
+    except (ImportError, SyntaxError, TypeError, ValueError):  # compiled, or no source that this Python reads
+        raise ValueError(f"{name} is in no Python source, where a mark could be seen: {MARKING}") from None
+
+
+def _found(module: str, folders: Any) -> ModuleSpec | None:
+    found = (finder.find_spec(module, folders) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    try:
+        return next((one for one in found if one), None)
+    except KeyError:  # of packages without __init__.py within each other, whose parents would have to be imported
+        raise ValueError(f"{module} is in a package without __init__.py: give it one, and the packages above") from None
 
 
 def _is_marked(source: ast.Module, function: str) -> bool:

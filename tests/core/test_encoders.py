@@ -189,15 +189,22 @@ def test_a_module_is_not_imported_before_its_mark_was_seen(tmp_path, monkeypatch
     assert not list(tmp_path.rglob("*.ran"))
 
 
-def test_a_marked_module_of_a_package_is_imported(tmp_path, monkeypatch):
-    package = tmp_path / "marked_encoders"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    source = Path(my_encoder.__file__).read_text().replace("tests.core.my_encoder", "marked_encoders.mean")
-    (package / "mean.py").write_text(source)
+@pytest.mark.parametrize("package", ["marked_encoders", "marked.within.others"])
+def test_a_marked_module_of_a_package_is_imported(tmp_path, monkeypatch, package):
+    (folder := tmp_path.joinpath(*package.split("."))).mkdir(parents=True)
+    for above in (folder, *folder.parents[: package.count(".")]):
+        (above / "__init__.py").write_text("")
+    source = Path(my_encoder.__file__).read_text().replace("tests.core.my_encoder", f"{package}.mean")
+    (folder / "mean.py").write_text(source)
+    (folder / "broken.py").write_text("def build(:")
     monkeypatch.syspath_prepend(tmp_path)
-    encoder = load_encoder("marked_encoders.mean:build", {"2.weight": np.eye(2, dtype="f4")}, ("B02", "B04"))
+    encoder = load_encoder(f"{package}.mean:build", {"2.weight": np.eye(2, dtype="f4")}, ("B02", "B04"))
     assert encoder.dim == 2
+    with pytest.raises(ValueError, match="is in no Python source"):
+        load_encoder(f"{package}.broken:build", {}, ("B02", "B04"))
+    (tmp_path / "bare" / "within").mkdir(parents=True)
+    with pytest.raises(ValueError, match="without __init__"):
+        load_encoder("bare.within.no:build", {}, ("B02", "B04"))
 
 
 @pytest.mark.parametrize("name", ["rcf", "tests.core.my_encoder:build"])

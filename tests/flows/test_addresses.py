@@ -12,11 +12,14 @@ from safetensors.torch import save_file
 from infra import storage
 from infra.addresses import as_url, name_of, shown
 from infra.errors import UserError
+from tasks import grids
 from tasks.checkpoint import export_satclip, import_satclip, save_checkpoint
+from tasks.core.grid import GridSpec
 from tasks.core.location import LocationEncoder
 from tasks.database import export_npz, import_npz
 from tasks.embedders import embedders
 from tasks.features import read_weights
+from tasks.grid_sampling import sample_file
 from tasks.label_tables import read_labels
 from tasks.params import EvaluateParams
 from tasks.places import read_points
@@ -47,6 +50,10 @@ def folder(tmp_path_factory):
     table.to_csv(folder / "labels.csv", index=False)
     points = gpd.points_from_xy(table["lon"], table["lat"], crs=4326)
     gpd.GeoDataFrame(table[["elevation"]], geometry=points).to_file(folder / "labels.geojson")
+    spec, halves = GridSpec(90.0, 2), np.array([1, 2], "f4").reshape(1, 2, 1)
+    grids.create((folder / "grid.zarr").as_uri(), spec, grids.template(spec, grids.Content(1, 1), {}))
+    for tile in spec.tiles():
+        grids.write_tile((folder / "grid.zarr").as_uri(), tile, np.broadcast_to(halves, (2, 2, tile.columns)))
     return folder
 
 
@@ -94,6 +101,15 @@ def test_files_of_others_are_read_from_everywhere(folder, at, tmp_path):
         np.testing.assert_allclose(read_points(at(name)), table[["lon", "lat"]])
         (labels,) = read_labels(EvaluateParams(labels=(at(name),)))
         np.testing.assert_array_equal(labels.labels, table["elevation"])
+
+
+def test_a_grid_is_sampled_wherever_it_is(folder, at, tmp_path, request):
+    """On the web a grid is many files, of which a signature would be that of one."""
+    if "https" in request.node.name:
+        pytest.skip("tests/flows/test_sample_grid.py reads one of a public bucket")
+    out = sample_file(at("labels.csv"), at("grid.zarr"), tmp_path / "out.parquet")
+    table = pd.read_parquet(out)
+    np.testing.assert_array_equal(np.stack(table["embedding"])[:, 0], np.where(table["lat"] > 0, 1, 2))
 
 
 def test_what_is_not_there_is_one_sentence(at):

@@ -100,6 +100,13 @@ def test_reading_nothing_is_file_not_found_and_leaves_no_trace(root):
     assert storage.names(root) == []
 
 
+def test_below_a_file_is_nothing(root):
+    storage.write(f"{root}/file", b"x")
+    assert not storage.exists(f"{root}/file/card.json")
+    with pytest.raises(FileNotFoundError):
+        storage.read(f"{root}/file/card.json")
+
+
 def test_of_many_creators_one_wins(root):
     url, wins = storage.join(root, "once"), []
     threads = [threading.Thread(target=lambda i=i: wins.append((storage.create(url, b"%d" % i), i))) for i in range(8)]

@@ -117,6 +117,16 @@ def test_a_second_evaluation_finds_the_first_and_other_labels_make_a_new_one(pro
     assert evaluate_database(checkpoint, images, params(path)) != url
 
 
+def test_a_grid_beside_which_nothing_can_be_written_is_refused_before_any_work(products, tmp_path, monkeypatch):
+    """Of nothing but a label table that is not there, which would be told first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(UserError, match=r"no score card .* beside https://host/grid\.zarr: score it by --embedder"):
+        evaluate_database(*products[:2], params("gone.csv"), "https://host/grid.zarr")
+    with pytest.raises(UserError, match="Not a directory"):
+        evaluate_database(*products[:2], params("gone.csv"), "file/grids/grid.zarr")
+
+
 def test_a_grid_gets_its_card_and_places_at_sea_are_left_out_for_all(products, tmp_path):
     checkpoint, images, table = products
     url, spec = (tmp_path / "grids/one/grid.zarr").as_uri(), GridSpec(10, 20)

@@ -67,6 +67,7 @@ WRITERS = {
     "commas.csv": lambda table, path: table.to_csv(path, index=False, sep=";", decimal=","),
     "quoted.csv": lambda table, path: table.to_csv(path, index=False, decimal=",", quoting=1),
     "TABS.TSV": lambda table, path: table.to_csv(path, index=False, sep="\t"),
+    "tabs.txt": lambda table, path: table.to_csv(path, index=False, sep="\t"),
     "bars.csv": lambda table, path: table.to_csv(path, index=False, sep="|"),
     "tabs and commas.tab": lambda table, path: table.to_csv(path, index=False, sep="\t", decimal=","),
     "excel.CSV": lambda table, path: path.write_text("sep=;\n" + table.to_csv(index=False, sep=";")),
@@ -90,7 +91,7 @@ def test_every_writing_of_a_table_is_the_same_table(tmp_path, name):
     lonlat, rows = read(tmp_path / name)
     np.testing.assert_allclose(lonlat, LONLAT, atol=1e-5 if name == "floats.parquet" else 0)
     assert rows["name"].to_pylist() == NAMES
-    if name.lower().endswith(("csv", "tsv", "tab", "gz")):
+    if name.lower().endswith(("csv", "tsv", "tab", "txt", "gz")):
         np.testing.assert_array_equal(rows["lon"], LONLAT[:, 0])  # numbers again, in the output
 
 
@@ -218,6 +219,7 @@ BAD = {
     "secretly.parquet": (b"lon,lat\n1,2\n", "by its content it is no Parquet"),
     "broken.parquet": (b"PAR1 and no more", "cannot be read"),
     "broken.geojson": (b"{", "cannot be read"),
+    "records.json": (b'[{"lon": 1, "lat": 2}]', "is no GeoJSON, nor another format of features"),
     "points.xlsx": (b"PK", "is of no kind that can be read"),
     "points.shp": (b"no shape", "cannot be read"),
 }

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flows import grids
+from flows import grids, products
 from flows.options import with_options
 from infra.errors import UserError
 from infra.settings import hand_on
@@ -48,6 +48,8 @@ app.add_typer(checkpoint_app, name="checkpoint")
 database_app = typer.Typer(no_args_is_help=True, help="Exchange databases with rangegeo, and audit them.")
 app.add_typer(database_app, name="database")
 app.add_typer(grids.app, name="grid")
+app.command("ls")(products.list_products)
+app.command("prune")(products.prune)
 
 
 def _url(place: str | None) -> str | None:

@@ -419,6 +419,12 @@ def size(url: str) -> int:
     return sum(meta["size"] for meta in _list(url))
 
 
+def measured(url: str) -> tuple[int, datetime | None]:
+    """Bytes of all objects under `url`, and when one of them was last written; nothing where there are none."""
+    found = _list(url)
+    return sum(meta["size"] for meta in found), max((meta["last_modified"] for meta in found), default=None)
+
+
 def _list(url: str) -> list[Any]:
     store, name = _locate(url)
     return patiently(lambda: [meta for batch in obstore.list(store, prefix=name) for meta in batch], url)

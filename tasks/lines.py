@@ -69,14 +69,15 @@ class Told:
 def read_told(grid: str) -> Told:
     """Returns what the version whose Zarr is at `grid` tells: its card, or while it is unfinished, its metadata."""
     card = _read(storage.join(home_of(grid), "card.json"))
-    facts = card if {"line", "dims"} <= card.keys() else _facts(grid) | card
+    facts = card if {"line", "dims"} <= card.keys() else facts_of(grid) | card
     if "made_of" not in facts:
         return Told(card)
     layout = Layout.of(facts["made_of"], facts.get("dims"))
     return Told(card, layout, facts.get("line") or layout.line)
 
 
-def _facts(grid: str) -> dict[str, Any]:
+def facts_of(grid: str) -> dict[str, Any]:
+    """Returns what the metadata of a grid tell of it: what it is made of, line, dimensions; what is there of these."""
     attrs = _read(storage.join(grid, "zarr.json")).get("attributes", {})
     names = {"made_of": "rangegrid:made_of", "line": "rangegrid:line", "dims": "geoemb:dimensions"}
     return {name: attrs[key] for name, key in names.items() if key in attrs}

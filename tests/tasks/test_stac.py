@@ -186,7 +186,7 @@ def test_the_page_shows_what_is_there(homes):
     page = storage.read(f"{homes[1]}/index.html").decode()
     for name in set(re.findall(r'(?:src|href)="([^"]+)"', page)):
         assert storage.exists(f"{homes[1]}/{name}"), name
-    assert f"xr.open_zarr('{homes[1]}/grid.zarr')" in page
+    assert 'xr.open_zarr("grid.zarr", zarr_format=3)' in page  # from where the page lies
     assert "cosine with float32" in page
     assert Image.open(BytesIO(storage.read(f"{homes[1]}/evidence.png"))).width > 1000
     body = re.sub(r"<(meta|img)([^>]*)>", r"<\1\2/>", page.split("<h1>")[1].split("<table>")[0])

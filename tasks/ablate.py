@@ -43,6 +43,12 @@ STEPS: dict[str, tuple[float, ...]] = {
     "beta": (0, 0.25, 0.5, 0.75, 1),
     "size": (100, 300, 1000, 3000, 10_000, 30_000),
 }
+FIT: dict[str, tuple[float, float, bool]] = {  # least, most, and whether in whole numbers
+    "k": (1, 1e7, True),
+    "temperature": (1e-6, 1e6, False),
+    "beta": (0, 1, False),
+    "size": (1, 1e7, True),
+}
 METHODS = {
     "no retrieval": Method("none"),
     "top-1": Method("top1"),
@@ -89,14 +95,25 @@ def ablate_database(choice: Choice, checkpoint: str, database: str, params: Abla
 
 def variants_of(choice: Choice, checkpoint: str, database: str, params: AblateParams) -> Iterator[Named]:
     """The embedders to compare; what is missing is refused here, before the work."""
+    _check_steps(choice, params.steps)
     encoder, index = load(checkpoint, database)
     if choice == "values":
         yield from _values(checkpoint, [database, *params.databases])
     elif choice == "variants":
         yield from _variants(encoder, index)
     else:
-        steps = params.steps or STEPS.get(choice, ())
+        steps = tuple(dict.fromkeys(params.steps or STEPS.get(choice, ())))
         yield from _steps(choice, encoder, index, steps, params.seed)
+
+
+def _check_steps(choice: Choice, steps: tuple[float, ...]) -> None:
+    if steps and choice not in FIT:
+        raise UserError(f"the ablation of {choice} has no steps: give --steps for one of {', '.join(FIT)}")
+    for step in steps:
+        least, most, whole = FIT[choice]
+        if not least <= step <= most or (whole and step % 1):
+            numbers = "whole numbers" if whole else "numbers"
+            raise UserError(f"{choice} cannot be {step:g}: give --steps of {numbers} from {least:g} to {most:,.0f}")
 
 
 def _steps(

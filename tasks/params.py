@@ -4,9 +4,9 @@ Light to import, so that the command line is quick.
 """
 
 import datetime
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from infra.intervals import Interval
 
@@ -32,13 +32,36 @@ def _tell(schema: dict[str, Any]) -> None:
         field["position"] = position
 
 
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what every generator of random numbers takes
+MOST_CELLS = 1 << 32  # of a grid: 0.005 degrees on the globe; which of them are land is kept in memory, a byte each
+
+
 class Params(BaseModel):
     """Frozen, refuses unknown names, and takes each field's description from its docstring.
 
-    Prefect's form and the command line are made from the same fields, in declared order.
+    Prefect's form and the command line are made from the same fields, in declared order. No number is infinite or NaN,
+    no text is empty, and a truth value is no number.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, json_schema_extra=_tell)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        json_schema_extra=_tell,
+        allow_inf_nan=False,
+        str_min_length=1,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        items = value if isinstance(value, list | tuple) else [value]
+        if (
+            any(isinstance(item, bool) for item in items)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            raise ValueError("true and false are for what is switched on or off: give a number or a text")
+        return value
 
 
 class SampleParams(Params):
@@ -46,7 +69,7 @@ class SampleParams(Params):
 
     patches: int = Field(10_000, ge=1, le=10_000_000)
     """Number of patches."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the places; the same seed and more patches extends the same sample."""
     places: Literal["area", "tile", "class", "list"] = "area"
     """Uniform by area on land; by tile, as S2-100K and biased like it; by the classes of a raster in turn; a list."""
@@ -72,7 +95,7 @@ class SampleParams(Params):
     """Bands, by their Sentinel-2 names."""
     patch_pixels: int = Field(256, ge=4, le=2048)
     """Side of a patch in pixels."""
-    resolution_m: float = Field(10.0, gt=0)
+    resolution_m: float = Field(10.0, ge=0.1, le=50_000)
     """Pixel size in metres."""
     south: float = Field(-80.0, ge=-80, le=84)
     """Southern limit in degrees; UTM begins at -80."""
@@ -89,6 +112,8 @@ class SampleParams(Params):
             raise ValueError(f"places {self.places!r} needs a source: a class raster or a table of points")
         if self.scene == "nearest" and not self.date:
             raise ValueError("scene 'nearest' needs a date, such as 2021-06-30")
+        if self.south >= self.north:
+            raise ValueError(f"south {self.south:g} is not below north {self.north:g}: give the southern limit first")
         return self
 
     @field_validator("bands")
@@ -120,7 +145,7 @@ class EncoderParams(Params):
     """Path or URL of a .safetensors, or of an imported SatCLIP checkpoint."""
     dim: int = Field(1024, ge=2, le=8192, multiple_of=2)
     """Length of a feature vector of `rcf`, and so of the database's values; the others have their own."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the random choices of `rcf`."""
 
 
@@ -145,7 +170,7 @@ class TrainParams(Params):
     """Views of each image to train on: itself, 7 turned and mirrored ones, then as many of its corners."""
     batch: int = Field(1024, ge=2, le=65_536)
     """Pairs in a batch: each image is told from all others in it."""
-    shuffle: int = Field(65_536, ge=2)
+    shuffle: int = Field(65_536, ge=2, le=100_000_000)
     """Pairs that are shuffled together, and so held in memory; the rest is read as its turn comes."""
     lr: float = Field(1e-3, gt=0, le=1)
     """Highest learning rate, after the warm-up."""
@@ -157,9 +182,9 @@ class TrainParams(Params):
     """Share of the 10-degree blocks whose pairs only measure retrieval."""
     patience: int = Field(0, ge=0, le=20)
     """Twentieths of the steps without better held-out retrieval that end training, with the best weights; 0: none."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Of the weights, the batches and the held-out blocks."""
-    save_every: int = Field(100, ge=1)
+    save_every: int = Field(100, ge=1, le=1_000_000)
     """Steps after which the state is stored that a killed run goes on from."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes the first of cuda, mps and cpu that is there."""
@@ -222,7 +247,7 @@ class PublishParams(Params):
     """Cells along one side of a tile, one shard and one unit of work; a multiple of 20; unset, for shards of 50 MB."""
     tolerance: float = Field(0.0, ge=0, le=0.1)
     """Relative error of the visual part that interpolation may leave, 99th percentile of a tile; 0: all exact."""
-    compact_dims: int | None = Field(None, ge=1)
+    compact_dims: int | None = Field(None, ge=1, le=8192)
     """Principal components to keep of the visual part, for example 64; unset, all of it."""
     dtype: Literal["float32", "float16", "int8"] = "float32"
     """How a number is stored: 4, 2 or 1 bytes; what the fewer bytes lose is measured and told in the attributes."""
@@ -234,7 +259,7 @@ class PublishParams(Params):
     """Keeps the sums behind the grid beside it, twice its size, so that a later grid can have it as parent."""
     parent: str | None = None
     """URL of a grid with kept sums, of a former database: only the images that came and went are computed."""
-    line: str = Field("", pattern=LINE)
+    line: str = Field("", pattern=LINE, min_length=0)
     """Product line whose latest it becomes, a name; unset, that of grids of the same CRS, box, step, dtype and dims."""
     promote: bool = True
     """Makes the grid its line's latest, which readers open, once it is good; false: `rangegrid grid promote` does."""
@@ -247,6 +272,16 @@ class PublishParams(Params):
         from tasks.core.plane import Plane  # here, since forms and the command line's help need no pyproj
 
         return Plane(crs).name
+
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        cells = (self.east - self.west) / self.step * ((self.north - self.south) / self.step)
+        if cells > MOST_CELLS:
+            raise ValueError(
+                f"a step of {self.step:g} makes {cells:.3g} cells of the box, more than {MOST_CELLS:,}: give a larger "
+                "step, or publish boxes of their own"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -285,9 +320,9 @@ class PublishParams(Params):
 class PruneParams(Params):
     """Which versions of the grid to delete; never the latest or the previous one of a line, or what these need."""
 
-    keep: int = Field(3, ge=0)
+    keep: int = Field(3, ge=0, le=1_000_000)
     """How many of the newest versions of each line are kept."""
-    line: str = Field("", pattern=LINE)
+    line: str = Field("", pattern=LINE, min_length=0)
     """The only line to delete versions of; unset, every line."""
     unfinished: bool = False
     """Also deletes what broken runs left; for when no run publishes."""
@@ -302,15 +337,15 @@ class EmbedParams(Params):
     """Retrieval: soft (range+, range), hard (top1, topk), or none: the location part alone."""
     beta: float = Field(0.5, ge=0, le=1)
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
-    k: int = Field(10, ge=1)
+    k: int = Field(10, ge=1, le=10_000_000)
     """Images that topk averages."""
-    compact_dims: int | None = Field(None, ge=1)
+    compact_dims: int | None = Field(None, ge=1, le=8192)
     """Principal components to keep of the visual part, for example 64; unset, all of it."""
     evidence: bool = False
     """Adds columns: effective_images, largest_weight, distance_km to the nearest image."""
     top_images: int = Field(0, ge=0, le=100)
     """Adds a column image_ids: row ids of that many images with the largest weights."""
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")
     """Where the database lives and the products run: cpu, cuda, cuda:1."""
     precision: Literal["float32", "float64", "tf32", "bf16"] = "float32"
     """Of the products; float64 takes three times as long, tf32 is for cuda, bf16 rounds weights and values."""
@@ -359,7 +394,7 @@ class EvaluateParams(EmbedderParams):
     """Side of the blocks in degrees; unset, 10, and 1 for California housing."""
     near_km: float = Field(1.0, gt=0, le=1000)
     """Scored places with a training place this near are counted as near-duplicates."""
-    seed: int = Field(2, ge=0)
+    seed: Seed = 2
     """Seed of the places that are drawn; another one than the sample's."""
 
     @model_validator(mode="after")
@@ -368,6 +403,12 @@ class EvaluateParams(EmbedderParams):
             raise ValueError("label needs a kind: classification or regression")
         if self.label and not self.labels:
             raise ValueError("label is a column of labels: give the table too")
+        if (self.kind or self.log1p) and not self.label:
+            raise ValueError("kind and log1p are of a label: name its column, or leave them")
+        if self.log1p and self.kind == "classification":
+            raise ValueError("log1p is of numbers, and classes have none: give kind regression, or no log1p")
+        if self.lon and self.lon == self.lat:
+            raise ValueError(f"{self.lon} cannot have both longitudes and latitudes: name a column of each")
         return self
 
 

@@ -53,7 +53,11 @@ def read_space(checkpoint):
 
 @pytest.fixture(scope="module")
 def validator():
-    """pystac's, which finds every schema in the repository."""
+    return schemas()
+
+
+def schemas():
+    """pystac's validator, which finds every schema in the repository."""
     found = JsonSchemaSTACValidator()
     projjson = {"$schema": "http://json-schema.org/draft-07/schema#", "type": "object"}  # in no item: all say EPSG
     found.schema_cache["https://proj.org/schemas/v0.4/projjson.schema.json"] = projjson

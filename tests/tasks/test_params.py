@@ -1,0 +1,53 @@
+"""Values that no step can compute are refused by the forms and the command line, before any work."""
+
+import pytest
+from pydantic import ValidationError
+
+from flows.options import build
+from infra.errors import UserError
+from tasks.params import (
+    AblateParams,
+    EmbedParams,
+    EncoderParams,
+    EvaluateParams,
+    PublishParams,
+    SampleParams,
+    TrainParams,
+)
+
+SCORED = {"labels": ["x.csv"], "label": "x"}
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "message"),
+    [
+        (SampleParams, {"resolution_m": "inf"}, "--resolution-m 'inf': Input should be a finite number"),
+        (SampleParams, {"resolution_m": "1e-300"}, "greater than or equal to 0.1"),
+        (SampleParams, {"south": "50", "north": "50"}, "south 50 is not below north 50"),
+        (SampleParams, {"seed": str(2**32)}, "less than or equal to 4294967295"),
+        (EncoderParams, {"seed": "-1"}, "greater than or equal to 0"),
+        (TrainParams, {"save_every": str(2**63)}, "less than or equal to 1000000"),
+        (PublishParams, {"step": "5e-324"}, "inf cells of the box, more than 4,294,967,296"),
+        (PublishParams, {"step": "0.001"}, "6.48e\\+10 cells of the box"),
+        (PublishParams, {"parent": ""}, "at least 1 character"),
+        (EmbedParams, {"device": "cuda:٣"}, "should match pattern"),
+        (EvaluateParams, {"labels": [""]}, "--labels-0 '': String should have at least 1 character"),
+        (EvaluateParams, {"kind": "regression"}, "are of a label"),
+        (EvaluateParams, {**SCORED, "kind": "classification", "log1p": "true"}, "log1p is of numbers"),
+        (EvaluateParams, {**SCORED, "kind": "regression", "lon": "a", "lat": "a"}, "a cannot have both"),
+        (AblateParams, {"steps": ["nan"]}, "finite number"),
+    ],
+)
+def test_text_of_the_command_line(model, values, message):
+    with pytest.raises(UserError, match=message):
+        build(model, values)
+
+
+@pytest.mark.parametrize(("model", "values"), [(EmbedParams, {"k": True}), (AblateParams, {"steps": [1, True]})])
+def test_true_is_no_number_of_a_form(model, values):
+    with pytest.raises(ValidationError, match="true and false are for what is switched on or off"):
+        model.model_validate(values)
+
+
+def test_the_finest_grid_that_is_counted():
+    assert PublishParams(step=0.01, tile_cells=60).spec.shape == (18_000, 36_000)

@@ -390,7 +390,7 @@ class EvaluateParams(EmbedderParams):
     """Random splits; the first is the paper's."""
     folds: int = Field(5, ge=2, le=100)
     """Folds of whole blocks."""
-    block_degrees: float | None = Field(None, gt=0, le=90)
+    block_degrees: float | None = Field(None, ge=0.01, le=90)
     """Side of the blocks in degrees; unset, 10, and 1 for California housing."""
     near_km: float = Field(1.0, gt=0, le=1000)
     """Scored places with a training place this near are counted as near-duplicates."""

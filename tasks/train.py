@@ -19,6 +19,7 @@ from tasks.cards import is_finished, product_url, read_card
 from tasks.checkpoint import dump_state, parse_state, save_checkpoint
 from tasks.core.contrastive import (
     FITTED_ON,
+    Diverged,
     ImageProjection,
     Pairs,
     Progress,
@@ -71,7 +72,8 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
         The URL of the checkpoint.
 
     Raises:
-        UserError: There are too few patches, an image could not be encoded, or there is no such device.
+        UserError: There are too few patches, an image could not be encoded, there is no such device, or training
+            diverged.
     """
     source = read_card(patches, "patches")
     made_of = {"patches": source["fingerprint"], **params.model_dump(exclude=NOT_CONTENT)}
@@ -89,7 +91,10 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
         _wait()
         pairs = Pairs(lonlat, StoredFeatures(features, params.shuffle), held_out)
         trainer = new_trainer(pairs, params, device)
-        fit(trainer, pairs, state, params.save_every)
+        try:
+            fit(trainer, pairs, state, params.save_every)
+        except Diverged as error:
+            raise UserError(str(error)) from error
         if client is not None:
             encoder = open_encoder(features, patches, params.encoder.name)
             _save(url, trainer, encoder, source, made_of)

@@ -328,6 +328,10 @@ class Progress:
     """InfoNCE of the held-out pairs as one batch."""
 
 
+class Diverged(ValueError):
+    """Training whose numbers are no longer finite."""
+
+
 class Trainer:
     """Training that can stop after any step and go on from its `state` to the same last bit."""
 
@@ -382,6 +386,16 @@ class Trainer:
         flat = _summed(torch.cat([grad.ravel() for grad in grads]))
         for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(total.view_as(grad))
+
+    def check(self) -> None:
+        """Refuses what has diverged: vectors of such weights are NaN, which would look like perfect retrieval.
+
+        Raises:
+            Diverged: A loss or a weight is not finite.
+        """
+        lost = not np.isfinite(self.losses).all()
+        if lost or not all(torch.isfinite(weight).all() for weight in self._weights().values()):
+            raise Diverged(f"training diverged before step {self.step_number}: lower lr or weight_decay")
 
     def note(self, progress: Progress) -> None:
         """Adds a measurement; the weights of the best are kept where training may end early."""
@@ -453,6 +467,9 @@ def train(trainer: Trainer, pairs: Pairs, every: int) -> Iterator[Progress | Non
 
     Yields:
         After each step the progress where it was measured, else nothing.
+
+    Raises:
+        Diverged: A loss or a weight is no longer finite.
     """
     schedule, (rank, processes) = trainer.schedule, process()
     batches = plan(pairs.held_out, schedule, pairs.features.run, pairs.features.shape[0])
@@ -465,6 +482,7 @@ def train(trainer: Trainer, pairs: Pairs, every: int) -> Iterator[Progress | Non
         trainer.losses.append(trainer.step(harmonics(rows[part]), features, near))
         measured = trainer.step_number % every == 0 or trainer.step_number == schedule.steps
         if measured:
+            trainer.check()
             trainer.note(_agreed(measure, trainer))
         yield trainer.history[-1] if measured else None
     trainer.finish()

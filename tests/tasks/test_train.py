@@ -258,6 +258,14 @@ def test_parameters_that_do_not_fit_are_refused(values, message):
         TrainParams(**values)
 
 
+def test_training_that_diverges_is_no_checkpoint(client, home):
+    """A matrix that decays by nine times itself at each step; NaN compares as no larger, as if all were found."""
+    params = PARAMS.model_copy(update={"lr": 1.0, "weight_decay": 10.0, "steps": 100})
+    with pytest.raises(UserError, match=r"training diverged before step .*: lower lr or weight_decay"):
+        train_model(client, mock_patches(f"{home}/patches/p"), params)
+    assert not any(path.endswith("card.json") for path in storage.paths(f"{home}/checkpoints"))
+
+
 def test_a_pipeline_with_too_few_patches_is_refused_before_it_samples():
     with pytest.raises(ValidationError, match=r"1024 pairs needs more than 500 patches: raise sample\.patches"):
         PipelineParams(sample=SampleParams(patches=500))

@@ -56,6 +56,9 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
             another run moved `latest` meanwhile.
     """
     card = read_pair(checkpoint, database)
+    most = min(card["images"], card["value_dim"])
+    if params.compact_dims and not params.parent and params.compact_dims > most:
+        raise UserError(f"--compact-dims {params.compact_dims}: the database's values have {most} components")
     params = settled(params, card)
     spec = params.spec
     tiles = land_tiles(spec)
@@ -220,8 +223,6 @@ def find_projection(job: Job) -> Projection:
         return grids.read_projection(storage.join(job.parent, GRID))
     values, dims = stored_values(job.database), job.compact_dims
     assert dims is not None  # for the type checker
-    if dims > min(values.shape):
-        raise UserError(f"--compact-dims {dims}: the database's values have {min(values.shape)} components")
     return Projection.fit(values, dims)
 
 

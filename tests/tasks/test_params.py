@@ -31,7 +31,7 @@ SCORED = {"labels": ["x.csv"], "label": "x"}
         (PublishParams, {"step": "0.001"}, "6.48e\\+10 cells of the box"),
         (PublishParams, {"parent": ""}, "at least 1 character"),
         (EmbedParams, {"device": "cuda:٣"}, "should match pattern"),
-        (EvaluateParams, {"labels": [""]}, "--labels-0 '': String should have at least 1 character"),
+        (EvaluateParams, {"labels": [""]}, "--labels '': String should have at least 1 character"),
         (EvaluateParams, {"kind": "regression"}, "are of a label"),
         (EvaluateParams, {**SCORED, "kind": "classification", "log1p": "true"}, "log1p is of numbers"),
         (EvaluateParams, {**SCORED, "kind": "regression", "lon": "a", "lat": "a"}, "a cannot have both"),

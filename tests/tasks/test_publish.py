@@ -265,8 +265,10 @@ def test_parents_that_cannot_be_are_refused(publish, home, parent, before):
         publish(store(home, "other", images(np.arange(500, 800))), PublishParams(**STEP, parent=parent))
     with pytest.raises(ValueError, match="without a tolerance"):
         PublishParams(tolerance=0.1, keep_sums=True)
+    there = set(storage.paths(f"{home.as_uri()}/grids"))
     with pytest.raises(UserError, match="values have 8 components"):
         publish(before, PublishParams(**STEP, compact_dims=9))
+    assert set(storage.paths(f"{home.as_uri()}/grids")) == there, "refused after work had begun"
 
 
 def test_a_parent_whose_database_has_changed_is_refused(publish, home):

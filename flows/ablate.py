@@ -3,6 +3,7 @@
 from prefect import flow
 
 from flows.deployed import HOUR, made
+from flows.inputs import settle
 from tasks.params import AblateParams, Choice
 from tasks.steps import ablate_database
 
@@ -13,11 +14,12 @@ def ablate(choice: Choice, checkpoint: str, database: str, params: AblateParams 
 
     Args:
         choice: strategy, k, temperature, beta, size, values or variants.
-        checkpoint: URL of the checkpoint.
-        database: URL of the database encoded with it.
+        checkpoint: URL of the checkpoint, or newest:LINE, which is that of the database.
+        database: URL of the database encoded with it, or newest:LINE.
         params: Which steps, labels and splits.
 
     Returns:
         The URL of the report.
     """
-    return made(ablate_database(choice, checkpoint, database, params))
+    fixed = settle(choice=choice, checkpoint=checkpoint, database=database, params=params)
+    return made(ablate_database(*fixed))

@@ -55,7 +55,7 @@ app.command("prune")(products.prune)
 def _url(place: str | None) -> str | None:
     from infra.addresses import as_url
 
-    return place and as_url(place)
+    return as_url(place) if place and place.partition(":")[0] != "newest" else place
 
 
 Patches = Annotated[str, typer.Argument(help="Directory or URL of the patches.", callback=_url)]
@@ -82,7 +82,7 @@ def main() -> None:
     """Runs the command; a user's error is one sentence and exit status 2, an interrupt 130."""
     hand_on()
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # a failed run's cause is printed once, below
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the server has it, if there is one
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app()
@@ -114,9 +114,10 @@ def command(model: type[Params]) -> Callable[[Callable[..., Any]], Callable[...,
 
 def _sample(context: typer.Context, params: SampleParams) -> None:
     from flows.sample import sample as flow
+    from flows.started import start
 
     if context.invoked_subcommand is None:
-        print(flow(params))
+        print(start(flow, params))
 
 
 sample_app.callback()(with_options(SampleParams, _sample))
@@ -156,16 +157,18 @@ def train(patches: Patches, params: TrainParams) -> None:
 def encode(patches: Patches, checkpoint: Checkpoint, params: EncodeParams) -> None:
     """Encode patches into the two-resolution database."""
     from flows.encode import encode as flow
+    from flows.started import start
 
-    print(flow(patches, checkpoint, params))
+    print(start(flow, patches, checkpoint, params))
 
 
 @command(PublishParams)
 def publish(checkpoint: Checkpoint, database: Database, params: PublishParams) -> None:
     """Publish RANGE+ over a global grid as Zarr."""
     from flows.publish import publish as flow
+    from flows.started import start
 
-    print(flow(checkpoint, database, params))
+    print(start(flow, checkpoint, database, params))
 
 
 @command(EvaluateParams)
@@ -186,6 +189,7 @@ def evaluate(
 ) -> None:
     """Score embeddings by probes, on random and on blocked splits: ours, others' and any grid."""
     from flows.evaluate import evaluate as flow
+    from flows.started import start
     from infra import storage
     from infra.addresses import as_url
     from tasks.gate import CARD
@@ -193,7 +197,7 @@ def evaluate(
     target = as_url(output) if output else None
     if target:
         storage.check_writable(target.rpartition("/")[0])
-    url = flow(checkpoint, database, params, grid)
+    url = start(flow, checkpoint, database, params, grid)
     print(storage.read(storage.join(url, "scores.md")).decode() + "\n")
     if target:
         storage.copy(storage.join(url, CARD), target)
@@ -209,9 +213,10 @@ def ablate(
 ) -> None:
     """Tell what one choice in retrieval is worth, by the same probes."""
     from flows.ablate import ablate as flow
+    from flows.started import start
     from infra import storage
 
-    url = flow(choice, checkpoint, database, params)
+    url = start(flow, choice, checkpoint, database, params)
     print(storage.read(storage.join(url, "ablation.md")).decode() + "\n")
     print(url)
 
@@ -330,8 +335,9 @@ def audit(
 def pipeline(params: PipelineParams) -> None:
     """Run sample, train, encode, publish and evaluate in order."""
     from flows.pipeline import pipeline as flow
+    from flows.started import start
 
-    for name, url in flow(params).items():
+    for name, url in start(flow, params).items():
         print(f"{name:<11}{url}")
 
 

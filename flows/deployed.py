@@ -12,7 +12,8 @@ from rich.console import Console
 
 from infra import storage
 from infra.errors import UserError
-from tasks.updates import home_of
+from tasks.cards import home_of
+from tasks.units import in_run
 
 HOUR = 3600.0  # a flow's timeout ends one that hangs: it is some times what the largest run should take
 
@@ -43,7 +44,7 @@ def made(url: str) -> Any:
         raise _lost(url) from error
     if not whole:
         raise _lost(url)
-    return Completed(message=url, data=url)
+    return Completed(message=url, data=url) if in_run() else url
 
 
 def _lost(url: str) -> UserError:

@@ -3,6 +3,7 @@
 from prefect import flow
 
 from flows.deployed import HOUR, made
+from flows.inputs import settle
 from tasks.params import EncodeParams
 from tasks.steps import encode_database
 
@@ -12,11 +13,11 @@ def encode(patches: str, checkpoint: str, params: EncodeParams = EncodeParams())
     """Encodes patches into the database of keys (low resolution) and values (high resolution).
 
     Args:
-        patches: URL of the patches.
-        checkpoint: URL of the checkpoint whose space the keys live in.
+        patches: URL of the patches, or newest:LINE.
+        checkpoint: URL of the checkpoint whose space the keys live in, or newest:LINE.
         params: How to encode.
 
     Returns:
         The URL of the database.
     """
-    return made(encode_database(patches, checkpoint, params))
+    return made(encode_database(*settle(patches=patches, checkpoint=checkpoint, params=params)))

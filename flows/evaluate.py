@@ -3,6 +3,7 @@
 from prefect import flow
 
 from flows.deployed import HOUR, made
+from flows.inputs import settle
 from tasks.params import EvaluateParams
 from tasks.steps import evaluate_database
 
@@ -17,12 +18,14 @@ def evaluate(
     """Scores embeddings by probes on labels, on random and on spatially blocked splits.
 
     Args:
-        checkpoint: URL of the checkpoint; none, to evaluate other encoders or grids alone.
-        database: URL of the database encoded with it.
+        checkpoint: URL of the checkpoint, or newest:LINE, that of the database; none, to evaluate other encoders or
+            grids alone.
+        database: URL of the database encoded with it, or newest:LINE.
         params: Which labels, embedders and splits.
-        grid: URL of the grid published from them: it is scored too, and gets its score card.
+        grid: URL of the grid published from them, or newest:LINE: it is scored too, and gets its score card.
 
     Returns:
         The URL of the report.
     """
-    return made(evaluate_database(checkpoint, database, params, grid))
+    fixed = settle(checkpoint=checkpoint, database=database, params=params, grid=grid)
+    return made(evaluate_database(*fixed))

@@ -7,8 +7,10 @@ from prefect import flow
 from flows.deployed import HOUR, in_deployment, run_deployed
 from flows.encode import encode
 from flows.evaluate import evaluate
+from flows.inputs import settle
 from flows.publish import publish
 from flows.sample import sample
+from flows.started import start
 from flows.train import train
 from infra import clusters
 from tasks.params import PipelineParams
@@ -27,10 +29,11 @@ def pipeline(params: PipelineParams = PipelineParams()) -> dict[str, str]:
     Returns:
         The URLs of the patches, checkpoint, database, grid and report.
     """
+    params = settle(params=params)
     if in_deployment():
         return run_steps(params, run_deployed)
     with clusters.connect():
-        return run_steps(params, lambda step, *arguments: step(*arguments))
+        return run_steps(params, start)
 
 
 def run_steps(params: PipelineParams, run: Any) -> dict[str, str]:

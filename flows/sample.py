@@ -3,6 +3,7 @@
 from prefect import flow
 
 from flows.deployed import HOUR, made
+from flows.inputs import settle
 from tasks.params import SampleParams
 from tasks.steps import sample_patches
 
@@ -21,4 +22,4 @@ def sample(params: SampleParams = SampleParams()) -> str:
     Returns:
         The URL of the patches.
     """
-    return made(sample_patches(params))
+    return made(sample_patches(settle(params=params)))

@@ -5,6 +5,8 @@ import os
 from prefect import flow
 
 from flows.deployed import HOUR, made
+from flows.inputs import settle
+from flows.started import start
 from tasks import train as plain
 from tasks.params import TrainParams
 from tasks.steps import train_model
@@ -15,18 +17,18 @@ def train(patches: str, params: TrainParams = TrainParams()) -> str:
     """Trains the location encoder against the images of a patch store.
 
     Args:
-        patches: URL of the patches.
+        patches: URL of the patches, or newest:LINE.
         params: Architecture and schedule.
 
     Returns:
         The URL of the checkpoint.
     """
-    return made(train_model(patches, params))
+    return made(train_model(*settle(patches=patches, params=params)))
 
 
 def run(patches: str, params: TrainParams) -> str | None:
     """The flow; under torchrun the flow in the first process, whose URL is returned, and its part in the others."""
     if int(os.environ.get("RANK", "0")) == 0:
-        return train(patches, params)
+        return start(train, patches, params)
     plain.train_model(None, patches, params)
     return None

@@ -20,8 +20,8 @@ from prefect.runtime import task_run
 from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
-from tasks.units import REPORTED, Work, in_run, shown
-from tasks.updates import home_of
+from tasks.cards import home_of
+from tasks.units import REPORTED, Work, in_run, in_words, shown
 
 PREVIEW_WIDTH = 1200  # pixels: the artifact carries the picture itself, since a browser cannot open s3:// URLs
 LONGEST_SLUG = 60  # characters: file systems take 255 bytes of a name
@@ -131,25 +131,30 @@ def reported(step: Callable[..., str]) -> Callable[..., str]:
             raise
         finally:
             REPORTED.reset(token)
-        _show_parts(step.__name__, [*parts, Work("bytes stored", 0, 0, storage.size(home_of(url)))])
+        _show_parts(step.__name__, [*parts, Work("stored", None, done=storage.size(home_of(url)), bytes=True)])
         return url
 
     return run
 
 
 def _show_parts(step: str, parts: list[Work]) -> None:
-    rows = [
-        {
-            "what": part.name,
-            "planned": part.planned or None,
-            "already there": part.there,
-            "done": part.done,
-            "seconds": round(part.seconds, 1) or None,
-            "per second": round(part.done / part.seconds, 2) if part.seconds else None,
-        }
-        for part in parts
-    ]
-    show_table(rows, f"{step.replace('_', '-')}-run", f"Plan and actual; attempt {task_run.run_count}")
+    title = f"Plan and actual; attempt {task_run.run_count}"
+    show_table([_row(part) for part in parts], f"{step.replace('_', '-')}-run", title)
+
+
+def _row(part: Work) -> dict[str, Any]:
+    def number(count: int | None) -> int | str | None:
+        return in_words(count) if part.bytes and count is not None else count
+
+    return {
+        "what": part.name,
+        "planned": number(part.planned),
+        "limit": number(part.limit),
+        "already there": number(part.there),
+        "done": number(part.done),
+        "seconds": round(part.seconds, 1) or None,
+        "per second": round(part.done / part.seconds, 2) if part.seconds else None,
+    }
 
 
 def show_places(places: dict[str, str], code: str, key: str, description: str) -> None:

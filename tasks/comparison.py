@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.errors import UserError
 from tasks import grids
+from tasks.cards import name_of
 from tasks.core.grid import GridSpec, Tile
 from tasks.pictures import change_map
 from tasks.tiles import land_tiles
 from tasks.units import run_units
 from tasks.validation import blocks, chosen
-from tasks.versions import name_of
 
 MOVED = 1e-4  # relative change from which a cell counts as moved: what two exact computations may differ by
 CANARIES = "canaries"  # seed of the cells whose drift is told: not a version's name, so that they are the same in all

@@ -10,6 +10,7 @@ from tasks.checkpoint import Checkpoint, describe, keys_of, load_checkpoint
 from tasks.core.images import ImageEncoder
 from tasks.database import create_database, finish_database, write_rows, written_shards
 from tasks.features import check_takes, encode_features, encode_rows, identity, open_store, read_features
+from tasks.newest import inherit
 from tasks.params import EncodeParams
 from tasks.units import run_units
 
@@ -36,6 +37,7 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
     made_of["values"] = identity(params.values)
     url = product_url("databases", made_of)
     if is_finished(url):
+        inherit(url, "database", patches)
         return url
     encoder = image_encoder(load(checkpoint), patches)
     features = None if params.values.name == OWN else encode_features(client, patches, params.values)
@@ -54,8 +56,10 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
         checkpoint=space["fingerprint"],
         encoder=space["encoder"],
         values={"encoder": seen, "features": features},
+        line=source.get("line", ""),
         attribution=source.get("attribution", ""),
     )
+    inherit(url, "database", patches)
     return url
 
 

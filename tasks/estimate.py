@@ -17,6 +17,7 @@ from infra.ranges import CONNECTIONS
 from tasks.core.sampling import grid_zone, square
 from tasks.params import SampleParams
 from tasks.places import draw
+from tasks.units import in_words
 
 THREADS = 8  # scenes read at a time in one unit: they wait for the network
 LATENCY = 0.1  # seconds of one request to an archive in another region
@@ -49,13 +50,7 @@ class Cost:
     def lines(self) -> dict[str, str]:
         """Names and values to print."""
         values = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self)}
-        return {name: _bytes(value) if "bytes" in name else f"{value:,}" for name, value in values.items()}
-
-
-def _bytes(count: float) -> str:
-    """`1.50 GB`: decimal, with three digits or more."""
-    power = min(4, int(math.log10(max(count, 1)) // 3))
-    return f"{count / 1000**power:,.2f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+        return {name: in_words(value) if "bytes" in name else f"{value:,}" for name, value in values.items()}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from infra import storage
 from infra.addresses import is_web, shown
 from infra.errors import UserError
 from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places, slugs
-from tasks.cards import fingerprint, is_finished, product_url, write_card
+from tasks.cards import fingerprint, home_of, is_finished, product_url, write_card
 from tasks.core.evidence import distance_km
 from tasks.embedders import Lonlat, Named, embedders
 from tasks.failures import losses, spread, where_it_fails
@@ -27,7 +27,6 @@ from tasks.scoring import Scored, digest, keep_scores, records, score_all
 from tasks.stac import ITEM, write_item
 from tasks.tiles import load
 from tasks.units import log, progress
-from tasks.updates import home_of
 
 DEMO_POINTS, BLOCK_DEGREES = 2500, 10.0
 CAPTION = "Linear probes; wide pale bars: random split; narrow full bars: whole blocks held out, deviation over folds."

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from infra.intervals import Interval
+from tasks import windows
+from tasks.presets import Preset, laid_under
 
 if TYPE_CHECKING:
     from tasks.core.grid import GridSpec
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")  # of Sentinel-2 L2A
 
+Instant = datetime.datetime
 LINE = r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?$"  # a line's name: part of a path
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
@@ -63,6 +66,25 @@ class Params(BaseModel):
             raise ValueError("true and false are for what is switched on or off: give a number or a text")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        """Lays the values of the preset that is named under those that are given, of nested models too."""
+        if not (isinstance(given, dict) and given.get("preset")):
+            return given
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items()}
+        named = {
+            name: {"preset": given["preset"], **dict(given.get(name, ()))}
+            for name, part in defaults.items()
+            if isinstance(part, Params) and "preset" in type(part).model_fields
+        }
+        return laid_under(given["preset"], [kind.__name__ for kind in cls.__mro__], given, defaults) | named
+
+    def at(self, when: Instant) -> Self:
+        """The same with dates in place of rolling windows of time, as they are at `when`."""
+        rolling = {name: value.at(when) for name, value in self if isinstance(value, Params)}
+        return self.model_copy(update=rolling) if rolling else self
+
 
 class SampleParams(Params):
     """Where, when and how many patches."""
@@ -76,7 +98,10 @@ class SampleParams(Params):
     source: str | None = None
     """For `class` a GeoTIFF in longitude and latitude, 0 no class; for `list` a CSV or Parquet with lon and lat."""
     datetime: str = "2021-01-01/2022-12-31"
-    """Time window: a day, a month, a year, or two with / between, as 2021-01-01/2021-12-31; .. is an open end."""
+    """Time window: a day, a month, a year, or two with / between, as 2021-01-01/2021-12-31, .. for an open end; or a
+    rolling one: `last 90 days`, `previous month`, `previous season`, `previous year`."""
+    line: str = Field("", pattern=LINE)
+    """Name of the line of products that it belongs to, and what is made of it; `newest:NAME` finds them."""
     max_cloud_percent: float = Field(60.0, ge=0, le=100)
     """Largest cloud cover of a scene."""
     scene: Literal["least-cloudy", "nearest", "seasons"] = "least-cloudy"
@@ -105,6 +130,8 @@ class SampleParams(Params):
     """Patches in one shard, which is one unit of work."""
     max_failed_fraction: float = Field(0.02, ge=0, le=1)
     """Share of the cells or shards that may fail before the others are given up; a rerun does those that failed."""
+    preset: Preset | None = Field(None, exclude=True)
+    """Parameters for a try, a continent or the globe: of all fields here that are left at their default."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -127,8 +154,17 @@ class SampleParams(Params):
     @field_validator("datetime")
     @classmethod
     def _interval(cls, text: str) -> str:
-        Interval.parse(text)
+        if windows.is_rolling(text):
+            windows.fixed(text, datetime.datetime.now(datetime.UTC))
+        else:
+            Interval.parse(text)
         return text
+
+    def at(self, when: Instant) -> Self:
+        """The same with dates in place of a rolling window of time."""
+        if not windows.is_rolling(self.datetime):
+            return self
+        return self.model_copy(update={"datetime": windows.fixed(self.datetime, when)})
 
     @field_validator("date")
     @classmethod
@@ -190,6 +226,8 @@ class TrainParams(Params):
     """Where to train; auto takes the first of cuda, mps and cpu that is there."""
     precision: Literal["float32", "bf16"] = "float32"
     """Of the matrix products above the harmonics; bf16 is for GPUs."""
+    preset: Preset | None = Field(None, exclude=True)
+    """Parameters for a try, a continent or the globe: of all fields here that are left at their default."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -265,6 +303,8 @@ class PublishParams(Params):
     """Makes the grid its line's latest, which readers open, once it is good; false: `rangegrid grid promote` does."""
     drift_alert: float = Field(0.1, ge=0, le=2)
     """Turn of the vectors since the latest grid, 1 - mean cosine, from which an event is sent."""
+    preset: Preset | None = Field(None, exclude=True)
+    """Parameters for a try, a continent or the globe: of all fields here that are left at their default."""
 
     @field_validator("crs")
     @classmethod
@@ -396,6 +436,8 @@ class EvaluateParams(EmbedderParams):
     """Scored places with a training place this near are counted as near-duplicates."""
     seed: Seed = 2
     """Seed of the places that are drawn; another one than the sample's."""
+    preset: Preset | None = Field(None, exclude=True)
+    """Parameters for a try, a continent or the globe: of all fields here that are left at their default."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -429,6 +471,8 @@ class AblateParams(EvaluateParams):
 class PipelineParams(Params):
     """The parameters of every step."""
 
+    preset: Preset | None = Field(None, exclude=True)
+    """Parameters for a try, a continent or the globe: of all fields here that are left at their default."""
     sample: SampleParams = Field(default_factory=SampleParams)
     """Where, when and how many patches."""
     train: TrainParams = Field(default_factory=TrainParams)

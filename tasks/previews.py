@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from infra import storage
 from tasks import grids
 from tasks.artifacts import keep_picture
+from tasks.cards import GRID
 from tasks.core.grid import GridSpec, Tile
 from tasks.core.land import land_mask
 from tasks.pictures import geotiff, layer_map, principal_axes, principal_colours, world_map
-from tasks.tiles import GRID, Job, land_tiles
+from tasks.tiles import Job, land_tiles
 from tasks.units import run_units
 
 MOST_DRAWN = 500_000  # cells: as many as the picture has pixels

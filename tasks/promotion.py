@@ -5,7 +5,7 @@ from prefect.events import emit_event
 from infra import storage
 from infra.errors import UserError
 from tasks import versions
-from tasks.cards import home_of
+from tasks.cards import home_of, name_of
 from tasks.comparison import drift
 from tasks.gate import CARD, Card, gate
 from tasks.units import in_run, log
@@ -48,7 +48,7 @@ def read_scores(grid: str) -> Card | None:
 
 def promote_unless_withdrawn(grid: str, since: versions.Pointer, drift_alert: float) -> bool:
     """Makes a version the latest, unless it was rolled back: that decision is a person's, and so is its end."""
-    if versions.name_of(grid) in versions.read_pointer(since.line)[0].withdrawn:
+    if name_of(grid) in versions.read_pointer(since.line)[0].withdrawn:
         log().warning("%s was rolled back, and is not promoted again but by `rangegrid grid promote`", grid)
         return False
     found = tell_drift(since.grid, grid, drift_alert) if since.grid not in ("", grid) else {}
@@ -89,5 +89,5 @@ def send_drifted(old: str, new: str, found: dict[str, float], told: str) -> None
     )
     log().warning("%s: %s", new, message)
     if in_run():
-        resource = {"prefect.resource.id": f"rangegrid.grid.{versions.name_of(new)}", "prefect.resource.name": new}
+        resource = {"prefect.resource.id": f"rangegrid.grid.{name_of(new)}", "prefect.resource.name": new}
         emit_event(DRIFTED, resource, payload=found | {"old": old, "message": message})

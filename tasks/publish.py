@@ -16,7 +16,7 @@ from infra.errors import UserError
 from infra.settings import settings
 from tasks import conventions, grids, versions
 from tasks.artifacts import keep_table, opening, show_places
-from tasks.cards import FORMER_LAND, fingerprint, is_finished, product_url, read_card, write_card
+from tasks.cards import FORMER_LAND, GRID, fingerprint, home_of, is_finished, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
 from tasks.core.grid import Tile
@@ -33,9 +33,9 @@ from tasks.seas import fill_seas
 from tasks.shards import Part, parts_of, publish_in_parts
 from tasks.stac import ITEM, write_item
 from tasks.survey import Survey, kernels, survey
-from tasks.tiles import GRID, Job, land_tiles, publish_tile
+from tasks.tiles import Job, land_tiles, publish_tile
 from tasks.units import Work, counted, log, run_units
-from tasks.updates import home_of, kept_sums, read_parent, update_tile, write_changes
+from tasks.updates import kept_sums, read_parent, update_tile, write_changes
 from tasks.validation import refuse, validate_grid
 
 

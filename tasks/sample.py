@@ -33,6 +33,7 @@ from tasks.artifacts import keep_picture, keep_table
 from tasks.cards import fingerprint, is_finished, product_url, write_card
 from tasks.core.sampling import grid_zone
 from tasks.estimate import Cost, beside, estimate, spent
+from tasks.newest import enter
 from tasks.params import SampleParams
 from tasks.pictures import sample_map
 from tasks.places import draw, source_digest
@@ -68,10 +69,11 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         UserError: The catalog does not answer, has nothing that fits, or storage cannot be written.
     """
     sources = [[unsigned(c.url), c.collection] for c in catalogs()]
-    made_of = {"catalogs": sources, **params.model_dump(), **source_digest(params)}
+    made_of = {"catalogs": sources, **params.model_dump(exclude={"line"}), **source_digest(params)}
     url = product_url("patches", made_of)
     if is_finished(url):
         log().info("%s is there already", url)
+        enter(url, "patches", params.line)
         return url
     planned = estimate(params, settings().workers)
     source = attribution()
@@ -93,6 +95,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         "patches",
         fingerprint=fingerprint(made_of),
         made_of=made_of,
+        line=params.line,
         attribution=source,
         tried=len(run.screened),
         rejected=run.rejected,

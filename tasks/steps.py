@@ -1,12 +1,12 @@
-"""The steps as Prefect tasks: plain functions first, seen in the UI second.
+"""The steps as Prefect tasks: plain functions first, seen in the UI second, where there is a server.
 
 They take and return URLs and parameters, never arrays. Nothing is cached by Prefect: every step derives what
 is left to do from what is stored, so a step that is tried again does only the rest.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
@@ -18,7 +18,9 @@ from infra import clusters, workers
 from infra.errors import may_pass
 from tasks import ablate, encode, evaluate, promotion, publish, sample, train, versions
 from tasks.artifacts import reported
-from tasks.units import Work, note
+from tasks.units import Work, in_run, note
+
+R = TypeVar("R")
 
 RETRIES = 3
 BACKOFF = 30  # seconds before the first further attempt; each wait is twice the one before
@@ -38,14 +40,14 @@ def on_cluster(step: Callable[..., str]) -> Callable[..., str]:
         with clusters.connect() as client:
             url = step(client, *arguments)
             limit, most = workers.peak(client)
-            note(Work("bytes of memory in a worker", limit, done=most))
+            note(Work("memory of a worker", None, done=most, limit=limit or None, bytes=True))
             return url
 
     attempt.__name__, attempt.__qualname__, attempt.__doc__ = step.__name__, step.__qualname__, step.__doc__
     return attempt
 
 
-_step: Any = partial(
+_task: Any = partial(
     task,
     cache_policy=NO_CACHE,
     retries=RETRIES,
@@ -53,11 +55,24 @@ _step: Any = partial(
     retry_jitter_factor=JITTER,
     retry_condition_fn=may_mend,
 )
-sample_patches = _step(name="sample patches")(reported(on_cluster(sample.sample_patches)))
-train_model = _step(name="train model")(reported(on_cluster(train.train_model)))
-encode_database = _step(name="encode database")(reported(on_cluster(encode.encode_database)))
-publish_grid = _step(name="publish grid")(reported(on_cluster(publish.publish_grid)))
-evaluate_database = _step(name="evaluate database")(reported(evaluate.evaluate_database))
-ablate_database = _step(name="ablate database")(reported(ablate.ablate_database))
-promote_evaluated = _step(name="promote grid")(promotion.promote_evaluated)
-prune_grids = _step(name="prune grids")(versions.prune)
+
+
+def _step(name: str, function: Callable[..., R]) -> Callable[..., R]:
+    """The function as a task of the run that calls it; where none does, since no server is set, the function."""
+    seen = _task(function, name=name)
+
+    @wraps(function)
+    def step(*arguments: Any, **options: Any) -> R:
+        return (seen if in_run() else function)(*arguments, **options)
+
+    return step
+
+
+sample_patches = _step("sample patches", reported(on_cluster(sample.sample_patches)))
+train_model = _step("train model", reported(on_cluster(train.train_model)))
+encode_database = _step("encode database", reported(on_cluster(encode.encode_database)))
+publish_grid = _step("publish grid", reported(on_cluster(publish.publish_grid)))
+evaluate_database = _step("evaluate database", reported(evaluate.evaluate_database))
+ablate_database = _step("ablate database", reported(ablate.ablate_database))
+promote_evaluated = _step("promote grid", promotion.promote_evaluated)
+prune_grids = _step("prune grids", versions.prune)

@@ -32,6 +32,7 @@ from tasks.core.contrastive import (
 )
 from tasks.core.location import LocationEncoder
 from tasks.features import StoredFeatures, encode_features, features_url, identity, open_encoder, open_store
+from tasks.newest import inherit
 from tasks.params import TrainParams
 from tasks.pictures import loss_curve
 from tasks.units import log, progress
@@ -82,6 +83,7 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
     state = storage.join(url, "training.pt")
     if is_finished(url):
         storage.delete(state)  # of a run that ended between its card and this
+        inherit(url, "checkpoint", patches)
         return url
     with processes(params.device) as device:
         lonlat, held_out = split(patches, params)
@@ -98,6 +100,7 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
         if client is not None:
             encoder = open_encoder(features, patches, params.encoder.name)
             _save(url, trainer, encoder, source, made_of)
+            inherit(url, "checkpoint", patches)
             storage.delete(state)
     return url
 
@@ -114,6 +117,7 @@ def _save(url: str, trainer: Trainer, encoder: Any, source: dict[str, Any], made
         encoder,
         patches=source["fingerprint"],
         attribution=attribution,
+        line=source.get("line", ""),
         made_of=made_of,
         metrics=vars(trainer.result),
         history=history,

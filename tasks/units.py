@@ -5,11 +5,15 @@ may run a unit twice when a worker dies, a rerun does only what is left, and two
 """
 
 import logging
+import math
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -27,6 +31,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 RETRIES = 2  # of one unit, after an error or the death of its worker
+EVERY = 60.0  # seconds between the lines that tell where no terminal shows progress
 ARTIFACT_STEPS = 50  # updates of a progress artifact in one run: each costs a request to the server
 
 
@@ -36,14 +41,18 @@ class Work:
 
     name: str
     """What is counted."""
-    planned: int
-    """How many."""
+    planned: int | None
+    """How many; none, where nobody planned it."""
     there: int = 0
     """Of these, what earlier runs did."""
     done: int = 0
     """What this run did."""
     seconds: float = 0.0
     """Time that it took."""
+    limit: int | None = None
+    """What there may be at most."""
+    bytes: bool = False
+    """Whether bytes are counted."""
 
 
 REPORTED: ContextVar[list[Work] | None] = ContextVar("reported", default=None)  # parts of the run that is reported
@@ -172,7 +181,7 @@ def _failed(label: str, failures: list[Failure], total: int) -> UserError:
 
 @contextmanager
 def progress(label: str, total: int, there: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar in the terminal and, inside a Prefect run, a progress artifact and a part of the run's report.
+    """A progress bar in the terminal, lines in a log; in a Prefect run an artifact, and a part of the run's report.
 
     Args:
         label: What is done.
@@ -183,8 +192,9 @@ def progress(label: str, total: int, there: int = 0) -> Iterator[Callable[..., N
         A function to call with the number of units just done and, where there is more to tell, a short note.
     """
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    artifact = _Artifact(label, total, there)
-    with _Noted(*columns, console=Console(stderr=True)) as bars, counted(Work(label, total, there)) as part:
+    artifact, console = _Artifact(label, total, there), Console(stderr=True)
+    bars = _Noted(*columns, console=console, disable=not console.is_terminal)
+    with bars, counted(Work(label, total, there)) as part, _lines(part, console):
         bar = bars.add_task(label, total=total, completed=there, note="")
 
         def advance(done: int, note: str = "") -> None:
@@ -195,6 +205,40 @@ def progress(label: str, total: int, there: int = 0) -> Iterator[Callable[..., N
         yield advance
         bars.update(bar, completed=total)  # what ends early, as training may, has ended all the same
     artifact.finish()
+
+
+@contextmanager
+def _lines(part: Work, console: Console) -> Iterator[None]:
+    """Where no terminal shows the bar, tells in lines how far a part of a run is: now, each minute, and at its end."""
+    if console.is_terminal:
+        yield
+        return
+    began, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        print(so_far(part, time.monotonic() - began), file=sys.stderr, flush=True)
+        while not ended.wait(EVERY):
+            print(so_far(part, time.monotonic() - began), file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+        print(so_far(part, time.monotonic() - began), file=sys.stderr, flush=True)
+
+
+def so_far(part: Work, seconds: float) -> str:
+    """How far a part of a run is after some seconds: `publish: 120 of 648, 0.52 a second, 0:16:55 left`."""
+    total = part.planned or 0
+    told = f"{part.name}: {part.there + part.done:,} of {total:,}"
+    if not part.done or not seconds:
+        return told
+    rate = part.done / seconds
+    left = timedelta(seconds=round(max(0, total - part.there - part.done) / rate))
+    return f"{told}, {rate:.3g} a second, {left} left"
 
 
 class _Noted(Progress):
@@ -243,6 +287,12 @@ def shown() -> Iterator[None]:
         yield
     except Exception as error:  # of the Prefect API or of the way to it
         log().warning("the UI is not told of this run's work (%s): the work goes on", type(error).__name__)
+
+
+def in_words(count: float) -> str:
+    """Bytes as `1.50 GB`: decimal, with three digits or more."""
+    power = min(4, int(math.log10(max(count, 1)) // 3))
+    return f"{count / 1000**power:,.2f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def in_run() -> bool:

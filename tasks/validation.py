@@ -20,7 +20,7 @@ from infra import storage
 from infra.errors import UserError
 from tasks import arrays, grids
 from tasks.audit import Finding
-from tasks.cards import FORMER_LAND, fingerprint
+from tasks.cards import FORMER_LAND, fingerprint, home_of, name_of
 from tasks.checkpoint import load_checkpoint
 from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
@@ -32,8 +32,6 @@ from tasks.lines import FORMER
 from tasks.params import PublishParams
 from tasks.tiles import SUMS, land_cells, land_tiles
 from tasks.units import run_units
-from tasks.updates import home_of
-from tasks.versions import name_of
 
 CANARIES = 24  # cells that are computed again
 BATCH = 64  # objects that are decoded as one unit

@@ -197,7 +197,7 @@ def test_a_run_is_started_watched_mended_and_retried_and_resumes(page, products,
     keep(page, "5-failed")
     assert "check AWS_ACCESS_KEY_ID" in told
     assert "A rerun does it again and keeps what succeeded" in told
-    (run,) = [run for run in runs() if run.name == RUN]
+    (run,) = [run for run in runs() if run.name.startswith(RUN)]
     grid = re.search(r"s3://\S+/grid\.zarr", said(page, rf"s3://\S+: {TILES} tiles of land, 0 already there")[0])[0]
     before = tiles(grid)
     assert 0 < len(before) < TILES

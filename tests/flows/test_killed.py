@@ -14,9 +14,9 @@ from flows.train import train
 from infra import storage
 from infra.reconcile import reconcile
 from tasks import versions
+from tasks.cards import home_of
 from tasks.params import EncodeParams, EncoderParams, EvaluateParams, PipelineParams, PublishParams, TrainParams
 from tasks.patches import open_patches
-from tasks.updates import home_of
 from tests import invariants
 from tests.flows.test_pipeline import SAMPLE
 from tests.station import Station, kill, start, state

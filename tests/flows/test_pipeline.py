@@ -125,8 +125,10 @@ def test_each_step_tells_its_plan_and_what_came_of_it(made):
         row = tables[key][what]
         assert (row["planned"], row["already there"], row["done"]) == (count, 0, count), what
         assert row["seconds"] > 0
-        assert tables[key]["bytes stored"]["done"] > 100
-    assert tables["publish-grid-run"]["bytes of memory in a worker"]["done"] > 5e7
+        assert re.fullmatch(r"[\d.]{4,6} [kM]B", tables[key]["stored"]["done"]), tables[key]["stored"]
+    memory = tables["publish-grid-run"]["memory of a worker"]
+    assert memory["planned"] is None
+    assert all(re.fullmatch(r"[\d.]{4,6} [MG]B", memory[column]) for column in ("limit", "done")), memory
 
 
 def test_the_grid_has_its_score_card(made):

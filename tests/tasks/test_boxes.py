@@ -20,7 +20,7 @@ from pystac.validation import validate_dict
 from infra import clusters, storage
 from infra.errors import UserError
 from tasks import comparison, validation, versions
-from tasks.cards import read_card
+from tasks.cards import home_of, read_card
 from tasks.checkpoint import load_checkpoint
 from tasks.core.land import is_land, land_mask
 from tasks.core.retrieval import Method, RetrievalIndex, embed
@@ -29,7 +29,6 @@ from tasks.grid_sampling import sample_grid
 from tasks.grids import open_spec, open_vectors, write_tile
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
-from tasks.updates import home_of
 from tests.core.test_retrieval import close
 from tests.tasks.test_publish import DIM, VALUES, inputs
 from tests.tasks.test_reading_recipes import ALONE

@@ -14,7 +14,7 @@ from infra import clusters, storage
 from infra.errors import UserError
 from tasks import previews, updates
 from tasks import tiles as tiles_module
-from tasks.cards import read_card
+from tasks.cards import home_of, read_card
 from tasks.checkpoint import save_checkpoint
 from tasks.core import retrieval
 from tasks.core.evidence import evidence
@@ -30,7 +30,6 @@ from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tasks.survey import survey
 from tasks.tiles import Job
-from tasks.updates import home_of
 from tasks.validation import validate_grid
 from tests.core.test_land import cities
 from tests.core.test_retrieval import close, database

@@ -11,7 +11,8 @@ from prefect import flow
 
 from infra import clusters
 from infra.errors import Unavailable, UserError
-from tasks.units import REPORTED, UnitsFailed, progress, run_units
+from tasks import units
+from tasks.units import REPORTED, UnitsFailed, Work, in_words, progress, run_units, so_far
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,10 @@ def client():
 def slowest_first(n):
     time.sleep(0.01 * (5 - n))
     return n
+
+
+def sleeps(seconds):
+    time.sleep(seconds)
 
 
 def fails_once(directory, n):
@@ -125,3 +130,31 @@ def test_what_only_the_user_can_mend_is_no_outage(client):
 def test_an_outage_among_the_causes_is_tried_again(client):
     with pytest.raises(UnitsFailed, match="the archive rests"):
         run_units(client, partial(refuses, Unavailable("the archive rests")), [1], label="outage")
+
+
+def test_where_no_terminal_is_lines_tell_how_far_the_work_is(client, capfd, monkeypatch):
+    """At the start, at every interval also while one unit takes long, and at the end."""
+    monkeypatch.setattr(units, "EVERY", 0.05)
+    run_units(client, sleeps, [0.5, 0.5, 0.5], label="slow", there=7)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("slow:")]
+    assert lines[0] == "slow: 7 of 10"
+    assert len(lines) > 5
+    said = re.compile(r"slow: (\d+) of 10(?:, ([\d.]+) a second, 0:00:(\d\d) left)?")
+    counts = [int(said.fullmatch(line)[1]) for line in lines]
+    assert counts == sorted(counts)
+    assert counts[-1] == 10
+    for line, count in zip(lines, counts, strict=True):
+        assert (said.fullmatch(line)[2] is None) == (count == 7)
+
+
+def test_rate_and_time_left_are_of_what_this_run_does():
+    work = Work("publish", 648, there=600, done=12)
+    assert so_far(work, 24) == "publish: 612 of 648, 0.5 a second, 0:01:12 left"
+    assert so_far(Work("train", 1500, done=1500), 3) == "train: 1,500 of 1,500, 500 a second, 0:00:00 left"
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0.00 B"), (999, "999.00 B"), (1000, "1.00 kB"), (64e9, "64.00 GB"), (5e15, "5,000.00 TB")]
+)
+def test_bytes_are_told_in_words(count, words):
+    assert in_words(count) == words

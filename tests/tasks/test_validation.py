@@ -8,14 +8,13 @@ import zarr
 from infra import clusters, storage
 from infra.errors import UserError
 from tasks import grids, validation, versions
-from tasks.cards import read_card
+from tasks.cards import home_of, read_card
 from tasks.core.grid import GridSpec
 from tasks.core.retrieval import Method, unit_vectors
 from tasks.database import read_rows
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tasks.tiles import land_tiles
-from tasks.updates import home_of
 from tests.core.test_retrieval import brute_force
 from tests.tasks.test_publish import DIM, VALUES, inputs
 

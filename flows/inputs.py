@@ -1,0 +1,60 @@
+"""What a run builds on: what its parameters leave open is looked up once, told, and kept by whoever runs it again."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
+from prefect.runtime import flow_run
+
+from tasks.artifacts import show_table
+from tasks.newest import resolve
+from tasks.units import log
+
+
+def settle(**parameters: Any) -> Any:
+    """A flow's parameters with dates in place of rolling windows, and URLs in place of `newest`.
+
+    Inside a run, its own parameters are replaced by these: they are seen on its page, and whatever runs it again, a
+    retry or a person, finds them.
+
+    Args:
+        **parameters: All of the flow's parameters, by name.
+
+    Returns:
+        Their values in the same order; of a single one, the value.
+
+    Raises:
+        UserError: There is nothing yet that is newest.
+    """
+    fixed = resolve(parameters, flow_run.scheduled_start_time)
+    if fixed != parameters:
+        _tell(parameters, fixed)
+    return tuple(fixed.values()) if len(fixed) > 1 else next(iter(fixed.values()))
+
+
+def _tell(asked: dict[str, Any], fixed: dict[str, Any]) -> None:
+    before, after = dict(_leaves(asked)), dict(_leaves(fixed))
+    rows = [
+        {"parameter": name, "asked": before[name], "fixed": value}
+        for name, value in after.items()
+        if value != before[name]
+    ]
+    for row in rows:
+        log().warning("%s: %s is %s", *row.values())
+    if (context := FlowRunContext.get()) and context.flow and context.flow_run:
+        show_table(rows, "inputs", "What was left open, as it was looked up at the first attempt of this run")
+        name = str(context.flow.flow_run_name).format(**fixed)
+        with get_client(sync_client=True) as client:
+            kept = context.flow.serialize_parameters(fixed)
+            client.update_flow_run(context.flow_run.id, parameters=kept, name=name)
+
+
+def _leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The single values in nested parameters, by dotted names."""
+    for name, value in values.items():
+        content = value.model_dump() if hasattr(value, "model_dump") else value
+        if isinstance(content, dict):
+            yield from _leaves(content, f"{path}{name}.")
+        else:
+            yield path + name, content

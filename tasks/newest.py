@@ -1,0 +1,136 @@
+"""Lines of products, and the newest product of one: what a schedule builds on instead of a fixed URL.
+
+A product is in the line that its card names, which is that of what it is made of; a sample's is its parameter `line`.
+The line is no part of a fingerprint: where a run of another line finds its product there already, a mark beside the
+card, `lines/<line>`, puts the product into that line too.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any
+
+from infra import storage
+from infra.errors import UserError
+from infra.settings import settings
+from tasks.cards import GRID, read_card
+from tasks.params import Params
+
+NEWEST = "newest"
+DIRECTORIES = {"patches": "patches", "checkpoint": "checkpoints", "database": "databases", "grid": "grids"}
+UNNAMED = "-"  # the mark of the line without a name
+READS = 16  # cards read at a time
+
+Card = dict[str, Any]
+
+
+def is_newest(text: Any) -> bool:
+    """Whether a URL is left open: `newest`, or `newest:LINE`."""
+    return isinstance(text, str) and text.partition(":")[0] == NEWEST
+
+
+def lines_of(url: str, kind: str) -> dict[str, datetime]:
+    """The lines that a finished product is in, and since when."""
+    marks = storage.names(storage.join(url, "lines"))
+    places = {"" if mark == UNNAMED else mark: storage.join(url, "lines", mark) for mark in marks}
+    places[read_card(url, kind).get("line") or ""] = storage.join(url, "card.json")
+    return {line: storage.modified(place) for line, place in places.items()}
+
+
+def enter(url: str, kind: str, line: str) -> None:
+    """Puts a finished product into a line, unless it is in it."""
+    if line not in lines_of(url, kind):
+        storage.create(storage.join(url, "lines", line or UNNAMED), b"{}")
+
+
+def inherit(url: str, kind: str, patches: str) -> None:
+    """Puts a finished product into the lines of the patches that it was made of."""
+    for line in lines_of(patches, "patches"):
+        enter(url, kind, line)
+
+
+def resolve(asked: Mapping[str, Any], at: datetime) -> dict[str, Any]:
+    """The parameters of a run without what was left open.
+
+    Args:
+        asked: URLs by the parameters' names, and parameter models.
+        at: When the run was due: rolling windows of time end there.
+
+    Returns:
+        The same with dates in place of rolling windows, and in place of `newest` the product of that kind which was
+        finished last in its line; of a database the checkpoint and the grid that belong to it.
+
+    Raises:
+        UserError: The line has no such product yet.
+    """
+    found: dict[str, Any] = {
+        name: value.at(at) if isinstance(value, Params) else value for name, value in asked.items()
+    }
+    if is_newest(found.get("patches")):
+        found["patches"] = newest("patches", found["patches"])
+    if is_newest(found.get("database")):
+        found["database"] = newest("database", found["database"], _of_checkpoint(found.get("checkpoint")))
+    if is_newest(found.get("checkpoint")):
+        found["checkpoint"] = _checkpoint(found["checkpoint"], found.get("database"))
+    if is_newest(found.get("grid")):
+        database = found.get("database")
+        made = (lambda card: card["database"] == database) if database else _any
+        found["grid"] = storage.join(
+            newest("grid", found["grid"], made, everywhere=bool(database) or ":" not in found["grid"]), GRID
+        )
+    return found
+
+
+def _any(_: Card) -> bool:
+    return True
+
+
+def _of_checkpoint(checkpoint: str | None) -> Callable[[Card], bool]:
+    """Whether a database is of the checkpoint, where one is given by its URL."""
+    if checkpoint is None or is_newest(checkpoint):
+        return _any
+    ours = read_card(checkpoint, "checkpoint")["fingerprint"]
+    return lambda card: card["checkpoint"] == ours
+
+
+def _checkpoint(asked: str, database: str | None) -> str:
+    """The newest checkpoint of a line; beside a database the one that its keys live in, of whatever line."""
+    if database is None:
+        return newest("checkpoint", asked)
+    wanted = read_card(database, "database")["checkpoint"]
+    return newest("checkpoint", asked, lambda card: card["fingerprint"] == wanted, everywhere=True)
+
+
+def newest(kind: str, asked: str, fits: Callable[[Card], bool] = _any, *, everywhere: bool = False) -> str:
+    """The URL of the product of a kind that was finished last.
+
+    Args:
+        kind: patches, checkpoint, database or grid.
+        asked: `newest`, for products without a line, or `newest:LINE`.
+        fits: Whether a product comes into question, by its card.
+        everywhere: In whatever line.
+
+    Raises:
+        UserError: There is none.
+    """
+    line = asked.partition(":")[2]
+    home = storage.join(settings().storage_url, DIRECTORIES[kind])
+
+    def finished(name: str) -> tuple[datetime, str] | None:
+        url = storage.join(home, name)
+        try:
+            card, lines = read_card(url, kind), lines_of(url, kind)
+        except (UserError, OSError):  # unfinished, deleted meanwhile, or no product
+            return None
+        times = list(lines.values()) if everywhere else [lines[line]] if line in lines else []
+        return (max(times), url) if times and fits(card) else None
+
+    with ThreadPoolExecutor(READS) as pool:
+        found = [one for one in pool.map(finished, storage.names(home)) if one]
+    if not found:
+        named = f"the line {line!r}" if line else "the line without a name"
+        raise UserError(
+            f"{asked!r}: no finished {kind} of {named} is under {home} that fits: run the step that makes it, or "
+            "give a URL"
+        )
+    return max(found)[1]

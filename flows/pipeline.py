@@ -1,8 +1,11 @@
 """Deployment `pipeline`: everything in order, from a STAC catalog to a scored global grid."""
 
+import time
+from datetime import timedelta
 from typing import Any
 
-from prefect import flow
+from prefect import Flow, flow
+from prefect.states import Completed
 
 from flows.deployed import HOUR, in_deployment, run_deployed
 from flows.encode import encode
@@ -12,13 +15,17 @@ from flows.publish import publish
 from flows.sample import sample
 from flows.started import start
 from flows.train import train
-from infra import clusters
+from infra import clusters, storage
+from infra.errors import UserError
+from tasks.artifacts import show_table
+from tasks.cards import home_of
 from tasks.params import PipelineParams
 from tasks.steps import promote_evaluated
+from tasks.units import in_run, in_words
 
 
 @flow(name="pipeline", flow_run_name="pipeline, {params.sample.patches} patches", timeout_seconds=168 * HOUR)
-def pipeline(params: PipelineParams = PipelineParams()) -> dict[str, str]:
+def pipeline(params: PipelineParams = PipelineParams()) -> Any:
     """Runs sample, train, encode, publish and evaluate, each of which resumes; then the gate, and the promotion.
 
     As a deployment, it runs each step as a deployment too; else all here, on one cluster.
@@ -30,25 +37,59 @@ def pipeline(params: PipelineParams = PipelineParams()) -> dict[str, str]:
         The URLs of the patches, checkpoint, database, grid and report.
     """
     params = settle(params=params)
-    if in_deployment():
-        return run_steps(params, run_deployed)
-    with clusters.connect():
-        return run_steps(params, start)
+    rows: list[dict[str, Any]] = []
+    try:
+        if in_deployment():
+            urls = run_steps(params, run_deployed, rows)
+        else:
+            with clusters.connect():
+                urls = run_steps(params, start, rows)
+    finally:
+        show_table(rows, "pipeline", "What was made, at what cost, and what the gate said")
+    message = f"{urls['grid']}: {rows[-1]['what it is']}"
+    return Completed(message=message, data=urls) if in_run() else urls
 
 
-def run_steps(params: PipelineParams, run: Any) -> dict[str, str]:
-    """The steps in order; `run(flow, *arguments)` runs one and returns the URL of its product."""
-    patches = run(sample, params.sample)
-    checkpoint = run(train, patches, params.train)
-    database = run(encode, patches, checkpoint, params.encode)
-    grid = run(publish, checkpoint, database, params.publish.model_copy(update={"promote": False}))
-    report = run(evaluate, checkpoint, database, params.evaluate, grid)
-    if params.publish.promote:
-        promote_evaluated(grid, params.gate_margin, params.publish.drift_alert)
-    return {
-        "patches": patches,
-        "checkpoint": checkpoint,
-        "database": database,
-        "grid": grid,
-        "report": report,
-    }
+def run_steps(params: PipelineParams, run: Any, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The steps in order.
+
+    Args:
+        params: The parameters of every step.
+        run: `run(flow, *arguments)` runs a step and returns the URL of its product.
+        rows: Takes a row for each product, as it is made, and one for the gate.
+
+    Returns:
+        The URLs by product.
+    """
+    urls: dict[str, str] = {}
+
+    def make(product: str, step: Flow[..., str], *arguments: Any) -> str:
+        began = time.monotonic()
+        urls[product] = url = run(step, *arguments)
+        took = timedelta(seconds=round(time.monotonic() - began))
+        rows.append(_row(product, url, str(took), in_words(storage.size(home_of(url)))))
+        return url
+
+    patches = make("patches", sample, params.sample)
+    checkpoint = make("checkpoint", train, patches, params.train)
+    database = make("database", encode, patches, checkpoint, params.encode)
+    grid = make("grid", publish, checkpoint, database, params.publish.model_copy(update={"promote": False}))
+    make("report", evaluate, checkpoint, database, params.evaluate, grid)
+    try:
+        rows.append(_row("gate", _pass_gate(grid, params)))
+    except UserError as error:
+        rows.append(_row("gate", str(error)))
+        raise
+    return urls
+
+
+def _row(what: str, it_is: str, took: str = "", stored: str = "") -> dict[str, Any]:
+    return {"what": what, "what it is": it_is, "took": took, "stored": stored}
+
+
+def _pass_gate(grid: str, params: PipelineParams) -> str:
+    """Promotes the grid if its scores allow it, and tells in words what came of it."""
+    if not params.publish.promote:
+        return "not promoted, since `promote` is false"
+    promoted = promote_evaluated(grid, params.gate_margin, params.publish.drift_alert)
+    return "promoted: readers have it" if promoted else "not promoted again, since it was rolled back"

@@ -13,10 +13,6 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from PIL import Image
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.runtime import task_run
-
 from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
@@ -71,12 +67,20 @@ def keep_picture(url: str, png: bytes, key: str, description: str) -> str:
     storage.write(url, png)
     if in_run():
         text = f"![{description}]({_data_url(png)})\n\nFull size: {_linked(url)}\n"
-        with shown():
-            create_markdown_artifact(text, key=key, description=description)
+        _show_text(text, key=key, description=description)
     return url
 
 
+def _show_text(markdown: str, key: str, description: str) -> None:
+    from prefect.artifacts import create_markdown_artifact
+
+    with shown():
+        create_markdown_artifact(markdown, key=key, description=description)
+
+
 def _data_url(png: bytes) -> str:
+    from PIL import Image
+
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     picture.thumbnail((PREVIEW_WIDTH, PREVIEW_WIDTH))
     preview = io.BytesIO()
@@ -103,6 +107,8 @@ def web_address(url: str) -> str | None:
 def show_table(rows: list[dict[str, Any]], key: str, description: str) -> None:
     """Shows rows as the run's table artifact."""
     if in_run():
+        from prefect.artifacts import create_table_artifact
+
         with shown():
             create_table_artifact(rows, key=key, description=description)
 
@@ -111,8 +117,7 @@ def keep_table(url: str, markdown: str, key: str, description: str) -> str:
     """Writes a Markdown table to `url` and shows it as the run's artifact; returns `url`."""
     storage.write(url, markdown.encode())
     if in_run():
-        with shown():
-            create_markdown_artifact(f"{markdown}\n", key=key, description=description)
+        _show_text(f"{markdown}\n", key=key, description=description)
     return url
 
 
@@ -138,6 +143,8 @@ def reported(step: Callable[..., str]) -> Callable[..., str]:
 
 
 def _show_parts(step: str, parts: list[Work]) -> None:
+    from prefect.runtime import task_run
+
     title = f"Plan and actual; attempt {task_run.run_count}"
     show_table([_row(part) for part in parts], f"{step.replace('_', '-')}-run", title)
 
@@ -169,8 +176,7 @@ def show_places(places: dict[str, str], code: str, key: str, description: str) -
     if in_run():
         lines = [f"- {name}: {_linked(url)}" for name, url in places.items()]
         text = "\n".join([*lines, "", "```python", code, "```", ""])
-        with shown():
-            create_markdown_artifact(text, key=key, description=description)
+        _show_text(text, key=key, description=description)
 
 
 def opening(module: str, call: str, url: str) -> str:

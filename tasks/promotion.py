@@ -1,5 +1,7 @@
 """The last step of a version: it becomes the latest of its line, unless a person or its own scores speak against it."""
 
+from typing import Any
+
 from prefect.events import emit_event
 
 from infra import storage
@@ -10,7 +12,7 @@ from tasks.comparison import drift
 from tasks.gate import CARD, Card, gate
 from tasks.units import in_run, log
 
-DRIFTED = "rangegrid.grid.drifted"  # the event that `infra/automations.yaml` waits for
+DRIFTED, REFUSED = "rangegrid.grid.drifted", "rangegrid.grid.refused"  # events that `infra/automations.yaml` waits for
 
 
 def promote_evaluated(grid: str, margin: float, drift_alert: float) -> bool:
@@ -33,10 +35,12 @@ def promote_evaluated(grid: str, margin: float, drift_alert: float) -> bool:
         raise UserError(f"{grid} has no score card: evaluate it first, with `rangegrid evaluate … --grid {grid}`")
     current = read_scores(since.grid) if since.grid and since.grid != grid else None
     if refusals := gate(card, current, margin):
-        raise UserError(
+        message = (
             f"{grid} is not promoted ({'; '.join(map(str, refusals))}): readers keep "
             f"{since.grid or 'nothing'}. To promote it all the same: `rangegrid grid promote {grid}`"
         )
+        send(REFUSED, grid, {"message": message})
+        raise UserError(message)
     return promote_unless_withdrawn(grid, since, drift_alert)
 
 
@@ -82,12 +86,17 @@ def tell_drift(old: str, new: str, alert: float) -> dict[str, float]:
 
 
 def send_drifted(old: str, new: str, found: dict[str, float], told: str) -> None:
-    """Sends the event, to the server of the run."""
+    """Tells that the vectors turned, in the log and by an event."""
     message = (
         f"its vectors turned from those of {old} ({told}): train again what was trained on those, or go back with "
         "`rangegrid grid rollback`"
     )
     log().warning("%s: %s", new, message)
+    send(DRIFTED, new, {**found, "old": old, "message": message})
+
+
+def send(event: str, grid: str, payload: dict[str, Any]) -> None:
+    """Sends an event of a grid to the server of the run, if there is one."""
     if in_run():
-        resource = {"prefect.resource.id": f"rangegrid.grid.{name_of(new)}", "prefect.resource.name": new}
-        emit_event(DRIFTED, resource, payload=found | {"old": old, "message": message})
+        resource = {"prefect.resource.id": f"rangegrid.grid.{name_of(grid)}", "prefect.resource.name": grid}
+        emit_event(event, resource, payload=payload)

@@ -14,18 +14,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from distributed import Client, Future, as_completed
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.context import FlowRunContext, TaskRunContext
-from prefect.logging import get_run_logger
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from infra.errors import Unavailable, UserError, may_pass
+
+if TYPE_CHECKING:  # Dask and Prefect are slow to import, and most commands need neither
+    from distributed import Client, Future
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -80,7 +78,7 @@ class UnitsFailed(Unavailable):
 
 
 def run_units(
-    client: Client,
+    client: "Client",
     function: Callable[[T], R],
     units: Sequence[T],
     *,
@@ -112,8 +110,8 @@ def run_units(
 
 
 def follow(
-    client: Client,
-    futures: list[Future],
+    client: "Client",
+    futures: "list[Future]",
     units: Sequence[T],
     *,
     label: str,
@@ -122,6 +120,8 @@ def follow(
     max_failed_fraction: float = 0.0,
 ) -> list[Any]:
     """The results of units that were submitted, one future each: as `run_units`, which does both."""
+    from distributed import as_completed
+
     results: dict[int, Any] = {}
     failures: list[Failure] = []
     tell = log().debug if Console(stderr=True).is_terminal else log().info  # a terminal has the bar
@@ -256,10 +256,14 @@ class _Artifact:
         self.label, self.note = label, ""
         self.done, self.total = there, max(total, 1)
         self.shown = 100.0 * there / self.total
-        self.id: UUID | None = None
-        if in_run():
-            with shown():
-                self.id = create_progress_artifact(self.shown, description=label)
+        self.id = self._create() if in_run() else None
+
+    def _create(self) -> Any:
+        from prefect.artifacts import create_progress_artifact
+
+        with shown():
+            return create_progress_artifact(self.shown, description=self.label)
+        return None
 
     def advance(self, done: int, note: str) -> None:
         self.done, self.note = self.done + done, note
@@ -274,6 +278,8 @@ class _Artifact:
     def _show(self, percent: float) -> None:
         self.shown = percent
         if self.id is not None:
+            from prefect.artifacts import update_progress_artifact
+
             counted = f"{self.label}, {self.done:,} of {self.total:,}"  # the UI's cards show no more than this text
             described = f"{counted}: {self.note}" if self.note else counted
             with shown():
@@ -297,9 +303,17 @@ def in_words(count: float) -> str:
 
 def in_run() -> bool:
     """Whether this code runs inside a Prefect flow or task."""
+    if "prefect" not in sys.modules:
+        return False
+    from prefect.context import FlowRunContext, TaskRunContext
+
     return FlowRunContext.get() is not None or TaskRunContext.get() is not None
 
 
 def log() -> logging.Logger | logging.LoggerAdapter:
     """The run's logger inside a Prefect run, else the module's."""
-    return get_run_logger() if in_run() else logging.getLogger("rangegrid")
+    if not in_run():
+        return logging.getLogger("rangegrid")
+    from prefect.logging import get_run_logger
+
+    return get_run_logger()

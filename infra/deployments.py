@@ -62,8 +62,8 @@ def api_url() -> str:
 def silent(url: str | None, error: Exception) -> UserError:
     """Returns the error of a server that is not there, in one sentence."""
     return UserError(
-        f"no Prefect server answers at {url} ({type(error).__name__}): start it with `rangegrid serve`, or mend "
-        "PREFECT_API_URL"
+        f"no Prefect server answers at {url} ({type(error).__name__}): start it with `rangegrid serve`, mend "
+        "PREFECT_API_URL, or unset it: commands that make a product need no server"
     )
 
 

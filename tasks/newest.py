@@ -75,9 +75,7 @@ def resolve(asked: Mapping[str, Any], at: datetime) -> dict[str, Any]:
     if is_newest(found.get("grid")):
         database = found.get("database")
         made = (lambda card: card["database"] == database) if database else _any
-        found["grid"] = storage.join(
-            newest("grid", found["grid"], made, everywhere=bool(database) or ":" not in found["grid"]), GRID
-        )
+        found["grid"] = storage.join(newest("grid", found["grid"], made, everywhere=":" not in found["grid"]), GRID)
     return found
 
 

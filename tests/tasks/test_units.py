@@ -115,7 +115,7 @@ def test_a_display_that_fails_is_no_failure_of_the_work(client, prefect, monkeyp
         return run_units(client, slowest_first, range(5), label="order")
 
     for name in ("create_progress_artifact", "update_progress_artifact"):
-        monkeypatch.setattr(f"tasks.units.{name}", gone)
+        monkeypatch.setattr(f"prefect.artifacts.{name}", gone)
         assert work() == [0, 1, 2, 3, 4]
 
 

@@ -119,7 +119,7 @@ CSV = {
     "twice.csv": ("lon,lat,lon\n1,2,3\n", "has 2 columns 'lon': rename all but one"),
     "spaces.csv": ("lon lat\n1 2\n", "has no column 'lon' among lon lat"),
     "taken.csv": ("lon,lat,embedding\n1,2,3\n", "has a column 'embedding' already"),
-    "points.txt": ("lon,lat\n1,2\n", "is of no kind that can be read"),
+    "points.xlsx": ("lon,lat\n1,2\n", "is of no kind that can be read"),
     "broken.parquet": ("lon,lat\n1,2\n", "cannot be read as a table of points"),
 }
 

@@ -12,6 +12,7 @@ from flows.publish import publish
 from infra import clusters, storage
 from infra.errors import UserError
 from tasks.params import PublishParams
+from tasks.tiles import land_tiles
 from tests.proxy import Proxy, status
 from tests.tasks.test_faults import make_inputs
 
@@ -68,7 +69,7 @@ def test_credentials_are_nowhere(sandbox, home, monkeypatch, capfd):
                 publish(*inputs, PARAMS)
     printed = "".join(capfd.readouterr())
     places = {
-        "Prefect": (recorded(), f"{grid}: 17 tiles of land"),
+        "Prefect": (recorded(), f"{grid}: {len(land_tiles(PARAMS.spec))} tiles of land"),
         "graph": (b"".join(graph.seen), home),
         "storage": (stored(home), home),
         "terminal": (printed.encode(), "publish"),

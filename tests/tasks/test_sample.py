@@ -153,9 +153,9 @@ def test_tries_are_bounded(run):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lon,lat\n2,95\n", "row 0: lon 2.0, lat 95.0 is outside"),
-        ("x,y\n2,5\n", "give a CSV or Parquet with lon and lat"),
-        ("lon,lat\n2,nan\n", "is outside"),
+        ("lon,lat\n2,95\n", "no place in row 1: lon 2, lat 95. Latitude and longitude may be swapped"),
+        ("name,height\na,5\n", "has no column 'lon' among name, height"),
+        ("lon,lat\n2,nan\n", "no place in row 1: lon 2, lat nan. Leave out rows without a place"),
     ],
 )
 def test_a_wrong_list_is_refused_before_work(run, tmp_path, text, message):

@@ -1,5 +1,6 @@
 """A database over separately started workers, against the whole in one process."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -27,17 +28,17 @@ FEW = images(np.arange(ROWS))
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A scheduler and three workers, each a process of its own."""
+    """A scheduler and three workers, each a process of its own; none takes over a busy one's work, and so its part."""
     (port,) = servers.free_ports(1)
     address = f"tcp://{servers.HOST}:{port}"
     commands = [["scheduler", "--host", servers.HOST, "--port", str(port), "--no-dashboard"]]
     commands += [["worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]] * 3
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dask", *command], cwd=tmp_path_factory.mktemp("w"), stderr=subprocess.DEVNULL
-        )
-        for command in commands
-    ]
+    options = {
+        "cwd": tmp_path_factory.mktemp("w"),
+        "env": os.environ | {"DASK_DISTRIBUTED__SCHEDULER__WORK_STEALING": "False"},
+        "stderr": subprocess.DEVNULL,
+    }
+    started = [subprocess.Popen([sys.executable, "-m", "dask", *command], **options) for command in commands]
     with Client(address, timeout="60s") as client:
         client.wait_for_workers(3, timeout=120)
         yield client, started[1]

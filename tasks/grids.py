@@ -49,7 +49,7 @@ from infra import storage
 from infra.errors import UserError
 from tasks import arrays, conventions
 from tasks.core.compact import Projection
-from tasks.core.grid import GridSpec, Tile
+from tasks.core.grid import CHUNK_CELLS, GridSpec, Tile, check_tile
 from tasks.core.quantize import NODATA, DType, Scale, half
 
 VARIABLE = "embedding"
@@ -60,7 +60,7 @@ EVIDENCE = {
     "largest_weight": "largest weight of an image",
     "distance_km": "great-circle distance to the nearest image",
 }
-CHUNK_CELLS, CHUNK_DIMS = 20, 256  # of a chunk, 0.4 MB: of those measured the quickest for the reads in docs/grid.md
+CHUNK_DIMS = 256  # of a chunk, 0.4 MB with its cells: of those measured the quickest for the reads in docs/grid.md
 SHARD_BYTES, TILE_CELLS, MOST_CELLS = 50e6, 60, 480  # at least, of a shard; a tile's side is a multiple; at most
 ROOT = "zarr.json"  # of the group, with the metadata of all arrays
 
@@ -107,8 +107,11 @@ def template(
         placed = conventions.multiscale(spec, [level_name(level) for level in range(1, content.overviews + 1)])
     attrs = conventions.declared(placed | own, conventions.GEOEMB) | attrs
     if projection is not None:
-        dataset["components"] = ("value_dim", "compact_dim"), projection.components
-        dataset["mean"] = "value_dim", projection.mean
+        back = {
+            "components": (("value_dim", "compact_dim"), projection.components),
+            "mean": ("value_dim", projection.mean),
+        }
+        dataset = dataset.assign_coords(back)  # no variables: tools that clip or warp these want cells
         attrs["rangegrid:explained_variance"] = round(projection.explained, 6)
     return dataset.assign_attrs(attrs)
 
@@ -132,6 +135,8 @@ def _embedding(spec: GridSpec, content: Content) -> xr.Dataset:
         return xr.merge(parts, compat="override")
     found = _empty(spec, VARIABLE, "embedding_dim", sum(sizes.values()), {"long_name": "RANGE embedding"} | about)
     found[VARIABLE].encoding = {"dtype": content.dtype, "_FillValue": np.dtype(content.dtype).type(np.nan)}
+    if content.dtype == "float16":  # then xarray decodes to float32, which GDAL and most arithmetic want
+        found[VARIABLE].encoding["scale_factor"] = 1.0
     names = np.repeat(np.array(BLOCKS, dtype=object), list(sizes.values()))
     return found.assign_coords(block=("embedding_dim", names, {"long_name": "part of the embedding"}))
 
@@ -204,11 +209,10 @@ def create(
 def _stored(spec: GridSpec, array: xr.DataArray) -> dict[str, Any]:
     """How a variable is stored: chunks, shards, compression, and its nodata where no shard is."""
     chunk = min(CHUNK_CELLS, spec.tile)
-    if spec.tile % chunk:
-        raise UserError(
-            f"tile size {spec.tile} is not a multiple of the chunk of {chunk} cells: two chunks would share "
-            f"a shard's edge. Use {chunk * max(1, spec.tile // chunk)} or {chunk * (spec.tile // chunk + 1)}"
-        )
+    try:
+        check_tile(spec.tile)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     missing = array.encoding.get("_FillValue", np.float32(np.nan))
     packed = arrays.packed(BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"))  # docs/grid.md: what others would do
     stored = {"compressors": packed, "_FillValue": missing, "fill_value": missing}

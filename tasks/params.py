@@ -36,7 +36,6 @@ def _tell(schema: dict[str, Any]) -> None:
 
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what every generator of random numbers takes
-MOST_CELLS = 1 << 32  # of a grid: 0.005 degrees on the globe; which of them are land is kept in memory, a byte each
 
 
 class Params(BaseModel):
@@ -313,15 +312,14 @@ class PublishParams(Params):
 
         return Plane(crs).name
 
-    @model_validator(mode="after")
-    def _countable(self) -> Self:
-        cells = (self.east - self.west) / self.step * ((self.north - self.south) / self.step)
-        if cells > MOST_CELLS:
-            raise ValueError(
-                f"a step of {self.step:g} makes {cells:.3g} cells of the box, more than {MOST_CELLS:,}: give a larger "
-                "step, or publish boxes of their own"
-            )
-        return self
+    @field_validator("tile_cells")
+    @classmethod
+    def _whole_chunks(cls, cells: int | None) -> int | None:
+        from tasks.core.grid import check_tile  # here, as above
+
+        if cells is not None:
+            check_tile(cells)
+        return cells
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

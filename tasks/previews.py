@@ -13,7 +13,7 @@ from infra import storage
 from tasks import grids
 from tasks.artifacts import keep_picture
 from tasks.cards import GRID
-from tasks.core.grid import GridSpec, Tile
+from tasks.core.grid import CHUNK_CELLS, GridSpec, Tile
 from tasks.core.land import land_mask
 from tasks.pictures import geotiff, layer_map, principal_axes, principal_colours, world_map
 from tasks.tiles import Job, land_tiles
@@ -104,7 +104,7 @@ class Drawn:
 
 def axes_of(job: Job) -> NDArray[np.float32]:
     """The principal axes of a grid's embeddings, (dim, 3), by some blocks of its land."""
-    vectors, land, side = grids.open_vectors(job.grid), land_mask(job.spec), min(grids.CHUNK_CELLS, job.spec.tile)
+    vectors, land, side = grids.open_vectors(job.grid), land_mask(job.spec), min(CHUNK_CELLS, job.spec.tile)
     rows, columns = np.nonzero(land)
     blocks = np.unique(np.column_stack([rows, columns]) // side, axis=0)
     picked = np.random.default_rng(0).permutation(len(blocks))[:BLOCKS]

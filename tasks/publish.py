@@ -56,9 +56,7 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
             another run moved `latest` meanwhile.
     """
     card = read_pair(checkpoint, database)
-    most = min(card["images"], card["value_dim"])
-    if params.compact_dims and not params.parent and params.compact_dims > most:
-        raise UserError(f"--compact-dims {params.compact_dims}: the database's values have {most} components")
+    check_compact(params, card)
     params = settled(params, card)
     spec = params.spec
     tiles = land_tiles(spec)
@@ -109,6 +107,13 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     if params.promote:
         promote_unless_withdrawn(job.grid, since, params.drift_alert)
     return job.grid
+
+
+def check_compact(params: PublishParams, card: dict[str, Any]) -> None:
+    """Refuses more components than a database's values have."""
+    most = min(card["images"], card["value_dim"])
+    if params.compact_dims and not params.parent and params.compact_dims > most:
+        raise UserError(f"--compact-dims {params.compact_dims}: the database's values have {most} components")
 
 
 def settled(params: PublishParams, card: dict[str, Any]) -> PublishParams:
@@ -221,9 +226,8 @@ def find_projection(job: Job) -> Projection:
     """The parent's projection, whose space the sums are in, or the principal components of this database."""
     if job.parent:
         return grids.read_projection(storage.join(job.parent, GRID))
-    values, dims = stored_values(job.database), job.compact_dims
-    assert dims is not None  # for the type checker
-    return Projection.fit(values, dims)
+    assert job.compact_dims is not None  # for the type checker
+    return Projection.fit(stored_values(job.database), job.compact_dims)
 
 
 def warn_of_loss(job: Job) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infra.errors import UserError
 from tasks.cards import read_card
 from tasks.core.compact import Projection
 from tasks.core.field import DISTANCES_KM, FINER, Change, kernel_width_km, probe_places
@@ -136,7 +137,10 @@ def _warning(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 def _stored(part: NDArray[np.float32], scale: Scale | None) -> NDArray[np.float32]:
     """What a reader gets back."""
-    return scale.decode(scale.encode(part)) if scale else half(part).astype(np.float32)
+    try:
+        return scale.decode(scale.encode(part)) if scale else half(part).astype(np.float32)
+    except OverflowError as error:
+        raise UserError(f"{error}: publish float32 or int8") from None
 
 
 def _quantization(dtype: DType, scales: dict[str, Scale]) -> dict[str, Any]:

@@ -48,13 +48,37 @@ def evidence(
     if method.name == "none":
         raise ValueError("without retrieval an embedding rests on no image: there is no evidence to give")
     size, top = max(1, WEIGHTS // len(index)), min(top, len(index))
-    parts = []
+    images, largest = (np.empty(len(queries), np.float32) for _ in range(2))
+    best = np.empty((len(queries), top), np.int64)
+    room = Room.of(index, min(size, len(queries)))
     for start in range(0, len(queries), size):
         rows = slice(start, start + size)
-        parts.append(_summary(_weights(index, queries[rows], lonlat[rows], method), top))
-    images, largest, best = zip(*parts or [_summary(torch.empty(0, len(index)), top)], strict=True)
-    distance = distance_km(index, lonlat)
-    return Evidence(np.concatenate(images), np.concatenate(largest), distance, np.concatenate(best))
+        weights = _weights(index, queries[rows], lonlat[rows], method, room)
+        largest[rows] = weights.amax(1).cpu().numpy()
+        best[rows] = weights.topk(top, dim=1).indices.cpu().numpy()
+        images[rows] = torch.special.entr(weights, out=room.other[: len(weights)]).sum(1).exp().cpu().numpy()
+    return Evidence(images, largest, distance_km(index, lonlat), best)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the weights of one turn are computed in, and all turns after it.
+
+    New tensors for each turn, with the results between them, left the allocator gigabytes of gaps.
+    """
+
+    weights: Tensor
+    """(places, images)."""
+    other: Tensor
+    """(places, images)."""
+    places: Tensor
+    """(images, 3) unit vectors; float32 serves: a weight to 1e-5."""
+
+    @classmethod
+    def of(cls, index: RetrievalIndex, size: int) -> "Room":
+        """Room for so many places."""
+        weights, other = (index.keys.new_empty(size, len(index)) for _ in range(2))
+        return cls(weights, other, index.places.to(index.keys))
 
 
 def distance_km(index: RetrievalIndex, lonlat: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -63,23 +87,24 @@ def distance_km(index: RetrievalIndex, lonlat: NDArray[np.float64]) -> NDArray[n
     return 2 * EARTH_RADIUS_KM * np.arcsin(np.minimum(chord / 2, 1))
 
 
-def _summary(weights: Tensor, top: int) -> tuple[NDArray, NDArray, NDArray]:
-    images = torch.special.entr(weights).sum(1).exp()
-    best = weights.topk(top, dim=1).indices
-    return images.cpu().numpy(), weights.amax(1).cpu().numpy(), best.cpu().numpy()
-
-
 def _weights(
-    index: RetrievalIndex, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method
+    index: RetrievalIndex, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method, room: Room
 ) -> Tensor:
-    """The weight of every image for every place, (m, n); rows add to 1."""
+    """The weight of every image for every place, (m, n), in the first part of the room; rows add to 1."""
     g = torch.as_tensor(queries, dtype=index.dtype, device=index.device)
     if method.name in ("top1", "topk"):
         k = 1 if method.name == "top1" else min(method.k, len(index))
-        return g.new_zeros(len(g), len(index)).scatter_(1, index.nearest(queries, k)[1], 1 / k)
-    weights = torch.softmax(method.semantic * g @ index.keys.T, 1)
+        return room.weights[: len(g)].zero_().scatter_(1, index.nearest(queries, k)[1], 1 / k)
+    weights = _softmax(method.semantic * g, index.keys, room.weights[: len(g)])
     if not method.has_geodesic:
         return weights
-    x = torch.as_tensor(unit_vectors(lonlat), device=index.device).to(g)  # float32 serves: a weight to 1e-5
-    geodesic = torch.softmax(method.geodesic_temperature * x @ index.places.to(g).T, 1)
-    return geodesic.lerp_(weights, method.beta)
+    x = torch.as_tensor(unit_vectors(lonlat), device=index.device).to(g)
+    geodesic = _softmax(method.geodesic_temperature * x, room.places, room.other[: len(g)])
+    return weights.mul_(method.beta).add_(geodesic, alpha=1 - method.beta)
+
+
+def _softmax(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
+    """The softmax of queries' products with keys, in `out`."""
+    torch.mm(queries, keys.T, out=out)
+    out.sub_(out.amax(1, keepdim=True)).exp_()
+    return out.div_(out.sum(1, keepdim=True))

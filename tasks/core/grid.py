@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from tasks.core.plane import GLOBE, WGS84, Box, Plane
 
 Land = Literal["any", "centre"]
+CHUNK_CELLS = 20  # along one side of a chunk of the stored grid; of a tile that is smaller, its own side
+MOST_CELLS = 1 << 32  # 0.005 degrees on the globe; which of them are land is kept in memory, a byte each
+TRIED = 10_000  # numbers of cells that are tried for a step that fits
 WHOLE = 1e-9  # how far from a whole number a number of cells may be
 
 
@@ -63,8 +66,14 @@ class GridSpec:
                 f"the box {self.box} is not on the globe: give west from -180, at most 360 degrees to the east of it, "
                 "and latitudes within -90 and 90; a box across 180 degrees ends beyond it, as 170 to 190"
             )
+        wide, high = self.sides
+        cells = wide / self.step * (high / self.step) if self.step > 0 else 0.0
+        if cells > MOST_CELLS:
+            raise ValueError(
+                f"a step of {self.step:g} makes {cells:.3g} cells of the box, more than {MOST_CELLS:,}: give a larger "
+                "step, or publish boxes of their own"
+            )
         if not self.step > 0 or not all(_is_whole(side / self.step) for side in self.sides):
-            wide, high = self.sides
             raise ValueError(
                 f"a step of {self.step:g} does not divide the box of {wide:g} x {high:g} {unit}: use {self._fitting()}"
             )
@@ -75,7 +84,7 @@ class GridSpec:
         """A step near this one that divides the box, the shortest to write; else a box that this one divides."""
         wide, high = self.sides
         first = int(np.ceil(wide / self.step)) if 0 < self.step < wide else 1
-        steps = [wide / n for n in range(first, 2 * first + 1) if _is_whole(high * n / wide)]
+        steps = [wide / n for n in range(first, first + min(first, TRIED) + 1) if _is_whole(high * n / wide)]
         if steps:
             return f"a step of {min(steps, key=lambda step: len(repr(step)))!r}"
         west, south = (np.floor(edge / self.step) * self.step for edge in self.box[:2])
@@ -153,6 +162,20 @@ class GridSpec:
         """Cell centres of a tile, (rows, columns, 2) in degrees (lon, lat); NaN where the CRS has no place."""
         rows, columns = tile.window
         return self.plane.lonlat(np.stack(np.meshgrid(self.x[columns], self.y[rows]), axis=-1))
+
+
+def check_tile(cells: int) -> None:
+    """Refuses a side of tiles that chunks do not divide.
+
+    Raises:
+        ValueError: It tells the two nearest that fit.
+    """
+    chunk = min(CHUNK_CELLS, cells)
+    if cells % chunk:
+        raise ValueError(
+            f"tile size {cells} is not a multiple of the chunk of {chunk} cells: two chunks would share "
+            f"a shard's edge. Use {chunk * max(1, cells // chunk)} or {chunk * (cells // chunk + 1)}"
+        )
 
 
 def _is_whole(number: float) -> bool:

@@ -1,5 +1,8 @@
 """Evidence and compact products against float64, scikit-learn and pyproj."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from pyproj import Geod
@@ -9,6 +12,7 @@ from tasks.core.compact import Projection
 from tasks.core.evidence import evidence
 from tasks.core.retrieval import Method, RetrievalIndex, unit_vectors
 from tests.core.test_retrieval import RNG, SPECIAL, close, database, places, softmax, unit
+from tests.test_architecture import ROOT
 
 SPHERE = Geod(a=6371008.8, b=6371008.8)
 
@@ -86,3 +90,31 @@ def test_all_components_restore_the_values():
     close(projection.restore(projection.apply(values)), values, 1e-5)
     with pytest.raises(ValueError, match="values of length 6 have no 7 components"):
         Projection.fit(values, 7)
+
+
+MEMORY = """
+import threading
+import numpy as np
+import torch
+from tasks.core.evidence import evidence
+from tasks.core.retrieval import Method, RetrievalIndex
+from tests.benchmarks.memory import resident
+from tests.core.test_retrieval import unit
+
+torch.set_num_threads(1)
+rng = np.random.default_rng(0)
+images, places = (np.column_stack([rng.uniform(-180, 180, n), rng.uniform(-80, 80, n)]) for n in (4000, 5000))
+index = RetrievalIndex(unit(rng.normal(size=(4000, 32))), rng.normal(size=(4000, 8)).astype("f4"), images)
+queries, before = unit(rng.normal(size=(5000, 32))), resident("VmRSS")
+tiles = [threading.Thread(target=evidence, args=(index, queries, places, Method())) for _ in range(2)]
+[tile.start() for tile in tiles]
+[tile.join() for tile in tiles]
+print(resident("VmHWM") - before)
+"""
+
+
+def test_memory_is_that_of_one_turn():
+    """Two tiles of 5,000 places at once: 4 MB of places and two times 16 MB of weights each, not gigabytes of gaps."""
+    ran = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 200

@@ -5,6 +5,7 @@ github.com/zarr-conventions; tests hold a grid to them.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -79,16 +80,16 @@ def axes(spec: GridSpec) -> dict[str, Any]:
     return {y: (y, spec.y, about["Y"]), x: (x, spec.x, about["X"]), GRID_MAPPING: ((), np.int64(0), mapping)}
 
 
-def multiscale(spec: GridSpec, levels: list[str]) -> dict[str, Any]:
-    """Where the cells are of a grid and of its coarser levels, each in a group of that name, each of half the rows."""
-    attrs = declared(placed(spec), MULTISCALES)
-    whole = {"asset": ".", "spatial:shape": attrs.pop("spatial:shape")}
-    layout: list[dict[str, Any]] = [whole | {"spatial:transform": attrs.pop("spatial:transform")}]
-    for name in levels:
-        spec, source = spec.coarser, layout[-1]["asset"]
-        where = {key: placed(spec)[key] for key in ("spatial:shape", "spatial:transform")}
-        layout.append({"asset": name, "derived_from": source, "transform": {"scale": [2.0, 2.0]}} | where)
-    return attrs | {"multiscales": {"layout": layout, "resampling_method": "average"}}
+def multiscale(spec: GridSpec, names: list[str]) -> dict[str, Any]:
+    """The attributes of a group whose children are a grid and its coarser levels, each of half the rows."""
+    shaped = "spatial:shape", "spatial:transform"
+    layout: list[dict[str, Any]] = []
+    for level, name in enumerate(names):
+        where = placed(replace(spec, step=spec.step * 2**level))
+        source = {"derived_from": names[level - 1], "transform": {"scale": [2.0, 2.0]}} if level else {}
+        layout.append({"asset": name} | source | {key: where[key] for key in shaped})
+    attrs = {key: value for key, value in placed(spec).items() if key not in shaped}
+    return declared(attrs, MULTISCALES) | {"multiscales": {"layout": layout, "resampling_method": "average"}}
 
 
 def embedding(spec: GridSpec, visual: int, location: int, dtype: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ largest_weight   lat, lon              float32 with evidence: 1 where a single i
 distance_km      lat, lon              float32 with evidence: to the nearest image of the database
 components       value, compact        float32 of a compact grid: orthonormal principal components, so that
                                                embedding[:compact] @ components.T + mean restores the values
-mean             value                 float32 of a compact grid: what was subtracted from the values
+mean             value                 float32 of a compact grid: what was subtracted from the values; both are
+                                               coordinates, and variables in grids of before
 ================ ===================== ======= ======================================================
 
 A grid in a projected CRS has the dimensions and coordinates `y` and `x`, in metres, in place of `lat` and `lon`.
@@ -30,10 +31,10 @@ of its work; of several variables, that of the one which is written last. Where 
 written after all those (`tasks.seas`); grids of before have none there.
 """
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import dask.array
@@ -48,6 +49,7 @@ from zarr.storage import MemoryStore
 from infra import storage
 from infra.errors import UserError
 from tasks import arrays, conventions
+from tasks.cards import GRID, home_of
 from tasks.core.compact import Projection
 from tasks.core.grid import CHUNK_CELLS, GridSpec, Tile, check_tile
 from tasks.core.quantize import NODATA, DType, Scale, half
@@ -79,8 +81,6 @@ class Content:
     """Of each block, for int8."""
     evidence: bool = False
     """Whether there are the layers of evidence."""
-    overviews: int = 0
-    """Coarser levels that the grid's Zarr holds beside it (`tasks.overviews`)."""
 
 
 def tile_cells(dims: int, dtype: DType) -> int:
@@ -102,10 +102,7 @@ def template(
     """
     dataset = xr.merge([_embedding(spec, content), *_evidence(spec, content)], compat="override")
     own = conventions.embedding(spec, content.visual, content.location, content.dtype)
-    placed = conventions.placed(spec)
-    if content.overviews:
-        placed = conventions.multiscale(spec, [level_name(level) for level in range(1, content.overviews + 1)])
-    attrs = conventions.declared(placed | own, conventions.GEOEMB) | attrs
+    attrs = conventions.declared(conventions.placed(spec) | own, conventions.GEOEMB) | attrs
     if projection is not None:
         back = {
             "components": (("value_dim", "compact_dim"), projection.components),
@@ -135,8 +132,6 @@ def _embedding(spec: GridSpec, content: Content) -> xr.Dataset:
         return xr.merge(parts, compat="override")
     found = _empty(spec, VARIABLE, "embedding_dim", sum(sizes.values()), {"long_name": "RANGE embedding"} | about)
     found[VARIABLE].encoding = {"dtype": content.dtype, "_FillValue": np.dtype(content.dtype).type(np.nan)}
-    if content.dtype == "float16":  # then xarray decodes to float32, which GDAL and most arithmetic want
-        found[VARIABLE].encoding["scale_factor"] = 1.0
     names = np.repeat(np.array(BLOCKS, dtype=object), list(sizes.values()))
     return found.assign_coords(block=("embedding_dim", names, {"long_name": "part of the embedding"}))
 
@@ -147,18 +142,40 @@ def _evidence(spec: GridSpec, content: Content) -> Iterator[xr.Dataset]:
         yield _empty(spec, name, "", 0, {"long_name": meaning, "units": units})
 
 
-def level_name(level: int) -> str:
-    """The group of a coarser level."""
-    return f"x{2**level}"
+def level_url(grid: str, level: int) -> str:
+    """Returns the URL of a coarser level's Zarr: beside the grid's, or a group within it in grids of before."""
+    within = storage.join(grid, f"x{2**level}")
+    return within if storage.exists(storage.join(within, ROOT)) else storage.join(home_of(grid), f"x{2**level}.zarr")
 
 
-def level_templates(spec: GridSpec, content: Content, attrs: dict[str, Any]) -> dict[str, xr.Dataset]:
-    """The empty coarser levels of a grid by their groups: its embedding alone, and the same provenance."""
-    levels = {}
-    for level in range(1, content.overviews + 1):
+def level_urls(grid: str) -> list[str]:
+    """Returns the URLs of the coarser levels that lie beside a grid."""
+    home = home_of(grid)
+    return [storage.join(home, name) for name in storage.names(home) if re.fullmatch(r"x\d+\.zarr", name)]
+
+
+def create_levels(grid: str, spec: GridSpec, content: Content, attrs: dict[str, Any], levels: int) -> None:
+    """Writes the metadata of a grid's coarser levels: its embedding alone, and the same provenance."""
+    for level in range(1, levels + 1):
         spec = spec.coarser
-        levels[level_name(level)] = template(spec, replace(content, evidence=False, overviews=0), attrs)
-    return levels
+        create(level_url(grid, level), spec, template(spec, replace(content, evidence=False), attrs))
+
+
+def create_tree(grid: str, levels: int) -> None:
+    """Makes a grid and its coarser levels the children of one Zarr group, the directory that they lie in.
+
+    Side by side, since xarray asks of the dimensions of a child that they be those of its parent.
+    """
+    home, spec, names = home_of(grid), open_spec(grid), [GRID]
+    names += [level_url(grid, level).rpartition("/")[2] for level in range(1, levels + 1)]
+    found: dict[str, Any] = {}
+    for name in names:
+        node = storage.read_json(storage.join(home, name, ROOT))
+        inner = node.pop("consolidated_metadata")["metadata"]
+        found |= {name: node} | {f"{name}/{path}": array for path, array in inner.items()}
+    listed = {"kind": "inline", "must_understand": False, "metadata": found}
+    root = {"zarr_format": 3, "node_type": "group", "attributes": conventions.multiscale(spec, names)}
+    storage.write_json(storage.join(home, ROOT), root | {"consolidated_metadata": listed})
 
 
 def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any]) -> xr.Dataset:
@@ -176,31 +193,25 @@ def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]
     return xr.Dataset({name: (dims, data, attrs | {"grid_mapping": conventions.GRID_MAPPING})}, coords=coords)
 
 
-def create(
-    url: str, spec: GridSpec, dataset: xr.Dataset, levels: Mapping[str, xr.Dataset] = MappingProxyType({})
-) -> None:
+def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
     """Writes the metadata and the coordinates of a template; no values of its cells.
 
     Object by object, the root last: a run that overlaps writes the same bytes, and no shard is touched that it made.
 
     Args:
         url: URL of the Zarr.
-        spec: The grid; its levels have the same tiles.
+        spec: The grid.
         dataset: The template.
-        levels: Those of its coarser levels by group, which the root's metadata lists too.
     """
     files: dict[str, Buffer] = {}
     store = MemoryStore(files)
+    cells = {str(name): array for name, array in dataset.items() if spec.plane.dims[0] in array.dims}
+    encoding: dict[str, Any] = {str(name): {"compressors": arrays.packed()} for name in dataset.variables}
+    encoding |= {name: _stored(spec, array) for name, array in cells.items()}
     every = zarr.config.set({"array.write_empty_chunks": True})  # of coordinates: to some readers, 403 is no fill value
     with warnings.catch_warnings(), every:
         warnings.filterwarnings("ignore", "Consolidated metadata")
-        for group, part in [(None, dataset), *levels.items()]:
-            cells = {str(name): array for name, array in part.items() if spec.plane.dims[0] in array.dims}
-            encoding: dict[str, Any] = {str(name): {"compressors": arrays.packed()} for name in part.variables}
-            encoding |= {name: _stored(spec, array) for name, array in cells.items()}
-            part.to_zarr(
-                store, group=group, mode="a", compute=False, zarr_format=3, consolidated=False, encoding=encoding
-            )
+        dataset.to_zarr(store, mode="w", compute=False, zarr_format=3, consolidated=False, encoding=encoding)
         zarr.consolidate_metadata(store)
     for name in sorted(files, key=lambda name: (name == ROOT, name)):
         storage.write(storage.join(url, name), files[name].to_bytes())

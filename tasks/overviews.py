@@ -1,8 +1,8 @@
 """Coarser levels of a grid: each cell the mean of the vectors of the land cells among the four that it covers.
 
-A level is a group of the grid's own Zarr, `x2`, `x4` and so on, each made from the one before, with the same variables,
-tiles and dtype; the `multiscales` attribute of the root lists them. A mean of unit vectors is shorter than one: what
-the location part lacks in length tells how much its cells differ.
+A level is a Zarr beside the grid's, `x2.zarr`, `x4.zarr` and so on, each made from the one before, with the same
+variables, tiles and dtype; the directory that holds them is a Zarr group, whose attribute `multiscales` lists them. A
+mean of unit vectors is shorter than one: what the location part lacks in length tells how much its cells differ.
 """
 
 from functools import partial
@@ -11,7 +11,6 @@ import numpy as np
 from distributed import Client
 from numpy.typing import NDArray
 
-from infra import storage
 from tasks import grids
 from tasks.core.grid import Tile
 from tasks.core.land import land_mask
@@ -31,12 +30,14 @@ def publish_overviews(client: Client, job: Job, levels: int) -> None:
     known = land_mask(spec)
     for level in range(1, levels + 1):
         spec, known = spec.coarser, np.asarray(pooled(known).any((1, 3)))
-        target = storage.join(job.grid, grids.level_name(level))
+        target = grids.level_url(job.grid, level)
         tiles = [tile for tile in spec.tiles() if known[tile.window].any()]
         done = grids.written(target, spec, tiles)
         left = [tile for tile in tiles if tile not in done]
         run_units(client, partial(average_tile, source, target), left, label=f"overview {2**level}")
         source = target
+    if levels and source in grids.level_urls(job.grid):  # in grids of before, they lie within
+        grids.create_tree(job.grid, levels)
 
 
 def average_tile(source: str, target: str, tile: Tile) -> None:

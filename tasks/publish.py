@@ -94,7 +94,7 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
     publish_tiles(client, job, parts, tiles, done)
     publish_overviews(client, job, params.overviews)
-    for url in [job.grid, *([job.sums] if job.keep_sums else [])]:
+    for url in [job.grid, *grids.level_urls(job.grid), *([job.sums] if job.keep_sums else [])]:
         fill_seas(url)
     made = {"fingerprint": fingerprint(made_of), "made_of": made_of, "database": database, "checkpoint": checkpoint}
     refuse(job.grid, validate_grid(client, job.grid, made))
@@ -191,9 +191,9 @@ def prepare(
         grids.create(job.sums, job.spec, grids.sums_template(job.spec, visual, halves, attrs))
     projection = find_projection(job) if job.compact_dims else None
     found = look(projection)
-    content = grids.Content(visual, card["key_dim"], found.dtype, found.scales, job.evidence, overviews)
-    whole = grids.template(job.spec, content, attrs | found.attrs, projection)
-    grids.create(job.grid, job.spec, whole, grids.level_templates(job.spec, content, attrs))
+    content = grids.Content(visual, card["key_dim"], found.dtype, found.scales, job.evidence)
+    grids.create_levels(job.grid, job.spec, content, attrs, overviews)
+    grids.create(job.grid, job.spec, grids.template(job.spec, content, attrs | found.attrs, projection))
 
 
 def provenance(job: Job, card: dict[str, Any], made_of: dict[str, Any]) -> dict[str, Any]:

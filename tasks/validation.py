@@ -153,7 +153,7 @@ def presence(tiles: list[Tile], missing: set[Tile]) -> Finding:
 
 def checksums(grid: str) -> Finding:
     """Whether every chunk has a checksum: without one, only what cannot be decoded is known to be damaged."""
-    without = arrays.unchecked(grid)
+    without = [name for url in (grid, *others(grid)) for name in arrays.unchecked(url)]
     told = f"{', '.join(without[:3])}{' …' * (len(without) > 3)} have none: a flipped bit may decode as another number"
     return Finding("checksums", None if without else True, told if without else "every chunk has one")
 
@@ -161,11 +161,17 @@ def checksums(grid: str) -> Finding:
 def beside(client: Client, grid: str) -> Finding:
     """Whether all that is stored beside the vectors decodes: coordinates, evidence, coarser levels, kept sums."""
     stored = [(grid, found) for found in arrays.objects(grid) if found.array not in (grids.VARIABLE, *grids.BLOCKS)]
-    stored += [(sums, found) for sums in [storage.join(home_of(grid), SUMS)] for found in arrays.objects(sums)]
+    stored += [(url, found) for url in others(grid) for found in arrays.objects(url)]
     batches = [stored[start : start + BATCH] for start in range(0, len(stored), BATCH)]
     bad = list(chain(*run_units(client, damaged, batches, label="decode", name=lambda _: "objects")))
     told = f"{len(stored) - len(bad)} of {len(stored)} chunks beside the vectors decode"
     return Finding("other arrays", not bad, f"{told} {'; '.join(bad[:3])}".rstrip())
+
+
+def others(grid: str) -> list[str]:
+    """URLs of the Zarrs beside a grid: its coarser levels and its sums, where they are."""
+    sums = storage.join(home_of(grid), SUMS)
+    return grids.level_urls(grid) + ([sums] if storage.exists(storage.join(sums, grids.ROOT)) else [])
 
 
 def damaged(batch: list[tuple[str, arrays.Stored]]) -> list[str]:

@@ -61,7 +61,7 @@ class Flipped:
     ("kind", "names"),
     [
         ("float32", {*grids.EVIDENCE, "embedding", "components", "mean", "lat", "lon", "sums", "block"}),
-        ("int8", {"visual", "location", "x2/visual", "x2/location", "x2/lat"}),
+        ("int8", {"visual", "location", "x2.zarr/visual", "x2.zarr/location", "x2.zarr/lat"}),
     ],
 )
 def test_validation_names_the_damaged_object_of_a_grid(made, client, kind, names):
@@ -69,13 +69,13 @@ def test_validation_names_the_damaged_object_of_a_grid(made, client, kind, names
     grid = made(KINDS[kind])
     card = read_card(home_of(grid), "grid")
     by_array = {}
-    for url in (grid, storage.join(home_of(grid), "sums.zarr")):
-        by_array |= {stored.array: (url, stored) for stored in arrays.objects(url)}
+    for url, within in ((grid, ""), (f"{home_of(grid)}/x2.zarr", "x2.zarr/"), (f"{home_of(grid)}/sums.zarr", "")):
+        by_array |= {within + stored.array: (url, stored) for stored in arrays.objects(url)}
     assert names <= by_array.keys()
     for url, stored in by_array.values():
         with Flipped(path(url, str(stored))):
             assert f"{storage.join(url, str(stored))} is damaged" in arrays.check(url, stored)
-    vectors, beside = ("embedding", "sums") if kind == "float32" else ("location", "x2/visual")
+    vectors, beside = ("embedding", "sums") if kind == "float32" else ("location", "x2.zarr/visual")
     for name, check in ((vectors, "decoding"), (beside, "other arrays")):
         url, stored = by_array[name]
         with Flipped(path(url, str(stored))):

@@ -1,18 +1,23 @@
 """The stored grid: what plain xarray finds in it."""
 
 import json
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
 import pytest
+import rioxarray  # noqa: F401 (its accessor)
+import shapely
 import xarray as xr
 import zarr_cm
 
 from infra import storage
 from infra.errors import UserError
 from tasks import conventions, grids
+from tasks.core.compact import Projection
 from tasks.core.grid import GridSpec, Tile
 from tasks.core.quantize import Scale
+from tests.core.test_retrieval import close
 from tests.test_architecture import ROOT
 
 SPEC = GridSpec(10.0, 5)
@@ -125,6 +130,25 @@ def test_layers_of_evidence_stand_beside_the_embedding(tmp_path):
     np.testing.assert_array_equal(stored.distance_km[tile.window], layer)
     assert set(grids.EVIDENCE) < set(stored.data_vars)
     assert grids.written(url, SPEC, [tile]) == set()
+
+
+@pytest.mark.parametrize("dtype", CONTENTS)
+def test_tools_of_rasters_take_a_compact_grid_whole(tmp_path, dtype):
+    """What leads back to the values is no variable: rioxarray would look for cells in it, and raise."""
+    url, back = (tmp_path / "grid.zarr").as_uri(), Projection(np.ones(30), np.eye(30, 16), 0.9)
+    content = replace(CONTENTS[dtype], evidence=True)
+    grids.create(url, SPEC, grids.template(SPEC, content, {}, back))
+    tile = list(SPEC.tiles())[3]
+    grids.write_tile(url, tile, np.full((24, 5, 5), 0.5, np.float32))
+    grid = xr.open_zarr(url)
+    for name, values in (("components", back.components), ("mean", back.mean)):
+        np.testing.assert_array_equal(grid[name], values)
+    clipped = grid.rio.clip([shapely.box(-30, 40, 20, 90)])
+    assert (clipped.lat.size, clipped.lon.size) == (5, 5)
+    close(embedding(clipped), np.full((24, 5, 5), 0.5), STEPS[dtype] + 1e-7)
+    cylinder = grid.astype("float32").rio.reproject("EPSG:6933")
+    assert np.nanmax(abs(embedding(cylinder) - 0.5)) <= STEPS[dtype] + 1e-7
+    assert np.isfinite(embedding(cylinder)).any()
 
 
 @pytest.mark.parametrize("tile", [Tile(0, 2, 5, 5), Tile(0, 0, 5, 4), Tile(3, 5, 5, 5)])

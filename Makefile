@@ -11,7 +11,7 @@ $(foreach name,$(empty_unset),$(if $(strip $($(name))),,$(eval unexport $(name))
 
 unexport PYTHONDONTWRITEBYTECODE  # or each of the many processes compiles all that it imports
 
-.PHONY: demo test faults soak ui check audit lock clean help
+.PHONY: demo test faults soak odd ui check audit lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -35,6 +35,9 @@ MINUTES ?= 20
 SEED ?= 0
 soak: .venv/ready  ## the pipeline under schedules while a seeded plan kills parts of it; MINUTES=20 SEED=0
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
+
+odd: .venv/ready  ## the strangest legal values of all parameters, alone and in pairs, on a small planet; MINUTES=20 SEED=0
+	$(BIN)/python -m tests.odd --minutes $(MINUTES) --seed $(SEED)
 
 check: .venv/ready  ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .

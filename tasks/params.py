@@ -36,6 +36,7 @@ def _tell(schema: dict[str, Any]) -> None:
 
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what every generator of random numbers takes
+RCF_PIXELS = 12  # side of the smallest image that `rcf` takes: its widest window, 3, coarsened by 4
 
 
 class Params(BaseModel):
@@ -491,4 +492,16 @@ class PipelineParams(Params):
                 f"a batch of {self.train.batch} pairs needs more than {self.sample.patches} patches: raise "
                 "sample.patches or lower train.batch"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> Self:
+        side, corners = self.sample.patch_pixels, self.train.views > 8  # of three quarters of the side
+        trained = 4 * RCF_PIXELS // 3 if corners else RCF_PIXELS
+        for encoder, least in ((self.train.encoder, trained), (self.encode.values, RCF_PIXELS)):
+            if encoder.name == "rcf" and side < least:
+                raise ValueError(
+                    f"the encoder rcf needs patches of {least} x {least} pixels{' for so many views' * corners}, and "
+                    f"these have {side} x {side}: raise sample.patch_pixels"
+                )
         return self

@@ -1,15 +1,19 @@
 """Values that no step can compute are refused by the forms and the command line, before any work."""
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from flows.options import build
 from infra.errors import UserError
+from tasks.core.images import fit_rcf
 from tasks.params import (
+    RCF_PIXELS,
     AblateParams,
     EmbedParams,
     EncoderParams,
     EvaluateParams,
+    PipelineParams,
     PublishParams,
     SampleParams,
     TrainParams,
@@ -54,3 +58,21 @@ def test_true_is_no_number_of_a_form(model, values):
 
 def test_the_finest_grid_that_is_counted():
     assert PublishParams(step=0.01, tile_cells=60).spec.shape == (18_000, 36_000)
+
+
+@pytest.mark.parametrize(("side", "views", "least"), [("11", "8", 12), ("15", "9", 16)])
+def test_patches_too_small_for_their_encoder_are_refused_before_they_are_sampled(side, views, least):
+    values = {"sample_patch_pixels": side, "train_views": views, "sample_patches": "20", "train_batch": "8"}
+    with pytest.raises(UserError, match=rf"needs patches of {least} x {least} .* have {side} x {side}: raise"):
+        build(PipelineParams, values)
+    build(PipelineParams, {**values, "sample_patch_pixels": str(least)})
+    build(PipelineParams, {**values, "train_encoder_name": "satmae"})
+
+
+def test_the_smallest_image_is_what_the_encoder_says():
+    def noise(side):
+        return np.random.default_rng(0).random((8, 1, side, side), np.float32)
+
+    with pytest.raises(ValueError, match=f"at least {RCF_PIXELS} pixels"):
+        fit_rcf(noise(RCF_PIXELS - 1), ("B02",), 8)
+    assert fit_rcf(noise(RCF_PIXELS), ("B02",), 8).encode(noise(RCF_PIXELS)).shape == (8, 8)

@@ -15,7 +15,7 @@ from pystac.validation import validate_dict
 from flows.options import build
 from infra import clusters, storage
 from infra.errors import UserError
-from tasks import ablate, encode, evaluate, grid_sampling, points, promotion, publish, sample, train, versions
+from tasks import ablate, encode, evaluate, grid_sampling, grids, points, promotion, publish, sample, train, versions
 from tasks.cards import read_card
 from tasks.checkpoint import load_checkpoint
 from tasks.core.land import is_land
@@ -42,7 +42,7 @@ CHOICES = {"sample_grid.method": get_args(Sampling), "ablate.choice": get_args(C
 ABLATED = {"ablate.labels": "evaluate.labels", "ablate.label": "evaluate.label", "ablate.kind": "evaluate.kind",
            "ablate.folds": "evaluate.folds"}  # fmt: skip
 LATE = re.compile(  # what only the work itself can show
-    r"patches were found|is not promoted|held out|probe needs|blocks|distinct|commonest class|cannot be scored|diverged"
+    r"patches were found|held out|probe needs|blocks|distinct|commonest class|cannot be scored|diverged"
 )
 
 
@@ -106,10 +106,21 @@ def run(case: Case, paths: dict[str, str]) -> None:
         versions.promote(urls["publish"])
         Path(paths["BASE"]).write_text(json.dumps(urls))
     elif promotes and whole.publish.promote:
-        promotion.promote_evaluated(urls["publish"], whole.gate_margin, whole.publish.drift_alert)
+        promote(urls["publish"], whole)
     for step in sorted(concerned & CONSUME.keys()):
         with refused_early(paths):
             CONSUME[step](urls, params, paths)
+
+
+def promote(grid: str, whole: PipelineParams) -> None:
+    """Has a grid promoted by its scores, or refused by the gate and readers left with the one that they have."""
+    before = versions.read_pointer()[0]
+    try:
+        promotion.promote_evaluated(grid, whole.gate_margin, whole.publish.drift_alert)
+    except UserError as error:
+        if "is not promoted" not in str(error):
+            raise
+        assert versions.read_pointer()[0] == before
 
 
 @contextmanager
@@ -221,7 +232,7 @@ def check_grid(urls: dict[str, str], whole: PipelineParams) -> None:
         card_tells(made, params, {"parent", "tile_cells", "land"})
     assert validate_dict(storage.read_json(storage.join(home, "item.json")), validator=schemas())
     for level in range(1, params.overviews + 1):
-        coarse = xr.open_zarr(storage.zarr_store(f"{url}/x{2**level}", read_only=True), chunks=None, consolidated=False)
+        coarse = xr.open_zarr(storage.zarr_store(grids.level_url(url, level), read_only=True), chunks=None)
         assert coarse.sizes[down] * 2**level == shape[0]
         assert np.isfinite(_parts(coarse, params.dtype)[1]).any()
 

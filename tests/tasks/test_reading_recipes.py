@@ -184,8 +184,16 @@ def prepared(case):
     (case.folder / "labels.csv").write_text("\n".join(["lon,lat,label", *rows]))
     keep = ", ".join(f"{name}={name}" for name in KEPT.split()) + (", restored=restored" if case.compact else "")
     code = re.sub(r"lon, lat = .*", f"lon, lat = {case.point}", "\n".join(blocks()[0]))
+    if (case.name, case.dtype, case.compact) == ("globe", "float32", False):  # as the demo's, of which README tells
+        code, keep = f"{code}\n{block('README.md')}", f"{keep}, paris=paris"
     (case.folder / "recipes.py").write_text(f"{code}\nnp.savez('found.npz', {keep})\n")
     return case
+
+
+def block(page):
+    """The only Python of a page."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    return code
 
 
 def blocks():
@@ -234,6 +242,11 @@ def test_one_point(case):
                 total, weight = total + share * case.whole[:, i, j], weight + share
     assert weight > 0.2
     np.testing.assert_allclose(case.found["bilinear"], total / weight, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_page_reads_the_demo(cases):
+    case = cases["globe", "float32"]
+    np.testing.assert_array_equal(case.found["paris"], case.at([2.35], [48.86])[0].astype("float32"))
 
 
 def test_a_table_of_points(case):
@@ -336,10 +349,13 @@ def test_the_page_reads_the_grid_from_where_it_lies(cases, tmp_path):
         home = case.url.removeprefix("file://").removesuffix("/grid.zarr")
         page = Path(home, "index.html").read_text()
         code = html.unescape(page.split("<pre>")[1].split("</pre>")[0])
+        told = json.loads(Path(home, "item.json").read_text())["assets"]["embeddings"]
+        opened = re.search(r"xarray\.(open_zarr\(.*)\)", told["title"])[1].replace("URL", repr(told["href"]))
         assert home not in code, "a copied bucket's page would open the publisher's"
         away = code.replace(re.search(r"lon, lat = (.*)", code)[1], "-40.5, -41.3")
         read = "[float(v) for n in ('embedding', 'visual', 'location') if n in vectors for v in vectors[n].values]"
-        program += [f"os.chdir({home!r})", code, f"found[{name + dtype!r}] = [lon, lat], {read}", "try:"]
+        program += [f"os.chdir({home!r})", code, f"found[{name + dtype!r}] = [lon, lat], {read}"]
+        program += [f"assert xr.{opened}).identical(grid)", "try:"]
         program += [f"    {line}" for line in away.splitlines()]
         program += ["except KeyError:", "    pass", "else:", f"    assert {name!r} == 'globe'"]
     ran = subprocess.run(
@@ -472,6 +488,11 @@ def test_a_bucket_that_anybody_may_read_needs_no_keys(sparse, sandbox, monkeypat
             [sys.executable, "-I", "-c", ALONE + program], capture_output=True, text=True, env=os.environ | WITHOUT_KEYS
         )
         assert ran.returncode == status, ran.stderr[-3000:]
+    program = block("docs/publication.md").replace("s3://bucket/", "s3://shut/")
+    with_keys = os.environ | {"AWS_ENDPOINT_URL": sandbox.endpoint}
+    subprocess.run(
+        [sys.executable, "-I", "-c", f"{program}\nassert grid.embedding.notnull().any()"], env=with_keys, check=True
+    )
 
 
 @pytest.fixture

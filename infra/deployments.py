@@ -36,7 +36,7 @@ ROOM = 4  # runs at once: a pipeline and its step, a long one, and a quick one t
 QUEUES = {"quick": (1, None), "default": (5, 2), "long": (10, 1)}  # priority, and runs at once
 LAID = "rangegrid_laid"  # the Prefect variable that tells what was laid last, by digest
 NOWHERE = "00000000-0000-0000-0000-000000000000"  # stands in the file for the block that alerts go to
-EVERY = "prefect.deployment.*"  # stands in the file for our own deployments
+EVERY = "prefect.deployment.*"  # stands in the file for our own deployments; with a name, for that one
 
 Take = Literal["ui", "file"]
 
@@ -260,9 +260,10 @@ def automations(client: SyncPrefectClient) -> list[AutomationCore]:
         UserError: The settings name a block that is not there.
     """
     block = _block(client, settings().alerts)
-    ids = [f"prefect.deployment.{found.id}" for name in deployments() if (found := on_server(client, name))]
+    known = {name: found for name in deployments() if (found := on_server(client, name))}
+    ids = {EVERY.replace("*", name): f"prefect.deployment.{found.id}" for name, found in known.items()}
     told = yaml.safe_load(AUTOMATIONS.read_text())["automations"]
-    filled = [_replace(automation, {NOWHERE: block, EVERY: ids}) for automation in told]
+    filled = [_replace(automation, {NOWHERE: block, EVERY: list(ids.values()), **ids}) for automation in told]
     return [
         AutomationCore.model_validate(automation) for automation in filled if block or NOWHERE not in str(automation)
     ]

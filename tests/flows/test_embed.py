@@ -1,6 +1,8 @@
 """`rangegrid embed` as its user meets it: points in, points with embeddings out, and sentences for what is wrong."""
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -193,3 +195,33 @@ def test_an_output_is_not_lost_unasked(home, tmp_path):
     assert output.read_text() == "precious"
     assert run_embed(home, "points.csv", output, "--overwrite").returncode == 0
     assert len(pyarrow.parquet.read_table(output)) == len(POINTS)
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.zarr"])
+@pytest.mark.parametrize("broken", [(RetrievalIndex, "retrieve"), (Path, "replace"), (Path, "rename")])
+def test_an_overwrite_that_is_broken_off_leaves_what_was_there(home, tmp_path, monkeypatch, name, broken):
+    """In the middle of the writing, and when the new file or directory is to take the former's place."""
+    (tmp_path / "points.csv").write_text("lon,lat\n1,2\n3,4\n")
+    output = tmp_path / "out" / name
+    output.parent.mkdir()
+    real = getattr(*broken)
+
+    def interrupted(self, target, *rest):
+        if isinstance(self, RetrievalIndex) or (self.name, target) == (name, output):
+            raise KeyboardInterrupt
+        return real(self, target, *rest)
+
+    def overwrite():
+        embed_file(tmp_path / "points.csv", str(home / "checkpoint"), str(home / "database"), output, overwrite=True)
+
+    def stored():
+        return {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()}
+
+    overwrite()
+    before = stored()
+    moves_otherwise = broken == (Path, "rename" if name == "out.parquet" else "replace")
+    monkeypatch.setattr(*broken, interrupted)
+    with nullcontext() if moves_otherwise else pytest.raises(KeyboardInterrupt):
+        overwrite()
+    assert before
+    assert stored() == before

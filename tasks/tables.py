@@ -397,7 +397,8 @@ def find_place(table: Table, lon: str | None = None, lat: str | None = None) -> 
     if lon or lat or {"lon", "lat"} <= set(table.names) or not _geometry(table):
         wide = _has(table, LON) or bool(lon) or _has(table, LAT) or bool(lat)
         return Place(
-            lon or _one(table, "lon", LON if wide else {"x"}), lat or _one(table, "lat", LAT if wide else {"y"})
+            _there(table, lon) if lon else _one(table, "lon", LON if wide else {"x"}),
+            _there(table, lat) if lat else _one(table, "lat", LAT if wide else {"y"}),
         )
     if _has(table, LON) and _has(table, LAT):
         return Place(_one(table, "lon", LON), _one(table, "lat", LAT))

@@ -225,3 +225,11 @@ def test_an_overwrite_that_is_broken_off_leaves_what_was_there(home, tmp_path, m
         overwrite()
     assert before
     assert stored() == before
+
+
+@pytest.mark.parametrize("named", [{"lon": " "}, {"lat": "é"}, {"lon": "x", "lat": "lat"}, {"lon": "lon", "lat": "\0"}])
+def test_a_column_that_is_named_and_not_there(home, tmp_path, named):
+    """One of the two named as both: the remedy is another name, and not another file."""
+    where = (home / "points.csv", str(home / "checkpoint"), str(home / "database"), tmp_path / "out.parquet")
+    with pytest.raises(UserError, match=r"has no column '.*' among name, lon, lat: name one of them"):
+        embed_file(*where, **named)

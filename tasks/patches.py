@@ -10,6 +10,7 @@ Beside them stays how it was made, in *parts* of one unit each, which are create
 shard's patches (of later rounds: of those that replace), `parts/<round>/<shard>.parquet` what was read of them.
 """
 
+import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -157,6 +158,11 @@ def read_rows(url: str, rows: slice) -> NDArray[np.uint16]:
     return storage.patiently(lambda: arrays.read(_array(url, "r"), rows), url)
 
 
+def digest(patch: NDArray[np.uint16]) -> str:
+    """The manifest's `sha256` of a patch (band, y, x)."""
+    return hashlib.sha256(patch.astype("<u2").tobytes()).hexdigest()
+
+
 def write_manifest(url: str, rows: pd.DataFrame) -> None:
     """Writes the manifest as GeoParquet."""
     table = rows[list(MANIFEST)].astype(MANIFEST)
@@ -181,7 +187,12 @@ def create_part(url: str, kind: str, number: int, unit: int, table: pd.DataFrame
 
 def read_part(url: str, kind: str, number: int, unit: int, columns: list[str] | None = None) -> pd.DataFrame:
     """The part of a unit, or some columns of it."""
-    return pd.read_parquet(io.BytesIO(storage.read(part(url, kind, number, unit))), columns=columns)
+    return read_table(part(url, kind, number, unit), columns)
+
+
+def read_table(url: str, columns: list[str] | None = None) -> pd.DataFrame:
+    """The part at a URL, or some columns of it."""
+    return pd.read_parquet(io.BytesIO(storage.read(url)), columns=columns)
 
 
 def read_parts(url: str, kind: str, number: int, units: list[int], columns: list[str]) -> list[pd.DataFrame]:

@@ -4,7 +4,6 @@ A shard that lacks patches is not written to the store: its pixels are *held* un
 replaces them. So the store's shards are whole from the first byte on, and no patch is ever silently nodata.
 """
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from infra import metrics, storage
 from infra.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
 from tasks import patches as store
+from tasks import reuse
 from tasks.core import radiometry
 from tasks.estimate import THREADS, Meter
 from tasks.params import SampleParams
@@ -39,16 +39,27 @@ def read_shard(url: str, params: SampleParams, unit: tuple[int, int]) -> None:
     meter = Meter()
     choices = _planned(url, number, shard)
     pixels = _held(url, params, number, shard)
-    plan = Reader(params, pixels, start, meter.traffic).read(choices)
-    plan.index = plan["position"] - start
-    plan["href"] = [assets[params.bands[0]] for assets in plan["assets"]]
-    metrics.count(metrics.PATCHES, plan["reason"])
-    good = plan[plan["reason"] == ""]
-    found = pd.DataFrame([_numbers(good.loc[i], pixels[i]) for i in good.index], good.index, FOUND)
-    target = url if len(good) == len(plan) else store.held(url, number)
+    copied = reuse.copy(store.read_part(url, "plan", number, shard), pixels, start)
+    choices = choices[~choices["position"].isin(copied["position"])] if len(copied) else choices
+    tables = [copied, _read(choices, Reader(params, pixels, start, meter.traffic))]
+    table = pd.concat([table for table in tables if len(table)]).sort_values("position", ignore_index=True)
+    target = url if (table["reason"] == "").all() else store.held(url, number)
     store.create(target, *shape(params))
     store.write_shard(target, start, pixels)
-    store.create_part(url, "parts", number, shard, meter.stamp(plan.join(found)))
+    store.create_part(url, "parts", number, shard, meter.stamp(table))
+
+
+def _read(choices: pd.DataFrame, reader: "Reader") -> pd.DataFrame:
+    """What a shard's part tells of the places that are read from the archive."""
+    if not len(choices):
+        return choices
+    plan = reader.read(choices)
+    plan.index = plan["position"] - reader.start
+    plan["href"] = [assets[reader.params.bands[0]] for assets in plan["assets"]]
+    metrics.count(metrics.PATCHES, plan["reason"])
+    good = plan[plan["reason"] == ""]
+    found = pd.DataFrame([_numbers(good.loc[i], reader.pixels[i]) for i in good.index], good.index, FOUND)
+    return plan.join(found).reset_index(drop=True)
 
 
 BEYOND = "numbers beyond the format"
@@ -79,7 +90,7 @@ def _held(url: str, params: SampleParams, number: int, shard: int) -> NDArray[np
     earlier = pd.concat([store.read_part(url, "parts", n, shard) for n in range(number)])
     good = earlier[earlier["reason"] == ""]
     for position, digest in zip(good["position"], good["sha256"], strict=True):
-        if _digest(pixels[position - start]) != digest:
+        if store.digest(pixels[position - start]) != digest:
             raise RuntimeError(f"the pixels held for shard {shard} are gone: another run has finished the store")
     return pixels
 
@@ -207,8 +218,4 @@ def nodata_fraction(patch: NDArray[np.uint16]) -> float:
 def _numbers(row: pd.Series, patch: NDArray[np.uint16]) -> list[Any]:
     """The manifest's columns (`FOUND`) that only the pixels tell."""
     dark, check = radiometry.check_numbers(patch, row["offset"], row["dark_share"])
-    return [_digest(patch), nodata_fraction(patch), dark, check]
-
-
-def _digest(patch: NDArray[np.uint16]) -> str:
-    return hashlib.sha256(patch.astype("<u2").tobytes()).hexdigest()
+    return [store.digest(patch), nodata_fraction(patch), dark, check]

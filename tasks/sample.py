@@ -38,6 +38,7 @@ from tasks.params import SampleParams
 from tasks.pictures import sample_map
 from tasks.places import draw, source_digest
 from tasks.reading import read_shard, shape
+from tasks.reuse import WHERE, places_read, siblings
 from tasks.scenes import asset_keys, find_items
 from tasks.screening import UNTRIED, by_place, hrefs, screen_cell
 from tasks.units import log, run_units
@@ -79,7 +80,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     source = attribution()
     check(client, params, planned)
     store.create(url, *shape(params))
-    run = Run(client, url, params)
+    run = Run(client, url, params, siblings(made_of))
     rows = run.read()
     store.write_manifest(url, rows)
     picture = sample_map(rows[["lon", "lat"]].to_numpy(), f"{len(rows):,} patches, {PLACES[params.places]}", source)
@@ -213,6 +214,8 @@ class Run:
     """The patch store."""
     params: SampleParams
     """Where, when and how many."""
+    sources: list[str] = field(default_factory=list)
+    """Other samples of the same parameters, whose places are not read again."""
     screened: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=SCREENED))
     """The verdict on each place tried."""
     searches: int = 0
@@ -232,7 +235,11 @@ class Run:
         Returns:
             The good rows, in the store's order.
         """
-        plan = assign(self.take(self.params.patches))
+        known = places_read(self.sources)
+        plan = assign(self.take(self.params.patches)).join(known, on="row_id")
+        if len(known):
+            there = int(plan["source"].notna().sum())
+            log().info("%d of %d places were read for %s: they are copied", there, len(plan), ", ".join(self.sources))
         rounds: list[pd.DataFrame] = []
         while len(plan):
             found = self.read_round(len(rounds), plan)
@@ -241,7 +248,7 @@ class Run:
             if len(bad):
                 self.lost.update(bad["reason"])
                 log().warning("%d patches are replaced: %s", len(bad), counts(Counter(bad["reason"])))
-            plan = self.take(len(bad)).assign(position=bad["position"].to_numpy())
+            plan = self.take(len(bad)).assign(position=bad["position"].to_numpy()).join(known, on="row_id")
         return pd.concat(rounds).sort_values("position", ignore_index=True)
 
     def read_round(self, number: int, plan: pd.DataFrame) -> pd.DataFrame:
@@ -251,7 +258,7 @@ class Run:
         there = self._there("parts", number)
         left = [(number, i) for i in shards if i not in there]
         for _, i in left:
-            store.create_part(self.url, "plan", number, i, plan.loc[shard == i, PLANNED])
+            store.create_part(self.url, "plan", number, i, plan.loc[shard == i, [*PLANNED, *WHERE]])
         self._do(read_shard, left, "read patches", len(there), lambda unit: f"shard {unit[1]}")
         return self._collect("parts", number, shards, READ).sort_values("position")
 
@@ -283,7 +290,13 @@ class Run:
         there = self._there("screen", number)
         units = np.unique(cells).tolist()
         left = [(number, cell, more[cells == cell]) for cell in units if cell not in there]
-        self._do(screen_cell, left, "search and screen", len(there), lambda unit: f"cell {unit[1]}")
+        self._do(
+            partial(screen_cell, sources=self.sources),
+            left,
+            "search and screen",
+            len(there),
+            lambda unit: f"cell {unit[1]}",
+        )
         scenes = self._collect("screen", number, units, SCREENED)
         self.screened = pd.concat([self.screened, by_place(scenes)])
         self.passed_over.update(scenes.loc[~scenes["reason"].isin(["", UNTRIED]), "reason"])

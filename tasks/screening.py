@@ -5,7 +5,7 @@ to be read; those before it were tried in vain, and say why; those after it are 
 read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from infra.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
 from infra.ranges import is_gone
 from infra.signing import signs
 from tasks import patches as store
+from tasks import reuse
 from tasks.core.radiometry import decide
 from tasks.estimate import Meter
 from tasks.params import SampleParams
@@ -31,23 +32,38 @@ REFUSED, UNTRIED = "access refused", "not tried"
 JUDGED = ["reason", "clear_fraction", "saturated_fraction", "dark_share"]  # columns that a scene classification tells
 
 
-def screen_cell(url: str, params: SampleParams, unit: tuple[int, int, NDArray[np.float64]]) -> None:
+def screen_cell(
+    url: str, params: SampleParams, unit: tuple[int, int, NDArray[np.float64]], sources: Sequence[str] = ()
+) -> None:
     """Judges the candidates of one cell, and stores the verdicts.
 
     Args:
         url: The patch store.
         params: How to choose and judge.
         unit: Round, cell, and its candidates: (n, 5), see `tasks.places.draw`.
+        sources: Other samples, whose verdicts are taken over.
     """
     number, cell, candidates = unit
     meter = Meter()
+    tables = reuse.screened(sources, cell, candidates[:, 0])
+    known = [row for table in tables for row in table["row_id"]]
+    new = candidates[~np.isin(candidates[:, 0], known)]
+    if len(new):
+        tables.append(_screen(new, params, meter.traffic))
+    table = pd.concat(tables).sort_values(["row_id", "rank"], ignore_index=True).assign(round=number, cell=cell)
+    store.create_part(url, "screen", number, cell, meter.stamp(table))
+
+
+def _screen(candidates: NDArray[np.float64], params: SampleParams, traffic: Traffic) -> pd.DataFrame:
+    """The rows of candidates that the archive is asked about."""
     items = find_items(candidates[:, 1:3], params)
     ranked = rank_scenes(items, candidates, params)
-    rows = [row for candidate, choice in zip(candidates, ranked, strict=True) for row in _rows(candidate, *choice)]
-    table = pd.DataFrame(rows).assign(round=number, cell=cell)
-    judge_in_order(table, {item.id: hrefs(item) for item in items}, params, meter.traffic)
+    table = pd.DataFrame(
+        [row for candidate, choice in zip(candidates, ranked, strict=True) for row in _rows(candidate, *choice)]
+    )
+    judge_in_order(table, {item.id: hrefs(item) for item in items}, params, traffic)
     metrics.count(metrics.PLACES, by_place(table)["reason"])
-    store.create_part(url, "screen", number, cell, meter.stamp(table))
+    return table
 
 
 def _rows(candidate: NDArray[np.float64], scenes: list[pystac.Item], reason: str) -> list[dict[str, Any]]:

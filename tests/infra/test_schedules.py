@@ -1,5 +1,6 @@
 """Deployments on a Prefect server, and the operator's schedules over them: an upgrade loses nothing that was set."""
 
+import asyncio
 import json
 import uuid
 
@@ -11,7 +12,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Pending, Running
+from prefect.states import Completed, Pending, Running
+from prefect.workers.base import BaseWorker, BaseWorkerResult
+from prefect.workers.process import ProcessJobConfiguration
 
 from infra import deployments, schedules
 from infra.deployments import deploy, on_server
@@ -118,6 +121,50 @@ def test_a_run_is_handed_the_place_of_the_settings_and_waits_in_a_queue_of_its_k
     path.with_name(".env").unlink()
     told()
     assert on_server(client, "sample").job_variables["env"] == {"MINE": "1"}
+
+
+class Worker(BaseWorker):
+    """Prefect's own, but what it starts is no process: a run of `publish` takes until it is released."""
+
+    type = "process"
+    job_configuration = ProcessJobConfiguration
+
+    async def run(self, flow_run, configuration, task_status=None):
+        task_status.started("nobody")
+        await self.client.set_flow_run_state(flow_run.id, Running())
+        if flow_run.name.startswith("publish"):
+            await self.released.wait()
+        await self.client.set_flow_run_state(flow_run.id, Completed())
+        return BaseWorkerResult(status_code=0, identifier="nobody")
+
+
+def test_a_sample_overtakes_the_grids_that_run_and_wait(client, path):
+    told()
+    inputs = {"checkpoint": "s3://b/c", "database": "s3://b/d"}
+
+    def due(name, deployment, **parameters):
+        found = on_server(client, deployment).id
+        return client.create_flow_run_from_deployment(found, name=name, parameters=parameters).id
+
+    grids = [due(name, "publish", **inputs) for name in ("publish 1", "publish 2")]
+    samples = []
+
+    async def work():
+        async with Worker(work_pool_name="rangegrid") as worker:
+            worker.released = asyncio.Event()
+            await worker.sync_with_backend()
+            await worker.get_and_submit_flow_runs()
+            samples.append(due("sample", "sample"))
+            await worker.get_and_submit_flow_runs()
+            while not client.read_flow_run(samples[0]).state.is_completed():
+                await asyncio.sleep(0.05)
+            seen = [client.read_flow_run(run).state.type.value for run in grids]
+            worker.released.set()
+            return seen
+
+    assert sorted(asyncio.run(work())) == ["RUNNING", "SCHEDULED"]
+    for run in (*grids, *samples):
+        client.delete_flow_run(run)
 
 
 @pytest.mark.parametrize(

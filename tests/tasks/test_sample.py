@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
+from collections import Counter
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -23,7 +26,9 @@ from tasks.estimate import Archive, estimate
 from tasks.params import BANDS, SampleParams
 from tasks.patches import open_patches, read_parts
 from tasks.sample import sample_patches
+from tests.proxy import Proxy
 
+KEPT = ("patches.zarr", "manifest.parquet", "samples.png", "card.json")
 COMMON = {
     "patches": 30,
     "patch_pixels": 16,
@@ -105,11 +110,48 @@ def test_the_store_is_what_it_says_to_plain_readers(run, sandbox):
     assert set(manifest.offset[manifest.baseline >= "04.00"]) <= {-1000}
 
 
-def test_a_larger_sample_holds_the_smaller(run):
-    small, large = run(patches=12).manifest, run(patches=30).manifest
-    both = large.merge(small, on="row_id")
-    assert len(both) == 12
-    pd.testing.assert_series_equal(both.sha256_x, both.sha256_y, check_names=False)
+def files(url):
+    """Bytes by name of a product of this machine, without the parts, whose attributes tell when they were made."""
+    home = Path(url.removeprefix("file://"))
+    there = {path.relative_to(home).as_posix(): path for path in home.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in there.items() if name.split("/")[0] in KEPT}
+
+
+def test_a_larger_sample_reads_the_new_places_alone_and_is_the_one_made_from_nothing(
+    run, points, sandbox, tmp_path, monkeypatch
+):
+    """Also of another layout; what the smaller one lost, as by a prune at the same time, is read again."""
+
+    def sample(**size):
+        return run(places="list", source=str(points), **size)
+
+    def asked(**size):
+        with Proxy(sandbox.endpoint) as s3, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANGEGRID_S3_ENDPOINT", s3.url)
+            return sample(**size), Counter({path: n for (_, path), n in s3.requests.items() if path.endswith(".tif")})
+
+    small, _ = asked(patches=8)
+    before = files(small.url)
+    known, checked = asked(patches=8, shard_patches=5)
+    assert len({path.rpartition("/")[0] for path in checked}) == 1  # before work, the bands of one scene are opened
+    large, read = asked(patches=20)
+    assert files(small.url) == before
+    enlarged = files(large.url)
+    new = large.manifest[~large.manifest["row_id"].isin(small.manifest["row_id"])]
+    assert len(new) == 12
+    bands = {path for path in read - checked if "scl" not in path.lower()}
+    assert {path.rpartition("/")[0] for path in bands} == {
+        href.rpartition("/")[0].removeprefix("s3:/") for href in new["href"]
+    }
+    relaid = files(known.url)
+    shutil.rmtree(Path(large.url.removeprefix("file://")))
+    for one in (small, known):
+        shutil.rmtree(Path(one.url.removeprefix("file://")) / "patches.zarr/pixels/c")
+    mended = files(sample(patches=20).url)
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", (tmp_path / "elsewhere").as_uri())
+    assert files(sample(patches=8, shard_patches=5).url) == relaid
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert files(sample(patches=20).url) == mended == enlarged
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Pairs:
     """A covering array that is made while it is played: greedy, of a seed."""
 
     def __init__(self, values: list[Value], seed: int) -> None:
-        self.values, self.rng = values, random.Random(seed)
+        self.values, self.rng, self.right = list(values), random.Random(seed), set[Value]()
         order = [frozenset(two) for two in itertools.combinations(sorted(values), 2) if two[0][0] != two[1][0]]
         self.rng.shuffle(order)
         self.open = dict.fromkeys(order)
@@ -130,14 +130,29 @@ class Pairs:
     def _settle(self, case: Case, play: Callable[[Case], str]) -> Iterator[tuple[Case, str]]:
         said = play(case)
         yield case, said
+        if said == "right":
+            self.right |= case.items()
         if said == "right" or len(case) == 2:
             for two in itertools.combinations(case.items(), 2):
                 self.open.pop(frozenset(two), None)
-        elif not is_finding(said):
-            items, middle = list(case.items()), len(case) // 2
-            for half in (dict(items[:middle]), dict(items[middle:])):
-                if any(frozenset(two) in self.open for two in itertools.combinations(half.items(), 2)):
-                    yield from self._settle(half, play)
+        if not is_finding(said) and said != "right":
+            for part in self._parts(case):
+                yield from self._settle(part, play)
+
+    def _parts(self, case: Case) -> list[Case]:
+        """What of a refused case is still to be played; a value that is refused alone is in no pair any more."""
+        values, middle = list(case.items()), len(case) // 2
+        if len(case) == 1:
+            self.values.remove(values[0])
+            lost = [pair for pair in self.open if values[0] in pair]
+            self.all -= len(lost)
+            for pair in lost:
+                del self.open[pair]
+            return []
+        if len(case) == 2:
+            return [dict([value]) for value in values if value in self.values and value not in self.right]
+        halves = (values[:middle], values[middle:])
+        return [dict(h) for h in halves if any(frozenset(t) in self.open for t in itertools.combinations(h, 2))]
 
 
 class Harness:

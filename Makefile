@@ -19,9 +19,10 @@ help:  ## this list
 demo: .venv/ready  ## set up, then make a global RANGE+ grid from the demo planet
 	$(BIN)/rangegrid demo
 
+# Threads of OpenMP in two processes on two cores wait for each other, at a third of the time.
 test: .venv/ready  ## set up, then pass the checks and the tests
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: .venv/ready  ## kill what can be killed while samples, encoders and grids are made, and compare
 	$(BIN)/python -m pytest -m faults --timeout 1200

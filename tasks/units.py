@@ -51,6 +51,8 @@ class Work:
     """What there may be at most."""
     bytes: bool = False
     """Whether bytes are counted."""
+    note: str = ""
+    """What was last told of it, as a loss."""
 
 
 REPORTED: ContextVar[list[Work] | None] = ContextVar("reported", default=None)  # parts of the run that is reported
@@ -199,6 +201,7 @@ def progress(label: str, total: int, there: int = 0) -> Iterator[Callable[..., N
 
         def advance(done: int, note: str = "") -> None:
             part.done += done
+            part.note = note or part.note
             bars.update(bar, advance=done, note=note)
             artifact.advance(done, note)
 
@@ -231,14 +234,14 @@ def _lines(part: Work, console: Console) -> Iterator[None]:
 
 
 def so_far(part: Work, seconds: float) -> str:
-    """How far a part of a run is after some seconds: `publish: 120 of 648, 0.52 a second, 0:16:55 left`."""
+    """How far a part of a run is after some seconds: `train: 120 of 648, 0.52 a second, 0:16:55 left; loss 0.31`."""
     total = part.planned or 0
     told = f"{part.name}: {part.there + part.done:,} of {total:,}"
     if not part.done or not seconds:
         return told
     rate = part.done / seconds
     left = timedelta(seconds=round(max(0, total - part.there - part.done) / rate))
-    return f"{told}, {rate:.3g} a second, {left} left"
+    return f"{told}, {rate:.3g} a second, {left} left" + (f"; {part.note}" if part.note else "")
 
 
 class _Noted(Progress):

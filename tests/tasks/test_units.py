@@ -150,7 +150,8 @@ def test_where_no_terminal_is_lines_tell_how_far_the_work_is(client, capfd, monk
 def test_rate_and_time_left_are_of_what_this_run_does():
     work = Work("publish", 648, there=600, done=12)
     assert so_far(work, 24) == "publish: 612 of 648, 0.5 a second, 0:01:12 left"
-    assert so_far(Work("train", 1500, done=1500), 3) == "train: 1,500 of 1,500, 500 a second, 0:00:00 left"
+    ended = Work("train", 1500, done=1500, note="loss 0.31")
+    assert so_far(ended, 3) == "train: 1,500 of 1,500, 500 a second, 0:00:00 left; loss 0.31"
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,8 @@ def _plan(names: list[str], places: Places, size: int) -> tuple[str, list[tuple[
             with rasterio.open(name, driver="GTiff") as mask:
                 if mask.shape != source.shape or mask.count != 1:
                     return f"its mask of {mask.shape} is not for its {source.shape} pixels", []
+                if problem := _large(mask):
+                    return f"of its mask, {problem}", []
                 spans += _spans(mask, grids)
     if any(stop > size + LEADER for _, stop in spans):
         raise CorruptHeader
@@ -267,10 +269,14 @@ def _problem(source: rasterio.DatasetReader) -> str:
     grid = source.transform
     if grid.b or grid.d or grid.a <= 0 or abs(grid.a + grid.e) > 1e-6 * grid.a:
         return f"its pixels are not square with north up: {tuple(grid)[:6]}"
+    return _large(source)
+
+
+def _large(source: rasterio.DatasetReader) -> str:
+    """Why the tiles of an image are too large to be decoded; empty where they are not."""
     height, width = source.block_shapes[0]
-    if height * width * np.dtype(source.dtypes[0]).itemsize > LARGEST_BLOCK:
-        return f"its tiles have {width} x {height} pixels"
-    return ""
+    fits = height * width * np.dtype(source.dtypes[0]).itemsize <= LARGEST_BLOCK
+    return "" if fits else f"its tiles have {width} x {height} pixels"
 
 
 def _spans(source: rasterio.DatasetReader, grids: list[Grid | None]) -> list[tuple[int, int]]:

@@ -18,12 +18,12 @@ from urllib.parse import urlsplit
 import geopandas as gpd
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 from pystac_client.exceptions import APIError
 
 from infra import storage
+from infra.bounds import open_parquet
 from infra.errors import CatalogUnavailable, UserError
 from infra.stac_api import CheckedIO
 
@@ -81,7 +81,7 @@ def search_file(url: str, lonlat: NDArray[np.float64]) -> list[Any]:
         keep |= (west <= lon) & (lon <= east) & (south <= lat) & (lat <= north)
     try:
         return items.at(keep)
-    except NO_ITEMS as error:
+    except (UserError, *NO_ITEMS) as error:
         raise _refusal(url, error) from None
 
 
@@ -125,7 +125,7 @@ def _opened(url: str, version: str) -> Items:
     data = CheckedIO(url).answer(url).content if urlsplit(url).scheme in WEB else storage.read(url)
     try:
         return _from_parquet(data) if _kind(url) in PARQUET else _from_json(data)
-    except NO_ITEMS as error:
+    except (UserError, *NO_ITEMS) as error:
         raise _refusal(url, error) from None
 
 
@@ -143,7 +143,7 @@ def _shown(url: str) -> str:
 
 
 def _from_parquet(data: bytes) -> Items:
-    table = pq.read_table(io.BytesIO(data))
+    table = open_parquet(io.BytesIO(data), "the file", len(data)).read()
     shapes = _shapes(table, data)
     told = table["collection"].to_pylist() if "collection" in table.column_names else [None] * len(table)
     rows = table.drop_columns(["geometry"])

@@ -16,6 +16,8 @@ alone: it can embed and retrieve, but encode no images.
 import argparse
 import hashlib
 import io
+import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialise
 from torch import Tensor
@@ -30,6 +33,7 @@ from torch import Tensor
 from infra import storage
 from infra.addresses import as_url, name_of
 from infra.errors import UserError
+from tasks.arrays import damaged
 from tasks.cards import made_before, read_card, write_card
 from tasks.core.contrastive import ImageProjection
 from tasks.core.encoders import load_encoder, load_tower
@@ -39,6 +43,7 @@ from tasks.core.location import LocationEncoder
 from tasks.foreign import check_free, read_file, write_file
 
 ALLOWED: list[Any] = [argparse.Namespace]  # what Lightning puts beside plain containers and tensors
+ZIP, DIGEST = b"PK\x03\x04", 32  # what `torch.save` begins with; bytes of the SHA-256 before it
 FOREIGN_LOCATION = "model.location.nnet"
 LARGEST = {"legendre_polys": 100, "capacity": 4096, "num_hidden_layers": 16, "embed_dim": 4096}
 VISION = {  # SatCLIP's vision_layers: our encoder, and the name of its last layer
@@ -339,15 +344,56 @@ def _settings_of(location: LocationEncoder) -> dict[str, Any]:
 
 
 def dump_state(state: dict[str, Any]) -> bytes:
-    """A training state as bytes."""
+    """A training state as bytes, behind their SHA-256."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getvalue()
+    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
 
 
-def parse_state(data: bytes) -> dict[str, Any]:
-    """The training state from its bytes; nothing in them is executed."""
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+def parse_state(data: bytes, place: str) -> dict[str, Any]:
+    """The training state from its bytes; nothing in them is executed. Those of before have no digest.
+
+    Raises:
+        Damaged: They are not those that were written.
+    """
+    if not data.startswith(ZIP):
+        digest, data = data[:DIGEST], data[DIGEST:]
+        if hashlib.sha256(data).digest() != digest:
+            raise damaged(place, "its digest is another")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise damaged(place, error) from error
+
+
+def pack(tensors: dict[str, Tensor]) -> bytes:
+    """Tensors as a .safetensors that tells their digest."""
+    return serialise(tensors, {"sha256": _digest(tensors)})
+
+
+def unpack(data: bytes, place: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors of ours, as they were written; those of before tell no digest.
+
+    Raises:
+        Damaged: They are others.
+    """
+    try:
+        tensors = parse(data)
+        told = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise damaged(place, error) from error
+    if told and told.get("sha256") != _digest(tensors):
+        raise damaged(place, "its digest is another")
+    return tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, types and numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def keys_of(checkpoint: Checkpoint, features: NDArray[np.float32]) -> NDArray[np.float32]:

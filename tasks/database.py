@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from infra import storage
 from infra.addresses import as_url, name_of
+from infra.bounds import EXPANSION
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import made_before, read_card, write_card
@@ -36,7 +37,6 @@ READ_ROWS = 1024  # at a time: all at once, what is in flight would take a quart
 NAMES = ("keys", "values", "locations", "row_ids")
 FOREIGN = ("locs", "satclip_embeddings", "image_embeddings")
 UNIT_TOLERANCE = 1e-4
-EXPANSION = 1000  # bytes that a stored byte may become: those of embeddings become 1 to 3
 IMPORTED_ROWS = 1024  # per shard of an imported database, so that parts of it can be read
 
 

@@ -19,7 +19,6 @@ from distributed import Client
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as parse
-from safetensors.torch import save as serialise
 
 from infra import storage
 from infra.addresses import as_url, name_of
@@ -27,7 +26,7 @@ from infra.errors import UserError
 from infra.web import Refused
 from tasks import arrays
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
-from tasks.checkpoint import describe
+from tasks.checkpoint import describe, pack, unpack
 from tasks.core.encoders import fit_encoder, load_encoder
 from tasks.core.images import ImageEncoder, take_bands
 from tasks.foreign import read_file
@@ -159,7 +158,7 @@ def _prepare(url: str, patches: str, params: EncoderParams) -> None:
         raise UserError(str(error)) from error
     check_takes(encoder, source, encoder.name)
     tensors = {name: torch.from_numpy(array) for name, array in encoder.arrays().items()}
-    storage.create(where, serialise(tensors))
+    storage.create(where, pack(tensors))
 
 
 def check_takes(encoder: ImageEncoder, source: Patches, taker: str) -> None:
@@ -221,7 +220,8 @@ def open_store(patches: str) -> Patches:
 @lru_cache(maxsize=2)
 def open_encoder(url: str, patches: str, name: str) -> ImageEncoder:
     """The fitted encoder of the features at `url`, loaded once per worker process."""
-    tensors = parse(storage.read(storage.join(url, "encoder.safetensors")))
+    where = storage.join(url, "encoder.safetensors")
+    tensors = unpack(storage.read(where), where)
     fitted = {key: tensor.numpy() for key, tensor in tensors.items()}
     return load_encoder(name, fitted, open_store(patches).bands)
 

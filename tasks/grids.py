@@ -47,6 +47,7 @@ from zarr.codecs import BloscCodec
 from zarr.storage import MemoryStore
 
 from infra import storage
+from infra.addresses import shown
 from infra.errors import UserError
 from tasks import arrays, conventions
 from tasks.cards import GRID, home_of
@@ -64,6 +65,7 @@ EVIDENCE = {
 }
 CHUNK_DIMS = 256  # of a chunk, 0.4 MB with its cells: of those measured the quickest for the reads in docs/grid.md
 SHARD_BYTES, TILE_CELLS, MOST_CELLS = 50e6, 60, 480  # at least, of a shard; a tile's side is a multiple; at most
+MOST_TILE = 1024  # cells along one side of a tile that may be asked for
 ROOT = "zarr.json"  # of the group, with the metadata of all arrays
 
 
@@ -323,6 +325,10 @@ def open_vectors(url: str) -> Vectors:
 def open_spec(url: str) -> GridSpec:
     """The cells of the grid at `url`, as its metadata tell them."""
     (array, *_), attrs = _arrays(url, VARIABLE, "r"), zarr.open_group(storage.zarr_store(url), mode="r").attrs
+    if array.shards and max(array.shards[1:]) > MOST_TILE:
+        raise UserError(
+            f"{shown(url)} says that its tiles have {array.shards[-1]:,} cells a side: none of ours has so many"
+        )
     return conventions.spec_of(attrs, array.shape[-1], array.shards[-1])
 
 

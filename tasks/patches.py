@@ -20,13 +20,14 @@ from typing import Any
 import geopandas as gpd
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
+import pyarrow as pa
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 from zarr.errors import ContainsArrayError
 
 from infra import storage
+from infra.bounds import open_parquet
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import read_card
@@ -90,8 +91,14 @@ def open_patches(url: str) -> Patches:
     Raises:
         UserError: There is none at `url`, or it is no such store: memory is given by what it claims to be.
     """
-    card, manifest = read_card(url, "patches"), io.BytesIO(storage.read(storage.join(url, "manifest.parquet")))
-    rows = pq.ParquetFile(manifest).metadata.num_rows
+    card, place = read_card(url, "patches"), storage.join(url, "manifest.parquet")
+    manifest = io.BytesIO(data := storage.read(place))
+    if hashlib.sha256(data).hexdigest() != card.get("manifest_sha256", hashlib.sha256(data).hexdigest()):
+        raise arrays.damaged(place, "its digest is not that of the card")
+    try:
+        rows = open_parquet(manifest, place, len(data)).metadata.num_rows
+    except UserError as error:
+        raise UserError(f"{place} claims more rows than it can hold: {FORGED}") from error
     try:
         array = _array(url, "r")
     except (KeyError, TypeError, ValueError) as error:  # Zarr's own, of metadata that contradict themselves
@@ -163,11 +170,12 @@ def digest(patch: NDArray[np.uint16]) -> str:
     return hashlib.sha256(patch.astype("<u2").tobytes()).hexdigest()
 
 
-def write_manifest(url: str, rows: pd.DataFrame) -> None:
-    """Writes the manifest as GeoParquet."""
+def write_manifest(url: str, rows: pd.DataFrame) -> str:
+    """Writes the manifest as GeoParquet; returns its SHA-256, for the card."""
     table = rows[list(MANIFEST)].astype(MANIFEST)
     places = gpd.points_from_xy(table.lon, table.lat, crs="EPSG:4326")
-    storage.write(storage.join(url, "manifest.parquet"), _parquet(gpd.GeoDataFrame(table, geometry=places)))
+    storage.write(storage.join(url, "manifest.parquet"), data := _parquet(gpd.GeoDataFrame(table, geometry=places)))
+    return hashlib.sha256(data).hexdigest()
 
 
 def part(url: str, kind: str, number: int, unit: int) -> str:
@@ -191,8 +199,16 @@ def read_part(url: str, kind: str, number: int, unit: int, columns: list[str] | 
 
 
 def read_table(url: str, columns: list[str] | None = None) -> pd.DataFrame:
-    """The part at a URL, or some columns of it."""
-    return pd.read_parquet(io.BytesIO(storage.read(url)), columns=columns)
+    """The part at a URL, or some columns of it.
+
+    Raises:
+        Damaged: Its bytes are not those that were written.
+    """
+    data = storage.read(url)
+    try:
+        return open_parquet(io.BytesIO(data), url, len(data)).read(columns=columns).to_pandas()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise arrays.damaged(url, error) from error
 
 
 def read_parts(url: str, kind: str, number: int, units: list[int], columns: list[str]) -> list[pd.DataFrame]:
@@ -203,7 +219,7 @@ def read_parts(url: str, kind: str, number: int, units: list[int], columns: list
 
 def _parquet(table: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
+    table.to_parquet(buffer, index=False, write_page_checksum=True)
     return buffer.getvalue()
 
 

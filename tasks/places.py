@@ -7,7 +7,8 @@ import rasterio
 from numpy.typing import NDArray
 
 from infra import storage
-from infra.addresses import as_url
+from infra.addresses import as_url, shown
+from infra.bounds import check_expansion
 from infra.errors import UserError
 from tasks.core.sampling import draw_classes, draw_land, thin
 from tasks.params import SampleParams
@@ -75,6 +76,8 @@ def read_classes(url: str) -> tuple[NDArray[np.integer], tuple[float, float, flo
     try:
         data = storage.read(as_url(url))
         with rasterio.MemoryFile(data) as file, file.open() as raster:
+            for rows, columns in [raster.shape, *raster.block_shapes]:
+                check_expansion(shown(url), len(data), rows * columns * np.dtype(raster.dtypes[0]).itemsize)
             classes = raster.read(1, masked=True).filled(0)
             bounds, crs = raster.bounds, raster.crs
     except (FileNotFoundError, rasterio.errors.RasterioError) as error:

@@ -34,6 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 from infra import storage
 from infra.addresses import as_url, name_of
 from infra.errors import UserError
+from tasks import arrays
 from tasks.cards import read_card
 from tasks.checkpoint import import_satclip, load_checkpoint
 from tasks.core.compact import Projection
@@ -342,7 +343,8 @@ def write_table(path: Path, tables: Iterator[pa.Table], about: dict[str, Any]) -
     """
     first = next(tables)
     schema = first.schema.with_metadata((first.schema.metadata or {}) | {b"rangegrid": json.dumps(about).encode()})
-    with pa.parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+    kept = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    with pa.parquet.ParquetWriter(path, schema, **kept) as writer:
         for table in itertools.chain([first], tables):
             writer.write_table(table.cast(schema))
 
@@ -382,7 +384,8 @@ def _write_zarr(path: Path, embedder: Embedder, rows: Rows, total: int, advance:
 def _create(group: zarr.Group, name: str, array: NDArray, total: int) -> None:
     dims = ["point"] if array.ndim == 1 else ["point", f"{name}_dim"]
     shape, chunk = (total, *array.shape[1:]), (min(BATCH, total), *array.shape[1:])
-    group.create_array(name, shape=shape, chunks=chunk, dtype=array.dtype, dimension_names=dims)
+    about = {"dtype": array.dtype, "compressors": arrays.packed(), "dimension_names": dims}
+    group.create_array(name, shape=shape, chunks=chunk, **about)
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:

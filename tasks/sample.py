@@ -82,7 +82,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     store.create(url, *shape(params))
     run = Run(client, url, params, siblings(made_of))
     rows = run.read()
-    store.write_manifest(url, rows)
+    digest = store.write_manifest(url, rows)
     picture = sample_map(rows[["lon", "lat"]].to_numpy(), f"{len(rows):,} patches, {PLACES[params.places]}", source)
     keep_picture(storage.join(url, "samples.png"), picture, "sample-map", "Where the patches were taken")
     actual = run.cost()
@@ -97,6 +97,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         fingerprint=fingerprint(made_of),
         made_of=made_of,
         line=params.line,
+        manifest_sha256=digest,
         attribution=source,
         tried=len(run.screened),
         rejected=run.rejected,

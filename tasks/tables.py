@@ -24,11 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet
 from numpy.typing import NDArray
 
 from infra import storage
 from infra.addresses import as_url, name_of, shown
+from infra.bounds import open_parquet
 from infra.errors import UserError
 
 T = TypeVar("T")
@@ -296,7 +296,7 @@ def _refuse_bytes(batch: pa.RecordBatch) -> None:
 
 
 def _open_parquet(path: Path, source: str, kind: str) -> Table:
-    file = pa.parquet.ParquetFile(path, pre_buffer=False)
+    file = open_parquet(path, source, path.stat().st_size, pre_buffer=False)
     schema = file.schema_arrow
 
     def read(columns: list[str] | None) -> Iterator[pa.RecordBatch]:

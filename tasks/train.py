@@ -234,5 +234,5 @@ def _note(now: Progress, rate: float) -> str:
 def _resume(trainer: Trainer, state: str) -> None:
     if not storage.exists(state):
         return
-    trainer.restore(parse_state(storage.read(state)))
+    trainer.restore(parse_state(storage.read(state), state))
     log().info("training goes on from step %d", trainer.step_number)

@@ -196,6 +196,7 @@ def header(grid: str, spec: GridSpec, card: dict[str, Any]) -> Iterator[Finding]
 
 def opened(grid: str) -> xr.Dataset:
     """The grid as its readers see it, without Dask."""
+    arrays.check_axes(grid)
     return xr.open_zarr(storage.zarr_store(grid, read_only=True), chunks=None)
 
 

@@ -1,20 +1,30 @@
 """Flipped bits: in any chunk of any product one is an error that names the file, and never other numbers."""
 
+import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
+import torch
 import xarray as xr
 import zarr
+from safetensors.torch import save as serialise
 
 from infra import clusters, storage
 from infra.errors import UserError
 from tasks import arrays, features, grids, patches, validation
-from tasks.cards import read_card
+from tasks.cards import read_card, write_card
+from tasks.checkpoint import dump_state, pack, parse_state, unpack
 from tasks.core.grid import GridSpec
 from tasks.database import open_database, read_blocks, read_rows, stored_values
+from tasks.grid_sampling import sample_file
 from tasks.params import PublishParams
+from tasks.patches import open_patches
+from tasks.points import embed_file
 from tasks.publish import publish_grid
+from tasks.tables import open_table
 from tasks.updates import home_of
 from tests.tasks.test_publish import images, inputs, store
 
@@ -136,6 +146,71 @@ def test_databases_patches_and_features_name_what_is_damaged(tmp_path, made):
             features.read_features(url)
         with pytest.raises(UserError, match=r"features/c/0/1/0 is damaged"):
             features.StoredFeatures(url, 100).take(np.array([600]), np.array([0]))
+
+
+def manifest(count):
+    """A manifest's columns, of made-up rows."""
+    columns = {name: np.arange(count).astype(kind) for name, kind in patches.MANIFEST.items() if kind != "str"}
+    texts = {name: [f"{name} {i}" for i in range(count)] for name, kind in patches.MANIFEST.items() if kind == "str"}
+    return pd.DataFrame(columns | texts)
+
+
+def refused(file, read, match, least=20):
+    """Flips bits of a file, 20 times one: so many are told at least, and none is read as anything else."""
+    told, whole = [], read()
+    for _ in range(20):
+        with Flipped(file):
+            try:
+                found = read()
+            except UserError as error:
+                told.append(str(error))
+            else:
+                assert found == whole
+    assert len(told) >= least
+    assert [text for text in told if not re.search(match, text)] == []
+
+
+def test_what_lies_beside_the_arrays_is_vouched_for_too(tmp_path):
+    """Manifest, parts, fitted encoder and training state."""
+    url, count = tmp_path.as_uri(), 40
+    patches.create(url, count, ("B02", "B03"), 8, 10.0, 20)
+    digest = patches.write_manifest(url, manifest(count))
+    write_card(url, "patches", manifest_sha256=digest)
+    refused(
+        tmp_path / "manifest.parquet",
+        lambda: open_patches(url).manifest.to_json(),
+        r"manifest.parquet is damaged: .*its digest is not that of the card",
+    )
+    write_card(url, "patches")
+    assert len(open_patches(url).manifest) == count  # as of before
+    patches.create_part(url, "screen", 0, 3, manifest(3000))
+    pages = tmp_path / "screen/0/00003.parquet"
+    refused(pages, lambda: patches.read_part(url, "screen", 0, 3).to_json(), "screen/0/00003.parquet is damaged", 15)
+    tensors = {"weight": torch.arange(2000.0).reshape(40, 50), "one": torch.tensor(3), "size": torch.ones(7).half()}
+    for name, data, read in (
+        ("encoder.safetensors", pack(tensors), lambda data, place: str(unpack(data, place).items())),
+        ("state.pt", dump_state(tensors), lambda data, place: str(parse_state(data, place).items())),
+    ):
+        (file := tmp_path / name).write_bytes(data)
+        refused(file, lambda file=file, read=read: read(file.read_bytes(), str(file)), f"{name} is damaged")
+    for data, read in ((serialise(tensors), unpack), (dump_state(tensors)[32:], parse_state)):
+        assert torch.equal(read(data, "of before")["weight"], tensors["weight"])
+
+
+def test_points_are_written_with_checksums(made, tmp_path):
+    """As Parquet, page by page, and as Zarr: other readers that look at these find the flips too."""
+    lonlat = np.random.default_rng(3).uniform(-80, 80, (500, 2))
+    pd.DataFrame(lonlat, columns=["lon", "lat"]).to_csv(tmp_path / "points.csv", index=False)
+    found = Path(sample_file(tmp_path / "points.csv", made(RICH), tmp_path / "points.parquet"))
+
+    def read():
+        with open_table(str(found)) as table:
+            return pa.Table.from_batches(table.batches()).to_pylist()
+
+    refused(found, lambda: str(read()), "points.parquet", 17)
+    home = path(made(RICH)).parents[2]
+    embed_file(tmp_path / "points.csv", f"{home}/checkpoint", f"{home}/database", tmp_path / "points.zarr")
+    assert arrays.unchecked((tmp_path / "points.zarr").as_uri()) == []
 
 
 def test_a_grid_of_before_is_read_and_what_it_cannot_vouch_for_is_said(made, client, monkeypatch):

@@ -292,6 +292,6 @@ def test_an_archive_that_expands_beyond_reason_is_refused(home, tmp_path):
 
 def test_training_state_survives_storage():
     state = {"weights": torch.arange(3.0), "step": 4, "history": [{"loss": 0.5}]}
-    again = parse_state(dump_state(state))
+    again = parse_state(dump_state(state), "state")
     assert torch.equal(again.pop("weights"), state.pop("weights"))
     assert again == state

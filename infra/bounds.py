@@ -1,0 +1,92 @@
+"""What may become of stored bytes before they are decoded: a file of some kilobytes can tell of gigabytes.
+
+Headers are asked first. What they tell is allowed up to a constant, and beyond it in proportion to what is stored.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from infra.errors import UserError
+
+FREE = 1 << 28  # bytes that may be decoded whatever is stored
+EXPANSION = 1000  # beyond that, bytes that a stored byte may become: those of embeddings become 1 to 3
+PLACE = 16  # bytes of a row at least, of which two numbers are wanted
+
+
+def most(stored: int) -> int:
+    """Bytes that so many stored ones may become."""
+    return max(FREE, EXPANSION * stored)
+
+
+def check_expansion(name: str, stored: int, decoded: int) -> None:
+    """Refuses what claims to be out of proportion with what is stored of it.
+
+    Raises:
+        UserError: It names the file.
+    """
+    if decoded > most(stored):
+        raise UserError(
+            f"{name} has {stored:,} bytes and says that they hold {decoded:,}, which no such file does: it is damaged "
+            "or forged. Take it anew from where it was made"
+        )
+
+
+def open_parquet(source: Any, name: str, stored: int, **options: Any) -> pq.ParquetFile:
+    """Opens a Parquet file whose columns fit what is stored of it; pages that have a checksum are held to it.
+
+    Args:
+        source: A path or a file of bytes.
+        name: What it is called, for messages.
+        stored: Its size in bytes.
+        options: Of `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        UserError: It claims to hold out of proportion to its size.
+    """
+    file = pq.ParquetFile(source, page_checksum_verification=True, **options)
+    about = file.metadata
+    columns = [about.row_group(i).column(j) for i in range(about.num_row_groups) for j in range(about.num_columns)]
+    check_expansion(
+        name, stored, max(PLACE * about.num_rows, sum(column.total_uncompressed_size for column in columns))
+    )
+    for i in range(about.num_row_groups):
+        for text in _repeated(about.row_group(i), most(stored)):
+            check_expansion(name, stored, _length(source, i, text, most(stored)))
+    return file
+
+
+def _repeated(group: Any, most: int) -> list[str]:
+    """Columns of a row group whose texts, each stored once, could be larger than that when each row has its own."""
+    columns = (group.column(j) for j in range(group.num_columns))
+    return [
+        column.path_in_schema
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY"
+        and column.has_dictionary_page
+        and column.num_values * column.total_uncompressed_size > most
+    ]
+
+
+def _length(source: Any, group: int, column: str, most: int) -> int:
+    """Bytes of all values of a column of texts, or some number beyond `most`, without that many in memory."""
+    if "." not in column:  # read as it is stored, each text once
+        table = pq.ParquetFile(source, read_dictionary=[column]).read_row_group(group, columns=[column])
+        return sum(map(_length_of, table[column].chunks))
+    file, length = pq.ParquetFile(source), 0
+    about = file.metadata.row_group(group)
+    largest = max(about.column(j).total_uncompressed_size for j in range(about.num_columns))
+    for batch in file.iter_batches(max(8, FREE // largest), row_groups=[group], columns=[column]):
+        length += batch.nbytes
+        if length > most:
+            break
+    return length
+
+
+def _length_of(values: pa.Array) -> int:
+    if not isinstance(values, pa.DictionaryArray):
+        return int(values.nbytes)
+    lengths = pc.binary_length(values.dictionary).cast(pa.int64())
+    return int(pc.sum(lengths.take(values.indices)).as_py() or 0)

@@ -48,25 +48,24 @@ def open_parquet(source: Any, name: str, stored: int, **options: Any) -> pq.Parq
     """
     file = pq.ParquetFile(source, page_checksum_verification=True, **options)
     about = file.metadata
-    columns = [about.row_group(i).column(j) for i in range(about.num_row_groups) for j in range(about.num_columns)]
-    check_expansion(
-        name, stored, max(PLACE * about.num_rows, sum(column.total_uncompressed_size for column in columns))
-    )
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    check_expansion(name, stored, max(PLACE * about.num_rows, sum(group.total_byte_size for group in groups)))
+    texts = [j for j in range(about.num_columns) if about.schema.column(j).physical_type == "BYTE_ARRAY"]
     for i in range(about.num_row_groups):
-        for text in _repeated(about.row_group(i), most(stored)):
+        for text in _repeated(groups[i], texts, most(stored)):
             check_expansion(name, stored, _length(source, i, text, most(stored)))
     return file
 
 
-def _repeated(group: Any, most: int) -> list[str]:
+def _repeated(group: Any, texts: list[int], most: int) -> list[str]:
     """Columns of a row group whose texts, each stored once, could be larger than that when each row has its own."""
-    columns = (group.column(j) for j in range(group.num_columns))
+    if group.num_rows * group.total_byte_size <= most:
+        return []
+    columns = [group.column(j) for j in texts]  # of a damaged footer, to ask for others can end the process
     return [
         column.path_in_schema
         for column in columns
-        if column.physical_type == "BYTE_ARRAY"
-        and column.has_dictionary_page
-        and column.num_values * column.total_uncompressed_size > most
+        if column.has_dictionary_page and column.num_values * column.total_uncompressed_size > most
     ]
 
 

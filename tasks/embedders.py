@@ -19,11 +19,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -38,6 +40,7 @@ from tasks.core.retrieval import Method, unit_vectors
 from tasks.core.retrieval import embed as embed_ours
 from tasks.geoclip import embed_geoclip
 from tasks.grid_sampling import sample_grid
+from tasks.grids import read_projection, storing
 from tasks.params import EmbedderParams
 from tasks.tiles import load
 
@@ -54,6 +57,7 @@ FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
 BY_PATH = ("satclip", "sinr", "csp")
 OURS = {"location encoder": Method("none"), "range": Method("range"), "range+": Method("range+")}
 NAMES = (*FIXED, "spherical harmonics", "geoclip", *BY_PATH, *OURS)
+STORED = "grid's vectors, "  # before the dtype that they are scored in
 NOT_GIVEN = "weights not given"
 
 
@@ -92,7 +96,44 @@ def embedders(checkpoint: str | None, database: str | None, grid: str | None, pa
     """
     asked = params.embedder or tuple(name for name in NAMES if name not in OURS or (checkpoint and database))
     found = [_named(spec, checkpoint, database, params) for spec in asked]
-    return found + ([_grid("grid", grid, params)] if grid else [])
+    if not grid:
+        return found
+    return [
+        *found,
+        _grid("grid", grid, params),
+        *(_stored(grid, checkpoint, database) if checkpoint and database else []),
+    ]
+
+
+def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
+    """A grid's vectors at the places themselves, as they are and as its dtype keeps them; nothing for float32.
+
+    What the dtype costs is what the two differ by: cells and their size have no part in it.
+    """
+    attrs = zarr.open_group(storage.zarr_store(as_url(grid)), mode="r").attrs
+    made, dtype = attrs.get("rangegrid:made_of"), attrs["geoemb:data_type"]
+    if dtype == "float32" or not made:
+        return []
+    method, kept = Method(made["method"], made["beta"]), storing(as_url(grid))
+    projection = read_projection(as_url(grid)) if made.get("compact_dims") else None
+
+    def exact(lonlat: Lonlat) -> Vectors:
+        encoder, index = load(checkpoint, database)
+        visual, location = np.split(embed_ours(encoder, index, lonlat, method), [index.values.shape[1]], axis=1)
+        return np.concatenate([projection.apply(visual) if projection else visual, location], axis=1)
+
+    return [Named(f"{STORED}float32", exact), Named(STORED + dtype, lambda lonlat: kept(exact(lonlat)))]
+
+
+def dtype_costs(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the dtype of a grid costs each task: the scores of its vectors in float32, and as they are stored."""
+    rows = [row for row in scores if row["embedder"].startswith(STORED)]
+    pairs = [(a, b) for a, b in pairwise(rows) if a["task"] == b["task"]]
+    return [
+        {"task": a["task"], "metric": a["metric"], "dtype": b["embedder"].removeprefix(STORED)}
+        | {split: {"float32": a[split], "stored": b[split]} for split in ("random", "blocked")}
+        for a, b in pairs
+    ]
 
 
 def _named(spec: str, checkpoint: str | None, database: str | None, params: EmbedderParams) -> Named:

@@ -14,7 +14,7 @@ from infra.errors import UserError
 from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places, slugs
 from tasks.cards import fingerprint, home_of, is_finished, product_url, write_card
 from tasks.core.evidence import distance_km
-from tasks.embedders import Lonlat, Named, embedders
+from tasks.embedders import Lonlat, Named, dtype_costs, embedders
 from tasks.failures import losses, spread, where_it_fails
 from tasks.gate import CARD
 from tasks.label_tables import read_labels
@@ -66,6 +66,8 @@ def evaluate_database(
         report(url, scored, f"{CAPTION} {attribution}")
         product = product_of(scored.table)
         content = {"kind": "scorecard", "product": product, "made_of": made_of, "scores": records(scored.table)}
+        if costs := dtype_costs(records(scored.table)):
+            content["dtype_costs"] = costs
         content["geographic_bias"] = explain(url, scored, product, distances(checkpoint, database), attribution)
         storage.write_json(storage.join(url, CARD), content)
         write_card(url, "report", fingerprint=fingerprint(made_of), made_of=made_of, scores=content["scores"])

@@ -33,7 +33,7 @@ written after all those (`tasks.seas`); grids of before have none there.
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -335,6 +335,26 @@ def open_spec(url: str) -> GridSpec:
 def _decoded(array: zarr.Array, index: Any) -> NDArray[np.float32]:
     values = arrays.read(array, index)
     return _scale(array).decode(values) if array.dtype == np.int8 else values.astype(np.float32, copy=False)
+
+
+def storing(url: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What makes of vectors, (n, dim), what readers get of them once the grid at `url` stores them."""
+    found = _arrays(url, VARIABLE, "r")
+    edges = np.cumsum([array.shape[0] for array in found])[:-1]
+
+    def kept(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        parts = zip(found, np.split(vectors, edges, axis=1), strict=True)
+        return np.concatenate([_kept(array, part) for array, part in parts], axis=1)
+
+    return kept
+
+
+def _kept(array: zarr.Array, part: NDArray[np.float32]) -> NDArray[np.float32]:
+    return (
+        _scale(array).decode(_scale(array).encode(part))
+        if array.dtype == np.int8
+        else part.astype(array.dtype).astype("f4")
+    )
 
 
 def read_tile(url: str, tile: Tile, variable: str = VARIABLE) -> NDArray[np.float32]:

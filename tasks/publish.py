@@ -38,6 +38,11 @@ from tasks.units import Work, counted, log, run_units
 from tasks.updates import kept_sums, read_parent, update_tile, write_changes
 from tasks.validation import refuse, validate_grid
 
+INT8 = (
+    "int8 is for maps, likeness and classes: a probe for the latitude scores {float32} in float32 and {stored} as "
+    "stored (R², blocks held out), and others may lose more; `rangegrid evaluate --grid` tells it per task"
+)
+
 
 def publish_grid(client: Client, checkpoint: str, database: str, params: PublishParams) -> str:
     """Publishes the grid of one database, resuming what an earlier run began, and makes it the latest of its line.
@@ -234,6 +239,8 @@ def warn_of_loss(job: Job) -> dict[str, Any]:
     """What the card tells of what fewer bits lost, dimension by dimension; warns where that is much."""
     attrs = zarr.open_group(storage.zarr_store(job.grid), mode="r").attrs
     lost = attrs.get("rangegrid:loss")
+    if lost and lost["dtype"] == "int8":
+        log().warning("%s: %s", job.grid, INT8.format(**lost["latitude_probe_r2"]))
     if lost and "warning" in lost:
         log().warning("%s: %s", job.grid, lost["warning"])
         rows = [

@@ -20,6 +20,7 @@ from tasks.checkpoint import save_checkpoint
 from tasks.core.evidence import EARTH_RADIUS_KM
 from tasks.core.grid import GridSpec
 from tasks.core.location import LocationEncoder
+from tasks.core.quantize import Scale
 from tasks.core.retrieval import unit_vectors
 from tasks.database import import_npz
 from tasks.evaluate import evaluate_database
@@ -146,6 +147,26 @@ def test_a_grid_gets_its_card_and_places_at_sea_are_left_out_for_all(products, t
     assert rows["grid"]["blocked"] > rows["coordinates"]["blocked"]
     alone = evaluate_database(None, None, params(table, embedder=("wrap", url)))
     assert read(alone, "scorecard.json")["product"] == url
+
+
+def test_the_card_of_a_grid_tells_what_its_dtype_costs_each_task(products, tmp_path):
+    """By vectors at the places themselves: in float32 they are RANGE+, and three codes a number leave less of them."""
+    checkpoint, images, table = products
+    card = read(images, "card.json")
+    url, spec = (tmp_path / "grids/one/grid.zarr").as_uri(), GridSpec(10, 20)
+    scales = {"visual": Scale(0.6, 0.0), "location": Scale(0.6, 0.0)}
+    about = {"rangegrid:made_of": {"method": "range+", "beta": 0.5}}
+    create(url, spec, template(spec, Content(card["value_dim"], card["key_dim"], "int8", scales), about))
+    for tile in spec.tiles():
+        write_tile(url, tile, np.ones((card["value_dim"] + card["key_dim"], tile.rows, tile.columns), np.float32))
+    evaluate_database(checkpoint, images, params(table, embedder=("range+",)), url)
+    found = read((tmp_path / "grids/one").as_uri(), "scorecard.json")
+    rows = {row["embedder"]: row for row in found["scores"]}
+    (cost,) = found["dtype_costs"]
+    assert (cost["task"], cost["dtype"]) == (rows["RANGE+"]["task"], "int8")
+    for split in ("random", "blocked"):
+        assert cost[split]["float32"] == pytest.approx(rows["RANGE+"][split], abs=1e-3)
+        assert cost[split]["stored"] == rows["grid's vectors, int8"][split] < cost[split]["float32"] - 0.05
 
 
 def test_losses_add_up_to_the_score_and_distances_are_the_brute_force(products):

@@ -381,6 +381,7 @@ def test_what_a_dimension_lost_is_told_and_warned_of(client, publish, home, capl
     assert lost["cosine_mean"] > 0.999
     assert "visual dimensions lose more than 10% of their deviation" in lost["warning"]
     assert lost["warning"] in caplog.text
+    assert f"scores {lost['latitude_probe_r2']['float32']} in float32" in caplog.text
     assert lost["warning"] in storage.read(storage.join(home_of(grid), "loss.md")).decode()
     stored = np.moveaxis(xr.open_zarr(grid).visual.values, 0, -1)
     land = np.isfinite(stored[..., 0])

@@ -37,7 +37,7 @@ from tasks.core.grid import GridSpec, Tile
 from tasks.core.land import land_of
 from tasks.grids import Vectors, open_spec, open_vectors
 from tasks.params import Sampling
-from tasks.points import (
+from tasks.point_files import (
     check_names,
     check_output,
     check_points,

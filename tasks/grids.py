@@ -37,7 +37,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import dask.array
 import numpy as np
 import xarray as xr
 import zarr
@@ -188,6 +187,8 @@ def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any
 def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]) -> xr.Dataset:
     """A variable of (dim, y, x), or of (y, x) where `dim` has no name."""
     dims, shape = ((dim, *spec.plane.dims), (size,)) if dim else (spec.plane.dims, ())
+    import dask.array  # here, since what reads grids needs no Dask
+
     data = dask.array.full((*shape, *spec.shape), np.nan, dtype="float32", chunks=(*shape, spec.tile, spec.tile))
     coords = conventions.axes(spec)
     if dim:

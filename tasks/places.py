@@ -12,7 +12,7 @@ from infra.bounds import check_expansion
 from infra.errors import UserError
 from tasks.core.sampling import draw_classes, draw_land, thin
 from tasks.params import SampleParams
-from tasks.points import check_points, open_points, rows_of
+from tasks.point_files import check_points, open_points, rows_of
 from tasks.tables import BATCH
 
 

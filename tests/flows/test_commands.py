@@ -80,7 +80,12 @@ def test_a_server_that_does_not_answer_is_one_sentence(home):
 
 @pytest.mark.parametrize(
     ("arguments", "needed"),
-    [(["--help"], set()), (["publish", "--help"], set()), (["grid", "list"], set())],
+    [
+        (["--help"], set()),
+        (["publish", "--help"], set()),
+        (["grid", "list"], set()),
+        (["sample-grid", __file__, "--grid", "grid.zarr", "--output", "/vectors.parquet"], {"xarray"}),
+    ],
 )
 def test_a_command_imports_no_more_than_it_needs(home, arguments, needed):
     """No test holds a time: this holds what takes it."""

@@ -18,7 +18,7 @@ from infra import storage
 from infra.errors import UserError
 from tasks import tables
 from tasks.places import read_points
-from tasks.points import check_points, open_points, rows_of
+from tasks.point_files import check_points, open_points, rows_of
 
 LONLAT = np.array([[2.35, 48.86], [-70.5, -33.25], [179.999, 0.0], [200.0, 10.0], [-180.0, -79.5]])
 NAMES = ["Zürich, a", "b", 'c "d"', "", "e\nf"]

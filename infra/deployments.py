@@ -5,6 +5,7 @@ Everything may be made again and again: what is there is kept, and what was set 
 
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -308,7 +309,13 @@ def _automate(client: SyncPrefectClient, laid: dict[str, str]) -> Iterator[Told]
 
 def _content(automation: AutomationCore) -> str:
     """Digest of what an automation does, whether or not it is on."""
-    return digest(automation.model_dump(mode="json", include={"trigger", "actions", "description"}))
+    content = automation.model_dump(include={"trigger", "actions", "description"})
+    return digest(json.dumps(content, sort_keys=True, default=_in_order))
+
+
+def _in_order(value: Any) -> Any:
+    """Sets in an order of their own: that of Python's differs from process to process."""
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def upcoming(client: SyncPrefectClient) -> list[tuple[str, str]]:

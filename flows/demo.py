@@ -103,7 +103,7 @@ def summary(grid: str, directory: Path, output: Path, copies: list[Path]) -> str
         "",
         "    import xarray as xr",
         f'    grid = xr.open_zarr("{output / "grid.zarr"}")',
-        '    paris = grid.embedding.sel(lon=2.35, lat=48.86, method="nearest").values',
+        '    paris = grid.embedding.sel(lon=2.35, lat=48.86, method="nearest", tolerance=0.25).values',
         "",
         STAND_IN,
     ]

@@ -19,7 +19,7 @@ help:  ## this list
 demo: .venv/ready  ## set up, then make a global RANGE+ grid from the demo planet
 	$(BIN)/rangegrid demo
 
-# Threads of OpenMP in two processes on two cores wait for each other, at a third of the time.
+# Two processes have a core each: more threads of OpenMP would only wait for each other.
 test: .venv/ready  ## set up, then pass the checks and the tests
 	$(MAKE) --no-print-directory check
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

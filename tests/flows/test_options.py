@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from flows.options import build, with_options
 from infra.errors import UserError
-from tasks.params import Params
+from tasks.params import AblateParams, Params, PipelineParams, SampleParams
 
 
 class Inner(Params):
@@ -75,3 +75,26 @@ def test_a_value_that_does_not_fit_names_the_option():
 
 def test_an_unknown_option_is_refused(invoke):
     assert invoke("here", "--no-such", "1")[0].exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("preset", "patches", "steps", "batch", "step", "west", "dims", "points"),
+    [
+        ("trial", 500, 100, 128, 2.0, -180.0, None, 500),
+        ("continent", 20_000, 300, 2048, 0.1, -25.0, 64, None),
+        ("globe", 100_000, 1000, 8192, 0.25, -180.0, 64, None),
+    ],
+)
+def test_a_preset_is_what_the_page_says(preset, patches, steps, batch, step, west, dims, points):
+    made = build(PipelineParams, {"preset": preset})
+    assert (made.sample.patches, made.train.steps, made.train.batch) == (patches, steps, batch)
+    assert (made.publish.step, made.publish.west, made.publish.compact_dims) == (step, west, dims)
+    assert made.evaluate.points == build(AblateParams, {"preset": preset}).points == points
+    assert made.sample.model_dump() == SampleParams(preset=preset).model_dump()  # by name or not, the same product
+    assert preset in str(SampleParams.model_json_schema()["properties"]["preset"])
+
+
+def test_what_is_given_beside_a_preset_stays():
+    default = SampleParams().patches
+    given = build(PipelineParams, {"preset": "trial", "sample_patches": str(default), "publish_step": "0.5"})
+    assert (given.sample.patches, given.sample.shard_patches, given.publish.step) == (default, 64, 0.5)

@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 from distributed import Client
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from s3fs import S3FileSystem
 
 from flows.pipeline import pipeline
@@ -88,20 +88,36 @@ def weights(logits):
     return raised / raised.sum()
 
 
-def test_the_run_tells_how_training_stands(made):
+@pytest.fixture(scope="module")
+def artifacts(made):
+    """What the pipeline's page shows, and the pages of its steps."""
     with get_client(sync_client=True) as client:
-        shown = [
-            a.description for a in client.read_artifacts(artifact_filter=ArtifactFilter(type={"any_": ["progress"]}))
-        ]
+        tables = client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": ["pipeline"]}))
+        (page,) = [table.flow_run_id for table in tables if made["grid"] in table.data]
+        steps = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id={"any_": [page]}))
+        runs = {page, *(step.id for step in steps)}
+        return [shown for shown in client.read_artifacts(limit=200) if shown.flow_run_id in runs]
+
+
+def test_the_pipelines_page_tells_products_costs_and_gate(made, artifacts):
+    (table,) = [json.loads(shown.data) for shown in artifacts if shown.key == "pipeline"]
+    rows = {row["what"]: row for row in table}
+    assert {what: row["what it is"] for what, row in rows.items() if what != "gate"} == made
+    assert all(re.fullmatch(r"[\d.]+ [kM]B", rows[product]["stored"]) for product in made)
+    assert all(re.fullmatch(r"0:\d\d:\d\d", rows[product]["took"]) for product in made)
+    assert rows["gate"]["what it is"] == "promoted: readers have it"
+
+
+def test_the_run_tells_how_training_stands(artifacts):
+    shown = [artifact.description for artifact in artifacts if artifact.type == "progress"]
     told = r"train, 20 of 20: loss \d+\.\d+, scale \d+\.\d, held-out retrieval \d+\.\d%, [\d,]+ pairs/s"
     assert [text for text in shown if re.fullmatch(told, text or "")], shown
 
 
-def test_the_run_tells_where_grid_and_score_card_are(made):
+def test_the_run_tells_where_grid_and_score_card_are(made, artifacts):
     """Nobody may read the sandbox's bucket without keys: so by URLs, and by lines that open what they name."""
     home, opened = made["grid"].removesuffix("/grid.zarr"), {}
-    with get_client(sync_client=True) as client:
-        shown = client.read_artifacts(artifact_filter=ArtifactFilter(key={"any_": ["grid", "score-card"]}))
+    shown = [artifact for artifact in artifacts if artifact.key in ("grid", "score-card")]
     for url in (f"{home}/index.html", f"{home}/scorecard.json"):
         (text,) = [artifact.data for artifact in shown if f"`{url}`" in artifact.data]
         assert storage.exists(url)
@@ -110,10 +126,9 @@ def test_the_run_tells_where_grid_and_score_card_are(made):
     assert set(opened["scores"]["embedder"]) >= {"grid", "coordinates"}
 
 
-def test_each_step_tells_its_plan_and_what_came_of_it(made):
-    with get_client(sync_client=True) as client:
-        shown = client.read_artifacts(artifact_filter=ArtifactFilter(type={"any_": ["table"]}))
-    tables = {a.key: {row["what"]: row for row in json.loads(a.data)} for a in shown if a.key.endswith("-run")}
+def test_each_step_tells_its_plan_and_what_came_of_it(made, artifacts):
+    shown = [artifact for artifact in artifacts if str(artifact.key).endswith("-run")]
+    tables = {artifact.key: {row["what"]: row for row in json.loads(artifact.data)} for artifact in shown}
     asked = {
         ("sample-patches-run", "read patches"): 3,
         ("train-model-run", "train"): 20,

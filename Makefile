@@ -11,7 +11,7 @@ $(foreach name,$(empty_unset),$(if $(strip $($(name))),,$(eval unexport $(name))
 
 unexport PYTHONDONTWRITEBYTECODE  # or each of the many processes compiles all that it imports
 
-.PHONY: demo test faults soak odd ui check audit lock clean help
+.PHONY: demo test further faults soak odd ui check audit lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,6 +23,9 @@ demo: .venv/ready  ## set up, then make a global RANGE+ grid from the demo plane
 test: .venv/ready  ## set up, then pass the checks and the tests
 	$(MAKE) --no-print-directory check
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+further: .venv/ready  ## the tests whose further options are left out of `make test`, to keep it short
+	$(BIN)/python -m pytest -m further -n 2 --dist loadfile
 
 faults: .venv/ready  ## kill what can be killed while samples, encoders and grids are made, and compare
 	$(BIN)/python -m pytest -m faults --timeout 1200

@@ -97,10 +97,10 @@ class SampleParams(Params):
     """Uniform by area on land; by tile, as S2-100K and biased like it; by the classes of a raster in turn; a list."""
     source: str | None = None
     """For `class` a GeoTIFF in longitude and latitude, 0 no class; for `list` a CSV or Parquet with lon and lat."""
-    datetime: str = "2021-01-01/2022-12-31"
+    datetime: str = Field("2021-01-01/2022-12-31", min_length=0)  # so that its own check tells what is wrong
     """Time window: a day, a month, a year, or two with / between, as 2021-01-01/2021-12-31, .. for an open end; or a
     rolling one: `last 90 days`, `previous month`, `previous season`, `previous year`."""
-    line: str = Field("", pattern=LINE)
+    line: str = Field("", pattern=LINE, min_length=0)
     """Name of the line of products that it belongs to, and what is made of it; `newest:NAME` finds them."""
     max_cloud_percent: float = Field(60.0, ge=0, le=100)
     """Largest cloud cover of a scene."""

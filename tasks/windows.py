@@ -42,7 +42,7 @@ def fixed(text: str, at: datetime) -> str:
         first = _before(end, MONTHS.get(previous[1], 1), "month" if previous[1] in MONTHS else previous[1])
     else:
         raise ValueError(
-            f"{text!r} is no window of time: give an interval such as 2021-01-01/2021-12-31, or {EXAMPLES}"
+            f"{text!r} is no time window: give a day, a month or a year, two of them with / between, or {EXAMPLES}"
         )
     return f"{first}/{end - DAY}"
 

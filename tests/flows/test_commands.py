@@ -71,13 +71,6 @@ def test_on_a_server_it_is_a_run_with_our_tag_a_name_of_its_own_and_logs(home, p
     assert "INFO" not in ran.stderr
 
 
-def test_a_server_that_does_not_answer_is_one_sentence(home):
-    ran = publish(home, PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert ran.returncode == 2
-    assert "no Prefect server answers at http://127.0.0.1:9/api" in ran.stderr
-    assert "Traceback" not in ran.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "needed"),
     [

@@ -23,7 +23,7 @@ from infra.catalogs import Catalog, search
 from infra.cogs import read_scene
 from infra.errors import Unavailable, UserError
 from infra.sandbox import servers
-from tasks import units
+from tasks import steps, units
 from tasks.params import SampleParams
 from tasks.steps import may_mend, sample_patches
 from tasks.units import UnitsFailed
@@ -102,7 +102,7 @@ def test_a_form_has_bounds_and_choices():
     fields = schema("publish")["definitions"]["PublishParams"]["properties"]
     assert (fields["beta"]["minimum"], fields["beta"]["maximum"]) == (0, 1)
     assert fields["beta"]["description"].endswith(". At least 0, at most 1.")  # the UI shows no bounds by itself
-    assert fields["compact_dims"]["description"].endswith(". At least 1.")  # of what may be unset too
+    assert fields["compact_dims"]["description"].endswith(". At least 1, at most 8,192.")  # of what may be unset too
     assert fields["method"]["enum"] == ["range+", "range"]
     assert fields["step"]["exclusiveMinimum"] == 0
     assert next(iter(fields)) == "step"
@@ -141,7 +141,7 @@ def test_an_outage_of_the_archive_is_tried_again_by_a_deployment(tmp_path, prefe
     with archive.served(tmp_path, lambda _: (503, {}) if len(server.asked) - 1 in outage else None) as server:
         item = archive.item("a", {band: f"{server.url}/a/{band}.tif" for band in files})
         monkeypatch.setenv("RANGEGRID_STAC_URL", archive.catalog(tmp_path, [item]))
-        step = sample_patches.with_options(retry_delay_seconds=0)
+        step = steps._task(sample_patches.__wrapped__, name="sample").with_options(retry_delay_seconds=0)
         state = step(SampleParams(**options), return_state=True)
     assert state.is_completed(), state
     with get_client(sync_client=True) as client:
@@ -191,10 +191,11 @@ def test_what_each_source_raises_while_it_is_down_may_pass_also_out_of_a_unit(so
         source(f"http://127.0.0.1:{port}")
 
 
-def test_what_a_scheduler_raises_while_it_is_down_may_pass(monkeypatch):
+def test_what_a_scheduler_raises_while_it_is_down_may_pass(monkeypatch, tmp_path):
     (port,) = servers.free_ports(1)
     monkeypatch.setattr(clusters, "ANSWER", 1)
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "1")
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
     with pytest.raises(Unavailable) as caught, clusters.connect(f"tcp://127.0.0.1:{port}"):
         pass
     assert may_mend(sample_patches, None, Failed(data=caught.value))

@@ -71,7 +71,7 @@ def test_points_keep_their_columns_and_gain_an_embedding(home, tmp_path, points)
     assert [p.name for p in tmp_path.iterdir()] == ["out.parquet"]
 
 
-@pytest.mark.parametrize("method", ["range", "topk", "none"])
+@pytest.mark.parametrize("method", ["topk", *(pytest.param(m, marks=pytest.mark.further) for m in ("range", "none"))])
 def test_zarr_opens_in_xarray(home, tmp_path, method):
     ran = run_embed(home, "points.csv", tmp_path / "out.zarr", "--method", method)
     assert ran.returncode == 0, ran.stderr

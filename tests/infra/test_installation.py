@@ -59,9 +59,7 @@ def test_automations_are_prefects():
     read = [AutomationCore.model_validate(automation) for automation in told]
     assert [automation.actions[0].type for automation in read] == [
         "change-flow-run-state",
-        "send-notification",
-        "send-notification",
-        "send-notification",
+        *["send-notification"] * 10,
     ]
 
 

@@ -145,7 +145,10 @@ def storage_path(url):
     return Path(url.removeprefix("file://"))
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "range"}, {"beta": 1.0}, {"compact_dims": 3}])
+FURTHER = [pytest.param(options, marks=pytest.mark.further) for options in ({"method": "range"}, {"beta": 1.0})]
+
+
+@pytest.mark.parametrize("options", [{}, {"compact_dims": 3}, *FURTHER])
 def test_an_update_is_a_grid_made_anew(publish, before, after, products, options):
     params = PublishParams(**STEP, keep_sums=True, **options)
     parent = publish(before, params)
@@ -175,6 +178,7 @@ def test_sums_serve_any_beta(publish, before, parent, products):
     same(child, publish(before, PublishParams(**STEP, beta=0.2)), 1e-6)
 
 
+@pytest.mark.further
 def test_updates_of_updates_stay_exact(home, publish, parent):
     """Images go until, for many cells, nearly all the weight has gone; then they come back."""
     grid = parent

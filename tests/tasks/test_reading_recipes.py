@@ -58,7 +58,7 @@ for folder in json.loads(sys.argv[1]):
 """
 KEPT = "nearest bilinear mean similarity regions trusted visual features score"
 PLACES = {  # what may be read of each: a point, and a country
-    "globe": ({"step": 2.0, "tile_cells": 60}, (2.35, 48.86), "France"),
+    "globe": ({"step": 3.0, "tile_cells": 60}, (2.35, 48.86), "France"),
     "box": (
         {"step": 2.0, "west": -24, "south": 34, "east": 44, "north": 72, "tile_cells": 20},
         (2.35, 48.86),

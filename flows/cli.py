@@ -96,9 +96,11 @@ def main() -> None:
     except Exception as error:  # what Prefect's client raises where its server is gone, or was never there
         if not (type(error).__module__.startswith("httpx") or str(error).startswith("Failed to reach API at")):
             raise
+        from prefect.settings import PREFECT_API_URL
+
         from infra.deployments import silent
 
-        err.print("[bold red]error:[/]", escape(str(silent(os.environ.get("PREFECT_API_URL"), error))))
+        err.print("[bold red]error:[/]", escape(str(silent(PREFECT_API_URL.value(), error))))
         sys.exit(2)
 
 

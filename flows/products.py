@@ -1,7 +1,6 @@
 """`rangegrid ls` and `rangegrid prune`: what lies in the storage and why, and what of it nothing needs."""
 
 import json
-import os
 import sys
 from typing import Annotated, Any
 
@@ -50,7 +49,9 @@ def under_way() -> list[dict[str, Any]]:
     Raises:
         UserError: A server is set and does not answer: so nothing tells what may be in use.
     """
-    if not os.environ.get("PREFECT_API_URL"):
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value() is None:
         return []
     from infra.reconcile import begun
 

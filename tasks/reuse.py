@@ -20,15 +20,9 @@ from tasks import patches as store
 from tasks.cards import fingerprint, read_card
 
 SIZE = {"patches", "shard_patches", "max_tries", "max_failed_fraction"}  # parameters that decide nothing at a place
-SCREENED = {
-    "row_id",
-    "rank",
-    "reason",
-    "clear_fraction",
-    "saturated_fraction",
-    "dark_share",
-}  # columns needed of parts,
-READ = SCREENED | {"position", "href", "sha256", "nodata_fraction", "dark_dn", "offset_check"}  # which were once fewer
+# Columns that the parts of another sample must have: earlier versions wrote fewer.
+SCREENED = {"row_id", "rank", "reason", "clear_fraction", "saturated_fraction", "dark_share"}
+READ = SCREENED | {"position", "href", "sha256", "nodata_fraction", "dark_dn", "offset_check"}
 WHERE = ["source", "part"]  # columns that lead to another sample, and to the part of it in which a place was read
 
 

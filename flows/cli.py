@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flows import grids, products
-from flows.options import with_options
+from flows import cli_grid, cli_products
+from flows.cli_options import with_options
 from infra.errors import UserError
 from infra.settings import hand_on
 from tasks.params import (
@@ -47,9 +47,9 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="Exchange checkpoints wi
 app.add_typer(checkpoint_app, name="checkpoint")
 database_app = typer.Typer(no_args_is_help=True, help="Exchange databases with rangegeo, and audit them.")
 app.add_typer(database_app, name="database")
-app.add_typer(grids.app, name="grid")
-app.command("ls")(products.list_products)
-app.command("prune")(products.prune)
+app.add_typer(cli_grid.app, name="grid")
+app.command("ls")(cli_products.list_products)
+app.command("prune")(cli_products.prune)
 
 
 def _url(place: str | None) -> str | None:
@@ -130,14 +130,14 @@ def explain(
     item: Annotated[str, typer.Argument(help="Path or URL of a STAC item of Sentinel-2 L2A.")],
 ) -> None:
     """Tell how an item's numbers become reflectance, and why, as JSON."""
-    from tasks.scenes import explain as decision
+    from tasks.patches.scenes import explain as decision
 
     print(json.dumps(decision(item), indent=2))
 
 
 def _plan(params: SampleParams) -> None:
     from infra.settings import settings
-    from tasks.estimate import estimate
+    from tasks.patches.estimate import estimate
 
     for name, value in estimate(params, settings().workers).lines().items():
         print(f"{name:<14}{value:>14}")
@@ -194,7 +194,7 @@ def evaluate(
     from flows.started import start
     from infra import storage
     from infra.addresses import as_url
-    from tasks.gate import CARD
+    from tasks.release.gate import CARD
 
     target = as_url(output) if output else None
     if target:
@@ -235,8 +235,8 @@ def geoprior(
     ] = None,
 ) -> None:
     """Tell what places add to an image classifier, by the same probes."""
-    from tasks.embedders import embedders
-    from tasks.geoprior import geo_prior, read_photographs
+    from tasks.evaluation.embedders import embedders
+    from tasks.evaluation.geoprior import geo_prior, read_photographs
 
     table = geo_prior(read_photographs(photographs), embedders(checkpoint, database, None, params))
     print(table.to_string(index=False, na_rep="-"))
@@ -254,7 +254,7 @@ def embed(
     lat: Lat = None,
 ) -> None:
     """Embed a list of points: their columns, and their embedding."""
-    from tasks.points import embed_file
+    from tasks.points.embed import embed_file
 
     print(embed_file(points, checkpoint, database, output, params, overwrite, lon, lat))
 
@@ -270,7 +270,7 @@ def sample_grid(
     lat: Lat = None,
 ) -> None:
     """Add the vectors of a published grid to a list of points, and why a point has none."""
-    from tasks.grid_sampling import sample_file
+    from tasks.points.sample_grid import sample_file
 
     print(sample_file(points, grid, output, method, overwrite, lon, lat))
 
@@ -280,7 +280,7 @@ def import_checkpoint(
     file: Annotated[str, typer.Argument(help="Path or URL of a satclip-*.ckpt.")], directory: New
 ) -> None:
     """Import a SatCLIP checkpoint, both towers; nothing in the file is executed."""
-    from tasks.checkpoint import import_satclip
+    from tasks.model.checkpoint import import_satclip
 
     card = import_satclip(file, directory)
     print(directory)
@@ -290,7 +290,7 @@ def import_checkpoint(
 @checkpoint_app.command("export")
 def export_checkpoint(checkpoint: Checkpoint, file: Output, overwrite: Overwrite = False) -> None:
     """Export a checkpoint as a .ckpt that rangegeo loads."""
-    from tasks.checkpoint import export_satclip
+    from tasks.model.checkpoint import export_satclip
 
     print(export_satclip(checkpoint, file, overwrite))
 
@@ -300,7 +300,7 @@ def import_database(
     file: Annotated[str, typer.Argument(help="Path or URL of a range_db_*.npz.")], directory: New, checkpoint: Space
 ) -> None:
     """Import a published RANGE database; its numbers are checked, nothing in the file is executed."""
-    from tasks.database import import_npz
+    from tasks.database.store import import_npz
 
     import_npz(file, directory, checkpoint)
     print(directory)
@@ -309,7 +309,7 @@ def import_database(
 @database_app.command("export")
 def export_database(database: Database, file: Output, overwrite: Overwrite = False) -> None:
     """Export a database as a .npz that rangegeo reads."""
-    from tasks.database import export_npz
+    from tasks.database.store import export_npz
 
     print(export_npz(database, file, overwrite))
 
@@ -324,13 +324,13 @@ def audit(
         str | None, typer.Option(help="Directory or URL of the checkpoint of its keys.", callback=_url)
     ] = None,
     sample: Annotated[int, typer.Option(min=2, help="Images to encode again.")] = 64,
-    as_json: grids.AsJson = False,
+    as_json: cli_grid.AsJson = False,
 ) -> None:
     """Check that a database is sound, and that key, value and place of a row belong to one image."""
-    from tasks.audit import audit_database
+    from tasks.database.audit import audit_database
 
     findings = audit_database(database, patches, checkpoint, sample)
-    grids.report(findings, as_json)
+    cli_grid.report(findings, as_json)
 
 
 @command(PipelineParams)

@@ -25,16 +25,16 @@ from infra.errors import UserError
 from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.compact import Projection
-from tasks.core.location import LocationEncoder
+from tasks.core.encoders.location import LocationEncoder
 from tasks.core.quantize import Scale
 from tasks.core.retrieval import Method, RetrievalIndex, embed
-from tasks.embedders import Lonlat, Named, Vectors
 from tasks.evaluate import label_sets
+from tasks.evaluation.embedders import Lonlat, Named, Vectors
+from tasks.evaluation.scoring import digest, keep_scores, score_all
+from tasks.grid.tiles import load
 from tasks.params import AblateParams, Choice
+from tasks.plots.charts import ablation_chart
 from tasks.publish import read_pair
-from tasks.score_pictures import ablation_chart
-from tasks.scoring import digest, keep_scores, score_all
-from tasks.tiles import load
 from tasks.units import progress
 
 STEPS: dict[str, tuple[float, ...]] = {

@@ -6,10 +6,10 @@ from distributed import Client
 
 from infra.errors import UserError
 from tasks.cards import fingerprint, is_finished, product_url, read_card
-from tasks.checkpoint import Checkpoint, describe, keys_of, load_checkpoint
-from tasks.core.images import ImageEncoder
-from tasks.database import create_database, finish_database, write_rows, written_shards
-from tasks.features import check_takes, encode_features, encode_rows, identity, open_store, read_features
+from tasks.core.encoders.images import ImageEncoder
+from tasks.database.store import create_database, finish_database, write_rows, written_shards
+from tasks.model.checkpoint import Checkpoint, describe, keys_of, load_checkpoint
+from tasks.model.features import check_takes, encode_features, encode_rows, identity, open_store, read_features
 from tasks.newest import inherit
 from tasks.params import EncodeParams
 from tasks.units import run_units

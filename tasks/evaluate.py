@@ -14,18 +14,18 @@ from infra.errors import UserError
 from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places, slugs
 from tasks.cards import fingerprint, home_of, is_finished, product_url, write_card
 from tasks.core.evidence import distance_km
-from tasks.embedders import Lonlat, Named, dtype_costs, embedders
-from tasks.failures import losses, spread, where_it_fails
-from tasks.gate import CARD
-from tasks.label_tables import read_labels
-from tasks.labels import LabelSet, demo_labels
+from tasks.evaluation.embedders import Lonlat, Named, dtype_costs, embedders
+from tasks.evaluation.failures import losses, spread, where_it_fails
+from tasks.evaluation.label_tables import read_labels
+from tasks.evaluation.labels import LabelSet, demo_labels
+from tasks.evaluation.scoring import Scored, digest, keep_scores, records, score_all
+from tasks.grid.tiles import load
 from tasks.params import EvaluateParams
-from tasks.pictures import score_chart
+from tasks.plots.charts import bias_chart, error_map
+from tasks.plots.maps import score_chart
 from tasks.publish import read_pair
-from tasks.score_pictures import bias_chart, error_map
-from tasks.scoring import Scored, digest, keep_scores, records, score_all
-from tasks.stac import ITEM, write_item
-from tasks.tiles import load
+from tasks.release.gate import CARD
+from tasks.release.stac import ITEM, write_item
 from tasks.units import log, progress
 
 DEMO_POINTS, BLOCK_DEGREES = 2500, 10.0

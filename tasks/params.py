@@ -13,7 +13,7 @@ from tasks import windows
 from tasks.presets import Preset, laid_under
 
 if TYPE_CHECKING:
-    from tasks.core.grid import GridSpec
+    from tasks.core.earth.grid import GridSpec
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")  # of Sentinel-2 L2A
 
@@ -309,14 +309,14 @@ class PublishParams(Params):
     @field_validator("crs")
     @classmethod
     def _known(cls, crs: str) -> str:
-        from tasks.core.plane import Plane  # here, since forms and the command line's help need no pyproj
+        from tasks.core.earth.plane import Plane  # here, since forms and the command line's help need no pyproj
 
         return Plane(crs).name
 
     @field_validator("tile_cells")
     @classmethod
     def _whole_chunks(cls, cells: int | None) -> int | None:
-        from tasks.core.grid import check_tile  # here, as above
+        from tasks.core.earth.grid import check_tile  # here, as above
 
         if cells is not None:
             check_tile(cells)
@@ -340,7 +340,7 @@ class PublishParams(Params):
     @property
     def spec(self) -> "GridSpec":
         """The grid; a size of tiles that is not given is for the database to tell (`tasks.publish.settled`)."""
-        from tasks.core.grid import GridSpec
+        from tasks.core.earth.grid import GridSpec
 
         return GridSpec(self.step, self.tile_cells or GridSpec.tile, self.box, self.crs, self.land or "any")
 

@@ -1,7 +1,7 @@
 """The publish step: RANGE+ at every land cell of a grid, tile by tile on Dask.
 
 A grid may keep the sums behind it. A later grid, of the database as it has become since, then takes them as its
-parent's, and computes only the images that came and went (`tasks.updates`).
+parent's, and computes only the images that came and went (`tasks.grid.updates`).
 """
 
 from collections.abc import Callable
@@ -14,29 +14,30 @@ from distributed import Client
 from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
-from tasks import conventions, grids, versions
 from tasks.artifacts import keep_table, opening, show_places
 from tasks.cards import FORMER_LAND, GRID, fingerprint, home_of, is_finished, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
-from tasks.core.grid import Tile
-from tasks.core.land import land_mask
+from tasks.core.earth.grid import Tile
+from tasks.core.earth.land import land_mask
 from tasks.core.quantize import DType
 from tasks.core.retrieval import Method
-from tasks.database import stored_values
-from tasks.lines import Layout
-from tasks.overviews import publish_overviews
+from tasks.database.store import stored_values
+from tasks.grid import conventions, store
+from tasks.grid.overviews import publish_overviews
+from tasks.grid.parts import Part, parts_of, publish_in_parts
+from tasks.grid.previews import draw, write_page
+from tasks.grid.seas import fill_seas
+from tasks.grid.survey import Survey, kernels, survey
+from tasks.grid.tiles import Job, land_tiles, publish_tile
+from tasks.grid.updates import kept_sums, read_parent, update_tile, write_changes
 from tasks.params import PublishParams
-from tasks.previews import draw, write_page
-from tasks.promotion import promote_unless_withdrawn
-from tasks.seas import fill_seas
-from tasks.shards import Part, parts_of, publish_in_parts
-from tasks.stac import ITEM, write_item
-from tasks.survey import Survey, kernels, survey
-from tasks.tiles import Job, land_tiles, publish_tile
+from tasks.release import versions
+from tasks.release.lines import Layout
+from tasks.release.promotion import promote_unless_withdrawn
+from tasks.release.stac import ITEM, write_item
+from tasks.release.validation import refuse, validate_grid
 from tasks.units import Work, counted, log, run_units
-from tasks.updates import kept_sums, read_parent, update_tile, write_changes
-from tasks.validation import refuse, validate_grid
 
 INT8 = (
     "int8 is for maps, likeness and classes: a probe for the latitude scores {float32} in float32 and {stored} as "
@@ -95,11 +96,11 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     look = unmeasured if parts else partial(measure, client, job, params.dtype)
     attrs = provenance(job, card, made_of) | {"rangegrid:line": since.line}
     prepare(job, card, attrs, look, params.overviews)
-    done = grids.written(job.grid, job.spec, tiles)
+    done = store.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
     publish_tiles(client, job, parts, tiles, done)
     publish_overviews(client, job, params.overviews)
-    for url in [job.grid, *grids.level_urls(job.grid), *([job.sums] if job.keep_sums else [])]:
+    for url in [job.grid, *store.level_urls(job.grid), *([job.sums] if job.keep_sums else [])]:
         fill_seas(url)
     made = {"fingerprint": fingerprint(made_of), "made_of": made_of, "database": database, "checkpoint": checkpoint}
     refuse(job.grid, validate_grid(client, job.grid, made))
@@ -127,7 +128,7 @@ def settled(params: PublishParams, card: dict[str, Any]) -> PublishParams:
         made = read_card(home_of(params.parent), "grid")["made_of"]
         tile, land = made["tile_cells"], made.get("land", FORMER_LAND)
     else:
-        tile = grids.tile_cells((params.compact_dims or card["value_dim"]) + card["key_dim"], params.dtype)
+        tile = store.tile_cells((params.compact_dims or card["value_dim"]) + card["key_dim"], params.dtype)
         land = "any"
     return params.model_copy(update={"tile_cells": params.tile_cells or tile, "land": params.land or land})
 
@@ -193,12 +194,12 @@ def prepare(
         write_changes(job, card["images"])
     visual, halves = job.compact_dims or card["value_dim"], 1 + job.method.has_geodesic
     if job.keep_sums:
-        grids.create(job.sums, job.spec, grids.sums_template(job.spec, visual, halves, attrs))
+        store.create(job.sums, job.spec, store.sums_template(job.spec, visual, halves, attrs))
     projection = find_projection(job) if job.compact_dims else None
     found = look(projection)
-    content = grids.Content(visual, card["key_dim"], found.dtype, found.scales, job.evidence)
-    grids.create_levels(job.grid, job.spec, content, attrs, overviews)
-    grids.create(job.grid, job.spec, grids.template(job.spec, content, attrs | found.attrs, projection))
+    content = store.Content(visual, card["key_dim"], found.dtype, found.scales, job.evidence)
+    store.create_levels(job.grid, job.spec, content, attrs, overviews)
+    store.create(job.grid, job.spec, store.template(job.spec, content, attrs | found.attrs, projection))
 
 
 def provenance(job: Job, card: dict[str, Any], made_of: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def measure(client: Client, job: Job, dtype: DType, projection: Projection | Non
 def find_projection(job: Job) -> Projection:
     """The parent's projection, whose space the sums are in, or the principal components of this database."""
     if job.parent:
-        return grids.read_projection(storage.join(job.parent, GRID))
+        return store.read_projection(storage.join(job.parent, GRID))
     assert job.compact_dims is not None  # for the type checker
     return Projection.fit(stored_values(job.database), job.compact_dims)
 
@@ -244,7 +245,7 @@ def warn_of_loss(job: Job) -> dict[str, Any]:
     if lost and "warning" in lost:
         log().warning("%s: %s", job.grid, lost["warning"])
         rows = [
-            f"| {name} | {i} | {share:.0%} |" for name in grids.BLOCKS for i, share in enumerate(lost[name]["lost"])
+            f"| {name} | {i} | {share:.0%} |" for name in store.BLOCKS for i, share in enumerate(lost[name]["lost"])
         ]
         table = "\n".join([lost["warning"], "", "| part | dimension | lost of its deviation |", "|---|---|---|", *rows])
         keep_table(storage.join(job.home, "loss.md"), table, "grid-loss", f"What {lost['dtype']} loses")

@@ -1,9 +1,9 @@
 """The sample step: from a STAC catalog to a patch store.
 
 1. Places are drawn from the seed's stream: uniformly by area on land, or as `places` says.
-2. They are *screened*, one unit per grid-zone cell (`tasks.screening`): search the catalog, choose a scene that
+2. They are *screened*, one unit per grid-zone cell (`tasks.patches.screening`): search the catalog, choose a scene that
    holds the patch, decide its radiometry, read the scene classification around it.
-3. Pixels are *read*, one unit per shard (`tasks.reading`).
+3. Pixels are *read*, one unit per shard (`tasks.patches.reading`).
 4. A patch that cannot be read, or has no data, is replaced by the next clear place of the stream, in a further
    round of reading, until all are there or the tries are spent.
 
@@ -24,23 +24,23 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from infra import storage, workers
-from infra.catalogs import ask, catalogs, collection_title, unsigned
-from infra.cogs import RefusedAsset, UnreadableAsset, read_scene
 from infra.errors import Unavailable, UserError
+from infra.imagery.cogs import RefusedAsset, UnreadableAsset, read_scene
 from infra.settings import settings
-from tasks import patches as store
+from infra.stac.catalogs import ask, catalogs, collection_title, unsigned
 from tasks.artifacts import keep_picture, keep_table
 from tasks.cards import fingerprint, is_finished, product_url, write_card
-from tasks.core.sampling import grid_zone
-from tasks.estimate import Cost, beside, estimate, spent
+from tasks.core.earth.sampling import grid_zone
 from tasks.newest import enter
 from tasks.params import SampleParams
-from tasks.pictures import sample_map
-from tasks.places import draw, source_digest
-from tasks.reading import read_shard, shape
-from tasks.reuse import WHERE, places_read, siblings
-from tasks.scenes import asset_keys, find_items
-from tasks.screening import UNTRIED, by_place, hrefs, screen_cell
+from tasks.patches import store
+from tasks.patches.estimate import Cost, beside, estimate, spent
+from tasks.patches.places import draw, source_digest
+from tasks.patches.reading import read_shard, shape
+from tasks.patches.reuse import WHERE, places_read, siblings
+from tasks.patches.scenes import asset_keys, find_items
+from tasks.patches.screening import UNTRIED, by_place, hrefs, screen_cell
+from tasks.plots.maps import sample_map
 from tasks.units import log, run_units
 
 PLACES = {

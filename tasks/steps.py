@@ -16,8 +16,9 @@ from prefect.tasks import exponential_backoff
 
 from infra import clusters, workers
 from infra.errors import may_pass
-from tasks import ablate, encode, evaluate, promotion, publish, sample, train, versions
+from tasks import ablate, encode, evaluate, publish, sample, train
 from tasks.artifacts import reported
+from tasks.release import promotion, versions
 from tasks.units import Work, in_run, note
 
 R = TypeVar("R")

@@ -16,7 +16,6 @@ from infra import storage
 from infra.errors import UserError
 from tasks.artifacts import keep_picture
 from tasks.cards import is_finished, product_url, read_card
-from tasks.checkpoint import dump_state, parse_state, save_checkpoint
 from tasks.core.contrastive import (
     FITTED_ON,
     Diverged,
@@ -30,11 +29,12 @@ from tasks.core.contrastive import (
     process,
     train,
 )
-from tasks.core.location import LocationEncoder
-from tasks.features import StoredFeatures, encode_features, features_url, identity, open_encoder, open_store
+from tasks.core.encoders.location import LocationEncoder
+from tasks.model.checkpoint import dump_state, parse_state, save_checkpoint
+from tasks.model.features import StoredFeatures, encode_features, features_url, identity, open_encoder, open_store
 from tasks.newest import inherit
 from tasks.params import TrainParams
-from tasks.pictures import loss_curve
+from tasks.plots.maps import loss_curve
 from tasks.units import log, progress
 
 BLOCK_DEGREES = 10

@@ -16,7 +16,7 @@ import rasterio
 from pyproj import Transformer
 from rasterio.transform import from_origin
 
-from tasks.core.items import NAMES
+from tasks.core.sentinel2.items import NAMES
 
 BANDS = ("B02", "B05", "B01")
 PIXEL = {"B01": 60, "B05": 20, "SCL": 20}

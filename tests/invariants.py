@@ -12,8 +12,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 
 from infra import storage
-from tasks import versions
 from tasks.params import PipelineParams
+from tasks.release import versions
 from tests.chaos import KINDS, Fault
 from tests.station import Station
 

@@ -53,7 +53,7 @@ TEXTS = {  # by the last word of the option: odd ones that a text or a list with
     "date": ("2021-07-15", "0001-01-01", "9999-12-31", "20210715", "2021-W28-4", "2024-02-29"),
     "source": ("POINTS", "LABELS"),
     "bands": ('["B02"]', "B02", '["B08", "B02"]', '["B02", "B02"]', '["b02"]', '["B01"]', "B02,B03"),
-    "name": ("rcf", "RCF", "checkpoint", "satmae", "math:sqrt", "tests.core.my_encoder:Means", ":", "a:b:c"),
+    "name": ("rcf", "RCF", "checkpoint", "satmae", "math:sqrt", "tests.core.encoders.my_encoder:Means", ":", "a:b:c"),
     "weights": ("POINTS",),
     "crs": ("EPSG:3035", "EPSG:4326", "epsg:4326", "OGC:CRS84", "EPSG:3857", "4326", "EPSG:4258", "EPSG:0"),
     "parent": ("GRID",),

@@ -12,19 +12,23 @@ import pandas as pd
 import xarray as xr
 from pystac.validation import validate_dict
 
-from flows.options import build
+from flows.cli_options import build
 from infra import clusters, storage
 from infra.errors import UserError
-from tasks import ablate, encode, evaluate, grid_sampling, grids, points, promotion, publish, sample, train, versions
+from tasks import ablate, encode, evaluate, publish, sample, train
 from tasks.cards import read_card
-from tasks.checkpoint import load_checkpoint
-from tasks.core.land import is_land
+from tasks.core.earth.land import is_land
 from tasks.core.retrieval import unit_vectors
-from tasks.database import open_database
-from tasks.estimate import estimate
+from tasks.database.store import open_database
+from tasks.grid import store
+from tasks.model.checkpoint import load_checkpoint
 from tasks.params import AblateParams, Choice, EmbedParams, Params, PipelineParams, PruneParams, Sampling
-from tasks.patches import open_patches
-from tests.tasks.test_stac import schemas
+from tasks.patches.estimate import estimate
+from tasks.patches.store import open_patches
+from tasks.points import embed as points
+from tasks.points import sample_grid as grid_sampling
+from tasks.release import promotion, versions
+from tests.tasks.release.test_stac import schemas
 
 Case = dict[str, str]  # text of an option, as a command line has it, by `step.option`
 BASE: Case = {
@@ -232,7 +236,7 @@ def check_grid(urls: dict[str, str], whole: PipelineParams) -> None:
         card_tells(made, params, {"parent", "tile_cells", "land"})
     assert validate_dict(storage.read_json(storage.join(home, "item.json")), validator=schemas())
     for level in range(1, params.overviews + 1):
-        coarse = xr.open_zarr(storage.zarr_store(grids.level_url(url, level), read_only=True), chunks=None)
+        coarse = xr.open_zarr(storage.zarr_store(store.level_url(url, level), read_only=True), chunks=None)
         assert coarse.sizes[down] * 2**level == shape[0]
         assert np.isfinite(_parts(coarse, params.dtype)[1]).any()
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.core.plane import Plane
+from tasks.core.earth.plane import Plane
 from tasks.core.retrieval import Encodes, Method, RetrievalIndex
 
 FIRST_NODES = 9  # along one side

@@ -20,9 +20,9 @@ from scipy.spatial import cKDTree
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from tasks.core.location import LocationEncoder
+from tasks.core.earth.sampling import EARTH_KM
+from tasks.core.encoders.location import LocationEncoder
 from tasks.core.retrieval import unit_vectors
-from tasks.core.sampling import EARTH_KM
 
 FIRST_SCALE = math.log(1 / 0.07)
 LARGEST_SCALE = math.log(100)

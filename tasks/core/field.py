@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.core.earth.sampling import draw_land
 from tasks.core.evidence import EARTH_RADIUS_KM
-from tasks.core.sampling import draw_land
 
 PROBES = 250  # places on land, each with one neighbour at every distance
 DISTANCES_KM = (25.0, 50.0, 100.0, 200.0, 400.0, 800.0, 1600.0)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.special import ive
 from torch import Tensor
 
-from tasks.core.harmonics import spherical_harmonics
+from tasks.core.encoders.harmonics import spherical_harmonics
 from tasks.core.sums import Sums
 
 TAIL = 1e-12  # largest error of one weight

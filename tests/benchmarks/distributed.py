@@ -22,14 +22,14 @@ from distributed import Client
 
 from infra.sandbox import servers
 from tasks.cards import read_card
-from tasks.checkpoint import save_checkpoint
-from tasks.core.grid import GridSpec
-from tasks.core.location import LocationEncoder
+from tasks.core.earth.grid import GridSpec
+from tasks.core.encoders.location import LocationEncoder
 from tasks.core.retrieval import Method
-from tasks.database import create_database, finish_database, write_rows
+from tasks.database.store import create_database, finish_database, write_rows
+from tasks.grid.parts import Part
+from tasks.grid.tiles import Job, land_tiles
+from tasks.model.checkpoint import save_checkpoint
 from tasks.publish import prepare, publish_tiles
-from tasks.shards import Part
-from tasks.tiles import Job, land_tiles
 from tests.benchmarks.retrieval import KEY, VALUE, machine, places
 
 IMAGES, SHARD = 82_000, 1000  # the published database

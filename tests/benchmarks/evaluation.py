@@ -10,10 +10,10 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.embedders import Named
-from tasks.labels import LabelSet
+from tasks.evaluation.embedders import Named
+from tasks.evaluation.labels import LabelSet
+from tasks.evaluation.scoring import score_all
 from tasks.params import EvaluateParams
-from tasks.scoring import score_all
 
 POINTS = 10_000
 CLASSES = {"biome": 14, "ecoregion": 800, "country": 200}

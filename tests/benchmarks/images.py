@@ -1,10 +1,10 @@
 """Images per CPU second of the image encoders, on one core: `python -m tests.benchmarks.images`.
 
 First the same random convolutional features five ways: by `conv2d` with the bands together in memory, as in
-`tasks.core.images`, and apart; by cutting windows and one matrix product; by FFT; and by separable filters (each a
-sum of rank-one filters, exact at full rank). All take the same batches. Then every encoder by name, towers with random
-weights. Synthetic 12-band patches. The processor's time is counted, so that other work on the machine disturbs
-little; the best of two runs.
+`tasks.core.encoders.rcf`, and apart; by cutting windows and one matrix product; by FFT; and by separable filters
+(each a sum of rank-one filters, exact at full rank). All take the same batches. Then every encoder by name, towers
+with random weights. Synthetic 12-band patches. The processor's time is counted, so that other work on the machine
+disturbs little; the best of two runs.
 """
 
 import time
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from tasks.core import images as module
-from tasks.core.encoders import SENTINEL2, TOWERS, load_tower
-from tasks.core.images import RandomConvolutionalFeatures, fit_rcf, take_bands
+from tasks.core.encoders import images as module
+from tasks.core.encoders.images import RandomConvolutionalFeatures, fit_rcf, take_bands
+from tasks.core.encoders.registry import SENTINEL2, TOWERS, load_tower
 
 BANDS = tuple(band for band in SENTINEL2 if band != "B10")
 SIZES = {64: 16, 256: 4}  # pixels along one side: images

@@ -21,8 +21,8 @@ from zarr.codecs import BloscCodec
 
 from infra import storage
 from infra.settings import settings
-from tasks.core.grid import GridSpec, Tile
-from tasks.core.land import is_land
+from tasks.core.earth.grid import GridSpec, Tile
+from tasks.core.earth.land import is_land
 
 REGION = 40  # cells along one side
 

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from rangegeo import load_satclip_location_encoder
 
-from tasks.checkpoint import export_satclip, import_satclip, load_checkpoint, save_checkpoint
-from tasks.core.grid import GridSpec, Tile
-from tasks.core.location import LocationEncoder
+from tasks.core.earth.grid import GridSpec, Tile
+from tasks.core.encoders.location import LocationEncoder
+from tasks.model.checkpoint import export_satclip, import_satclip, load_checkpoint, save_checkpoint
 
 PLACES = 10_000
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.checkpoint import load_checkpoint
 from tasks.core.retrieval import BATCH, Method, RetrievalIndex, embed
-from tasks.database import open_database
+from tasks.database.store import open_database
+from tasks.model.checkpoint import load_checkpoint
 
 HEADER = f"{'places':>8}{'program':>9}{'database':>10}{'peak':>7}{'above both':>12}{'above the database':>20}"
 

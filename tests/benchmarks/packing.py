@@ -16,7 +16,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from tasks.core.quantize import NODATA, Scale
-from tasks.grids import CHUNK_CELLS, CHUNK_DIMS
+from tasks.grid.store import CHUNK_CELLS, CHUNK_DIMS
 from tests.benchmarks.retrieval import machine
 
 TILE = 120

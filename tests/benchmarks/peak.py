@@ -18,9 +18,9 @@ import numpy as np
 
 from infra import clusters
 from tasks.cards import read_card
-from tasks.checkpoint import save_checkpoint
-from tasks.core.location import LocationEncoder
-from tasks.database import create_database, finish_database, write_rows
+from tasks.core.encoders.location import LocationEncoder
+from tasks.database.store import create_database, finish_database, write_rows
+from tasks.model.checkpoint import save_checkpoint
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tests.benchmarks.memory import resident

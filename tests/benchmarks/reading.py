@@ -37,7 +37,7 @@ from pyproj import Transformer
 from rasterio.windows import Window
 from scipy.ndimage import gaussian_filter
 
-from infra.cogs import read_scene
+from infra.imagery.cogs import read_scene
 from infra.sandbox import servers
 from tests.proxy import Proxy, latency
 

@@ -19,17 +19,17 @@ import torch
 from numpy.typing import NDArray
 from rangegeo import RANGE
 
-from tasks.checkpoint import export_satclip, import_satclip, load_checkpoint, save_checkpoint
 from tasks.core.adaptive import Cells, Report, embed_cells, relative_error
 from tasks.core.compact import Projection
+from tasks.core.earth.grid import GridSpec
+from tasks.core.encoders.location import LocationEncoder
 from tasks.core.evidence import evidence
-from tasks.core.grid import GridSpec
-from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
-from tasks.database import create_database, finish_database, write_rows
+from tasks.database.store import create_database, finish_database, write_rows
+from tasks.grid.tiles import land_cells
+from tasks.model.checkpoint import export_satclip, import_satclip, load_checkpoint, save_checkpoint
 from tasks.params import EmbedParams
-from tasks.points import open_embedder
-from tasks.tiles import land_cells
+from tasks.points.embed import open_embedder
 from tests.benchmarks.memory import HEADER
 
 IMAGES, KEY, VALUE, PLACES, ROUNDS = 82_000, 256, 1024, 2000, 5

@@ -21,8 +21,8 @@ from zarr.storage import FsspecStore
 
 from infra import storage
 from infra.sandbox import servers
-from tasks import grids
-from tasks.core.grid import GridSpec, Tile
+from tasks.core.earth.grid import GridSpec, Tile
+from tasks.grid import store as grids
 from tests.benchmarks.layout import fields
 from tests.benchmarks.retrieval import machine
 

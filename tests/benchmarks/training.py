@@ -29,8 +29,8 @@ from tasks.core.contrastive import (
     info_nce,
     train,
 )
-from tasks.core.location import LocationEncoder
-from tasks.features import StoredFeatures
+from tasks.core.encoders.location import LocationEncoder
+from tasks.model.features import StoredFeatures
 from tests.benchmarks.retrieval import machine, places, seconds
 
 DIM, FEATURES, HIDDEN = 256, 1024, 512

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from infra import clusters, storage
-from tasks.grids import open_vectors
+from tasks.grid.store import open_vectors
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tests.benchmarks.retrieval import machine

@@ -19,8 +19,8 @@ from tasks.core.adaptive import (
     low_degrees,
     relative_error,
 )
-from tasks.core.grid import GridSpec, Tile
-from tasks.core.location import LocationEncoder
+from tasks.core.earth.grid import GridSpec, Tile
+from tasks.core.encoders.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tests.core.test_retrieval import database
 

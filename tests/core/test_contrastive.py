@@ -27,7 +27,7 @@ from tasks.core.contrastive import (
     retrieval_accuracy,
     train,
 )
-from tasks.core.location import LocationEncoder
+from tasks.core.encoders.location import LocationEncoder
 
 
 def unit(n, dim, seed):

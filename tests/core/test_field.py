@@ -4,8 +4,8 @@ import numpy as np
 import pyproj
 import pytest
 
+from tasks.core.earth.land import is_land
 from tasks.core.field import Change, kernel_width_km, probe_places
-from tasks.core.land import is_land
 from tasks.core.retrieval import unit_vectors
 
 DISTANCES = (30.0, 300.0, 3000.0)

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.checkpoint import export_satclip, save_checkpoint
 from tasks.core import retrieval
-from tasks.core.location import LocationEncoder
+from tasks.core.encoders.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream, unit_vectors
 from tasks.core.sums import Halves, updated
+from tasks.model.checkpoint import export_satclip, save_checkpoint
 
 RNG = np.random.default_rng(0)
 

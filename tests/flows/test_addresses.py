@@ -12,20 +12,20 @@ from safetensors.torch import save_file
 from infra import storage
 from infra.addresses import as_url, name_of, shown
 from infra.errors import UserError
-from tasks import grids
-from tasks.checkpoint import export_satclip, import_satclip, save_checkpoint
-from tasks.core.grid import GridSpec
-from tasks.core.location import LocationEncoder
-from tasks.database import export_npz, import_npz
-from tasks.embedders import embedders
-from tasks.features import read_weights
-from tasks.grid_sampling import sample_file
-from tasks.label_tables import read_labels
+from tasks.core.earth.grid import GridSpec
+from tasks.core.encoders.location import LocationEncoder
+from tasks.database.store import export_npz, import_npz
+from tasks.evaluation.embedders import embedders
+from tasks.evaluation.label_tables import read_labels
+from tasks.grid import store
+from tasks.model.checkpoint import export_satclip, import_satclip, save_checkpoint
+from tasks.model.features import read_weights
 from tasks.params import EvaluateParams
-from tasks.places import read_points
-from tasks.points import embed_file, embed_points
+from tasks.patches.places import read_points
+from tasks.points.embed import embed_file, embed_points
+from tasks.points.sample_grid import sample_file
 from tests.core.test_retrieval import database
-from tests.tasks.test_embedders import Residual
+from tests.tasks.evaluation.test_embedders import Residual
 
 PLACES = np.array([[2.35, 48.86], [-179.9, -30.0], [0.0, 89.0]])
 KINDS = ["path", "relative", "above", "home", "file", "spaces", "s3", "https"]
@@ -51,9 +51,9 @@ def folder(tmp_path_factory):
     points = gpd.points_from_xy(table["lon"], table["lat"], crs=4326)
     gpd.GeoDataFrame(table[["elevation"]], geometry=points).to_file(folder / "labels.geojson")
     spec, halves = GridSpec(90.0, 2), np.array([1, 2], "f4").reshape(1, 2, 1)
-    grids.create((folder / "grid.zarr").as_uri(), spec, grids.template(spec, grids.Content(1, 1), {}))
+    store.create((folder / "grid.zarr").as_uri(), spec, store.template(spec, store.Content(1, 1), {}))
     for tile in spec.tiles():
-        grids.write_tile((folder / "grid.zarr").as_uri(), tile, np.broadcast_to(halves, (2, 2, tile.columns)))
+        store.write_tile((folder / "grid.zarr").as_uri(), tile, np.broadcast_to(halves, (2, 2, tile.columns)))
     return folder
 
 

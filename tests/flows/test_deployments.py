@@ -18,11 +18,13 @@ from prefect.utilities.importtools import import_object
 from urllib3 import Retry
 
 from flows.deployed import made
-from infra import clusters, ranges, stac_api, storage
-from infra.catalogs import Catalog, search
-from infra.cogs import read_scene
+from infra import clusters, storage
 from infra.errors import Unavailable, UserError
+from infra.imagery import ranges
+from infra.imagery.cogs import read_scene
 from infra.sandbox import servers
+from infra.stac import api
+from infra.stac.catalogs import Catalog, search
 from tasks import steps, units
 from tasks.params import SampleParams
 from tasks.steps import may_mend, sample_patches
@@ -179,7 +181,7 @@ def test_what_each_source_raises_while_it_is_down_may_pass_also_out_of_a_unit(so
     for module, name, value in (
         (storage, "ATTEMPTS", 1),
         (storage, "RETRIES", {"max_retries": 0}),
-        (stac_api, "RETRY", Retry(0)),
+        (api, "RETRY", Retry(0)),
         (ranges, "FIRST_WAIT", 0.001),
         (units, "RETRIES", 0),
     ):

@@ -14,12 +14,12 @@ import xarray as xr
 from rangegeo import RANGE
 
 from infra.errors import UserError
-from tasks.checkpoint import export_satclip, load_checkpoint, save_checkpoint
-from tasks.core.location import LocationEncoder
+from tasks.core.encoders.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
-from tasks.database import export_npz, import_npz, open_database
+from tasks.database.store import export_npz, import_npz, open_database
+from tasks.model.checkpoint import export_satclip, load_checkpoint, save_checkpoint
 from tasks.params import EmbedParams
-from tasks.points import embed_file, embed_points
+from tasks.points.embed import embed_file, embed_points
 from tests.core.test_retrieval import SPECIAL, database, places
 from tests.flows.test_cli import run
 

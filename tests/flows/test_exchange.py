@@ -9,10 +9,10 @@ import torch
 from rangegeo import RANGE
 
 from flows.cli import main
-from tasks.core import vision
-from tasks.points import embed_points
+from tasks.core.encoders import vision
+from tasks.points.embed import embed_points
 from tests.flows.test_cli import run
-from tests.tasks.test_checkpoint import random_tower, satclip_file
+from tests.tasks.model.test_checkpoint import random_tower, satclip_file
 
 PLACES = np.array([[2.35, 48.86], [-179.9, -30.0], [0.0, 89.0]])
 

@@ -13,10 +13,10 @@ from flows.sample import sample
 from flows.train import train
 from infra import storage
 from infra.reconcile import reconcile
-from tasks import versions
 from tasks.cards import home_of
 from tasks.params import EncodeParams, EncoderParams, EvaluateParams, PipelineParams, PublishParams, TrainParams
-from tasks.patches import open_patches
+from tasks.patches.store import open_patches
+from tasks.release import versions
 from tests import invariants
 from tests.flows.test_pipeline import SAMPLE
 from tests.station import Station, kill, start, state

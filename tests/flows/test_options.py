@@ -5,7 +5,7 @@ import typer
 from pydantic import Field
 from typer.testing import CliRunner
 
-from flows.options import build, with_options
+from flows.cli_options import build, with_options
 from infra.errors import UserError
 from tasks.params import AblateParams, Params, PipelineParams, SampleParams
 

@@ -18,11 +18,11 @@ from s3fs import S3FileSystem
 from flows.pipeline import pipeline
 from infra import storage
 from infra.errors import UserError
-from tasks.checkpoint import load_checkpoint
 from tasks.core.retrieval import unit_vectors
-from tasks.database import open_database
+from tasks.database.store import open_database
+from tasks.model.checkpoint import load_checkpoint
 from tasks.params import EvaluateParams, PipelineParams, PublishParams, SampleParams, TrainParams
-from tasks.patches import open_patches
+from tasks.patches.store import open_patches
 
 SAMPLE = SampleParams(
     patches=30,

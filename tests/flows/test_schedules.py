@@ -16,7 +16,7 @@ from flows.train import train
 from infra import storage
 from infra.errors import UserError
 from tasks.params import PublishParams, TrainParams
-from tasks.patches import open_patches
+from tasks.patches.store import open_patches
 from tests.flows.test_pipeline import SAMPLE
 
 MONTHS = ("2021-07", "2022-02", "2023-04")  # of the demo planet's scenes in the north

@@ -11,8 +11,8 @@ from prefect.settings import get_current_settings
 from flows.publish import publish
 from infra import clusters, storage
 from infra.errors import UserError
+from tasks.grid.tiles import land_tiles
 from tasks.params import PublishParams
-from tasks.tiles import land_tiles
 from tests.proxy import Proxy, status
 from tests.tasks.test_faults import make_inputs
 

@@ -6,8 +6,8 @@ import urllib.request
 import pytest
 
 from infra import clusters, metrics, storage
-from infra.cogs import Traffic
-from infra.ranges import Ranges, run
+from infra.imagery.cogs import Traffic
+from infra.imagery.ranges import Ranges, run
 from tests.proxy import Proxy, status, truncated
 
 

@@ -3,9 +3,9 @@
 import pytest
 
 from infra import clusters
-from infra.catalogs import Catalog, catalogs
 from infra.errors import UserError
 from infra.settings import settings
+from infra.stac.catalogs import Catalog, catalogs
 
 
 def test_defaults_are_local(monkeypatch, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 
 from infra import storage
 from infra.errors import Unavailable, UserError
-from tasks.checkpoint import load_foreign
-from tasks.label_tables import read_labels
+from tasks.evaluation.label_tables import read_labels
+from tasks.model.checkpoint import load_foreign
 from tasks.params import EvaluateParams
 
 GOOD = b"lon,lat,elevation\n" + b"".join(b"%d,%d,%d\n" % (i, i, i) for i in range(60))

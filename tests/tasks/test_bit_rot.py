@@ -14,18 +14,22 @@ from safetensors.torch import save as serialise
 
 from infra import clusters, storage
 from infra.errors import UserError
-from tasks import arrays, features, grids, patches, validation
+from tasks import arrays
 from tasks.cards import read_card, write_card
-from tasks.checkpoint import dump_state, pack, parse_state, unpack
-from tasks.core.grid import GridSpec
-from tasks.database import open_database, read_blocks, read_rows, stored_values
-from tasks.grid_sampling import sample_file
+from tasks.core.earth.grid import GridSpec
+from tasks.database.store import open_database, read_blocks, read_rows, stored_values
+from tasks.grid import store as grids
+from tasks.grid.updates import home_of
+from tasks.model import features
+from tasks.model.checkpoint import dump_state, pack, parse_state, unpack
 from tasks.params import PublishParams
-from tasks.patches import open_patches
-from tasks.points import embed_file
+from tasks.patches import store as patches
+from tasks.patches.store import open_patches
+from tasks.points.embed import embed_file
+from tasks.points.sample_grid import sample_file
 from tasks.publish import publish_grid
-from tasks.tables import open_table
-from tasks.updates import home_of
+from tasks.release import validation
+from tasks.tables.files import open_table
 from tests.tasks.test_publish import images, inputs, store
 
 RICH = {"step": 10.0, "tile_cells": 6, "evidence": True, "keep_sums": True, "compact_dims": 3}

@@ -18,8 +18,8 @@ from numcodecs import Blosc
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 from zarr.codecs.numcodecs import LZ4
 
-from tasks import grids
-from tasks.core.grid import GridSpec
+from tasks.core.earth.grid import GridSpec
+from tasks.grid import store as grids
 from tests.tasks.test_publish import images, store, store_checkpoint
 from tests.test_architecture import ROOT
 
@@ -28,10 +28,12 @@ SPEC = GridSpec(10.0, 6)
 READ = """
 import json, sys
 from infra.errors import UserError
-from infra import cogs
-from tasks import grid_sampling, places, validation
-from tasks.database import open_database
-from tasks.label_tables import read_labels
+from infra.imagery import cogs
+from tasks.points import sample_grid
+from tasks.patches import places
+from tasks.release import validation
+from tasks.database.store import open_database
+from tasks.evaluation.label_tables import read_labels
 from tasks.params import EvaluateParams, SampleParams
 from tests.benchmarks.memory import resident
 import numpy as np

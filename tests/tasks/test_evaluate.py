@@ -16,18 +16,18 @@ from infra import storage
 from infra.errors import UserError
 from tasks.ablate import ablate_database, int8
 from tasks.artifacts import slugs
-from tasks.checkpoint import save_checkpoint
+from tasks.core.earth.grid import GridSpec
+from tasks.core.encoders.location import LocationEncoder
 from tasks.core.evidence import EARTH_RADIUS_KM
-from tasks.core.grid import GridSpec
-from tasks.core.location import LocationEncoder
 from tasks.core.quantize import Scale
 from tasks.core.retrieval import unit_vectors
-from tasks.database import import_npz
+from tasks.database.store import import_npz
 from tasks.evaluate import evaluate_database
-from tasks.failures import losses, where_it_fails
-from tasks.gate import gate
-from tasks.grids import Content, create, template, write_tile
+from tasks.evaluation.failures import losses, where_it_fails
+from tasks.grid.store import Content, create, template, write_tile
+from tasks.model.checkpoint import save_checkpoint
 from tasks.params import AblateParams, EvaluateParams
+from tasks.release.gate import gate
 from tests.core.test_retrieval import database
 
 COUNT = 400
@@ -170,9 +170,9 @@ def test_the_card_of_a_grid_tells_what_its_dtype_costs_each_task(products, tmp_p
 
 
 def test_losses_add_up_to_the_score_and_distances_are_the_brute_force(products):
-    from tasks.embedders import embedders
-    from tasks.label_tables import read_labels
-    from tasks.scoring import score_all
+    from tasks.evaluation.embedders import embedders
+    from tasks.evaluation.label_tables import read_labels
+    from tasks.evaluation.scoring import score_all
 
     options = params(products[2], embedder=("coordinates",))
     scored = score_all(read_labels(options), embedders(None, None, None, options), options, lambda _: None)

@@ -25,11 +25,11 @@ from obstore.exceptions import BaseError
 from infra import clusters, storage
 from infra.errors import UserError
 from infra.sandbox import servers
-from tasks import versions
 from tasks.cards import read_card
-from tasks.database import create_database, finish_database, write_rows
+from tasks.database.store import create_database, finish_database, write_rows
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
+from tasks.release import versions
 from tests.proxy import Proxy, Reply, dropped, lost, named, status
 from tests.tasks.test_publish import DIM, VALUES, images, store_checkpoint
 
@@ -394,7 +394,7 @@ from pathlib import Path
 from shutil import disk_usage
 from tests.tasks.test_faults import NEW, OLD, assert_whole, make_inputs, objects, publish_here, values
 from infra.errors import UserError
-from tasks import versions
+from tasks.release import versions
 
 room, home = Path(sys.argv[1]) / "room", Path(sys.argv[1]) / "home"
 home.mkdir(), room.mkdir()

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from flows.options import build
+from flows.cli_options import build
 from infra.errors import UserError
-from tasks.core.images import fit_rcf
+from tasks.core.encoders.images import fit_rcf
 from tasks.params import (
     RCF_PIXELS,
     AblateParams,

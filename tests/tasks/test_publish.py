@@ -12,26 +12,26 @@ from sklearn.decomposition import PCA
 
 from infra import clusters, storage
 from infra.errors import UserError
-from tasks import previews, updates
-from tasks import tiles as tiles_module
 from tasks.cards import home_of, read_card
-from tasks.checkpoint import save_checkpoint
 from tasks.core import retrieval
+from tasks.core.earth.grid import GridSpec
+from tasks.core.earth.land import is_land
+from tasks.core.encoders.location import LocationEncoder
 from tasks.core.evidence import evidence
 from tasks.core.field import DISTANCES_KM, PROBES
-from tasks.core.grid import GridSpec
-from tasks.core.land import is_land
-from tasks.core.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex
-from tasks.database import create_database, finish_database, write_rows
-from tasks.grid_sampling import sample_grid
-from tasks.grids import read_projection
+from tasks.database.store import create_database, finish_database, write_rows
+from tasks.grid import previews, updates
+from tasks.grid import tiles as tiles_module
+from tasks.grid.store import read_projection
+from tasks.grid.survey import survey
+from tasks.grid.tiles import Job
+from tasks.model.checkpoint import save_checkpoint
 from tasks.params import PublishParams
+from tasks.points.sample_grid import sample_grid
 from tasks.publish import publish_grid
-from tasks.survey import survey
-from tasks.tiles import Job
-from tasks.validation import validate_grid
-from tests.core.test_land import cities
+from tasks.release.validation import validate_grid
+from tests.core.earth.test_land import cities
 from tests.core.test_retrieval import close, database
 
 STEP = {"step": 10.0, "tile_cells": 5}

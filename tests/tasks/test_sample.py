@@ -20,11 +20,11 @@ from rasterio.windows import Window
 
 from infra import clusters, storage
 from infra.errors import UserError
-from tasks.core.items import NAMES
-from tasks.core.sampling import grid_zone
-from tasks.estimate import Archive, estimate
+from tasks.core.earth.sampling import grid_zone
+from tasks.core.sentinel2.items import NAMES
 from tasks.params import BANDS, SampleParams
-from tasks.patches import open_patches, read_parts
+from tasks.patches.estimate import Archive, estimate
+from tasks.patches.store import open_patches, read_parts
 from tasks.sample import sample_patches
 from tests.proxy import Proxy
 

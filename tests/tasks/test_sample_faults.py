@@ -16,12 +16,13 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
-from infra import clusters, ranges, storage
+from infra import clusters, storage
 from infra.errors import UserError, may_pass
+from infra.imagery import ranges
 from infra.sandbox import servers
-from tasks import patches as store
 from tasks.params import SampleParams
-from tasks.patches import open_patches
+from tasks.patches import store
+from tasks.patches.store import open_patches
 from tasks.sample import sample_patches
 from tests.proxy import Proxy, corrupted, dropped, latency, named, path, status, truncated, wrong_length
 

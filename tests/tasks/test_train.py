@@ -16,17 +16,17 @@ from safetensors.numpy import load as parse
 
 from infra import storage
 from infra.errors import UserError
-from tasks import features as features_module
 from tasks import train as train_module
 from tasks.cards import read_card, write_card
-from tasks.checkpoint import load_checkpoint, save_checkpoint
 from tasks.core.contrastive import Trainer
-from tasks.core.location import LocationEncoder
-from tasks.database import open_database
+from tasks.core.encoders.location import LocationEncoder
+from tasks.database.store import open_database
 from tasks.encode import encode_database
-from tasks.features import StoredFeatures, encode_features, open_encoder, view_of
+from tasks.model import features as features_module
+from tasks.model.checkpoint import load_checkpoint, save_checkpoint
+from tasks.model.features import StoredFeatures, encode_features, open_encoder, view_of
 from tasks.params import EncodeParams, EncoderParams, PipelineParams, SampleParams, TrainParams
-from tasks.patches import MANIFEST, create, open_patches, write_manifest, write_shard
+from tasks.patches.store import MANIFEST, create, open_patches, write_manifest, write_shard
 from tasks.train import train_model
 
 N = 90

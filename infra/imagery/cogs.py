@@ -1,0 +1,324 @@
+"""Windows of cloud-optimised GeoTIFFs in their own projection, by few requests.
+
+The bytes are fetched here, all that a scene needs at once, into sparse local files, and GDAL decodes those. So a
+request can be counted, verified and repeated, latency is paid twice per scene (headers, then tiles), and what a
+header or a tile holds is judged by a parser that stands corrupt bytes.
+"""
+
+import asyncio
+import os
+import struct
+import warnings
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from tempfile import NamedTemporaryFile
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import rasterio
+from affine import TransformNotInvertibleError
+from numpy.typing import NDArray
+from pyproj import Transformer
+from pyproj.exceptions import ProjError
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window
+
+from infra.errors import UserError
+from infra.imagery.ranges import Ranges, RefusedAsset, Traffic, UnavailableAsset, UnreadableAsset, merged, run
+from infra.imagery.tiffs import CorruptHeader, fetch_header
+
+__all__ = ["RefusedAsset", "Traffic", "UnavailableAsset", "UnreadableAsset", "read_scene", "read_windows"]
+
+T = TypeVar("T")
+
+READINGS = 3  # of an asset whose bytes make no sense: on the way they may be so once, at their source for ever
+HEADER = 16_384  # bytes read at first: the header of a 10,980-pixel band with its overviews takes 7,000
+LARGEST_BLOCK = 1 << 28  # bytes of a tile or strip once decoded: the whole of a 10,980-pixel band takes 0.9 of it
+LEADER = 4  # bytes around a tile in which GDAL's COGs repeat its size and its end
+NUMBERS = ("uint8", "uint16")  # the scene classification and the bands
+NODATA = 0  # of what is read, whatever the file itself writes for it
+TIE = 1e-4  # pixels: a place between two pixels goes to the second, whatever the noise of the projection
+GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_CACHEMAX": 128}
+
+Grid = tuple[NDArray[np.intp], NDArray[np.intp]]
+"""Columns and rows of the asset under each column and row of a window."""
+Windows = list[NDArray | None]
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # of masks, which lie on their pixels' grid
+CORRUPT = (CorruptHeader, RasterioError, CRSError, ProjError, TransformNotInvertibleError, struct.error)
+
+
+def read_scene(
+    hrefs: Mapping[str, str],
+    lonlat: NDArray[np.float64],
+    pixels: int,
+    resolution_m: float,
+    traffic: Traffic | None = None,
+) -> dict[str, Windows]:
+    """Square windows of a scene's assets around places: one open per asset, all assets and windows at once.
+
+    A coarser asset (20 and 60 m bands, the scene classification) is brought to `resolution_m` by its nearest
+    pixels, from one corner per place for all bands: nothing is blended, so no nodata is, and all bands register.
+    A window that crosses the edge is refused, never padded. Where a pixel lies is told by the file's header alone:
+    items contradict it. Pixels that the file declares to have no data (its header's nodata, tiles without bytes, its
+    mask) are 0.
+
+    Args:
+        hrefs: Unsigned href (HTTP, `s3://`, or a path) by the asset's name.
+        lonlat: (n, 2) places in degrees; none: the headers alone are read, and judged.
+        pixels: Side of the windows.
+        resolution_m: Pixel size of the windows in metres.
+        traffic: Counts the requests and bytes, also of what fails.
+
+    Returns:
+        By the asset's name one (pixels, pixels) array per place, or None where the window leaves the asset.
+
+    Raises:
+        UnreadableAsset: An asset is gone, stays corrupt, is no COG of one integer band, or has another corner.
+        RefusedAsset: An asset's server forbids it, after all attempts.
+        UnavailableAsset: An asset's server is down or busy, after all attempts.
+        UserError: A pixel size does not fit.
+    """
+    counted = Traffic() if traffic is None else traffic
+    assets = {name: Ranges(href, counted) for name, href in hrefs.items()}
+    return run(_read_scene(assets, Places(lonlat, pixels, resolution_m)))
+
+
+def read_windows(href: str, lonlat: NDArray[np.float64], pixels: int, resolution_m: float) -> Windows:
+    """The windows of one asset; see `read_scene`."""
+    return read_scene({"asset": href}, lonlat, pixels, resolution_m)["asset"]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where windows are wanted."""
+
+    lonlat: NDArray[np.float64]
+    pixels: int
+    resolution_m: float
+
+    def grids(self, source: rasterio.DatasetReader) -> list[Grid | None]:
+        """The pixels of an asset under each window, or None where a window crosses its edge.
+
+        The windows' grid begins at the asset's own corner, which the bands of a scene share (`_register` holds them to
+        it), and is reckoned from the corner and `resolution_m` alone: so a place gets the same window in every band.
+        Every pixel takes the asset's that holds its centre.
+        """
+        factor = self._factor(source.res[0])
+        to_native = Transformer.from_crs(4326, source.crs, always_xy=True)
+        x, y = to_native.transform(self.lonlat[:, 0], self.lonlat[:, 1])
+        left, top = source.transform.c, source.transform.f
+        middles = np.column_stack([np.asarray(x) - left, top - np.asarray(y)]) / self.resolution_m
+        corners = np.floor(middles - self.pixels / 2 + 0.5 + TIE)
+        size = np.array([source.width, source.height]) * factor
+        return [self._grid(corner, size, factor) for corner in corners]
+
+    def _grid(self, corner: NDArray[np.float64], size: NDArray[np.intp], factor: int) -> Grid | None:
+        if not ((corner >= 0) & (corner + self.pixels <= size)).all():  # also where a place has no coordinates
+            return None
+        columns, rows = ((int(start) + np.arange(self.pixels)) // factor for start in corner)
+        return columns, rows
+
+    def _factor(self, size_m: float) -> int:
+        """Pixels of a window along one side of a pixel of the asset."""
+        ratio = size_m / self.resolution_m
+        if round(ratio) < 1 or abs(ratio - round(ratio)) > 1e-6:
+            raise UserError(
+                f"an asset of {size_m:g} m pixels does not fit windows of {self.resolution_m:g} m pixels: its pixel "
+                "size must be a whole multiple of that"
+            )
+        return round(ratio)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What was read of one asset."""
+
+    windows: Windows
+    """One per place."""
+    crs: rasterio.CRS
+    """Of the asset."""
+    corner: tuple[float, float]
+    """Its upper left one, x and y."""
+
+
+async def _read_scene(assets: Mapping[str, Ranges], places: Places) -> dict[str, Windows]:
+    work = (_read_asset(asset, places) for asset in assets.values())
+    found = await asyncio.gather(*work, return_exceptions=True)  # all end, so that nothing goes on behind an error
+    errors = [layer for layer in found if isinstance(layer, BaseException)]
+    if errors:
+        error = min(errors, key=_weight)
+        if isinstance(error, RefusedAsset):
+            served = [asset for asset, layer in zip(assets.values(), found, strict=True) if isinstance(layer, Layer)]
+            error.neighbours += tuple(asset.href for asset in served)
+        raise error
+    layers = cast("list[Layer]", found)
+    _register(list(assets.values()), layers, places.resolution_m)
+    return {name: layer.windows for name, layer in zip(assets, layers, strict=True)}
+
+
+def _weight(error: BaseException) -> int:
+    """What tells most of a scene comes first: a fault of ours, then an asset that is gone, whatever else is down."""
+    kinds = (RefusedAsset, UnavailableAsset, UnreadableAsset)
+    return -next((i for i, kind in enumerate(kinds) if isinstance(error, kind)), len(kinds))
+
+
+def _register(assets: list[Ranges], layers: list[Layer], resolution_m: float) -> None:
+    """Refuses a scene whose assets do not begin at one corner: their windows would lie apart."""
+    for asset, layer in zip(assets, layers, strict=True):
+        apart = np.abs(np.subtract(layer.corner, layers[0].corner)).max()
+        if layer.crs != layers[0].crs or not apart <= 1e-3 * resolution_m:
+            raise asset.failure(
+                UnreadableAsset, f"its corner is {layer.corner} in {layer.crs}, another band's {layers[0].corner}"
+            )
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results of work done at once; the first error is raised when all has ended, so that nothing goes on behind it."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for error in results:
+        if isinstance(error, BaseException):
+            raise error
+    return cast("list[T]", results)
+
+
+async def _read_asset(asset: Ranges, places: Places) -> Layer:
+    """The windows of one asset, which is read anew while its bytes make no sense, or none of a band."""
+    if asset.lies_beside(".msk"):
+        raise asset.failure(UnreadableAsset, "its mask is in a file of its own, .msk, which is not read")
+    problem = ""
+    for _ in range(READINGS):
+        try:
+            with _sparse_file() as (file, name):
+                sparse = Sparse(asset, file)
+                mask = await fetch_header(sparse.take)
+                names = [name] if mask is None else [name, f"GTIFF_DIR:off:{mask}:{name}"]
+                problem, spans = await asyncio.to_thread(_plan, names, places, asset.size)
+                if problem:
+                    continue  # a header has no checksum: what it says may be so on the way alone
+                await _all(sparse.fetch(*span) for span in merged(spans))
+                return await asyncio.to_thread(_decode, names, places)
+        except CORRUPT as error:
+            problem = str(error) if isinstance(error, CorruptHeader) else ""
+    raise asset.failure(UnreadableAsset, problem or "its bytes are corrupt")
+
+
+@contextmanager
+def _sparse_file() -> Iterator[tuple[int, str]]:
+    """Descriptor and path of a file for the bytes of one asset; in memory where the system can, i.e. Linux."""
+    if hasattr(os, "memfd_create"):
+        with open(os.memfd_create("asset"), "wb+") as file:
+            yield file.fileno(), f"/proc/self/fd/{file.fileno()}"
+    else:
+        with NamedTemporaryFile(suffix=".tif") as named:
+            yield named.fileno(), named.name
+
+
+class Sparse:
+    """The bytes of an asset that were fetched, in a file as large as the asset: the others are holes."""
+
+    def __init__(self, asset: Ranges, file: int) -> None:
+        self.asset, self.file = asset, file
+        self.there: list[tuple[int, int]] = []
+
+    async def fetch(self, start: int, stop: int) -> None:
+        """Puts bytes into the file."""
+        os.pwrite(self.file, await self.asset.read(start, stop), start)
+
+    async def take(self, start: int, stop: int) -> bytes:
+        """Returns bytes of the header, and fetches what follows them too.
+
+        Raises:
+            CorruptHeader: The asset has no such bytes.
+        """
+        if not any(first <= start and stop <= last for first, last in self.there):
+            if self.there and stop > self.asset.size:
+                raise CorruptHeader
+            ahead = max(stop, start + HEADER)
+            await self.fetch(start, min(ahead, self.asset.size) if self.there else ahead)
+            self.there.append((start, min(ahead, self.asset.size)))
+            os.ftruncate(self.file, self.asset.size)
+        return os.pread(self.file, stop - start, start)
+
+
+def _plan(names: list[str], places: Places, size: int) -> tuple[str, list[tuple[int, int]]]:
+    """What makes an asset useless, and else the bytes of the tiles under the windows, of its mask too."""
+    spans: list[tuple[int, int]] = []
+    with rasterio.Env(**GDAL), rasterio.open(names[0], driver="GTiff") as source:
+        if problem := _problem(source):
+            return problem, []
+        grids = places.grids(source)
+        spans += _spans(source, grids)
+        for name in names[1:]:
+            with rasterio.open(name, driver="GTiff") as mask:
+                if mask.shape != source.shape or mask.count != 1:
+                    return f"its mask of {mask.shape} is not for its {source.shape} pixels", []
+                if problem := _large(mask):
+                    return f"of its mask, {problem}", []
+                spans += _spans(mask, grids)
+    if any(stop > size + LEADER for _, stop in spans):
+        raise CorruptHeader
+    return "", spans
+
+
+def _problem(source: rasterio.DatasetReader) -> str:
+    """Why an image is no band; empty where it is one."""
+    if source.count != 1 or source.dtypes[0] not in NUMBERS or not source.crs:
+        return f"bands: {', '.join(source.dtypes)}, in {source.crs or 'no CRS'}"
+    grid = source.transform
+    if grid.b or grid.d or grid.a <= 0 or abs(grid.a + grid.e) > 1e-6 * grid.a:
+        return f"its pixels are not square with north up: {tuple(grid)[:6]}"
+    return _large(source)
+
+
+def _large(source: rasterio.DatasetReader) -> str:
+    """Why the tiles of an image are too large to be decoded; empty where they are not."""
+    height, width = source.block_shapes[0]
+    fits = height * width * np.dtype(source.dtypes[0]).itemsize <= LARGEST_BLOCK
+    return "" if fits else f"its tiles have {width} x {height} pixels"
+
+
+def _spans(source: rasterio.DatasetReader, grids: list[Grid | None]) -> list[tuple[int, int]]:
+    """The bytes of the tiles under the windows.
+
+    Raises:
+        CorruptHeader: A tile is longer than any of its pixels.
+    """
+    height, width = source.block_shapes[0]
+    tiles = {
+        tile
+        for columns, rows in filter(None, grids)
+        for tile in product(np.unique(columns // width), np.unique(rows // height))
+    }
+    spans = [span for tile in tiles if (span := _span(source, tile))]
+    largest = 2 * width * height * np.dtype(source.dtypes[0]).itemsize  # deflate adds less than a thousandth
+    if any(stop - start > largest + 2 * LEADER for start, stop in spans):
+        raise CorruptHeader
+    return spans
+
+
+def _span(source: rasterio.DatasetReader, tile: tuple[int, int]) -> tuple[int, int] | None:
+    """First byte of a tile and the one after its last, or None for a tile that is nodata by having no bytes."""
+    where, size = (source.get_tag_item(f"BLOCK_{what}_{tile[0]}_{tile[1]}", "TIFF", 1) for what in ("OFFSET", "SIZE"))
+    return (max(0, int(where) - LEADER), int(where) + int(size) + LEADER) if where and size else None
+
+
+def _decode(names: list[str], places: Places) -> Layer:
+    with rasterio.Env(**GDAL), rasterio.open(names[0], driver="GTiff") as source:
+        grids = places.grids(source)
+        windows: Windows = [grid and _read(source, *grid) for grid in grids]
+        for window in windows:
+            if window is not None and source.nodata:
+                window[window == source.nodata] = NODATA
+        for name in names[1:]:
+            with rasterio.open(name, driver="GTiff") as mask:
+                for window, grid in zip(windows, grids, strict=True):
+                    if window is not None and grid is not None:
+                        window[_read(mask, *grid) == 0] = NODATA
+        return Layer(windows, source.crs, (source.transform.c, source.transform.f))
+
+
+def _read(source: rasterio.DatasetReader, columns: NDArray[np.intp], rows: NDArray[np.intp]) -> NDArray:
+    data = source.read(1, window=Window(columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1))
+    return data[np.ix_(rows - rows[0], columns - columns[0])]

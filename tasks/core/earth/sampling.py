@@ -1,0 +1,128 @@
+"""Where to sample: seeded streams of places.
+
+Every stream is one of candidates, in an order that the seed alone decides: to ask for more extends it.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.core.earth.land import has_land, is_land
+
+BLOCK = 4096  # draws at a time; the stream must not depend on how many places are asked for
+ZONE_DEGREES, BAND_DEGREES = 6.0, 8.0
+EARTH_KM = 6371.0088  # mean radius
+TILES = 6  # the most MGRS tiles that hold one place: two by two in one zone, and two of the next
+
+
+def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> NDArray[np.float64]:
+    """The first `n` places of the seed's stream.
+
+    Uniform by area: longitude and the sine of latitude are uniform, places off land are passed over. The same
+    seed and a larger `n` extends the same places.
+
+    Args:
+        n: Number of places.
+        seed: Seed of the stream.
+        south: Southern limit in degrees; UTM, and with it Sentinel-2's grid, begins at -80.
+        north: Northern limit in degrees; UTM ends at 84.
+
+    Returns:
+        (n, 2) in degrees (lon, lat).
+
+    Raises:
+        ValueError: There is no land between the limits.
+    """
+    if not has_land(south, north):
+        raise ValueError(f"there is no land between {south} and {north} degrees: widen --south and --north")
+    rng = np.random.default_rng(seed)
+    found: list[NDArray[np.float64]] = []
+    while sum(map(len, found)) < n:
+        places = uniform_places(rng, BLOCK, (-180.0, south, 180.0, north))
+        found.append(places[is_land(places)])
+    return np.concatenate(found)[:n] if found else np.empty((0, 2))
+
+
+def uniform_places(
+    rng: np.random.Generator, count: int, bounds: tuple[float, float, float, float]
+) -> NDArray[np.float64]:
+    """Places uniform by area within west, south, east and north in degrees, (count, 2)."""
+    west, south, east, north = bounds
+    low, high = np.sin(np.radians([south, north]))
+    u = rng.random((count, 2))
+    return np.column_stack([west + (east - west) * u[:, 0], np.degrees(np.arcsin(low + (high - low) * u[:, 1]))])
+
+
+def grid_zone(lonlat: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The UTM grid-zone cell of each (n, 2) place as one number: neighbours share their scenes."""
+    zone = np.minimum((lonlat[:, 0] + 180) // ZONE_DEGREES, 59)
+    band = np.minimum((lonlat[:, 1] + 80) // BAND_DEGREES, 19)
+    return (zone * 20 + band).astype(np.int64)
+
+
+def draw_classes(
+    n: int,
+    seed: int,
+    classes: NDArray[np.integer],
+    bounds: tuple[float, float, float, float],
+    south: float = -80.0,
+    north: float = 84.0,
+) -> NDArray[np.float64]:
+    """The first `n` places of a stream that visits the classes of a raster in turn, each uniformly by its area.
+
+    Args:
+        n: Number of places.
+        seed: Seed of the stream.
+        classes: (lat, lon), north up; 0 and less is no class.
+        bounds: West, south, east, north of the raster in degrees.
+        south: Southern limit in degrees: pixels whose centre is beyond it belong to no class.
+        north: Northern limit in degrees.
+
+    Returns:
+        (n, 2) in degrees (lon, lat).
+
+    Raises:
+        ValueError: The raster has no class between the limits.
+    """
+    west, bottom, east, top = bounds
+    height, width = classes.shape
+    size = np.array([(east - west) / width, (top - bottom) / height])
+    centres = top - (np.arange(height) + 0.5) * size[1]
+    classes = np.where(((south <= centres) & (centres <= north))[:, None], classes, 0)
+    names = np.unique(classes[classes > 0])
+    if not len(names):
+        raise ValueError(
+            f"the class raster is 0 everywhere between {south} and {north} degrees, which is no class: "
+            "give one with classes above 0"
+        )
+    weights = np.cos(np.radians(centres))
+    turns = -(-n // len(names))
+    streams = []
+    for name in names:
+        rows, columns = np.nonzero(classes == name)
+        cumulative = np.cumsum(weights[rows])
+        rng = np.random.default_rng([seed, int(name)])
+        u = rng.random((turns, 3))  # row by row: a longer stream begins with the shorter one
+        pixel = np.searchsorted(cumulative, u[:, 0] * cumulative[-1])
+        lon = west + (columns[pixel] + u[:, 1]) * size[0]
+        low, high = (np.clip(top - (rows[pixel] + edge) * size[1], south, north) for edge in (1, 0))
+        lat = high - u[:, 2] * (high - low)
+        streams.append(np.column_stack([(lon + 180) % 360 - 180, lat]))
+    return np.stack(streams, axis=1).reshape(-1, 2)[:n]
+
+
+def thin(count: int, seed: int) -> NDArray[np.float64]:
+    """One number in 0 to 1 for each of the first `count` candidates, of a stream of its own.
+
+    A candidate that `t` of at most `TILES` tiles cover is kept where its number is below `t / TILES`: then every
+    tile is equally likely, as in S2-100K, and a place in six tiles six times as likely as one in one.
+    """
+    return np.random.default_rng([seed, 1]).random(count)
+
+
+def square(lonlat: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The 100-km square, about one Sentinel-2 tile, of each (n, 2) place as one number."""
+    zone = np.minimum((lonlat[:, 0] + 180) // ZONE_DEGREES, 59)
+    meridian = zone * ZONE_DEGREES - 177
+    east = np.radians(lonlat[:, 0] - meridian) * np.cos(np.radians(lonlat[:, 1])) * EARTH_KM
+    north = np.radians(lonlat[:, 1]) * EARTH_KM
+    return (zone * 10_000 + (east // 100 + 10) * 400 + north // 100 + 200).astype(np.int64)

@@ -1,0 +1,295 @@
+"""The image encoders by name.
+
+================== ============================ ====== ================================================
+name               bands                        dim    weights
+================== ============================ ====== ================================================
+rcf                any                          chosen none: fitted to a sample of the images
+satclip-vit16      the 12 of L2A, B10 zero      384    a SatCLIP checkpoint's `model.visual.*`
+satclip-resnet18   the 12 of L2A, B10 zero      512    as above
+satclip-resnet50   the 12 of L2A, B10 zero      2048   as above
+satmae             B04, B03, B02                1024   SatMAE ViT-L, pretrained on fMoW RGB
+module:function    what it states               its    what it reads
+================== ============================ ====== ================================================
+
+A tower takes the middle 224 x 224 pixels of an image, as SatCLIP and the published RANGE database do; smaller
+images are first enlarged.
+"""
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tasks.core.encoders import vision
+from tasks.core.encoders.images import ImageEncoder, Images, check_images, fit_rcf, load_rcf, standardise
+
+Arrays = dict[str, NDArray]
+Fit = Callable[[Images, tuple[str, ...], int, int], ImageEncoder]
+Load = Callable[[Arrays, tuple[str, ...]], ImageEncoder]
+
+BATCH = 16  # images at a time: the tokens of a ViT-L, 13 MB a layer, stay small
+SENTINEL2 = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
+ABSENT = {"B10"}  # of L1C, the cirrus band: L2A has none, and SatCLIP was trained with zeros in its place
+TRUE_COLOUR = 0.2  # reflectance that is white in the L2A true colour image, which SatMAE was shown for RANGE
+MARKING = "decorate it with image_encoder_builder, in the module that defines it"
+IMAGENET = (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225]))  # mean and deviation, RGB in 0 to 1
+
+
+@dataclass(frozen=True, eq=False)
+class TorchEncoder:
+    """An image encoder that is a PyTorch module, for images of any size."""
+
+    name: str
+    """Under which `load_encoder` finds it."""
+    module: nn.Module
+    """(n, channel, size, size) to (n, dim)."""
+    channels: tuple[str, ...]
+    """Bands that the module takes, in order; those that L2A does not have are zero."""
+    dim: int
+    """Length of a feature vector."""
+    mean: tuple[float, ...] = (0.0,)
+    """Taken from the reflectance of each channel."""
+    std: tuple[float, ...] = (1.0,)
+    """By which it is then divided."""
+    brightest: float = 1.0
+    """Reflectance above which all is the same."""
+    size: int = 224
+    """Pixels along one side that the module takes."""
+    resolution_m: float | None = 10.0
+    """Pixel size in metres that it was trained on."""
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """The bands it takes from images, in order."""
+        return tuple(band for band in self.channels if band not in ABSENT)
+
+    @property
+    def normalisation(self) -> str:
+        """What it does to reflectance and to nodata, in words."""
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return (
+            f"at most {self.brightest:g}, less ({mean}), divided by ({std}); nodata to its band's mean in the image; "
+            f"the middle {self.size} pixels"
+        )
+
+    @torch.no_grad()
+    def encode(self, reflectance: Images) -> NDArray[np.float32]:
+        """(n, band, y, x) reflectance, NaN where there is none, to (n, dim)."""
+        check_images(reflectance, self.bands)
+        self.module.eval()
+        parts = [self._encode(reflectance[i : i + BATCH]) for i in range(0, len(reflectance), BATCH)]
+        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+
+    def _encode(self, images: Images) -> NDArray[np.float32]:
+        filled = standardise(images, np.zeros(1, np.float32), np.ones(1, np.float32))
+        device = next(self.module.parameters()).device
+        x = middle(torch.from_numpy(filled).to(device), self.size).clamp(max=self.brightest)
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return self.module((self._all_channels(x) - mean) / std).float().cpu().numpy()
+
+    def _all_channels(self, x: Tensor) -> Tensor:
+        if self.channels == self.bands:
+            return x
+        out = x.new_zeros(len(x), len(self.channels), *x.shape[2:])
+        out[:, [self.channels.index(band) for band in self.bands]] = x
+        return out
+
+    def arrays(self) -> Arrays:
+        """The weights."""
+        return {name: tensor.cpu().numpy() for name, tensor in self.module.state_dict().items()}
+
+
+def middle(images: Tensor, size: int) -> Tensor:
+    """The middle `size` x `size` pixels of (n, band, y, x); smaller images are enlarged bilinearly first."""
+    smallest = min(images.shape[2:])
+    if smallest < size:
+        rows, columns = (round(side * size / smallest) for side in images.shape[2:])
+        images = functional.interpolate(images, (rows, columns), mode="bilinear", align_corners=False)
+    top, left = (round((side - size) / 2) for side in images.shape[2:])
+    return images[:, :, top : top + size, left : left + size]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A published architecture: what `load_tower` needs beside the weights."""
+
+    network: Callable[[int], nn.Module]
+    """From the number of channels."""
+    channels: tuple[str, ...]
+    """That it takes."""
+    dim: int
+    """Of its features."""
+    mean: tuple[float, ...] = (0.0,)
+    """Of `TorchEncoder`."""
+    std: tuple[float, ...] = (1.0,)
+    """Of `TorchEncoder`."""
+    brightest: float = 1.0
+    """Of `TorchEncoder`."""
+
+
+TOWERS = {
+    "satclip-vit16": Tower(vision.vit_small, SENTINEL2, 384),
+    "satclip-resnet18": Tower(vision.resnet18, SENTINEL2, 512),
+    "satclip-resnet50": Tower(vision.resnet50, SENTINEL2, 2048),
+    "satmae": Tower(
+        vision.vit_large_mean,
+        ("B04", "B03", "B02"),
+        1024,
+        tuple(TRUE_COLOUR * IMAGENET[0]),
+        tuple(TRUE_COLOUR * IMAGENET[1]),
+        TRUE_COLOUR,
+    ),
+}
+
+
+def load_tower(name: str, arrays: Arrays, bands: tuple[str, ...] = ()) -> TorchEncoder:
+    """A published tower from weights with timm's names; others among them, such as a decoder's, are left out.
+
+    Args:
+        name: One of `TOWERS`.
+        arrays: The weights.
+        bands: Not looked at: the tower has its own.
+
+    Raises:
+        ValueError: A weight is missing, has another shape or is not finite.
+    """
+    tower = TOWERS[name]
+    with torch.device("meta"):  # no memory and no random numbers: all is loaded over
+        module = tower.network(len(tower.channels))
+    weights = {key: _weight(name, key, like, arrays) for key, like in module.state_dict().items()}
+    module.load_state_dict(weights, assign=True)
+    module.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return TorchEncoder(name, module, tower.channels, tower.dim, tower.mean, tower.std, tower.brightest)
+
+
+def _weight(name: str, key: str, like: Tensor, arrays: Arrays) -> Tensor:
+    if key.endswith("num_batches_tracked"):  # of training only, and some files leave it out
+        return torch.zeros((), dtype=torch.int64)
+    if key not in arrays:
+        raise ValueError(f"the weights of {name} lack {key}: give those of the published tower, with timm's names")
+    value = np.asarray(arrays[key])
+    if value.shape != tuple(like.shape):
+        raise ValueError(f"{key} of {name} has shape {value.shape}, not {tuple(like.shape)}: give the tower's weights")
+    if not np.isfinite(value).all():
+        raise ValueError(f"{key} of {name} has numbers that are not finite: the weights are damaged")
+    return torch.from_numpy(value.astype(np.float32, copy=False))
+
+
+FITTED: dict[str, Fit] = {"rcf": fit_rcf}
+LOADED: dict[str, Load] = {"rcf": load_rcf} | {name: partial(load_tower, name) for name in TOWERS}
+
+
+def image_encoder_builder(function: Load) -> Load:
+    """Marks `function(arrays, bands)` as one that `load_encoder("module:function", …)` may call.
+
+    It is called with the arrays of a file first, and with the `arrays()` of what it returned ever after.
+
+    A checkpoint's card names its encoder and may come from anyone, so what is not marked is not called; and no module
+    is imported before the mark was seen in its source, as a decorator above the function.
+    """
+    function.builds_image_encoder = True  # type: ignore[attr-defined]
+    return function
+
+
+def fit_encoder(name: str, sample: Images, bands: tuple[str, ...], dim: int, seed: int) -> ImageEncoder:
+    """A named encoder that needs no weights, fitted to a sample of images.
+
+    Raises:
+        ValueError: The name is unknown, or needs weights.
+    """
+    if name in FITTED:
+        return FITTED[name](sample, bands, dim, seed)
+    _builder(name)
+    raise ValueError(f"the image encoder {name!r} needs weights: give the path or URL of its .safetensors")
+
+
+def load_encoder(name: str, arrays: Arrays, bands: tuple[str, ...]) -> ImageEncoder:
+    """A named encoder from its stored arrays, or from published weights.
+
+    Args:
+        name: One of the table above, or `package.module:function` of a marked function.
+        arrays: By name: of a file of weights, or what the encoder's own `arrays()` gave.
+        bands: Of the images; an encoder with bands of its own does not look at them.
+
+    Raises:
+        ValueError: The name is unknown, or the arrays are not its own.
+    """
+    build = _builder(name)
+    try:
+        encoder = build(arrays, bands)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} cannot be built of these weights: {' '.join(str(error).split())[:200]}") from error
+    if encoder.name != name:
+        raise ValueError(f"{name} builds an encoder that calls itself {encoder.name!r}: they must be the same")
+    return encoder
+
+
+def _builder(name: str) -> Load:
+    if name in LOADED:
+        return LOADED[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"the image encoder {name!r} is unknown: use one of {', '.join(sorted(LOADED))}, or module:function"
+        )
+    if module not in sys.modules and not _is_marked(_source(name, module), function):
+        raise ValueError(f"{name} does not say that it builds image encoders: {MARKING}")
+    try:
+        found = vars(importlib.import_module(module))[function]
+    except (ImportError, KeyError) as error:
+        raise ValueError(f"{name} was not found ({error}): install its package here and on every worker") from error
+    if not getattr(found, "builds_image_encoder", False):
+        raise ValueError(f"{name} does not say that it builds image encoders: {MARKING}")
+    return found
+
+
+def _source(name: str, module: str) -> ast.Module:
+    """Parses the source of an installed module; neither the module nor a package above it is imported.
+
+    Raises:
+        ValueError: There is no such module, or it is not of Python source.
+    """
+    spec, folders, parts = None, None, module.split(".")
+    for i in range(len(parts)):
+        full = ".".join(parts[: i + 1])
+        spec = _found(full, folders)
+        if spec is None:
+            raise ValueError(f"{name} was not found (no module {full!r}): install its package here and on every worker")
+        folders = spec.submodule_search_locations
+    read = getattr(spec.loader, "get_source", None) if spec else None
+    try:
+        return ast.parse(read(module)) if read else ast.Module([], [])
+    except (ImportError, SyntaxError, TypeError, ValueError):  # compiled, or no source that this Python reads
+        raise ValueError(f"{name} is in no Python source, where a mark could be seen: {MARKING}") from None
+
+
+def _found(module: str, folders: Any) -> ModuleSpec | None:
+    found = (finder.find_spec(module, folders) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    try:
+        return next((one for one in found if one), None)
+    except KeyError:  # of packages without __init__.py within each other, whose parents would have to be imported
+        raise ValueError(f"{module} is in a package without __init__.py: give it one, and the packages above") from None
+
+
+def _is_marked(source: ast.Module, function: str) -> bool:
+    """Whether a function is defined in a source with the mark above it.
+
+    Raises:
+        ValueError: There is no such function.
+    """
+    named = [n for n in source.body if isinstance(n, ast.FunctionDef) and n.name == function]
+    if not named:
+        raise ValueError(f"the function {function!r} was not found in its module: {MARKING}")
+    return any(
+        "image_encoder_builder" in (getattr(d, "id", ""), getattr(d, "attr", "")) for d in named[-1].decorator_list
+    )

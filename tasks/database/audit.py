@@ -1,0 +1,164 @@
+"""The audit of a database: are its numbers sound, and do key, value and place of a row belong to one image?
+
+With the patches and the checkpoint a random sample is encoded again and compared. Without them, as for an imported
+database, statistics tell. The same comparison of a shuffled sample must fail: a check that cannot fail
+tells nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.errors import UserError
+from tasks.cards import read_card
+from tasks.core.alignment import alignment
+from tasks.core.encoders.harmonics import spherical_harmonics
+from tasks.core.encoders.images import ImageEncoder
+from tasks.database.store import UNIT_TOLERANCE, Database, check, open_database, repeated
+from tasks.encode import image_encoder, load
+from tasks.model.checkpoint import keys_of
+from tasks.model.features import encode_rows, open_encoder, open_store
+
+TOLERANCE = 1e-3  # relative length of a difference: float32 in batches of another size, on another machine
+DEGREE = 12  # of the harmonics that stand for a place
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check."""
+
+    check: str
+    """What was checked."""
+    passed: bool | None
+    """The result; none where it could not be checked."""
+    detail: str
+    """The numbers, or why it could not be checked."""
+
+
+def audit_database(
+    database: str, patches: str | None = None, checkpoint: str | None = None, sample: int = 64, seed: int = 0
+) -> list[Finding]:
+    """Checks a database.
+
+    Args:
+        database: URL of the database.
+        patches: URL of the patches that it was encoded from; then `checkpoint` is needed too.
+        checkpoint: URL of the checkpoint whose space its keys live in.
+        sample: Images to encode again.
+        seed: Of the sample.
+
+    Returns:
+        What was found, in order.
+
+    Raises:
+        UserError: One of the products is not there, or patches are given without a checkpoint.
+    """
+    if patches is not None and checkpoint is None:
+        raise UserError("patches are encoded again by a checkpoint: give --checkpoint too")
+    data = open_database(database)
+    findings = [*numbers(data, database), fingerprint_of(data, "checkpoint", checkpoint)]
+    findings.append(fingerprint_of(data, "patches", patches))
+    if patches is None or checkpoint is None or (data.row_ids < 0).all():  # or no row leads back to an image
+        return [*findings, *by_statistics(data, seed)]
+    if any(finding.passed is False for finding in findings):
+        return [*findings, Finding("images", None, "none encoded again: first mend what failed")]
+    return [*findings, *by_encoding(data, patches, checkpoint, sample, seed)]
+
+
+def numbers(data: Database, database: str) -> Iterator[Finding]:
+    """Whether the arrays are of the kind that retrieval takes."""
+    try:
+        check(data.keys, data.values, data.locations, database)
+        length = float(np.abs(np.linalg.norm(data.keys, axis=1) - 1).max())
+        yield Finding("numbers", length < UNIT_TOLERANCE, f"{len(data.keys)} images, keys of length 1 to {length:.1g}")
+    except UserError as error:
+        yield Finding("numbers", False, str(error))
+    twice = int(repeated(data.locations, data.values).sum())
+    yield Finding("duplicates", not twice, f"{twice} images are there twice")
+
+
+def fingerprint_of(data: Database, kind: str, url: str | None) -> Finding:
+    """Whether the database was made of the product at `url`."""
+    recorded = data.card.get(kind)
+    if url is None or recorded is None:
+        return Finding(kind, None, f"not given; the card says {recorded}" if recorded else "the card names none")
+    given = read_card(url, kind)["fingerprint"]
+    return Finding(kind, given == recorded, f"{given} is given, the card says {recorded}")
+
+
+def by_encoding(data: Database, patches: str, checkpoint: str, sample: int, seed: int) -> Iterator[Finding]:
+    """A random sample encoded again, and the same sample shuffled."""
+    manifest = open_store(patches).manifest
+    same = np.array_equal(data.row_ids, manifest["row_id"]) if len(manifest) == len(data.row_ids) else False
+    yield Finding("row ids", same, f"{len(data.row_ids)} in the database, {len(manifest)} in the manifest")
+    if not same:
+        return
+    apart = float(np.abs(data.locations - manifest[["lon", "lat"]].to_numpy()).max())
+    yield Finding("places", apart == 0, f"at most {apart:g} degrees from the manifest's")
+    rng = np.random.default_rng(seed)
+    rows = rng.choice(len(manifest), min(sample, len(manifest)), replace=False)
+    keys, values = encode_again(data, patches, checkpoint, rows)
+    for name, stored, again in (("keys", data.keys[rows], keys), ("values", data.values[rows], values)):
+        yield Finding(f"{name} encoded again", *compare(stored, again))
+        passed, detail = compare(stored, np.roll(again, 1, axis=0))
+        yield Finding(f"{name} shuffled, must differ", not passed, detail)
+
+
+def encode_again(data: Database, patches: str, checkpoint: str, rows: NDArray) -> tuple[NDArray, NDArray]:
+    """Keys and values of some patches by the encoders that the database's card names."""
+    source, model = open_store(patches), load(checkpoint)
+    encoder = image_encoder(model, patches)
+    other = values_encoder(data, patches)
+    keys, values = [], []
+    for row in rows.tolist():
+        seen = encode_rows(encoder, source, slice(row, row + 1))
+        keys.append(keys_of(model, seen))
+        values.append(seen if other is None else encode_rows(other, source, slice(row, row + 1)))
+    return np.concatenate(keys), np.concatenate(values)
+
+
+def values_encoder(data: Database, patches: str) -> ImageEncoder | None:
+    """The encoder of the values; none where it is the checkpoint's own.
+
+    Raises:
+        UserError: It is no longer where the card says.
+    """
+    made = data.card.get("values", {})
+    if not made.get("features"):
+        return None
+    read_card(made["features"], "features")
+    return open_encoder(made["features"], patches, made["encoder"]["name"])
+
+
+def compare(stored: NDArray, again: NDArray) -> tuple[bool, str]:
+    """Whether rows are the same up to rounding, and how many are."""
+    apart = np.linalg.norm(stored - again, axis=1) / np.linalg.norm(again, axis=1).clip(1e-12)
+    good = int((apart < TOLERANCE).sum())
+    return good == len(apart), f"{good} of {len(apart)} the same; largest relative difference {apart.max():.1g}"
+
+
+def by_statistics(data: Database, seed: int) -> Iterator[Finding]:
+    """Whether keys, values and places go together, without any image; and whether that could have failed."""
+    if len(data.keys) and np.isfinite(data.values).all():
+        places = spherical_harmonics(data.locations, DEGREE)
+        yield from together("values and keys", data.values, data.keys, seed)
+        yield from together("places and keys", places, data.keys, seed)
+        yield from together("places and values", places, data.values, seed)
+
+
+def together(name: str, source: NDArray, target: NDArray, seed: int) -> Iterator[Finding]:
+    """Whether two tables belong together row by row, and the same of one of them shuffled."""
+    try:
+        found = alignment(source, target, seed)
+        rng = np.random.default_rng((seed, len(target)))  # not the generator that may have shuffled the table
+        canary = alignment(source, rng.permutation(target), seed)
+    except ValueError as error:
+        yield Finding(name, None, str(error))
+        return
+    where = "".join(f"; rows {start} to {stop} do not belong together" for start, stop in found.broken)
+    detail = f"cosine {found.score:.3f}, by chance {found.shuffled:.3f} ± {found.error:.3f}"
+    yield Finding(name, found.aligned, detail + where)
+    detail = f"cosine {canary.score:.3f}, by chance {canary.shuffled:.3f} ± {canary.error:.3f}"
+    yield Finding(f"{name} shuffled, must differ", not canary.aligned, detail)

@@ -1,0 +1,230 @@
+"""Embedders by name: places in, vectors out.
+
+==================== ==========================================================================
+name                 what it is
+==================== ==========================================================================
+coordinates          longitude and latitude in degrees
+unit vectors         points of the unit sphere
+wrap, theory         `tasks.core.encoders.encodings`
+spherical harmonics  the fixed features below the location encoder
+geoclip              the weights in the package `geoclip`
+satclip, sinr, csp   NAME=PATH, or =URL, of the published weights; without them shown as not given
+location encoder     ours, without retrieval
+range, range+        the product
+URL of a grid        what its readers get
+==================== ==========================================================================
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infra import storage
+from infra.addresses import as_url, shown
+from infra.errors import UserError
+from tasks.core.encoders.encodings import theory, wrap
+from tasks.core.encoders.harmonics import spherical_harmonics
+from tasks.core.encoders.peers import embed_csp, embed_sinr
+from tasks.core.retrieval import Method, unit_vectors
+from tasks.core.retrieval import embed as embed_ours
+from tasks.evaluation.geoclip import embed_geoclip
+from tasks.grid.store import read_projection, storing
+from tasks.grid.tiles import load
+from tasks.model.checkpoint import import_satclip, load_checkpoint, load_foreign
+from tasks.params import EmbedderParams
+from tasks.points.sample_grid import sample_grid
+
+Lonlat = NDArray[np.float64]
+Vectors = NDArray[np.float32]
+
+DEGREE = 20  # of the spherical harmonics where no checkpoint says another
+FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
+    "coordinates": np.asarray,
+    "unit vectors": unit_vectors,
+    "wrap": wrap,
+    "theory": theory,
+}
+BY_PATH = ("satclip", "sinr", "csp")
+OURS = {"location encoder": Method("none"), "range": Method("range"), "range+": Method("range+")}
+NAMES = (*FIXED, "spherical harmonics", "geoclip", *BY_PATH, *OURS)
+STORED = "grid's vectors, "  # before the dtype that they are scored in
+NOT_GIVEN = "weights not given"
+
+
+class Embedder(Protocol):
+    """Places to vectors."""
+
+    def __call__(self, lonlat: Lonlat, /) -> Vectors:
+        """(n, 2) degrees (lon, lat) to (n, d); NaN where there is none."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """One line of the table."""
+
+    name: str
+    """As the table shows it."""
+    embed: Embedder | None
+    """None: its weights were not given."""
+    version: str = ""
+    """What changes when the weights do."""
+    partial: bool = False
+    """Whether it has no vector for some places."""
+
+
+def embedders(checkpoint: str | None, database: str | None, grid: str | None, params: EmbedderParams) -> list[Named]:
+    """The embedders that were asked for, or all, in the order of the table.
+
+    Args:
+        checkpoint: URL of our location encoder.
+        database: URL of its database.
+        grid: URL of the published grid that is scored.
+        params: Which.
+
+    Raises:
+        UserError: A name is unknown, or what it needs is not given.
+    """
+    asked = params.embedder or tuple(name for name in NAMES if name not in OURS or (checkpoint and database))
+    found = [_named(spec, checkpoint, database, params) for spec in asked]
+    if not grid:
+        return found
+    return [
+        *found,
+        _grid("grid", grid, params),
+        *(_stored(grid, checkpoint, database) if checkpoint and database else []),
+    ]
+
+
+def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
+    """A grid's vectors at the places themselves, as they are and as its dtype keeps them; nothing for float32.
+
+    What the dtype costs is what the two differ by: cells and their size have no part in it.
+    """
+    attrs = zarr.open_group(storage.zarr_store(as_url(grid)), mode="r").attrs
+    made, dtype = attrs.get("rangegrid:made_of"), attrs["geoemb:data_type"]
+    if dtype == "float32" or not made:
+        return []
+    method, kept = Method(made["method"], made["beta"]), storing(as_url(grid))
+    projection = read_projection(as_url(grid)) if made.get("compact_dims") else None
+
+    def exact(lonlat: Lonlat) -> Vectors:
+        encoder, index = load(checkpoint, database)
+        visual, location = np.split(embed_ours(encoder, index, lonlat, method), [index.values.shape[1]], axis=1)
+        return np.concatenate([projection.apply(visual) if projection else visual, location], axis=1)
+
+    return [Named(f"{STORED}float32", exact), Named(STORED + dtype, lambda lonlat: kept(exact(lonlat)))]
+
+
+def dtype_costs(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the dtype of a grid costs each task: the scores of its vectors in float32, and as they are stored."""
+    rows = [row for row in scores if row["embedder"].startswith(STORED)]
+    pairs = [(a, b) for a, b in pairwise(rows) if a["task"] == b["task"]]
+    return [
+        {"task": a["task"], "metric": a["metric"], "dtype": b["embedder"].removeprefix(STORED)}
+        | {split: {"float32": a[split], "stored": b[split]} for split in ("random", "blocked")}
+        for a, b in pairs
+    ]
+
+
+def _named(spec: str, checkpoint: str | None, database: str | None, params: EmbedderParams) -> Named:
+    name, _, path = spec.partition("=")
+    name = name.strip().lower()
+    if name in BY_PATH:
+        return _by_path(name, path.strip())
+    if "://" in spec or spec.rstrip("/").endswith(".zarr"):
+        return _grid(shown(spec), as_url(spec), params)
+    if name in FIXED:
+        return Named(name, lambda lonlat: FIXED[name](lonlat).astype(np.float32))
+    if name == "spherical harmonics":
+        return Named(name, partial(_harmonics, load_checkpoint(checkpoint).location.degree if checkpoint else DEGREE))
+    if name == "geoclip":
+        return Named("GeoCLIP", embed_geoclip if find_spec("geoclip") else None)
+    if name in OURS:
+        return _ours(name, checkpoint, database)
+    raise UserError(f"the embedder {spec!r} is unknown: use {', '.join(NAMES)}, or the URL of a grid")
+
+
+def _ours(name: str, checkpoint: str | None, database: str | None) -> Named:
+    if not checkpoint or not database:
+        raise UserError(f"the embedder {name!r} is ours: name the checkpoint and the database to evaluate")
+    shown = name.upper() if name.startswith("range") else name
+
+    def ours(lonlat: Lonlat) -> Vectors:
+        return embed_ours(*load(checkpoint, database), lonlat, OURS[name])
+
+    return Named(shown, ours)
+
+
+def _harmonics(degree: int, lonlat: Lonlat) -> Vectors:
+    return spherical_harmonics(lonlat, degree).astype(np.float32)
+
+
+def _grid(name: str, url: str, params: EmbedderParams) -> Named:
+    embed = partial(sample_grid, url, method=params.interpolation)
+    return Named(name, embed, _version(storage.join(url, "zarr.json")), partial=True)
+
+
+def _version(url: str) -> str:
+    try:
+        return storage.version(url)
+    except FileNotFoundError:
+        raise UserError(f"there is nothing at {shown(url)}: check the path or URL of the embedder") from None
+
+
+SHOWN = {"satclip": "SatCLIP", "sinr": "SINR", "csp": "CSP"}
+
+
+def _by_path(name: str, path: str) -> Named:
+    if not path:
+        return Named(SHOWN[name], None)
+    load_weights = {"satclip": load_satclip, "sinr": load_sinr, "csp": load_csp}[name]
+    return Named(SHOWN[name], load_weights(path), _version(as_url(path)))
+
+
+def load_satclip(path: str) -> Embedder:
+    """SatCLIP's location encoder from a `satclip-*.ckpt`; its vectors as they come, not normalised, as in the paper."""
+    with TemporaryDirectory() as scratch:
+        url = Path(scratch, "checkpoint").as_uri()
+        import_satclip(path, url)
+        location = load_checkpoint(url).location
+
+    def satclip(lonlat: Lonlat) -> Vectors:
+        parts = [
+            location(lonlat[start : start + 4096]).detach().float().numpy() for start in range(0, len(lonlat), 4096)
+        ]
+        return np.concatenate(parts)
+
+    return satclip
+
+
+def load_sinr(path: str) -> Embedder:
+    """SINR's encoder from a `.pt` (its training script's) or a `.safetensors`."""
+    content = load_foreign(path, "SINR's weights, a .pt or .safetensors")
+    return _checked(path, "SINR", partial(embed_sinr, content.get("state_dict", content)))
+
+
+def load_csp(path: str) -> Embedder:
+    """CSP's encoder from a `.pth.tar` as published."""
+    content = load_foreign(path, "CSP's weights, a .pth.tar")
+    state: Mapping[str, Tensor] = content.get("state_dict", {})
+    weights = {name.rpartition("spa_enc.ffn.")[2]: tensor for name, tensor in state.items() if "spa_enc.ffn." in name}
+    return _checked(path, "CSP", partial(embed_csp, weights, content.get("params", {})))
+
+
+def _checked(path: str, name: str, embedder: Any) -> Embedder:
+    """The embedder, after embedding one place: a wrong file is refused before the work."""
+    try:
+        embedder(np.zeros((1, 2)))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} has no {name} that can be used ({error}): give its published weights") from error
+    return embedder

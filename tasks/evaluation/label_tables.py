@@ -1,0 +1,215 @@
+"""Labels from tables (`tasks.tables.files`), of points or of polygons to draw points in.
+
+The paper's tables are recognised by the columns that its loaders read:
+
+============ ================= ====================== ==========================
+task         label             coordinates            kind
+============ ================= ====================== ==========================
+biome        BIOME_NAME        X, Y                   classification
+ecoregion    ECO_NAME          X, Y                   classification
+country      country           lon, lat               classification
+temperature  meanT             Lon, Lat               regression
+elevation    elevation         lon, lat               regression
+population   population        lon, lat               regression, log(1 + label)
+housing      median_house_value longitude, latitude   regression, blocks of 1°
+============ ================= ====================== ==========================
+
+Any other column is named. What has no label or no place is left out; the order of the rows stays, since the paper's
+split depends on it.
+"""
+
+from dataclasses import dataclass, replace
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from infra.errors import UserError
+from tasks.core.earth.sampling import uniform_places
+from tasks.core.probes import Kind
+from tasks.evaluation.labels import LabelSet
+from tasks.params import EvaluateParams
+from tasks.tables.files import Place, Table, find_place, lonlat_of, open_table, remedy_of, settled, shapes_of
+from tasks.units import log
+
+IN_POLYGONS = 10_000  # places that are drawn where no number is asked for
+FEWEST = 50  # labelled places of a task
+DRAWS, TRIES = 20_000, 500  # places at a time, and times, until polygons have enough of them
+NO_LABEL = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")  # what tables write for none
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a task is in a table."""
+
+    name: str
+    """Task."""
+    label: str
+    """Column of the labels."""
+    kind: Kind
+    """Classes or numbers."""
+    lonlat: tuple[str, str] | None
+    """Columns of the coordinates; none where a geometry has them."""
+    log1p: bool = False
+    """Whether log(1 + label) is the label."""
+    block_degrees: float = 10.0
+    """Side of the blocks that are held out."""
+
+
+PAPER = (
+    Columns("biome", "BIOME_NAME", "classification", ("X", "Y")),
+    Columns("ecoregion", "ECO_NAME", "classification", ("X", "Y")),
+    Columns("country", "country", "classification", ("lon", "lat")),
+    Columns("temperature", "meanT", "regression", ("Lon", "Lat")),
+    Columns("elevation", "elevation", "regression", ("lon", "lat")),
+    Columns("population", "population", "regression", ("lon", "lat"), log1p=True),
+    Columns("housing", "median_house_value", "regression", ("longitude", "latitude"), block_degrees=1.0),
+)
+
+
+def read_labels(params: EvaluateParams) -> list[LabelSet]:
+    """Returns the tasks of the tables that were named.
+
+    Raises:
+        UserError: A table cannot be read, lacks a column, or has too few labels of one kind.
+    """
+    found = []
+    for source in params.labels:
+        with open_table(source, "labels") as table:
+            found += [make_labels(table, columns, params) for columns in recognise(table, params)]
+    names = [labels.name for labels in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two tables have labels of {twice[0]!r}: evaluate one of them at a time")
+    return found
+
+
+def recognise(table: Table, params: EvaluateParams) -> list[Columns]:
+    """Returns where the tasks are in a table: as named, or the paper's by its columns.
+
+    A task of the paper whose columns of coordinates have other names is taken where none has its own.
+    """
+    names = set(table.names)
+    if params.label and params.kind:
+        if params.label not in names:
+            raise table.refused(f"has no column {params.label!r} among {', '.join(table.names)}: name one of them")
+        return [Columns(params.label, params.label, params.kind, None, params.log1p)]
+    labelled = [columns for columns in PAPER if columns.label in names]
+    exact = [columns for columns in labelled if set(columns.lonlat or ()) <= names]
+    if not labelled:
+        raise table.refused(
+            f"has none of the paper's tasks among its columns {', '.join(table.names)}: name one with --label and "
+            "--kind"
+        )
+    return exact if exact and not table.geometry else [replace(columns, lonlat=None) for columns in labelled]
+
+
+def make_labels(table: Table, columns: Columns, params: EvaluateParams) -> LabelSet:
+    """Returns the labels of one task, checked, and drawn from where there are more than asked for."""
+    lonlat, labels = _labelled_places(table, columns, params)
+    labels = _typed(labels, columns, table.source)
+    _check(lonlat, labels, columns, table.source)
+    kept = _draw(len(labels), params)
+    degrees = params.block_degrees or columns.block_degrees
+    return LabelSet(columns.name, columns.kind, lonlat[kept], labels[kept], table.source, degrees)
+
+
+def _draw(count: int, params: EvaluateParams) -> NDArray[np.int64]:
+    """Rows in their order: all, or as many as asked for at random."""
+    if params.points is None or count <= params.points:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(params.seed).choice(count, params.points, replace=False))
+
+
+def _labelled_places(table: Table, columns: Columns, params: EvaluateParams) -> tuple[NDArray[np.float64], NDArray]:
+    """Returns places, (n, 2), and the label of each; rows without a place or a label are left out of both."""
+    place = _place(table, columns, params)
+    rows = settled(lambda: list(table.batches([columns.label, *place.columns])))
+    if not rows:
+        raise table.refused("has no rows: give one for each label")
+    read = pa.Table.from_batches(rows)
+    labels = read[columns.label].to_pandas()
+    labelled = (labels.notna() & ~labels.isin(NO_LABEL)).to_numpy()
+    if not place.geometry:
+        return _known(lonlat_of(read, place, table), labels, labelled)
+    frame = gpd.GeoDataFrame({"label": labels}, geometry=shapes_of(read[place.geometry], place, table), crs=4326)
+    frame = frame[labelled & ~(frame.geometry.is_empty | frame.geometry.isna())]
+    kinds = set(frame.geom_type)
+    if kinds <= {"Point", "MultiPoint"}:
+        frame = gpd.GeoDataFrame(frame.explode())  # every point of several has their label
+        lonlat = np.column_stack([frame.geometry.x, frame.geometry.y])
+        return _known(lonlat, frame["label"], np.ones(len(frame), bool))
+    if not kinds <= {"Polygon", "MultiPolygon"}:
+        raise table.refused(f"has geometries of {', '.join(sorted(kinds))}: give points alone, or polygons alone")
+    lonlat, which = draw_in_polygons(frame, params.points or IN_POLYGONS, params.seed, table.source)
+    return lonlat, frame["label"].to_numpy()[which]
+
+
+def _place(table: Table, columns: Columns, params: EvaluateParams) -> Place:
+    if columns.lonlat is not None:
+        return find_place(table, *columns.lonlat)
+    if params.lon or params.lat:
+        return find_place(table, params.lon, params.lat)
+    return table.geometry or find_place(table)
+
+
+def _known(
+    lonlat: NDArray[np.float64], labels: pd.Series, wanted: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray]:
+    known = wanted & np.isfinite(lonlat).all(1)
+    if left := int((~known).sum()):
+        log().info("%d of %d rows have no place or no label, and are left out", left, len(known))
+    return lonlat[known], labels.to_numpy()[known]
+
+
+def draw_in_polygons(
+    polygons: gpd.GeoDataFrame, count: int, seed: int, source: str
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Places uniform by area in polygons, (count, 2), and the polygon of each, the first where several hold it.
+
+    Raises:
+        UserError: The polygons cover so little of their bounds that no place falls into them.
+    """
+    rng = np.random.default_rng(seed)
+    places, rows = [], []
+    for _ in range(TRIES):
+        lonlat = uniform_places(rng, DRAWS, polygons.total_bounds)
+        which, inside = polygons.sindex.query(gpd.points_from_xy(*lonlat.T), predicate="within")
+        which, first = np.unique(which, return_index=True)
+        places.append(lonlat[which])
+        rows.append(inside[first])
+        if sum(map(len, rows)) >= count:
+            return np.concatenate(places)[:count], np.concatenate(rows)[:count]
+    raise UserError(f"{source} has polygons so small that {count} places are not found in them: ask for fewer --points")
+
+
+def _typed(labels: NDArray, columns: Columns, source: str) -> NDArray:
+    if columns.kind == "classification":
+        return labels if labels.dtype.kind in "biuf" else labels.astype(str)
+    try:
+        numbers = labels.astype(np.float64)
+    except ValueError as error:
+        raise UserError(
+            f"{source}, column {columns.label!r}, is not of numbers ({error}): give --kind classification"
+        ) from None
+    if columns.log1p and (numbers <= -1).any():
+        raise UserError(f"{source}, column {columns.label!r}, has {numbers.min():g}, which has no log(1 + label)")
+    return np.log1p(numbers) if columns.log1p else numbers
+
+
+def _check(lonlat: NDArray[np.float64], labels: NDArray, columns: Columns, source: str) -> None:
+    where = f"{source}, column {columns.label!r},"
+    lon, lat = lonlat.T
+    wrong = (np.abs(lat) > 90) | (lon < -180) | (lon > 360)
+    if wrong.any():
+        raise UserError(
+            f"{where} is at lon {lon[wrong][0]:g}, lat {lat[wrong][0]:g}: name the columns in degrees. "
+            f"{remedy_of(lon[wrong][0], lat[wrong][0])}"
+        )
+    if len(labels) < FEWEST:
+        raise UserError(f"{where} has {len(labels)} labels with a place: a probe needs at least {FEWEST}")
+    if columns.kind == "regression" and not np.isfinite(labels).all():
+        raise UserError(f"{where} has numbers that are not finite: mend them, or leave them empty")
+    if len(np.unique(labels)) < 2:
+        raise UserError(f"{where} has one value alone: there is nothing to tell apart")

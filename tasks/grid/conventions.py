@@ -1,0 +1,128 @@
+"""The attributes of a grid that others read: CF, and the Zarr conventions `geoemb:`, `proj:`, `spatial:`, multiscales.
+
+Sources: the conventions' own schemas, github.com/geo-embeddings/embeddings-zarr-convention and
+github.com/zarr-conventions; tests hold a grid to them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from tasks.cards import FORMER_LAND
+from tasks.core.earth.grid import GridSpec
+
+COPERNICUS = "Copernicus Sentinel"  # in the attribution of what was made from Sentinel-2
+SENTINEL_2 = "https://dataspace.copernicus.eu/data-collections/copernicus-sentinel-data/sentinel-2"
+LEGAL_NOTICE = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
+AXIS = ("standard_name", "units", "axis")  # what a coordinate's attributes tell
+GRID_MAPPING = "spatial_ref"  # the variable that holds the CRS, by the name that GDAL and rioxarray give it
+ZARR = "https://raw.githubusercontent.com/zarr-conventions"
+GEOEMB = {
+    "schema_url": "https://raw.githubusercontent.com/geo-embeddings/embeddings-zarr-convention/refs/tags/v1/schema.json",
+    "spec_url": "https://github.com/geo-embeddings/embeddings-zarr-convention/blob/v1/README.md",
+    "uuid": "61c12cc5-0e28-4056-999a-480cf3fb7e4c",
+    "name": "geoemb:",
+    "description": "Geoembeddings convention for geospatial embedding arrays with model provenance",
+}
+
+
+def _convention(name: str, uuid: str, description: str) -> dict[str, str]:
+    return {
+        "schema_url": f"{ZARR}/{name}/refs/tags/v0.1/schema.json",
+        "spec_url": f"https://github.com/zarr-conventions/{name}/blob/v0.1/README.md",
+        "uuid": uuid,
+        "name": name,
+        "description": description,
+    }
+
+
+PROJ = _convention(
+    "proj", "f17cb550-5864-4468-aeb7-f3180cfb622f", "Coordinate reference system information for geospatial data"
+)
+MULTISCALES = _convention("multiscales", "d35379db-88df-4056-af3a-620245f8e347", "Multiscale layout of zarr datasets")
+SPATIAL = _convention("spatial", "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4", "Spatial coordinate information")
+
+
+def placed(spec: GridSpec) -> dict[str, Any]:
+    """Where the cells are: CRS, box, transform."""
+    (rows, columns), (wide, high) = spec.shape, spec.sides
+    west, _, _, north = spec.box
+    return {
+        "Conventions": "CF-1.11",
+        "zarr_conventions": [PROJ, SPATIAL],
+        "proj:code" if spec.plane.code else "proj:wkt2": spec.plane.name,
+        "spatial:dimensions": list(spec.plane.dims),
+        "spatial:bbox": list(spec.box),
+        "spatial:shape": [rows, columns],
+        "spatial:transform": [wide / columns, 0.0, west, 0.0, -high / rows, north],
+        "spatial:registration": "pixel",
+    }
+
+
+def spec_of(attrs: Mapping[str, Any], columns: int, tile: int = 1) -> GridSpec:
+    """The grid whose attributes these are: what `placed` wrote."""
+    west, south, east, north = attrs["spatial:bbox"]
+    crs = attrs.get("proj:code") or attrs["proj:wkt2"]
+    land = attrs.get("rangegrid:made_of", {}).get("land", FORMER_LAND)
+    return GridSpec((east - west) / columns, tile, (west, south, east, north), crs, land)
+
+
+def axes(spec: GridSpec) -> dict[str, Any]:
+    """The coordinates of the cells and, as CF asks and GDAL and rioxarray read it, the CRS that they are in."""
+    y, x = spec.plane.dims
+    about = {axis["axis"]: {k: axis[k] for k in AXIS} for axis in spec.plane.definition.cs_to_cf()}
+    wide, _, west, _, high, north = placed(spec)["spatial:transform"]
+    mapping = spec.plane.definition.to_cf()
+    mapping |= {"spatial_ref": mapping["crs_wkt"], "GeoTransform": f"{west} {wide} 0.0 {north} 0.0 {high}"}
+    return {y: (y, spec.y, about["Y"]), x: (x, spec.x, about["X"]), GRID_MAPPING: ((), np.int64(0), mapping)}
+
+
+def multiscale(spec: GridSpec, names: list[str]) -> dict[str, Any]:
+    """The attributes of a group whose children are a grid and its coarser levels, each of half the rows."""
+    shaped = "spatial:shape", "spatial:transform"
+    layout: list[dict[str, Any]] = []
+    for level, name in enumerate(names):
+        where = placed(replace(spec, step=spec.step * 2**level))
+        source = {"derived_from": names[level - 1], "transform": {"scale": [2.0, 2.0]}} if level else {}
+        layout.append({"asset": name} | source | {key: where[key] for key in shaped})
+    attrs = {key: value for key, value in placed(spec).items() if key not in shaped}
+    return declared(attrs, MULTISCALES) | {"multiscales": {"layout": layout, "resampling_method": "average"}}
+
+
+def embedding(spec: GridSpec, visual: int, location: int, dtype: str) -> dict[str, Any]:
+    """What the vectors are; `provenance` adds what made them."""
+    return {
+        "geoemb:type": "pixel",
+        "geoemb:dimensions": visual + location,
+        "geoemb:data_type": dtype,
+        "geoemb:gsd": spec.gsd,
+        **({"geoemb:spatial_layout": "global"} if spec.is_globe else {}),
+        "geoemb:dimensions_axis": "embedding_dim",
+        "geoemb:blocks": {"visual": [0, visual], "location": [visual, visual + location]},
+    }
+
+
+def provenance(checkpoint: str, database: str, attribution: str) -> dict[str, Any]:
+    """What made the vectors: the encoder, the source, the code.
+
+    Args:
+        checkpoint: URL of the checkpoint.
+        database: URL of the database.
+        attribution: What the database's card says of its source.
+    """
+    source = SENTINEL_2 if COPERNICUS in attribution else database
+    terms = {"license": LEGAL_NOTICE} if COPERNICUS in attribution else {}
+    return terms | {
+        "geoemb:model": checkpoint,
+        "geoemb:source_data": [source],
+        "geoemb:build_version": f"rangegrid {version('rangegrid')}",
+        "attribution": attribution,
+    }
+
+
+def declared(attrs: dict[str, Any], *conventions: dict[str, str]) -> dict[str, Any]:
+    """The attributes with more conventions declared."""
+    return attrs | {"zarr_conventions": [*attrs.get("zarr_conventions", []), *conventions]}

@@ -1,0 +1,129 @@
+"""A database that no worker can hold whole: every worker holds a part, and the sums of the parts add.
+
+A tile is a task for each part, on the worker that holds it, and a tree of additions; arrays travel from worker to
+worker alone. The geodesic half has one spectrum for all parts, summed up once. A part that a worker lost or never had
+is read by the one that does its work, so a dead worker costs time alone.
+"""
+
+from functools import lru_cache
+from itertools import pairwise
+from operator import add
+from typing import Any
+
+import numpy as np
+from distributed import Client, Future
+from numpy.typing import NDArray
+
+from infra.errors import UserError
+from tasks.core.adaptive import Report
+from tasks.core.earth.grid import Tile
+from tasks.core.geodesic import Spectrum, pays
+from tasks.core.retrieval import RetrievalIndex
+from tasks.core.sums import Halves
+from tasks.database.store import read_rows
+from tasks.grid.tiles import LOADING, Job, deliver, index_of, land_cells, load_encoder
+from tasks.units import RETRIES, follow
+
+MEMORY_SHARE = 0.5  # of a worker's memory that images may take; sums, harmonics and the program need the rest
+AHEAD = 6  # tiles in the making: more would pile up sums where one worker is slow
+
+Part = tuple[int, int]
+
+
+def parts_of(client: Client, job: Job, card: dict[str, Any]) -> dict[str, Part]:
+    """The rows that each worker is to hold a part of; empty where any worker can hold all.
+
+    Args:
+        client: The Dask cluster.
+        job: The grid.
+        card: The database's card.
+
+    Raises:
+        UserError: Not even all workers together can, or the grid needs the database whole.
+    """
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    limit = min(MEMORY_SHARE * (worker["memory_limit"] or np.inf) for worker in workers.values())
+    size = card["images"] * (card["key_dim"] + card["value_dim"]) * 4
+    if size <= limit:
+        return {}
+    if job.tolerance or job.parent:
+        raise UserError(
+            f"the database {job.database} takes {size / 1e9:.3g} GB, which no worker can hold, and interpolation and "
+            "updates need it whole: publish without --tolerance and --parent, or give each worker more memory"
+        )
+    if size > limit * len(workers):
+        raise UserError(
+            f"the database {job.database} takes {size / 1e9:.3g} GB, and {len(workers)} workers hold "
+            f"{limit / 1e9:.3g} GB each: start {int(np.ceil(size / limit))} workers, or give each more memory"
+        )
+    edges = np.linspace(0, card["images"], min(len(workers), card["images"]) + 1).astype(int).tolist()
+    return dict(zip(sorted(workers), pairwise(edges), strict=False))
+
+
+def publish_in_parts(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], there: int) -> list[Report]:
+    """Publishes tiles from a database in parts, by worker; `there` are made already."""
+    spectrum = _spectrum(client, job, parts)
+    made: list[Future] = []
+    for i, tile in enumerate(tiles):
+        earlier = made[i - AHEAD] if i >= AHEAD else None
+        far = _submit(client, far_cells, job, tile, spectrum, earlier)
+        sums = [_submit(client, part_sums, job, part, tile, far, workers=[w]) for w, part in parts.items()]
+        made.append(_submit(client, finish_tile, job, tile, _added(client, sums), far, spectrum))
+    return follow(client, made, tiles, label="publish", there=there)
+
+
+def _spectrum(client: Client, job: Job, parts: dict[str, Part]) -> Future | None:
+    """The geodesic kernel's spectrum over the whole database, where one pays: that half is then no part's work."""
+    if not (job.method.has_geodesic and pays(job.method.geodesic_temperature, sum(b - a for a, b in parts.values()))):
+        return None
+    return _added(client, [_submit(client, part_spectrum, job, part, workers=[w]) for w, part in parts.items()])
+
+
+def _submit(client: Client, *call: Any, workers: list[str] | None = None) -> Future:
+    return client.submit(*call, workers=workers, allow_other_workers=bool(workers), pure=False, retries=RETRIES)
+
+
+def _added(client: Client, sums: list[Future]) -> Future:
+    """Their total, by a tree: no worker holds the sums of more than two parts."""
+    while len(sums) > 1:
+        pairs = [sums[i : i + 2] for i in range(0, len(sums), 2)]
+        sums = [_submit(client, add, *pair) if len(pair) > 1 else pair[0] for pair in pairs]
+    return sums[0]
+
+
+def part_spectrum(job: Job, part: Part) -> Spectrum:
+    """The spectrum over one part."""
+    return _part(job, part).spectrum(job.method.geodesic_temperature)
+
+
+def far_cells(job: Job, tile: Tile, spectrum: Spectrum | None, _: Report | None) -> NDArray[np.bool_]:
+    """Land cells of a tile whose geodesic half is the parts' work, (m,), once an earlier tile is written."""
+    places = land_cells(job.spec, tile).lonlat
+    return spectrum.weights.sums(places)[1] if spectrum else np.ones(len(places), bool)
+
+
+def part_sums(job: Job, part: Part, tile: Tile, far: NDArray[np.bool_]) -> Halves:
+    """The sums of a tile's land cells over one part of the database; the geodesic half of far cells alone."""
+    places, index, method = land_cells(job.spec, tile).lonlat, _part(job, part), job.method
+    semantic = index.by_likeness(load_encoder(job.checkpoint).embed(places), method.semantic)
+    nearness = index.by_nearness(places[far], method.geodesic_temperature) if method.has_geodesic else None
+    return Halves(semantic, nearness)
+
+
+def finish_tile(job: Job, tile: Tile, sums: Halves, far: NDArray[np.bool_], spectrum: Spectrum | None) -> Report:
+    """Writes a tile from its sums over all parts."""
+    places = land_cells(job.spec, tile).lonlat
+    if spectrum and sums.geodesic:
+        sums = Halves(sums.semantic, spectrum.sums(places)[0].replaced(far, sums.geodesic))
+    return deliver(job, tile, load_encoder(job.checkpoint).embed(places), sums.scaled(), len(places))
+
+
+def _part(job: Job, part: Part) -> RetrievalIndex:
+    with LOADING:
+        return load_part(job.database, part, job.projected_by)
+
+
+@lru_cache(maxsize=1)
+def load_part(database: str, part: Part, projected_by: str | None) -> RetrievalIndex:
+    """A worker's part, read once per process."""
+    return index_of(read_rows(database, slice(*part)), projected_by)

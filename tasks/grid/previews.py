@@ -1,0 +1,180 @@
+"""What shows a grid to people: maps of its colours and its evidence, and a page with both that lies in the bucket."""
+
+import html
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from distributed import Client
+from numpy.typing import NDArray
+
+from infra import storage
+from tasks.artifacts import keep_picture
+from tasks.cards import GRID
+from tasks.core.earth.grid import CHUNK_CELLS, GridSpec, Tile
+from tasks.core.earth.land import land_mask
+from tasks.grid import store
+from tasks.grid.tiles import Job, land_tiles
+from tasks.plots.maps import geotiff, layer_map, principal_axes, principal_colours, world_map
+from tasks.units import run_units
+
+MOST_DRAWN = 500_000  # cells: as many as the picture has pixels
+BLOCKS = 64  # of a chunk's cells, that the axes are found by
+MAPS = {"world.png": "The world in embedding colours", "evidence.png": "Distance to the nearest image"}
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
+img {{ width: 100%; height: auto }} pre {{ background: #eef2f5; padding: 1rem; overflow-x: auto }}
+td, th {{ text-align: left; padding: .15rem 1.5rem .15rem 0; vertical-align: top }}
+</style>
+<h1>{title}</h1>
+{maps}
+<pre>{code}</pre>
+<script>document.querySelectorAll("pre").forEach(code => {{
+  code.textContent = code.textContent.replace('"{zarr}"', JSON.stringify(new URL("{zarr}", location.href).href))
+}})</script>
+<table>
+{rows}
+</table>
+<p><a href="item.json">STAC item</a> · <a href="{zarr}/zarr.json">metadata of the Zarr</a> · <a href="world.tif">map as
+a GeoTIFF</a></p>
+</html>
+"""
+CODE = """import xarray as xr{imports}
+
+grid = xr.open_zarr("{zarr}", zarr_format=3)  # by http(s), from a disk, or from s3:// with storage_options
+lon, lat = {lon:.10g}, {lat:.10g}
+x, y = {moved}
+vectors = grid.sel({x}=x, {y}=y, method="nearest", tolerance={tolerance:.10g})  # KeyError: outside of the grid"""
+DEGREES = "{west:.10g} + (lon - {west:.10g}) % 360, lat"  # as the grid counts: a box across 180 goes on beyond
+PROJECTED = 'Transformer.from_crs("EPSG:4326", grid.spatial_ref.attrs["crs_wkt"], always_xy=True).transform(lon, lat)'
+EDGE = 0.50001  # of a cell: a place on the edge between two is in one of them, whatever rounding does
+
+
+def draw(client: Client, job: Job, attribution: str) -> None:
+    """Keeps the world in embedding colours beside a grid, as PNG and GeoTIFF, and a map of the evidence.
+
+    What is there is not drawn again. Of a large grid some cells are drawn, evenly: tiles are read on Dask, and three
+    numbers a drawn cell come back, so that memory and time here do not grow with the grid.
+    """
+    wanted = {"world.png", "world.tif"} | ({"evidence.png"} if job.evidence else set())
+    if wanted <= set(storage.names(job.home)):
+        return
+    tiles, drawn = land_tiles(job.spec), Drawn.of(job.spec)
+    parts = run_units(client, partial(look, job, drawn, axes_of(job)), tiles, label="draw")
+    whole = np.full((4, len(drawn.rows), len(drawn.columns)), np.nan, np.float32)
+    for tile, part in zip(tiles, parts, strict=True):
+        whole[(slice(None), *drawn.window(tile))] = part
+    where = "world" if job.spec.is_globe else "land"
+    colours = principal_colours(whole[:3])
+    title = f"The {where} in {job.method.name.upper()} colours, {job.spec.size}"
+    caption = f"First three principal components of the embeddings. {attribution}."
+    picture = world_map(colours, job.spec, title, caption)
+    keep_picture(storage.join(job.home, "world.png"), picture, "world-map", title)
+    storage.write(storage.join(job.home, "world.tif"), geotiff(colours, job.spec))
+    if job.evidence:
+        draw_evidence(job, whole[3], attribution)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The cells of a grid that a picture shows."""
+
+    rows: NDArray[np.intp]
+    """Their rows, rising."""
+    columns: NDArray[np.intp]
+    """Their columns, rising."""
+
+    @classmethod
+    def of(cls, spec: GridSpec) -> "Drawn":
+        """All, or evenly as many as a picture needs: of each part of the box the cell in the middle."""
+        times = max(1.0, np.sqrt(np.prod(spec.shape) / MOST_DRAWN))
+        counts = [max(1, int(n / times)) for n in spec.shape]
+        return cls(*(((np.arange(c) + 0.5) * n / c).astype(int) for n, c in zip(spec.shape, counts, strict=True)))
+
+    def window(self, tile: Tile) -> tuple[slice, slice]:
+        """Which of them are in a tile."""
+        edges = zip((self.rows, self.columns), tile.window, strict=True)
+        rows, columns = (slice(*np.searchsorted(cells, (part.start, part.stop)).tolist()) for cells, part in edges)
+        return rows, columns
+
+
+def axes_of(job: Job) -> NDArray[np.float32]:
+    """The principal axes of a grid's embeddings, (dim, 3), by some blocks of its land."""
+    vectors, land, side = store.open_vectors(job.grid), land_mask(job.spec), min(CHUNK_CELLS, job.spec.tile)
+    rows, columns = np.nonzero(land)
+    blocks = np.unique(np.column_stack([rows, columns]) // side, axis=0)
+    picked = np.random.default_rng(0).permutation(len(blocks))[:BLOCKS]
+    windows = [(slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)) for i, j in blocks[np.sort(picked)]]
+    return principal_axes(np.concatenate([vectors[(slice(None), *window)][:, land[window]].T for window in windows]))
+
+
+def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:
+    """What a picture shows of a tile, (4, rows, columns): three components, and km to the nearest image or NaN."""
+    rows, columns = drawn.window(tile)
+    i, j = np.ix_(drawn.rows[rows] - tile.row, drawn.columns[columns] - tile.column)
+    seen = np.full((4, i.size, j.size), np.nan, np.float32)
+    if seen.size:
+        seen[:3] = np.tensordot(axes.T, store.read_tile(job.grid, tile)[:, i, j], 1)
+    if seen.size and job.evidence:
+        seen[3] = store.read_tile(job.grid, tile, "distance_km")[i, j]
+    return seen
+
+
+def draw_evidence(job: Job, away: NDArray[np.float32], attribution: str) -> None:
+    """Keeps a map of the distance to the nearest image: far from all, an embedding is extrapolation."""
+    title = f"What the {job.method.name.upper()} embeddings rest on, {job.spec.size}"
+    caption = f"Great-circle distance from a cell to the nearest image of the database. {attribution}."
+    picture = layer_map(away, job.spec, title, caption, "km")
+    keep_picture(storage.join(job.home, "evidence.png"), picture, "evidence-map", title)
+
+
+def write_page(home: str) -> str:
+    """Writes `index.html` of the grid in the directory `home`, from what is there; returns its URL."""
+    grid = storage.join(home, GRID)
+    attrs, spec = storage.read_json(storage.join(grid, "zarr.json"))["attributes"], store.open_spec(grid)
+    there = storage.names(home)
+    maps = "\n".join(f'<img src="{name}" alt="{alt}">' for name, alt in MAPS.items() if name in there)
+    rows = "\n".join(
+        f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in (_facts(attrs) | {"published at": grid}).items()
+    )
+    title = f"RANGE embeddings of the land, {spec.size}"
+    page = PAGE.format(title=title, maps=maps, code=_text(_code(spec)), rows=rows, zarr=GRID)
+    storage.write(target := storage.join(home, "index.html"), page.encode())
+    return target
+
+
+def _code(spec: GridSpec) -> str:
+    """The lines that open the grid, from where the page lies, and read it at a place: Paris, or the box's middle."""
+    (west, south, east, north), (y, x) = spec.box, spec.plane.dims
+    middle = np.array([(west + east) / 2, (south + north) / 2])
+    lon, lat = (2.35, 48.86) if spec.is_globe else spec.plane.lonlat(middle)
+    degrees = spec.plane.is_geographic
+    imports = "" if degrees else "\nfrom pyproj import Transformer"
+    moved = DEGREES.format(west=west) if degrees else PROJECTED
+    about = {"imports": imports, "moved": moved, "tolerance": EDGE * spec.step}
+    return CODE.format(zarr=GRID, lon=lon, lat=lat, x=x, y=y, **about)
+
+
+def _facts(attrs: dict[str, Any]) -> dict[str, Any]:
+    """What a reader asks first."""
+    blocks, field, lost = attrs["geoemb:blocks"], attrs.get("rangegrid:field", {}), attrs.get("rangegrid:loss", {})
+    facts = {
+        "source": attrs["attribution"],
+        "dimensions": f"{blocks['location'][1]}: visual {blocks['visual'][1]}, then location",
+        "stored as": attrs["geoemb:data_type"],
+        "loss": lost and f"cosine with float32 {lost['cosine_mean']} on average, {lost['cosine_min']} at least",
+        "lost dimensions": lost.get("warning"),
+        "resolution": field.get("warning"),
+        "made by": attrs["geoemb:build_version"],
+        "checkpoint": attrs["rangegrid:checkpoint"],
+        "database": attrs["rangegrid:database"],
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=False)

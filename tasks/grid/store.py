@@ -1,0 +1,371 @@
+"""The stored grid: a sharded Zarr v3 that plain xarray opens. The template below is the contract.
+
+================ ===================== ======= ======================================================
+variable         dims                  dtype   meaning
+================ ===================== ======= ======================================================
+embedding        embedding, lat, lon   float32 visual part (the retrieved values), then location part
+                                       float16 (the unit location embedding); NaN: no land, no data
+block            embedding             string  `visual` or `location`, of each dimension
+lat              lat                   float64 cell centres, degrees north, from north to south
+lon              lon                   float64 cell centres, degrees east, from west to east
+spatial_ref                            int64   nothing; its attributes are the CRS
+effective_images lat, lon              float32 with evidence: exp of the entropy of the weights
+largest_weight   lat, lon              float32 with evidence: 1 where a single image decides
+distance_km      lat, lon              float32 with evidence: to the nearest image of the database
+components       value, compact        float32 of a compact grid: orthonormal principal components, so that
+                                               embedding[:compact] @ components.T + mean restores the values
+mean             value                 float32 of a compact grid: what was subtracted from the values; both are
+                                               coordinates, and variables in grids of before
+================ ===================== ======= ======================================================
+
+A grid in a projected CRS has the dimensions and coordinates `y` and `x`, in metres, in place of `lat` and `lon`.
+
+A grid of int8 has, in place of `embedding`, the two variables `visual` and `location`, each with its own
+`scale_factor` and `add_offset`, and -128 for no data: xarray decodes them by itself.
+
+Beside it, where they are kept for updates, `sums.zarr`: the same tiles of one variable `sums`, (sum, y, x) float32,
+of which each half of the retrieval has numerators, denominator and shift (`tasks.core.sums`).
+
+One shard holds all dimensions of one tile and is written with one PUT. A land tile's shard is there: that is the record
+of its work; of several variables, that of the one which is written last. Where there is no land, an empty shard is
+written after all those (`tasks.grid.seas`); grids of before have none there.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.buffer import Buffer
+from zarr.codecs import BloscCodec
+from zarr.storage import MemoryStore
+
+from infra import storage
+from infra.addresses import shown
+from infra.errors import UserError
+from tasks import arrays
+from tasks.cards import GRID, home_of
+from tasks.core.compact import Projection
+from tasks.core.earth.grid import CHUNK_CELLS, GridSpec, Tile, check_tile
+from tasks.core.quantize import NODATA, DType, Scale, half
+from tasks.grid import conventions
+
+VARIABLE = "embedding"
+BLOCKS = ("visual", "location")
+SUMS = "sums"
+EVIDENCE = {
+    "effective_images": "effective number of images, exp of the entropy of their weights",
+    "largest_weight": "largest weight of an image",
+    "distance_km": "great-circle distance to the nearest image",
+}
+CHUNK_DIMS = 256  # of a chunk, 0.4 MB with its cells: of those measured the quickest for the reads in docs/grid.md
+SHARD_BYTES, TILE_CELLS, MOST_CELLS = 50e6, 60, 480  # at least, of a shard; a tile's side is a multiple; at most
+MOST_TILE = 1024  # cells along one side of a tile that may be asked for
+ROOT = "zarr.json"  # of the group, with the metadata of all arrays
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the variables of a grid are."""
+
+    visual: int
+    """Dimensions of the retrieved part."""
+    location: int
+    """Dimensions of the location part."""
+    dtype: DType = "float32"
+    """How a number is stored."""
+    scales: dict[str, Scale] = field(default_factory=dict)
+    """Of each block, for int8."""
+    evidence: bool = False
+    """Whether there are the layers of evidence."""
+
+
+def tile_cells(dims: int, dtype: DType) -> int:
+    """Cells along one side of a tile whose shard has SHARD_BYTES or somewhat more, before it is compressed."""
+    side = np.sqrt(SHARD_BYTES / (dims * np.dtype(dtype).itemsize))
+    return int(min(np.ceil(side / TILE_CELLS) * TILE_CELLS, MOST_CELLS))
+
+
+def template(
+    spec: GridSpec, content: Content, attrs: dict[str, Any], projection: Projection | None = None
+) -> xr.Dataset:
+    """The empty grid: coordinates, attributes and lazily empty variables.
+
+    Args:
+        spec: The grid.
+        content: What its variables are.
+        attrs: Attributes to add: provenance, attribution.
+        projection: What made the retrieved part compact.
+    """
+    dataset = xr.merge([_embedding(spec, content), *_evidence(spec, content)], compat="override")
+    own = conventions.embedding(spec, content.visual, content.location, content.dtype)
+    attrs = conventions.declared(conventions.placed(spec) | own, conventions.GEOEMB) | attrs
+    if projection is not None:
+        back = {
+            "components": (("value_dim", "compact_dim"), projection.components),
+            "mean": ("value_dim", projection.mean),
+        }
+        dataset = dataset.assign_coords(back)  # no variables: tools that clip or warp these want cells
+        attrs["rangegrid:explained_variance"] = round(projection.explained, 6)
+    return dataset.assign_attrs(attrs)
+
+
+def _embedding(spec: GridSpec, content: Content) -> xr.Dataset:
+    sizes = dict(zip(BLOCKS, (content.visual, content.location), strict=True))
+    about = {"units": "1"}
+    if content.scales:
+        parts = [
+            _empty(spec, name, f"{name}_dim", size, {"long_name": f"{name} part of the RANGE embedding"} | about)
+            for name, size in sizes.items()
+        ]
+        for name, part in zip(BLOCKS, parts, strict=True):
+            scale = content.scales[name]
+            part[name].encoding = {
+                "dtype": "int8",
+                "scale_factor": scale.factor,
+                "add_offset": scale.offset,
+                "_FillValue": np.int8(NODATA),
+            }
+        return xr.merge(parts, compat="override")
+    found = _empty(spec, VARIABLE, "embedding_dim", sum(sizes.values()), {"long_name": "RANGE embedding"} | about)
+    found[VARIABLE].encoding = {"dtype": content.dtype, "_FillValue": np.dtype(content.dtype).type(np.nan)}
+    names = np.repeat(np.array(BLOCKS, dtype=object), list(sizes.values()))
+    return found.assign_coords(block=("embedding_dim", names, {"long_name": "part of the embedding"}))
+
+
+def _evidence(spec: GridSpec, content: Content) -> Iterator[xr.Dataset]:
+    for name, meaning in EVIDENCE.items() if content.evidence else ():
+        units = "km" if name == "distance_km" else "1"
+        yield _empty(spec, name, "", 0, {"long_name": meaning, "units": units})
+
+
+def level_url(grid: str, level: int) -> str:
+    """Returns the URL of a coarser level's Zarr: beside the grid's, or a group within it in grids of before."""
+    within = storage.join(grid, f"x{2**level}")
+    return within if storage.exists(storage.join(within, ROOT)) else storage.join(home_of(grid), f"x{2**level}.zarr")
+
+
+def level_urls(grid: str) -> list[str]:
+    """Returns the URLs of the coarser levels that lie beside a grid."""
+    home = home_of(grid)
+    return [storage.join(home, name) for name in storage.names(home) if re.fullmatch(r"x\d+\.zarr", name)]
+
+
+def create_levels(grid: str, spec: GridSpec, content: Content, attrs: dict[str, Any], levels: int) -> None:
+    """Writes the metadata of a grid's coarser levels: its embedding alone, and the same provenance."""
+    for level in range(1, levels + 1):
+        spec = spec.coarser
+        create(level_url(grid, level), spec, template(spec, replace(content, evidence=False), attrs))
+
+
+def create_tree(grid: str, levels: int) -> None:
+    """Makes a grid and its coarser levels the children of one Zarr group, the directory that they lie in.
+
+    Side by side, since xarray asks of the dimensions of a child that they be those of its parent.
+    """
+    home, spec, names = home_of(grid), open_spec(grid), [GRID]
+    names += [level_url(grid, level).rpartition("/")[2] for level in range(1, levels + 1)]
+    found: dict[str, Any] = {}
+    for name in names:
+        node = storage.read_json(storage.join(home, name, ROOT))
+        inner = node.pop("consolidated_metadata")["metadata"]
+        found |= {name: node} | {f"{name}/{path}": array for path, array in inner.items()}
+    listed = {"kind": "inline", "must_understand": False, "metadata": found}
+    root = {"zarr_format": 3, "node_type": "group", "attributes": conventions.multiscale(spec, names)}
+    storage.write_json(storage.join(home, ROOT), root | {"consolidated_metadata": listed})
+
+
+def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any]) -> xr.Dataset:
+    """The empty sums of a grid: for each half the numerators, then denominator and shift."""
+    return _empty(spec, SUMS, "sum", halves * (visual + 2), {}).assign_attrs(attrs)
+
+
+def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]) -> xr.Dataset:
+    """A variable of (dim, y, x), or of (y, x) where `dim` has no name."""
+    dims, shape = ((dim, *spec.plane.dims), (size,)) if dim else (spec.plane.dims, ())
+    import dask.array  # here, since what reads grids needs no Dask
+
+    data = dask.array.full((*shape, *spec.shape), np.nan, dtype="float32", chunks=(*shape, spec.tile, spec.tile))
+    coords = conventions.axes(spec)
+    if dim:
+        coords[dim] = (dim, np.arange(size, dtype=np.int32))
+    return xr.Dataset({name: (dims, data, attrs | {"grid_mapping": conventions.GRID_MAPPING})}, coords=coords)
+
+
+def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
+    """Writes the metadata and the coordinates of a template; no values of its cells.
+
+    Object by object, the root last: a run that overlaps writes the same bytes, and no shard is touched that it made.
+
+    Args:
+        url: URL of the Zarr.
+        spec: The grid.
+        dataset: The template.
+    """
+    files: dict[str, Buffer] = {}
+    store = MemoryStore(files)
+    cells = {str(name): array for name, array in dataset.items() if spec.plane.dims[0] in array.dims}
+    encoding: dict[str, Any] = {str(name): {"compressors": arrays.packed()} for name in dataset.variables}
+    encoding |= {name: _stored(spec, array) for name, array in cells.items()}
+    every = zarr.config.set({"array.write_empty_chunks": True})  # of coordinates: to some readers, 403 is no fill value
+    with warnings.catch_warnings(), every:
+        warnings.filterwarnings("ignore", "Consolidated metadata")
+        dataset.to_zarr(store, mode="w", compute=False, zarr_format=3, consolidated=False, encoding=encoding)
+        zarr.consolidate_metadata(store)
+    for name in sorted(files, key=lambda name: (name == ROOT, name)):
+        storage.write(storage.join(url, name), files[name].to_bytes())
+
+
+def _stored(spec: GridSpec, array: xr.DataArray) -> dict[str, Any]:
+    """How a variable is stored: chunks, shards, compression, and its nodata where no shard is."""
+    chunk = min(CHUNK_CELLS, spec.tile)
+    try:
+        check_tile(spec.tile)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    missing = array.encoding.get("_FillValue", np.float32(np.nan))
+    packed = arrays.packed(BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"))  # docs/grid.md: what others would do
+    stored = {"compressors": packed, "_FillValue": missing, "fill_value": missing}
+    if array.ndim == 2:
+        return stored | {"chunks": (spec.tile, spec.tile), "shards": (spec.tile, spec.tile)}
+    dims = array.shape[0]
+    depth = min(CHUNK_DIMS, dims)
+    shard = (-(-dims // depth) * depth, spec.tile, spec.tile)
+    return array.encoding | stored | {"chunks": (depth, chunk, chunk), "shards": shard}
+
+
+def write_tile(url: str, tile: Tile, values: NDArray[np.float32], variable: str = VARIABLE) -> None:
+    """Writes one tile, (dim, rows, columns) or (rows, columns), as one whole shard of each variable that holds it.
+
+    Raises:
+        UserError: The tile is not one whole shard of the stored grid, or its values are beyond what the grid stores.
+    """
+    start = 0
+    for array in _arrays(url, variable, "r+"):
+        _check_whole(array, tile)
+        part = values[start : start + array.shape[0]] if array.ndim == 3 else values
+        start += len(part)
+        array[(..., *tile.window)] = _encoded(array, part, tile)
+
+
+def _check_whole(array: zarr.Array, tile: Tile) -> None:
+    side = array.shards[-1]
+    expected = tuple(min(side, n - start) for n, start in zip(array.shape[-2:], (tile.row, tile.column), strict=True))
+    if (tile.row % side, tile.column % side) != (0, 0) or (tile.rows, tile.columns) != expected:
+        raise UserError(
+            f"tile {tile} of {tile.rows} x {tile.columns} cells is not one whole shard of {side} x {side}: "
+            "two workers could write the same shard. Use the grid's own tiles"
+        )
+
+
+def _encoded(array: zarr.Array, values: NDArray[np.float32], tile: Tile) -> NDArray:
+    """The values as the array stores them."""
+    if array.dtype == np.int8:
+        return _scale(array).encode(values)
+    try:
+        return half(values) if array.dtype == np.float16 else values
+    except OverflowError as error:
+        raise UserError(f"tile {tile}: {error}. Publish with --dtype float32 or int8") from None
+
+
+def _scale(array: zarr.Array) -> Scale:
+    return Scale(array.attrs["scale_factor"], array.attrs["add_offset"])
+
+
+def _arrays(url: str, variable: str, mode: Any) -> list[zarr.Array]:
+    """What holds a variable: itself, or the blocks of an embedding in int8."""
+    group = zarr.open_group(storage.zarr_store(url), mode=mode)
+    return [group[name] for name in ((variable,) if variable in group else BLOCKS)]
+
+
+def written(url: str, spec: GridSpec, tiles: list[Tile]) -> set[Tile]:
+    """The tiles whose shards are there."""
+    record = _arrays(url, VARIABLE, "r")[-1].basename
+    rows: dict[int, set[str]] = {}
+    for i in {tile.row // spec.tile for tile in tiles}:
+        rows[i] = set(storage.names(storage.join(url, record, "c", "0", str(i))))
+    return {tile for tile in tiles if str(tile.column // spec.tile) in rows[tile.row // spec.tile]}
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The embeddings of a stored grid as one array, (dim, y, x) float32, whatever their dtype; read as asked."""
+
+    arrays: tuple[zarr.Array, ...]
+    """One, or one per block."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(dim, y, x)."""
+        return sum(array.shape[0] for array in self.arrays), *self.arrays[0].shape[1:]
+
+    def __getitem__(self, index: Any) -> NDArray[np.float32]:
+        """A part: one dimension, `vectors[0]`, or all of them of a window, `vectors[:, rows, columns]`."""
+        if isinstance(index, int | np.integer):
+            for array in self.arrays[:-1]:
+                if index < array.shape[0]:
+                    return _decoded(array, int(index))
+                index -= array.shape[0]
+            return _decoded(self.arrays[-1], int(index))
+        return np.concatenate([_decoded(array, index) for array in self.arrays])
+
+    def at(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.float64]:
+        """The vectors of some cells, (n, dim)."""
+        return np.stack([self[:, i, j] for i, j in zip(rows, columns, strict=True)]).astype(np.float64)
+
+
+def open_vectors(url: str) -> Vectors:
+    """The embeddings of the grid at `url`."""
+    return Vectors(tuple(_arrays(url, VARIABLE, "r")))
+
+
+def open_spec(url: str) -> GridSpec:
+    """The cells of the grid at `url`, as its metadata tell them."""
+    (array, *_), attrs = _arrays(url, VARIABLE, "r"), zarr.open_group(storage.zarr_store(url), mode="r").attrs
+    if array.shards and max(array.shards[1:]) > MOST_TILE:
+        raise UserError(
+            f"{shown(url)} says that its tiles have {array.shards[-1]:,} cells a side: none of ours has so many"
+        )
+    return conventions.spec_of(attrs, array.shape[-1], array.shards[-1])
+
+
+def _decoded(array: zarr.Array, index: Any) -> NDArray[np.float32]:
+    values = arrays.read(array, index)
+    return _scale(array).decode(values) if array.dtype == np.int8 else values.astype(np.float32, copy=False)
+
+
+def storing(url: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What makes of vectors, (n, dim), what readers get of them once the grid at `url` stores them."""
+    found = _arrays(url, VARIABLE, "r")
+    edges = np.cumsum([array.shape[0] for array in found])[:-1]
+
+    def kept(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        parts = zip(found, np.split(vectors, edges, axis=1), strict=True)
+        return np.concatenate([_kept(array, part) for array, part in parts], axis=1)
+
+    return kept
+
+
+def _kept(array: zarr.Array, part: NDArray[np.float32]) -> NDArray[np.float32]:
+    return (
+        _scale(array).decode(_scale(array).encode(part))
+        if array.dtype == np.int8
+        else part.astype(array.dtype).astype("f4")
+    )
+
+
+def read_tile(url: str, tile: Tile, variable: str = VARIABLE) -> NDArray[np.float32]:
+    """One tile, (dim, rows, columns), or (rows, columns) of a layer of evidence."""
+    return Vectors(tuple(_arrays(url, variable, "r")))[(..., *tile.window)]
+
+
+def read_projection(url: str) -> Projection:
+    """What made the grid compact."""
+    group = zarr.open_group(storage.zarr_store(url), mode="r")
+    mean, components = (arrays.read(group[name], ...) for name in ("mean", "components"))
+    return Projection(mean, components, group.attrs["rangegrid:explained_variance"])

@@ -1,0 +1,159 @@
+"""What is measured on a field of embeddings before its grid is written: how fine it is, and what fewer bits lose.
+
+Some hundred places on land and their neighbours are embedded exactly, as a cell would be. From them come the
+structure function (`tasks.core.field`), the scales of int8, and the loss of storing fewer bits: cosines, errors, and
+the score of a probe that asks the embeddings for the latitude, with 10-degree blocks held out.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.errors import UserError
+from tasks.cards import read_card
+from tasks.core.compact import Projection
+from tasks.core.earth.grid import GridSpec
+from tasks.core.earth.land import is_land, land_mask
+from tasks.core.field import DISTANCES_KM, FINER, Change, kernel_width_km, probe_places
+from tasks.core.probes import blocked_folds, score
+from tasks.core.quantize import DType, Scale, half, loss, lost_by_dimension
+from tasks.core.retrieval import embed
+from tasks.database.store import open_database
+from tasks.grid.store import BLOCKS
+from tasks.grid.tiles import Job, index_of, load, load_encoder
+from tasks.units import log
+
+BLOCK_DEGREES, FOLDS = 10.0, 5  # of the probe: one fold is scored
+
+CELLS, SHORE = 20_000, 1000  # land cells that are looked at for such as lie at sea, and of these at most
+
+SPOILED = 0.1  # share of a dimension's deviation that storing it may lose before a warning
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found."""
+
+    attrs: dict[str, Any]
+    """For the grid's attributes."""
+    dtype: DType = "float32"
+    """How the grid's numbers are to be stored."""
+    scales: dict[str, Scale] = field(default_factory=dict)
+    """Of each block, for int8."""
+
+
+def survey(job: Job, dtype: DType, projection: Projection | None) -> Survey:
+    """Embeds the probes and measures.
+
+    Args:
+        job: The grid.
+        dtype: How its numbers will be stored.
+        projection: What makes its visual part compact.
+    """
+    cell_km = round(job.spec.gsd / 1000, 1)
+    distances = tuple(sorted({cell_km, *DISTANCES_KM}))
+    places = probe_places(distances)
+    flat = np.concatenate([places.reshape(-1, 2), shore_cells(job.spec) if dtype == "int8" else np.empty((0, 2))])
+    blocks = dict(zip(BLOCKS, _embedded(job, flat, projection), strict=True))
+    probed = {name: part[: places[..., 0].size].reshape(*places.shape[:2], -1) for name, part in blocks.items()}
+    changes = {name: Change.of(part, distances) for name, part in probed.items()}
+    attrs: dict[str, Any] = {"rangegrid:field": _field(changes, cell_km)}
+    if dtype == "float32":
+        return Survey(attrs)
+    scales = {name: Scale.fit(part) for name, part in blocks.items()} if dtype == "int8" else {}
+    attrs["rangegrid:loss"] = {"dtype": dtype} | _loss(flat, blocks, scales)
+    return Survey(attrs | _quantization(dtype, scales), dtype, scales)
+
+
+def shore_cells(spec: GridSpec) -> NDArray[np.float64]:
+    """Centres of some land cells that lie at sea, (n, 2) in degrees: a scale must hold them too."""
+    rows, columns = np.nonzero(land_mask(spec))
+    picked = np.random.default_rng(0).permutation(len(rows))[:CELLS]
+    centres = spec.plane.lonlat(np.column_stack([spec.x[columns[picked]], spec.y[rows[picked]]]))
+    return centres[~is_land(centres)][:SHORE]
+
+
+def _embedded(job: Job, places: NDArray[np.float64], projection: Projection | None) -> list[NDArray[np.float32]]:
+    """Visual and location part; projecting the result is the same as projecting the values first."""
+    if projection is None:
+        encoder, index = load(job.checkpoint, job.database)
+    else:  # the tiles will want the projected values: these are not to stay in memory beside them
+        encoder, index = load_encoder(job.checkpoint), index_of(open_database(job.database), None, len(places))
+    vectors = embed(encoder, index, places, job.method)
+    visual, location = np.split(vectors, [index.values.shape[1]], axis=1)
+    return [visual if projection is None else projection.apply(visual), location]
+
+
+def _field(changes: dict[str, Change], cell_km: float) -> dict[str, Any]:
+    distances = next(iter(changes.values())).distances_km
+    found: dict[str, Any] = {"distances_km": list(distances), "cell_km": cell_km}
+    for name, change in changes.items():
+        found[f"{name}_change"] = list(change.shares)
+        found[f"{name}_half_km"] = change.half_km
+    cell = distances.index(cell_km)
+    largest = [max(change.shares[i] for change in changes.values()) for i in range(len(distances))]
+    enough = next((d for d, share in zip(distances, largest, strict=True) if share >= FINER), None)
+    if largest[cell] < FINER:
+        found["warning"] = (
+            f"finer than the field: over one cell ({cell_km:g} km) an embedding changes by {largest[cell]:.2%} of its "
+            f"variance; " + (f"cells of {enough:g} km differ by 1 %" if enough else "no distance changes it by 1 %")
+        )
+        log().warning("the grid is %s", found["warning"])
+    return found
+
+
+def _loss(
+    places: NDArray[np.float64], blocks: dict[str, NDArray[np.float32]], scales: dict[str, Scale]
+) -> dict[str, Any]:
+    stored = {name: _stored(part, scales.get(name)) for name, part in blocks.items()}
+    exact, back = (np.concatenate(list(parts.values()), axis=1) for parts in (blocks, stored))
+    split = blocked_folds(places, BLOCK_DEGREES, FOLDS)[0]
+    probes = {
+        name: round(score(vectors, places[:, 1], "regression", split), 4)
+        for name, vectors in (("float32", exact), ("stored", back))
+    }
+    parts = {name: loss(part, stored[name]) | _by_dimension(part, stored[name]) for name, part in blocks.items()}
+    return loss(exact, back) | parts | {"latitude_probe_r2": probes} | _warning(parts)
+
+
+def _by_dimension(exact: NDArray[np.float32], stored: NDArray[np.float32]) -> dict[str, Any]:
+    """What each dimension of a block lost, and how many lost too much; told to the digits that a rerun finds again."""
+    shares = [float(f"{share:.2g}") for share in lost_by_dimension(exact, stored)]
+    return {"lost": shares, "worst": int(np.argmax(shares)), "spoiled": sum(share > SPOILED for share in shares)}
+
+
+def _warning(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What to warn of, if there is anything: judged by the worst dimension, which cosines do not show."""
+    bad = [
+        f"{part['spoiled']} of {len(part['lost'])} {name} dimensions lose more than {SPOILED:.0%} of their deviation "
+        f"(number {part['worst']} {part['lost'][part['worst']]:.0%})"
+        for name, part in parts.items()
+        if part["spoiled"]
+    ]
+    return {"warning": f"fewer bits spoil {', '.join(bad)}; float32 loses nothing"} if bad else {}
+
+
+def _stored(part: NDArray[np.float32], scale: Scale | None) -> NDArray[np.float32]:
+    """What a reader gets back."""
+    try:
+        return scale.decode(scale.encode(part)) if scale else half(part).astype(np.float32)
+    except OverflowError as error:
+        raise UserError(f"{error}: publish float32 or int8") from None
+
+
+def _quantization(dtype: DType, scales: dict[str, Scale]) -> dict[str, Any]:
+    """As the geoemb: convention tells it; the scales of the two blocks are those of their variables."""
+    about: dict[str, Any] = {"method": "linear per block" if scales else "rounding", "original_dtype": "float32"}
+    return {"geoemb:quantization": about | {"quantized_dtype": dtype}}
+
+
+def kernels(job: Job) -> dict[str, Any]:
+    """The retrieval's kernels, as far as they are known without measuring."""
+    method, architecture = job.method, read_card(job.checkpoint, "checkpoint")["architecture"]
+    found = {"semantic_temperature": method.semantic, "harmonic_degree": architecture["degree"] - 1}
+    if method.has_geodesic:
+        found["geodesic_temperature"] = method.geodesic_temperature
+        found["geodesic_width_km"] = kernel_width_km(method.geodesic_temperature)
+    return {"rangegrid:kernels": found}

@@ -1,0 +1,165 @@
+"""One tile of a grid, the unit of publication: its cells embedded, and written as one shard."""
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import storage
+from infra.metrics import CELLS
+from tasks.cards import GRID, SUMS
+from tasks.core.adaptive import Cells, Report, embed_cells
+from tasks.core.earth.grid import GridSpec, Tile
+from tasks.core.earth.land import land_mask, land_of
+from tasks.core.encoders.location import LocationEncoder
+from tasks.core.evidence import evidence
+from tasks.core.retrieval import Method, RetrievalIndex
+from tasks.core.sums import Halves
+from tasks.database.store import Database, open_database
+from tasks.grid import store
+from tasks.model.checkpoint import load_checkpoint
+
+LOADING = threading.Lock()  # threads of one process share what is loaded, and do not load it twice
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every tile of one grid needs; small, so that it travels to the workers with each unit."""
+
+    home: str
+    """URL of the product's directory."""
+    checkpoint: str
+    """URL of the checkpoint."""
+    database: str
+    """URL of the database."""
+    spec: GridSpec
+    """The grid."""
+    method: Method
+    """The retrieval."""
+    tolerance: float
+    """Relative error that interpolation may leave; 0: every cell exactly."""
+    compact_dims: int | None
+    """Principal components of the values that are kept; none: the values themselves."""
+    keep_sums: bool
+    """Whether the sums are stored too."""
+    parent: str | None
+    """URL of the directory of the grid that this one updates."""
+    parent_database: str | None
+    """URL of that grid's database."""
+    evidence: bool
+    """Whether the layers of evidence are stored too."""
+
+    @property
+    def grid(self) -> str:
+        """URL of the grid's Zarr."""
+        return storage.join(self.home, GRID)
+
+    @property
+    def sums(self) -> str:
+        """URL of the Zarr of the sums that are kept."""
+        return storage.join(self.home, SUMS)
+
+    @property
+    def projected_by(self) -> str | None:
+        """URL of the Zarr with the projection in force, if there is one."""
+        return self.grid if self.compact_dims else None
+
+
+def load(
+    checkpoint: str, database: str, projected_by: str | None = None, queries: int | None = None
+) -> tuple[LocationEncoder, RetrievalIndex]:
+    """The encoder and the index, loaded once per worker process.
+
+    Args:
+        checkpoint: URL of the checkpoint.
+        database: URL of the database.
+        projected_by: URL of the grid's Zarr with the projection of the values; unset, they are as they are.
+        queries: Places that will be asked for altogether; unset, many.
+    """
+    with LOADING:
+        return load_encoder(checkpoint), load_index(database, projected_by, queries)
+
+
+@lru_cache(maxsize=2)
+def load_encoder(checkpoint: str) -> LocationEncoder:
+    """The location encoder, loaded once per worker process."""
+    return load_checkpoint(checkpoint).location
+
+
+@lru_cache(maxsize=2)
+def load_index(database: str, projected_by: str | None, queries: int | None) -> RetrievalIndex:
+    """The whole database, loaded once per worker process."""
+    return index_of(open_database(database), projected_by, queries)
+
+
+def index_of(data: Database, projected_by: str | None, queries: int | None = None) -> RetrievalIndex:
+    """The index of some images, their values projected as the grid's are."""
+    values = store.read_projection(projected_by).apply(data.values) if projected_by else data.values
+    return RetrievalIndex(data.keys, values, data.locations, queries=queries)
+
+
+def land_tiles(spec: GridSpec) -> list[Tile]:
+    """The tiles with a land cell, in the grid's order."""
+    land = land_mask(spec)
+    return [tile for tile in spec.tiles() if land[tile.window].any()]
+
+
+def land_cells(spec: GridSpec, tile: Tile) -> Cells:
+    """The cells of a tile, of which those on land are wanted."""
+    rows, columns = tile.window
+    return Cells(spec.x[columns], spec.y[rows], land_of(spec, tile), spec.plane)
+
+
+def publish_tile(job: Job, tile: Tile) -> Report:
+    """Embeds the land cells of one tile and writes it as one shard; tells how."""
+    encoder, index = load(job.checkpoint, job.database, job.projected_by)
+    cells = land_cells(job.spec, tile)
+    if job.evidence:
+        write_evidence(job, tile, cells, encoder, index)
+    if not job.keep_sums:
+        vectors, report = embed_cells(encoder, index, cells, job.method, job.tolerance)
+        write_cells(job.grid, tile, cells, vectors, store.VARIABLE)
+        return report
+    places, location = cells.lonlat, encoder.embed(cells.lonlat)
+    return deliver(job, tile, location, index.halves(location, places, job.method).scaled(), len(places))
+
+
+def write_evidence(job: Job, tile: Tile, cells: Cells, encoder: LocationEncoder, index: RetrievalIndex) -> None:
+    """Writes what the cells rest on, a layer each; before their vectors, which are the record."""
+    found = evidence(index, encoder.embed(cells.lonlat), cells.lonlat, job.method)
+    layers: dict[str, NDArray] = {
+        "effective_images": found.images,
+        "largest_weight": found.largest,
+        "distance_km": found.distance_km,
+    }
+    for name, values in layers.items():
+        write_cells(job.grid, tile, cells, values[:, None].astype(np.float32), name)
+
+
+def deliver(job: Job, tile: Tile, location: NDArray[np.float32], halves: Halves, evaluated: int) -> Report:
+    """Writes a tile from its sums, which are kept if they are to be; the grid's shard comes last, as the record.
+
+    Args:
+        job: The grid.
+        tile: The tile.
+        location: Location embeddings of its land cells, (m, d).
+        halves: Their sums, scaled.
+        evaluated: Cells that were retrieved for it.
+    """
+    cells = land_cells(job.spec, tile)
+    if job.keep_sums:
+        write_cells(job.sums, tile, cells, halves.pack(), store.SUMS)
+    vectors = np.concatenate([halves.mix(job.method.beta), location], axis=1)
+    write_cells(job.grid, tile, cells, vectors, store.VARIABLE)
+    return Report(len(location), evaluated, 0, 0.0)
+
+
+def write_cells(url: str, tile: Tile, cells: Cells, vectors: NDArray[np.float32], variable: str) -> None:
+    """Writes one shard of a variable from the vectors of the wanted cells, (m, dim); NaN elsewhere."""
+    values = np.full((vectors.shape[1], tile.rows, tile.columns), np.nan, np.float32)
+    values[:, cells.wanted] = vectors.T
+    store.write_tile(url, tile, values[0] if variable in store.EVIDENCE else values, variable)
+    if variable == store.VARIABLE:
+        CELLS.inc(len(vectors))

@@ -1,0 +1,162 @@
+"""Updates: the grid of a changed database from the kept sums of the grid before, its parent.
+
+Only the images that came and went are computed. An image is the same where its row id, its place, its key and its
+value are, whatever its position. Encoded again in other company, a vector differs in its last bits; so keys and values
+are compared to SAME of their length, by a few random projections: a difference shows in every one of them unless it
+is orthogonal to all.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from infra import storage
+from infra.errors import UserError
+from tasks.cards import FORMER_LAND, SUMS, home_of, read_card
+from tasks.core.adaptive import Report
+from tasks.core.earth.grid import Tile
+from tasks.core.retrieval import Method, RetrievalIndex
+from tasks.core.sums import Halves, updated
+from tasks.database.store import Database, read_blocks, read_rows
+from tasks.grid import store
+from tasks.grid.tiles import LOADING, Job, deliver, index_of, land_cells, load, load_encoder
+from tasks.params import PublishParams
+from tasks.units import log
+
+SAME = 1e-6  # of a vector's length: ten times its rounding, a tenth of the error that an update may have
+PROJECTIONS = 8
+BLOCK = 8192  # images at a time
+NAME = ["row_id", "lon", "lat", "copy"]
+CHANGES = "changes.json"
+FEW = 1000  # cells of a tile that an update retrieves anew, about: no spectrum pays for them
+
+
+def kept_sums(card: dict[str, Any], params: PublishParams) -> dict[str, Any]:
+    """What sums must have in common to be updated: all that decides them but the database's images."""
+    method = Method(params.method, params.beta)
+    return {
+        "checkpoint": card["checkpoint"],
+        "crs": params.crs,
+        "box": list(params.box),
+        "step": params.step,
+        "tile_cells": params.tile_cells,
+        **({} if params.land == FORMER_LAND else {"land": params.land}),
+        "semantic_temperature": method.semantic,
+        "geodesic_temperature": method.geodesic_temperature if method.has_geodesic else None,
+        "value_dim": card["value_dim"],
+        "compact_dims": params.compact_dims,
+    }
+
+
+def read_parent(grid: str, ours: dict[str, Any]) -> dict[str, Any]:
+    """The card of a grid that can be updated.
+
+    Args:
+        grid: URL of the parent's Zarr.
+        ours: What its sums must have in common with this grid's.
+
+    Raises:
+        UserError: There is no such grid, it kept no sums, or they are others.
+    """
+    card = read_card(home_of(grid), "grid")
+    theirs = card.get("sums")
+    if theirs is None:
+        raise UserError(f"the grid {grid} kept no sums: publish it with --keep-sums true before it can be a parent")
+    other = [f"{name} {theirs.get(name)} and not {value}" for name, value in ours.items() if theirs.get(name) != value]
+    if other:
+        raise UserError(
+            f"the grid {grid} has {', '.join(other)}: its sums are of no use here. Publish without --parent"
+        )
+    if read_card(card["database"], "database")["fingerprint"] != card["made_of"]["database"]:
+        raise UserError(f"{card['database']} is no longer the database of the grid {grid}: publish without --parent")
+    return card
+
+
+def write_changes(job: Job, images: int) -> None:
+    """Finds the images that came and went since the parent, and stores which.
+
+    Raises:
+        UserError: They are as many as there are: to make the grid anew is less work.
+    """
+    assert job.parent_database is not None  # for the type checker
+    found = changes(job.parent_database, job.database)
+    if len(found.added) + len(found.removed) >= images:
+        raise UserError(
+            f"of the {images} images of {job.database}, {len(found.added)} came and {len(found.removed)} went since "
+            f"{job.parent}: an update is more work than a new grid. Publish without --parent"
+        )
+    log().info("%d images came and %d went since %s", len(found.added), len(found.removed), job.parent)
+    storage.write_json(storage.join(job.home, CHANGES), asdict(found))
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The images that came and went."""
+
+    added: list[int]
+    """Rows of the new database, rising."""
+    removed: list[int]
+    """Rows of the old database, rising."""
+
+
+def changes(old: str, new: str) -> Changes:
+    """Compares two finished databases by their URLs, streaming through both."""
+    (before, marks), (after, marks_now) = _images(old), _images(new)
+    both = before.merge(after, on=NAME)
+    then, now = both["row_x"].to_numpy(), both["row_y"].to_numpy()
+    same = (np.abs(marks[then] - marks_now[now]) <= SAME).all(1)
+    return Changes(_without(after, now[same]), _without(before, then[same]))
+
+
+def _without(images: pd.DataFrame, rows: NDArray[np.int64]) -> list[int]:
+    return np.setdiff1d(images["row"], rows).tolist()
+
+
+def _images(url: str) -> tuple[pd.DataFrame, NDArray[np.float64]]:
+    """What names each image, and its marks, (n, 2 * (PROJECTIONS + 1))."""
+    names, marks = zip(*map(_named, read_blocks(url, BLOCK)), strict=True)
+    table = pd.concat(names, ignore_index=True)
+    table["copy"] = table.groupby(NAME[:-1]).cumcount()
+    return table.rename_axis("row").reset_index(), np.concatenate(marks)
+
+
+def _named(data: Database) -> tuple[pd.DataFrame, NDArray[np.float64]]:
+    lon, lat = data.locations.T
+    names = pd.DataFrame({"row_id": data.row_ids, "lon": lon, "lat": lat})
+    return names, np.concatenate([_marks(data.keys), _marks(data.values)], axis=1)
+
+
+def _marks(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Directions along random ones, and the log of the lengths: relative errors of both."""
+    draws = np.random.default_rng(0).normal(size=(vectors.shape[1], PROJECTIONS))
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+    return np.concatenate([vectors / lengths @ draws, np.log(lengths)], axis=1)
+
+
+def update_tile(job: Job, tile: Tile) -> Report:
+    """Makes one tile from the parent's sums, and from the whole database the cells that lost nearly all."""
+    assert job.parent is not None  # for the type checker
+    cells = land_cells(job.spec, tile)
+    places, location = cells.lonlat, load_encoder(job.checkpoint).embed(cells.lonlat)
+    kept = store.read_tile(storage.join(job.parent, SUMS), tile, store.SUMS)[:, cells.wanted].T
+    with LOADING:
+        came, went = changed_images(job)
+    added, removed = (i.halves(location, places, job.method) if i else None for i in (came, went))
+    after, anew = updated(Halves.unpack(kept, 1 + job.method.has_geodesic), added, removed)
+    if anew.any():
+        _, index = load(job.checkpoint, job.database, job.projected_by, FEW)
+        after = after.replaced(anew, index.halves(location[anew], places[anew], job.method).scaled())
+    return deliver(job, tile, location, after, int(anew.sum()))
+
+
+@lru_cache(maxsize=2)
+def changed_images(job: Job) -> tuple[RetrievalIndex | None, RetrievalIndex | None]:
+    """The images that came and those that went, if any; read once per worker process."""
+    found = Changes(**storage.read_json(storage.join(job.home, CHANGES)))
+    pairs = (job.database, found.added), (job.parent_database, found.removed)
+    came, went = (index_of(read_rows(url, rows), job.projected_by) if url and rows else None for url, rows in pairs)
+    return came, went

@@ -1,0 +1,292 @@
+"""Image features, computed once: training reads them and the database keeps them as values.
+
+`features/<id>/` holds `encoder.safetensors` (the image encoder, fitted to a sample of the patches),
+`features.zarr` (an array `features` (view, image, feature) float32, one object per view and shard of images) and
+`card.json`. View 0 is the image itself; the others are what training may see in its place.
+"""
+
+import hashlib
+import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as parse
+
+from infra import storage
+from infra.addresses import as_url, name_of
+from infra.errors import UserError
+from infra.web import Refused
+from tasks import arrays
+from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
+from tasks.core.encoders.images import ImageEncoder, take_bands
+from tasks.core.encoders.registry import fit_encoder, load_encoder
+from tasks.foreign import read_file
+from tasks.model.checkpoint import describe, pack, unpack
+from tasks.params import EncoderParams
+from tasks.patches.store import Patches, open_patches
+from tasks.units import log, run_units
+
+SHARD = 512  # images: 2 MB of features, some seconds of work
+SYMMETRIES = 8  # of the square
+PIECE = 1 << 25  # numbers of images at a time, of 2 to 14 bytes each: a shard of 512 whole ones would take gigabytes
+READERS = 8  # shards that are read at a time
+RUNS, RUN = 40, 50  # images that an encoder is fitted to: runs of neighbours, spread over the whole store
+
+
+def features_url(patches: str, params: EncoderParams, views: int) -> str:
+    """Where the features of the patches by an encoder are, or will be."""
+    return product_url("features", _made_of(patches, params, views))
+
+
+def _made_of(patches: str, params: EncoderParams, views: int) -> dict[str, Any]:
+    return {"patches": read_card(patches, "patches")["fingerprint"], "views": views, **identity(params)}
+
+
+def encode_features(client: Client, patches: str, params: EncoderParams, views: int = 1) -> str:
+    """Encodes all views of all patches by one encoder, resuming what an earlier run began.
+
+    Args:
+        client: The Dask cluster.
+        patches: URL of the patches.
+        params: The encoder.
+        views: Number of views of each patch.
+
+    Returns:
+        The URL of the features.
+
+    Raises:
+        UserError: The encoder does not take the patches, or one could not be encoded.
+    """
+    made_of = _made_of(patches, params, views)
+    url = product_url("features", made_of)
+    if is_finished(url):
+        return url
+    images = len(open_store(patches).manifest)
+    _prepare(url, patches, params)
+    encoder = open_encoder(url, patches, params.name)
+    _try(encoder, patches, views)
+    _create(url, views, images, encoder.dim)
+    units = [(view, shard) for view in range(views) for shard in range(-(-images // SHARD))]
+    done = {(view, shard) for view in range(views) for shard in _written(url, view)}
+    run_units(
+        client,
+        partial(encode_shard, url, patches, params.name),
+        [unit for unit in units if unit not in done],
+        label="features",
+        there=len(done),
+    )
+    write_card(
+        url, "features", fingerprint=fingerprint(made_of), made_of=made_of, images=images, encoder=describe(encoder)
+    )
+    return url
+
+
+def _written(url: str, view: int) -> set[int]:
+    return storage.shards(storage.join(url, "features.zarr", "features", "c", str(view)))
+
+
+def _try(encoder: ImageEncoder, patches: str, views: int) -> None:
+    """Encodes one image in its last view, the smallest, so that what the encoder cannot do is told before the work."""
+    source, view = open_store(patches), views - 1
+    try:
+        encode_rows(encoder, source, slice(0, 1), view)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the encoder {encoder.name} does not take view {view} of {patches} ({error}): train on fewer views, "
+            "or sample larger patches"
+        ) from error
+
+
+def identity(params: EncoderParams) -> dict[str, Any]:
+    """What decides an encoder: its parameters, with the digest of its weights in place of where they are."""
+    if params.weights is None:
+        return params.model_dump()
+    digest = hashlib.sha256(read_file(_weights_file(params.weights), "a .safetensors")).hexdigest()
+    return {**params.model_dump(), "weights": digest}
+
+
+def _weights_file(place: str) -> str:
+    """The .safetensors itself, where a checkpoint's directory was given."""
+    url = as_url(place)
+    if name_of(url).endswith(".safetensors"):
+        return url
+    inside = storage.join(url, "model.safetensors")
+    with suppress(Refused):  # of a signed URL, which is that of one file
+        return inside if storage.exists(inside) else url
+    return url
+
+
+def read_weights(place: str) -> dict[str, NDArray]:
+    """Weights of an image encoder, by name.
+
+    Args:
+        place: Path or URL of a .safetensors, or of a checkpoint, whose image encoder is taken.
+
+    Raises:
+        UserError: None is there, or it is no such file.
+    """
+    file = _weights_file(place)
+    try:
+        tensors = parse(read_file(file, "a .safetensors"))
+    except SafetensorError as error:
+        raise UserError(f"{place} is no .safetensors ({error}): convert the weights to one first") from error
+    found = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
+    if file == as_url(place):
+        return found
+    return {name.removeprefix("encoder."): a for name, a in found.items() if name.startswith("encoder.")}
+
+
+def _prepare(url: str, patches: str, params: EncoderParams) -> None:
+    where = storage.join(url, "encoder.safetensors")
+    if storage.exists(where):
+        return
+    source = open_store(patches)
+    try:
+        if params.weights is not None:
+            encoder = load_encoder(params.name, read_weights(params.weights), source.bands)
+        else:
+            encoder = fit_encoder(params.name, _sample(source), source.bands, params.dim, params.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    check_takes(encoder, source, encoder.name)
+    tensors = {name: torch.from_numpy(array) for name, array in encoder.arrays().items()}
+    storage.create(where, pack(tensors))
+
+
+def check_takes(encoder: ImageEncoder, source: Patches, taker: str) -> None:
+    """Refuses patches without a band that the encoder takes, and warns of another resolution than its own.
+
+    Raises:
+        UserError: A band is missing.
+    """
+    missing = [band for band in encoder.bands if band not in source.bands]
+    if missing:
+        raise UserError(
+            f"{source.url} has the bands {', '.join(source.bands)} and {taker} takes "
+            f"{', '.join(encoder.bands)}: sample patches with {', '.join(missing)}, or use another encoder"
+        )
+    metres = source.card.get("made_of", {}).get("resolution_m")
+    if encoder.resolution_m and metres and metres != encoder.resolution_m:
+        log().warning("%s was trained on pixels of %g m; these have %g m", encoder.name, encoder.resolution_m, metres)
+
+
+def encode_rows(encoder: ImageEncoder, source: Patches, rows: slice, view: int = 0) -> NDArray[np.float32]:
+    """Features of a view of some patches, (n, feature), from the bands that the encoder takes; `PIECE` at a time."""
+    step = max(1, PIECE // math.prod(source.shape[1:]))
+    pieces = [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
+    return np.concatenate([_encode_piece(encoder, source, piece, view) for piece in pieces])
+
+
+def _encode_piece(encoder: ImageEncoder, source: Patches, rows: slice, view: int) -> NDArray[np.float32]:
+    return encoder.encode(view_of(take_bands(source.reflectance(rows), source.bands, encoder.bands), view))
+
+
+def _sample(source: Patches) -> NDArray[np.float32]:
+    images = len(source.manifest)
+    if images <= RUNS * RUN:
+        return source.reflectance(slice(0, images))
+    starts = np.linspace(0, images - RUN, RUNS).astype(int).tolist()
+    return np.concatenate([source.reflectance(slice(i, i + RUN)) for i in starts])
+
+
+def _create(url: str, views: int, images: int, dim: int) -> None:
+    group = zarr.open_group(storage.zarr_store(storage.join(url, "features.zarr")), mode="a")
+    if "features" not in group:
+        group.create_array(
+            "features",
+            shape=(views, images, dim),
+            dtype="f4",
+            chunks=(1, min(SHARD, images), dim),
+            compressors=arrays.packed(),
+            fill_value=np.nan,
+            dimension_names=("view", "image", "feature"),
+        )
+
+
+@lru_cache(maxsize=2)
+def open_store(patches: str) -> Patches:
+    """The patches, opened once per worker process; a finished store never changes."""
+    return open_patches(patches)
+
+
+@lru_cache(maxsize=2)
+def open_encoder(url: str, patches: str, name: str) -> ImageEncoder:
+    """The fitted encoder of the features at `url`, loaded once per worker process."""
+    where = storage.join(url, "encoder.safetensors")
+    tensors = unpack(storage.read(where), where)
+    fitted = {key: tensor.numpy() for key, tensor in tensors.items()}
+    return load_encoder(name, fitted, open_store(patches).bands)
+
+
+def view_of(images: NDArray[np.float32], view: int) -> NDArray[np.float32]:
+    """A view of images, (n, band, y, x).
+
+    Views 0 to 7 are the symmetries of the square, view 0 the images themselves: from above no side is up. Views 8
+    to 15 are those of a corner of three quarters of the side, another one for each quarter turn.
+    """
+    turn, mirrored, cropped = view % 4, view // 4 % 2, view // SYMMETRIES
+    if cropped:
+        images = _corner(images, turn)
+    turned = np.rot90(images, turn, (2, 3))
+    return np.ascontiguousarray(turned[..., ::-1] if mirrored else turned)
+
+
+def _corner(images: NDArray[np.float32], corner: int) -> NDArray[np.float32]:
+    side = 3 * images.shape[2] // 4
+    return images[
+        :,
+        :,
+        slice(-side, None) if corner % 2 else slice(side),
+        slice(-side, None) if corner // 2 else slice(side),
+    ]
+
+
+def encode_shard(url: str, patches: str, name: str, unit: tuple[int, int]) -> None:
+    """Encodes one view of one shard of patches and writes it as one object."""
+    view, shard = unit
+    images = len(open_store(patches).manifest)
+    rows = slice(shard * SHARD, min((shard + 1) * SHARD, images))
+    values = encode_rows(open_encoder(url, patches, name), open_store(patches), rows, view)
+    _array(url, "r+")[view, rows] = values
+
+
+def _array(url: str, mode: Any) -> zarr.Array:
+    return zarr.open_array(storage.zarr_store(storage.join(url, "features.zarr", "features")), mode=mode)
+
+
+def read_features(url: str, rows: slice = slice(None)) -> NDArray[np.float32]:
+    """Rows of the features of the untouched images, (n, feature)."""
+    return arrays.read(_array(url, "r"), (0, rows))
+
+
+class StoredFeatures:
+    """The features at a URL as training reads them: whole shards, of which the last used stay in memory."""
+
+    def __init__(self, url: str, images: int) -> None:
+        """Opens them, to keep two windows of `images`: a batch can span the end of one and the start of the next."""
+        self._stored = _array(url, "r")
+        self.shape: tuple[int, int, int] = self._stored.shape
+        self.run = self._stored.chunks[1]
+        self._shard = lru_cache(maxsize=2 * -(-images // self.run))(self._read)
+        self._readers = ThreadPoolExecutor(READERS)
+
+    def _read(self, number: int) -> NDArray[np.float32]:
+        view, shard = divmod(number, -(-self.shape[1] // self.run))
+        return arrays.read(self._stored, (view, slice(shard * self.run, (shard + 1) * self.run)))
+
+    def take(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Features of images, each in the view of the same index, (n, feature)."""
+        numbers, which = np.unique(views * -(-self.shape[1] // self.run) + rows // self.run, return_inverse=True)
+        out = np.empty((len(rows), self.shape[2]), np.float32)
+        for i, shard in enumerate(self._readers.map(self._shard, numbers.tolist())):
+            at = np.flatnonzero(which == i)
+            out[at] = shard[rows[at] % self.run]
+        return out

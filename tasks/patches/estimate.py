@@ -1,0 +1,177 @@
+"""What a sampling run will ask of the catalog and the archive, before it runs, and what it did ask."""
+
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from infra.imagery.cogs import HEADER, Traffic
+from infra.imagery.ranges import CONNECTIONS
+from infra.metrics import BYTES
+from tasks.core.earth.sampling import grid_zone, square
+from tasks.params import SampleParams
+from tasks.patches.places import draw
+from tasks.units import in_words
+
+THREADS = 8  # scenes read at a time in one unit: they wait for the network
+LATENCY = 0.1  # seconds of one request to an archive in another region
+RATE = 50e6  # bytes per second of one machine's network
+PROCESS_BYTES = 350e6  # of a Python process with the libraries that a unit needs
+COARSENESS = {"B01": 6, "B09": 6, **dict.fromkeys(("B05", "B06", "B07", "B8A", "B11", "B12", "SCL"), 2)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes, planned or actual."""
+
+    places: int
+    """Places tried."""
+    cells: int
+    """Grid-zone cells searched for scenes, each by one request to the catalog or some pages."""
+    scenes: int
+    """Scenes opened."""
+    requests: int
+    """HTTP requests to the archive, repeated ones included."""
+    bytes_read: int
+    """Bytes fetched from the archive."""
+    bytes_stored: int
+    """Bytes of the stored pixels."""
+    seconds: int
+    """Time during which units were at work."""
+    worker_bytes: int
+    """Memory of a worker at its peak."""
+
+    def lines(self) -> dict[str, str]:
+        """Names and values to print."""
+        values = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self)}
+        return {name: in_words(value) if "bytes" in name else f"{value:,}" for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Archive:
+    """How an archive is cut into scenes and files; the defaults are Sentinel-2's COGs."""
+
+    scene: Callable[[NDArray[np.float64]], NDArray] = square
+    """The area of each (n, 2) place that one scene covers, by number."""
+    accepted: float = 0.55
+    """Of the places tried: sea at the edge of the mask, clouds and scene edges take the others."""
+    block: int = 512
+    """Pixels along one side of a block."""
+    pixel_bytes: float = 1.4
+    """Of a compressed uint16 pixel, in the archive as in the store."""
+    header_bytes: int = HEADER
+    """Read at an open."""
+    coarseness: Mapping[str, int] = field(default_factory=lambda: COARSENESS)
+    """Side of a band's pixels, in pixels of the finest band; 1 where it is not named."""
+    finest_m: float = 10.0
+    """Pixel size of the finest band in metres."""
+    scene_m: float = 109_800.0
+    """Side of a scene in metres."""
+
+    def touch(self, params: SampleParams, band: str, places: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Opens, further requests and blocks of one band under windows at (n, 2) places.
+
+        A window touches 1 + side / block blocks along each axis. Those side by side are neighbours in the file: a row
+        is one request. Windows of one scene share what they both touch.
+        """
+        pixel_m = self.coarseness.get(band, 1) * self.finest_m
+        rows = 1 + params.patch_pixels * min(1.0, params.resolution_m / pixel_m) / self.block
+        blocks = max(1.0, (self.scene_m / pixel_m / self.block) ** 2)
+        _, windows = np.unique(self.scene(places), return_counts=True)
+        share = 1 - (1 - min(1.0, rows**2 / blocks)) ** windows
+        requests = np.maximum(1, share * blocks / rows * (1 - share))
+        return np.array([len(windows), requests.sum(), share.sum() * blocks])
+
+
+def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -> Cost:
+    """The cost of a run by arithmetic on its real places; the catalog is not asked.
+
+    Args:
+        params: The run.
+        workers: Dask worker processes.
+        archive: What is read from.
+    """
+    n = params.patches
+    places = draw(min(math.ceil(n / archive.accepted), int(n * params.max_tries)), params)[:, 1:3]
+    touched = [
+        archive.touch(params, "SCL", places),
+        *(archive.touch(params, band, places[:n]) for band in params.bands),
+    ]
+    opens, further, blocks = np.sum(touched, axis=0)
+    requests = opens + further
+    read_bytes = opens * archive.header_bytes + blocks * archive.block**2 * archive.pixel_bytes
+    patch = len(params.bands) * params.patch_pixels**2 * 2
+    return Cost(
+        places=len(places),
+        cells=len(np.unique(grid_zone(places))),
+        scenes=int(touched[0][0]),
+        requests=round(requests),
+        bytes_read=round(read_bytes),
+        bytes_stored=round(n * patch * archive.pixel_bytes / 2),
+        seconds=math.ceil(max(requests * LATENCY / (workers * CONNECTIONS), read_bytes / RATE)),
+        worker_bytes=round(PROCESS_BYTES + min(n, params.shard_patches) * patch * 3),
+    )
+
+
+class Meter:
+    """Counts what one unit takes."""
+
+    def __init__(self) -> None:
+        self.began = time.time()
+        self.traffic = Traffic()
+
+    def stamp(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with the counts in its attributes, which Parquet keeps: so runs that go on count all."""
+        BYTES.inc(self.traffic.bytes)
+        table.attrs = {
+            "requests": self.traffic.requests,
+            "bytes_read": self.traffic.bytes,
+            "began": self.began,
+            "ended": time.time(),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        return table
+
+
+def spent(units: list[dict[str, Any]], cells: int, screened: pd.DataFrame, bytes_stored: int) -> Cost:
+    """What a run took: the sum of its units, those of earlier processes too; attempts that failed are not counted.
+
+    Args:
+        units: What `Meter` stamped on each.
+        cells: Units of screening.
+        screened: The verdict on each place tried.
+        bytes_stored: Of the stored pixels.
+    """
+    return Cost(
+        places=len(screened),
+        cells=cells,
+        scenes=screened.loc[screened["item_id"] != "", "item_id"].nunique(),
+        requests=sum(unit["requests"] for unit in units),
+        bytes_read=sum(unit["bytes_read"] for unit in units),
+        bytes_stored=bytes_stored,
+        seconds=math.ceil(_covered([(unit["began"], unit["ended"]) for unit in units])),
+        worker_bytes=max(unit["peak_bytes"] for unit in units),
+    )
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of spans of time: a pause between two runs is no work."""
+    total, until = 0.0, 0.0
+    for began, ended in sorted(spans):
+        total += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return total
+
+
+def beside(plan: Cost, actual: Cost, rejected: Mapping[str, int]) -> str:
+    """A Markdown table of plan and actual, and of the places rejected."""
+    found = actual.lines()
+    rows = [f"| {name} | {value} | {found[name]} |" for name, value in plan.lines().items()]
+    rows += [f"| rejected: {reason} | | {count:,} |" for reason, count in sorted(rejected.items())]
+    return "\n".join(["| | plan | actual |", "|---|---|---|", *rows])

@@ -1,0 +1,87 @@
+"""Where to sample, in the order in which places are tried."""
+
+import hashlib
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+
+from infra import storage
+from infra.addresses import as_url, shown
+from infra.bounds import check_expansion
+from infra.errors import UserError
+from tasks.core.earth.sampling import draw_classes, draw_land, thin
+from tasks.params import SampleParams
+from tasks.tables.files import BATCH
+from tasks.tables.points import check_points, open_points, rows_of
+
+
+def draw(count: int, params: SampleParams) -> NDArray[np.float64]:
+    """The first candidates of the stream, at most `count`.
+
+    Returns:
+        (n, 5): row id, lon, lat, season (-1 any), and the number that thins by tile.
+    """
+    repeats = 4 if params.scene == "seasons" else 1
+    places = _places(-(-count // repeats), params)
+    rows = np.arange(min(count, len(places) * repeats))
+    season = rows % 4 if repeats == 4 else np.full(len(rows), -1)
+    return np.column_stack([rows, places[rows // repeats], season, thin(len(rows), params.seed)])
+
+
+def _places(count: int, params: SampleParams) -> NDArray[np.float64]:
+    if params.places == "list":
+        return read_points(str(params.source))[:count]
+    try:
+        if params.places == "class":
+            classes, bounds = read_classes(str(params.source))
+            return draw_classes(count, params.seed, classes, bounds, params.south, params.north)
+        return draw_land(count, params.seed, params.south, params.north)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def source_digest(params: SampleParams) -> dict[str, str]:
+    """The hash of the list or raster, after checking that it can be read: another content is another sample."""
+    if params.places not in ("class", "list"):
+        return {}
+    draw(1, params)
+    return {"source_sha256": hashlib.sha256(storage.read(as_url(str(params.source)))).hexdigest()}
+
+
+def read_points(source: str) -> NDArray[np.float64]:
+    """Returns the points of a table (`tasks.tables.files`), (n, 2) degrees, longitudes within -180 and 180.
+
+    Raises:
+        UserError: There is no such table, or a point that is none, or where Sentinel-2's grid is not.
+    """
+    with open_points(source) as (table, place):
+        check_points(table, place)
+        points = np.concatenate([lonlat for _, lonlat in rows_of(table, place, BATCH, place.columns)])
+    points[points[:, 0] > 180] -= [360, 0]
+    wrong = ~((points[:, 1] >= -80) & (points[:, 1] <= 84))
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise UserError(f"{source}, row {first + 1}: lon {points[first, 0]}, lat {points[first, 1]} is outside -180 to "
+                        "180, -80 to 84, where Sentinel-2's grid is")  # fmt: skip
+    return points
+
+
+def read_classes(url: str) -> tuple[NDArray[np.integer], tuple[float, float, float, float]]:
+    """A class raster, (lat, lon) north up with 0 where it has no data, and its bounds in degrees.
+
+    Raises:
+        UserError: There is no such raster, or it is not in longitude and latitude.
+    """
+    try:
+        data = storage.read(as_url(url))
+        with rasterio.MemoryFile(data) as file, file.open() as raster:
+            for rows, columns in [raster.shape, *raster.block_shapes]:
+                check_expansion(shown(url), len(data), rows * columns * np.dtype(raster.dtypes[0]).itemsize)
+            classes = raster.read(1, masked=True).filled(0)
+            bounds, crs = raster.bounds, raster.crs
+    except (FileNotFoundError, rasterio.errors.RasterioError) as error:
+        raise UserError(f"{url} is no class raster ({type(error).__name__}): give a GeoTIFF") from None
+    if crs is None or not crs.is_geographic or classes.dtype.kind not in "iu":
+        raise UserError(f"{url} has {classes.dtype} in {crs}: give integers in longitude and latitude (EPSG:4326)")
+    return classes, tuple(bounds)

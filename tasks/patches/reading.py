@@ -1,0 +1,220 @@
+"""Reading: one unit reads the pixels of one shard's places, and judges them by what is found in them.
+
+A shard that lacks patches is not written to the store: its pixels are *held* until a later round has read what
+replaces them. So the store's shards are whole from the first byte on, and no patch is ever silently nodata.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from infra import metrics, storage
+from infra.imagery.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
+from tasks.core.sentinel2 import radiometry
+from tasks.params import SampleParams
+from tasks.patches import reuse, store
+from tasks.patches.estimate import THREADS, Meter
+from tasks.patches.scenes import find_items
+from tasks.patches.screening import EDGE, JUDGED, NODATA, REFUSED, UNREADABLE, UNTRIED, hrefs, judge, settle
+from tasks.units import log
+
+
+def read_shard(url: str, params: SampleParams, unit: tuple[int, int]) -> None:
+    """Reads the places that a round plans for a shard, and stores the shard if they complete it.
+
+    Args:
+        url: The patch store.
+        params: How to read and judge.
+        unit: Round and shard.
+    """
+    number, shard = unit
+    if storage.exists(store.part(url, "parts", number, shard)):
+        return
+    start = shard * params.shard_patches
+    meter = Meter()
+    choices = _planned(url, number, shard)
+    pixels = _held(url, params, number, shard)
+    copied = reuse.copy(store.read_part(url, "plan", number, shard), pixels, start)
+    choices = choices[~choices["position"].isin(copied["position"])] if len(copied) else choices
+    tables = [copied, _read(choices, Reader(params, pixels, start, meter.traffic))]
+    table = pd.concat([table for table in tables if len(table)]).sort_values("position", ignore_index=True)
+    target = url if (table["reason"] == "").all() else store.held(url, number)
+    store.create(target, *shape(params))
+    store.write_shard(target, start, pixels)
+    store.create_part(url, "parts", number, shard, meter.stamp(table))
+
+
+def _read(choices: pd.DataFrame, reader: "Reader") -> pd.DataFrame:
+    """What a shard's part tells of the places that are read from the archive."""
+    if not len(choices):
+        return choices
+    plan = reader.read(choices)
+    plan.index = plan["position"] - reader.start
+    plan["href"] = [assets[reader.params.bands[0]] for assets in plan["assets"]]
+    metrics.count(metrics.PATCHES, plan["reason"])
+    good = plan[plan["reason"] == ""]
+    found = pd.DataFrame([_numbers(good.loc[i], reader.pixels[i]) for i in good.index], good.index, FOUND)
+    return plan.join(found).reset_index(drop=True)
+
+
+BEYOND = "numbers beyond the format"
+FOUND = ["sha256", "nodata_fraction", "dark_dn", "offset_check"]  # columns that a read adds
+
+
+def shape(params: SampleParams) -> tuple[int, tuple[str, ...], int, float, int]:
+    """The store's shape, as `tasks.patches.store.create` takes it."""
+    return params.patches, params.bands, params.patch_pixels, params.resolution_m, params.shard_patches
+
+
+def _planned(url: str, number: int, shard: int) -> pd.DataFrame:
+    """The scenes of the places that a plan names: the one that was found good first, then those not tried yet."""
+    plan = store.read_part(url, "plan", number, shard)
+    parts = np.unique(plan[["round", "cell"]], axis=0).tolist()
+    screened = pd.concat([store.read_part(url, "screen", *part) for part in parts])
+    scenes = screened[screened["reason"].isin(["", UNTRIED])]
+    return plan[["position", "row_id"]].merge(scenes, on="row_id")
+
+
+def _held(url: str, params: SampleParams, number: int, shard: int) -> NDArray[np.uint16]:
+    """A shard's pixels (patch, band, y, x) as the rounds before left them, 0 where patches are lacking."""
+    start = shard * params.shard_patches
+    count = min(params.shard_patches, params.patches - start)
+    if number == 0:
+        return np.zeros((count, len(params.bands), params.patch_pixels, params.patch_pixels), np.uint16)
+    pixels = store.read_rows(store.held(url, number - 1), slice(start, start + count))
+    earlier = pd.concat([store.read_part(url, "parts", n, shard) for n in range(number)])
+    good = earlier[earlier["reason"] == ""]
+    for position, digest in zip(good["position"], good["sha256"], strict=True):
+        if store.digest(pixels[position - start]) != digest:
+            raise RuntimeError(f"the pixels held for shard {shard} are gone: another run has finished the store")
+    return pixels
+
+
+@dataclass
+class Reader:
+    """Reads the patches of one shard, each from the first of its scenes that has it."""
+
+    params: SampleParams
+    """Bands, size, thresholds."""
+    pixels: NDArray[np.uint16]
+    """(patch, band, y, x), written where a patch is good."""
+    start: int
+    """Position of the first patch."""
+    traffic: Traffic
+    """Counts requests and bytes."""
+    refused: list[RefusedAsset] = field(default_factory=list)
+    """What access was refused to."""
+    doubtful: set[int] = field(default_factory=set)
+    """Positions of patches that hold numbers beyond the format: kept where no other scene serves."""
+
+    def read(self, choices: pd.DataFrame) -> pd.DataFrame:
+        """Reads the patches, scene by scene, in turns: in each the next scene of every place that lacks one.
+
+        Args:
+            choices: The places' scenes in order, as `_planned` gives them.
+
+        Returns:
+            One row per place: the scene that it was read from, with an empty reason, or its first one and why not.
+
+        Raises:
+            RefusedAsset: A scene is refused, and so is all else.
+            UnavailableAsset: An asset cannot be had now, so nothing is known of its patches.
+        """
+        choices = choices.reset_index(drop=True)
+        first = choices.drop_duplicates("position")
+        found = pd.Series(first.index, first["position"])
+        turns = choices.groupby("position").cumcount()
+        lacking = set(found.index)
+        for turn in range(int(turns.max()) + 1):
+            rows = choices[(turns == turn) & choices["position"].isin(lacking)]
+            if rows.empty:
+                break
+            verdict = self._turn(rows)
+            choices.loc[verdict.index, JUDGED] = verdict
+            for row, position, reason in zip(rows.index, rows["position"], verdict["reason"][rows.index], strict=True):
+                if not reason:
+                    found[position] = row
+                if not reason and position not in self.doubtful:
+                    lacking.discard(position)
+        settle(self.refused)
+        return choices.loc[found]
+
+    def _turn(self, rows: pd.DataFrame) -> pd.DataFrame:
+        full = self._full(rows)
+        groups = [(group, full[str(item)]) for item, group in rows.groupby("item_id")]
+        with ThreadPoolExecutor(THREADS) as pool:
+            return pd.concat(pool.map(lambda job: self._read_scene(*job), groups))
+
+    def _full(self, rows: pd.DataFrame) -> dict[str, dict[str, str]]:
+        """Hrefs that can be read now, by item; the catalog is asked again for those whose query is never stored."""
+        items = rows.drop_duplicates("item_id")
+        found = {item: _known(assets) for item, assets in zip(items["item_id"], items["assets"], strict=True)}
+        passing = rows[rows["passing"].eq(True)] if "passing" in rows else rows[:0]
+        if len(passing):
+            again = {item.id: hrefs(item) for item in find_items(passing[["lon", "lat"]].to_numpy(), self.params)}
+            found |= {item: again.get(item, {}) for item in passing["item_id"].unique()}
+        return found
+
+    def _read_scene(self, group: pd.DataFrame, full: dict[str, str]) -> pd.DataFrame:
+        """The verdict on the places of one scene; those that were not screened are so first."""
+        verdict = group[JUDGED].copy()
+        untried = group[group["reason"] == UNTRIED]
+        if len(untried):
+            verdict.loc[untried.index] = judge(untried, full, self.params, self.traffic, self.refused)
+        clear = group[verdict["reason"] == ""]
+        if len(clear):
+            verdict.loc[clear.index, "reason"] = self._read_bands(clear, full)
+        return verdict
+
+    def _read_bands(self, group: pd.DataFrame, full: dict[str, str]) -> list[str]:
+        """Why there is no patch of each place, or nothing where there is one."""
+        places, params = group[["lon", "lat"]].to_numpy(), self.params
+        if not set(params.bands) <= set(full):
+            return [UNREADABLE] * len(group)
+        bands = {band: full[band] for band in params.bands}
+        try:
+            layers = read_scene(bands, places, params.patch_pixels, params.resolution_m, self.traffic)
+        except UnreadableAsset as error:
+            log().warning("%s; its %d patches are read elsewhere", error, len(group))
+            return [UNREADABLE] * len(group)
+        except RefusedAsset as error:
+            self.refused.append(error)
+            return [REFUSED] * len(group)
+        windows = zip(*layers.values(), strict=True)
+        return [self._keep(position, patch) for position, patch in zip(group["position"], windows, strict=True)]
+
+    def _keep(self, position: int, windows: tuple[NDArray | None, ...]) -> str:
+        """Puts the bands' windows into the patch's row of `pixels`, or tells why not."""
+        if any(window is None for window in windows):
+            return EDGE
+        patch = np.stack(windows)  # type: ignore[arg-type]
+        if nodata_fraction(patch) > self.params.max_nodata_fraction:
+            return NODATA
+        if radiometry.beyond_format(patch):
+            if position in self.doubtful:
+                return BEYOND
+            self.doubtful.add(position)
+        else:
+            self.doubtful.discard(position)
+        self.pixels[position - self.start] = patch
+        return ""
+
+
+def _known(assets: dict[str, str | None]) -> dict[str, str]:
+    """An item's hrefs: Parquet gives every item the bands of all."""
+    return {band: href for band, href in assets.items() if href is not None}
+
+
+def nodata_fraction(patch: NDArray[np.uint16]) -> float:
+    """Share of the pixels of a (band, y, x) patch without data in some band."""
+    return float((patch == radiometry.NODATA).any(0).mean())
+
+
+def _numbers(row: pd.Series, patch: NDArray[np.uint16]) -> list[Any]:
+    """The manifest's columns (`FOUND`) that only the pixels tell."""
+    dark, check = radiometry.check_numbers(patch, row["offset"], row["dark_share"])
+    return [store.digest(patch), nodata_fraction(patch), dark, check]

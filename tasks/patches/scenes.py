@@ -1,0 +1,196 @@
+"""Which scene: the items of a catalog that hold a place's whole patch, and the one to read."""
+
+import datetime
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import pystac
+import shapely
+from numpy.typing import NDArray
+
+from infra import storage
+from infra.errors import UserError
+from infra.stac.catalogs import ask, footprint, search
+from tasks.core.earth.sampling import TILES
+from tasks.core.sentinel2.items import acquisition, band_assets, baseline, tile
+from tasks.core.sentinel2.radiometry import decide
+from tasks.params import SampleParams
+
+MOST_SCENES = 12  # tried for one place: each costs two requests for its scene classification
+SEASON = {month: month % 12 // 3 for month in range(1, 13)}  # 0 December to February, 3 September to November
+
+
+def find_items(lonlat: NDArray[np.float64], params: SampleParams) -> list[pystac.Item]:
+    """The items that hold any of the places, from the first catalog that answers."""
+    return ask(lambda catalog: search(catalog, params.datetime, lonlat, params.max_cloud_percent))
+
+
+def choose(
+    items: list[pystac.Item], candidates: NDArray[np.float64], params: SampleParams
+) -> list[tuple[pystac.Item | None, str]]:
+    """Returns for each candidate the item that is read first, or none and why; see `rank_scenes`."""
+    return [(next(iter(ranked), None), reason) for ranked, reason in rank_scenes(items, candidates, params)]
+
+
+def rank_scenes(
+    items: list[pystac.Item], candidates: NDArray[np.float64], params: SampleParams
+) -> list[tuple[list[pystac.Item], str]]:
+    """Returns for each candidate the items that may be read, in the order of preference, or why there is none.
+
+    Those of the newest baselines come first, then older processings of the same acquisitions, then what lacks a band.
+    An item whose radiometry is quarantined is chosen by nobody, so that another scene of the place can be.
+
+    Args:
+        items: Scenes that may hold them.
+        candidates: (n, 5): row id, lon, lat, season (-1 any), and the number that thins by tile (see `thin`).
+        params: How to choose.
+    """
+    corners = patch_corners(candidates[:, 1:3], params.patch_pixels * params.resolution_m)
+    scenes = [describe(item) for item in items]
+    holds = [_holds(item, corners) for item in items]
+    return [
+        _rank([scene for scene, held in zip(scenes, holds, strict=True) if held[i]], candidate, params)
+        for i, candidate in enumerate(candidates)
+    ]
+
+
+class Scene(NamedTuple):
+    """An item, and what decides whether it is chosen."""
+
+    item: pystac.Item
+    """The item."""
+    tile: str
+    """MGRS tile."""
+    overpass: str
+    """The acquisition: the same for every processing of it."""
+    version: tuple[int, int]
+    """Processing baseline, (0, 0) where nothing tells it."""
+    day: datetime.date
+    """When it was taken."""
+    cloud: float
+    """Cloud cover in percent, 100 where it is not told."""
+    quarantined: bool
+    """Whether nobody knows what its numbers mean."""
+    bands: frozenset[str]
+    """Bands that it has, and SCL."""
+
+
+def describe(item: pystac.Item) -> Scene:
+    """What decides whether an item is chosen."""
+    facts, told = _facts(item), item.properties.get("eo:cloud_cover")
+    return Scene(
+        item=item,
+        tile=tile(facts),
+        overpass=acquisition(facts),
+        version=baseline(facts) or (0, 0),
+        day=_day(item),
+        cloud=100.0 if told is None else float(told),
+        quarantined=decide(facts).quarantined,
+        bands=frozenset(band_assets(facts)),
+    )
+
+
+def _rank(scenes: list[Scene], candidate: NDArray[np.float64], params: SampleParams) -> tuple[list[pystac.Item], str]:
+    tiles = {scene.tile for scene in scenes}
+    if params.places == "tile" and tiles and candidate[4] * TILES >= len(tiles):
+        return [], "passed over for equal tiles"
+    if params.scene == "seasons":
+        scenes = [scene for scene in scenes if SEASON[scene.day.month] == candidate[3]]
+    known = [scene for scene in scenes if not scene.quarantined]
+    if not known:
+        return [], "radiometry quarantined" if scenes else "no scene"
+    return [scene.item for scene in ordered(known, params)[:MOST_SCENES]], ""
+
+
+def ordered(scenes: list[Scene], params: SampleParams) -> list[Scene]:
+    """Scenes of a place in the order in which they are tried."""
+    best = newest(scenes)
+    newer = {scene.item.id for scene in best}
+    latest = {scene.overpass: scene.item.id for scene in sorted(best, key=lambda scene: scene.item.id)}
+    wanted = {*params.bands, "SCL"}
+
+    def preference(scene: Scene) -> tuple[Any, ...]:
+        again = latest[scene.overpass] != scene.item.id  # of two alike, the one that was made later comes first
+        standing = (not wanted <= scene.bands, scene.item.id not in newer)
+        return *standing, _days_off(scene, params), scene.cloud, again, scene.item.id
+
+    return sorted(scenes, key=preference)
+
+
+def _days_off(scene: Scene, params: SampleParams) -> int:
+    """Days between a scene and the date that it should be near to; 0 where any date will do."""
+    if params.scene != "nearest":
+        return 0
+    return abs((scene.day - datetime.date.fromisoformat(str(params.date))).days)
+
+
+def newest(scenes: Iterable[Scene]) -> list[Scene]:
+    """Of scenes of one acquisition and tile only those of the newest processing baseline.
+
+    There can be several such: a tile comes in two halves where its overpass was sent down in two parts.
+    """
+    found = list(scenes)
+    best: dict[str, tuple[int, int]] = {}
+    for scene in found:
+        best[scene.overpass] = max(best.get(scene.overpass, scene.version), scene.version)
+    return [scene for scene in found if scene.version == best[scene.overpass]]
+
+
+def _facts(item: pystac.Item) -> dict[str, Any]:
+    """The item as a dictionary, without copying all of it."""
+    taken = {"datetime": item.properties.get("datetime") or _day(item)}
+    assets = {key: {"href": asset.href, **asset.extra_fields} for key, asset in item.assets.items()}
+    return {"id": item.id, "properties": item.properties | taken, "assets": assets}
+
+
+def explain(place: str) -> dict[str, Any]:
+    """How the numbers of the STAC item at a path or URL become reflectance, and why.
+
+    Returns:
+        `offset` (DN), `scale`, `nodata`, `already_applied`, `reasons`, `quarantined`.
+
+    Raises:
+        UserError: There is no STAC item.
+    """
+    try:
+        item = json.loads(storage.read(storage.as_url(place)))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{place} is no STAC item ({type(error).__name__}): give the JSON of one item") from None
+    if not isinstance(item, dict) or item.get("type") != "Feature" or not isinstance(item.get("assets"), dict):
+        raise UserError(f"{place} is no STAC item: give a GeoJSON Feature with assets")
+    return asdict(decide(item))
+
+
+def _day(item: pystac.Item) -> datetime.date:
+    taken = item.datetime or item.common_metadata.start_datetime
+    if taken is None:
+        raise UserError(f"the item {item.id} has no datetime: the catalog is broken, use another collection")
+    return taken.date()
+
+
+def patch_corners(lonlat: NDArray[np.float64], side_m: float) -> NDArray[np.float64]:
+    """Corners of the patches and their centres, (n, 5, 2) in degrees, a little outside for safety."""
+    half = 0.5 * 1.1 * side_m / 111_200
+    lat = lonlat[:, None, 1] + half * np.array([1, 1, -1, -1, 0])
+    width = half / np.cos(np.radians(np.clip(np.abs(lat), 0, 89)))
+    lon = lonlat[:, None, 0] + width * np.array([-1, 1, -1, 1, 0])
+    return np.stack([(lon + 180) % 360 - 180, lat], axis=-1)
+
+
+def _holds(item: pystac.Item, corners: NDArray[np.float64]) -> NDArray[np.bool_]:
+    geometry = footprint(item.geometry)
+    shapely.prepare(geometry)
+    return shapely.intersects_xy(geometry, corners[..., 0], corners[..., 1]).all(1)
+
+
+def version(item: pystac.Item) -> tuple[int, int]:
+    """The processing baseline, (0, 0) where nothing tells it."""
+    return baseline(_facts(item)) or (0, 0)
+
+
+def asset_keys(item: pystac.Item) -> dict[str, str]:
+    """Asset key by band name (`B04`) and `SCL`."""
+    return band_assets(_facts(item))

@@ -1,0 +1,177 @@
+"""Screening: one unit finds the scenes of the candidates of one grid-zone cell, and judges them until one is good.
+
+A part has a row for each scene of each place, the first to be tried first (`rank`). The one whose `reason` is empty is
+to be read; those before it were tried in vain, and say why; those after it are `UNTRIED`, and serve where it cannot be
+read.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pystac
+from numpy.typing import NDArray
+
+from infra import metrics
+from infra.imagery.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
+from infra.imagery.ranges import is_gone
+from infra.imagery.signing import signs
+from infra.stac.catalogs import unsigned
+from tasks.core.sentinel2.radiometry import decide
+from tasks.params import SampleParams
+from tasks.patches import reuse, store
+from tasks.patches.estimate import Meter
+from tasks.patches.scenes import asset_keys, find_items, rank_scenes, version
+
+NO_DATA, SATURATED, DARK = (0,), (1,), (4, 6)  # SCL: no data; saturated or defective; vegetation, water
+CLOUDY = (0, 1, 3, 8, 9, 10)  # SCL: no data, saturated, shadow, cloud (medium, high), cirrus
+UNREADABLE, EDGE, NODATA = "unreadable", "crosses the scene's edge", "nodata"
+REFUSED, UNTRIED = "access refused", "not tried"
+JUDGED = ["reason", "clear_fraction", "saturated_fraction", "dark_share"]  # columns that a scene classification tells
+
+
+def screen_cell(
+    url: str, params: SampleParams, unit: tuple[int, int, NDArray[np.float64]], sources: Sequence[str] = ()
+) -> None:
+    """Judges the candidates of one cell, and stores the verdicts.
+
+    Args:
+        url: The patch store.
+        params: How to choose and judge.
+        unit: Round, cell, and its candidates: (n, 5), see `tasks.patches.places.draw`.
+        sources: Other samples, whose verdicts are taken over.
+    """
+    number, cell, candidates = unit
+    meter = Meter()
+    tables = reuse.screened(sources, cell, candidates[:, 0])
+    known = [row for table in tables for row in table["row_id"]]
+    new = candidates[~np.isin(candidates[:, 0], known)]
+    if len(new):
+        tables.append(_screen(new, params, meter.traffic))
+    table = pd.concat(tables).sort_values(["row_id", "rank"], ignore_index=True).assign(round=number, cell=cell)
+    store.create_part(url, "screen", number, cell, meter.stamp(table))
+
+
+def _screen(candidates: NDArray[np.float64], params: SampleParams, traffic: Traffic) -> pd.DataFrame:
+    """The rows of candidates that the archive is asked about."""
+    items = find_items(candidates[:, 1:3], params)
+    ranked = rank_scenes(items, candidates, params)
+    table = pd.DataFrame(
+        [row for candidate, choice in zip(candidates, ranked, strict=True) for row in _rows(candidate, *choice)]
+    )
+    judge_in_order(table, {item.id: hrefs(item) for item in items}, params, traffic)
+    metrics.count(metrics.PLACES, by_place(table)["reason"])
+    return table
+
+
+def _rows(candidate: NDArray[np.float64], scenes: list[pystac.Item], reason: str) -> list[dict[str, Any]]:
+    """A place's rows: one per scene, or one that says why it has none."""
+    place = {"row_id": int(candidate[0]), "lon": candidate[1], "lat": candidate[2], "rank": 0, "item_id": ""}
+    place |= {"reason": reason} | dict.fromkeys(JUDGED[1:], np.nan)
+    return [place | {"rank": rank} | _facts(scene) for rank, scene in enumerate(scenes)] or [place]
+
+
+def _facts(scene: pystac.Item) -> dict[str, Any]:
+    found, number, full = decide(scene.to_dict(transform_hrefs=False)), version(scene), hrefs(scene)
+    return {
+        "item_id": scene.id,
+        "reason": UNTRIED,
+        "catalog": scene.extra_fields.get("catalog", ""),
+        "collection": scene.collection_id or "",
+        "assets": {band: unsigned(href) for band, href in full.items()} or None,  # Parquet has no empty mapping
+        "passing": any(unsigned(href) != href and not signs(href) for href in full.values()),
+        "datetime": str(scene.properties.get("datetime")),
+        "platform": str(scene.properties.get("platform", "")),
+        "baseline": f"{number[0]:02d}.{number[1]:02d}",
+        "offset": found.offset,
+        "offset_reason": "; ".join(found.reasons),
+    }
+
+
+def hrefs(scene: pystac.Item) -> dict[str, str]:
+    """Returns the href of each band as the catalog gave it: its query may sign it, so it is stored nowhere."""
+    return {band: scene.assets[key].href for band, key in asset_keys(scene).items()}
+
+
+def by_place(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns one row per place: its good scene, else the one that it had rather had."""
+    last = table.assign(bad=table["reason"] != "").sort_values(["row_id", "bad"], kind="stable")
+    return last.drop_duplicates("row_id").drop(columns="bad")
+
+
+def judge_in_order(
+    table: pd.DataFrame, full: Mapping[str, Mapping[str, str]], params: SampleParams, traffic: Traffic
+) -> None:
+    """Judges the scenes of each place until one is good; the verdicts are put into the table.
+
+    Args:
+        table: Rows of places and scenes.
+        full: Hrefs that can be read now, by item and band.
+        params: How to judge.
+        traffic: Counts requests and bytes.
+
+    Raises:
+        RefusedAsset: A scene is refused, and so is all else.
+        UnavailableAsset: A scene cannot be had now, so nothing is known of its places.
+    """
+    refused: list[RefusedAsset] = []
+    for rank in range(int(table["rank"].max()) + 1):
+        served = table.loc[table["reason"] == "", "row_id"]
+        turn = table[(table["rank"] == rank) & (table["reason"] == UNTRIED) & ~table["row_id"].isin(served)]
+        for item, group in turn.groupby("item_id"):
+            table.loc[group.index, JUDGED] = judge(group, full[str(item)], params, traffic, refused)
+    settle(refused)
+
+
+def judge(
+    group: pd.DataFrame, full: Mapping[str, str], params: SampleParams, traffic: Traffic, refused: list[RefusedAsset]
+) -> pd.DataFrame:
+    """Returns the verdict (`JUDGED`) on the places of one scene, by the scene classification around them.
+
+    What access is refused to is added to `refused`: the caller settles whether it is gone.
+    """
+    verdict = group[JUDGED].copy()
+    missing = [band for band in (*params.bands, "SCL") if band not in full]
+    if missing:
+        return verdict.assign(reason=f"missing asset {missing[0]}")
+    places = group[["lon", "lat"]].to_numpy()
+    try:
+        found = read_scene({"SCL": full["SCL"]}, places, params.patch_pixels, params.resolution_m, traffic)
+    except UnreadableAsset:
+        return verdict.assign(reason="unreadable scene classification")
+    except RefusedAsset as error:
+        refused.append(error)
+        return verdict.assign(reason=REFUSED)
+    for i, window in zip(group.index, found["SCL"], strict=True):
+        if window is None:
+            verdict.loc[i, "reason"] = EDGE
+            continue
+        clear, saturated = 1 - _share(window, CLOUDY), _share(window, SATURATED)
+        reason = _reason(_share(window, NO_DATA), clear, saturated, params)
+        verdict.loc[i, JUDGED] = reason, clear, saturated, _share(window, DARK)
+    return verdict
+
+
+def settle(refused: list[RefusedAsset]) -> None:
+    """Lets pass what was refused where its neighbours are served: it is gone, from where nothing may be listed.
+
+    Raises:
+        RefusedAsset: All is refused: the server lets us in no more.
+    """
+    for error in refused:
+        if not is_gone(error):
+            raise error
+
+
+def _reason(nodata: float, clear: float, saturated: float, params: SampleParams) -> str:
+    """Why a window of the scene classification with these shares is rejected; empty where it is good."""
+    if nodata > params.max_nodata_fraction:
+        return NODATA
+    if clear < params.min_clear_fraction:
+        return "not clear"
+    return "saturated" if saturated > params.max_saturated_fraction else ""
+
+
+def _share(window: NDArray, classes: tuple[int, ...]) -> float:
+    return float(np.isin(window, classes).mean())

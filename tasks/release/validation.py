@@ -1,0 +1,342 @@
+"""The validation of a grid before it is promoted: is what is stored whole, in its place, and what the method gives?
+
+Every shard is read back and checked on Dask. Some land cells, chosen by the grid's name, are computed again by
+another path than the one that published them: float64, image by image, over the whole database, at the coordinates
+that are stored. The same comparison with the mirrored places must fail: a check that cannot fail tells nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from distributed import Client
+from numpy.typing import NDArray
+
+from infra import storage
+from infra.errors import UserError
+from tasks import arrays
+from tasks.cards import FORMER_LAND, fingerprint, home_of, name_of
+from tasks.core.compact import Projection
+from tasks.core.earth.grid import GridSpec, Tile
+from tasks.core.earth.land import land_mask
+from tasks.core.earth.plane import GLOBE, Box
+from tasks.core.retrieval import Method, unit_vectors
+from tasks.database.audit import Finding
+from tasks.database.store import Database, read_blocks
+from tasks.grid import store
+from tasks.grid.tiles import SUMS, land_cells, land_tiles
+from tasks.model.checkpoint import load_checkpoint
+from tasks.params import PublishParams
+from tasks.release.lines import FORMER
+from tasks.units import run_units
+
+CANARIES = 24  # cells that are computed again
+BATCH = 64  # objects that are decoded as one unit
+BLOCK = 4096  # images at a time
+EXACT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.1}  # relative error of an exact cell: ten times what it should be
+UNIT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.02}  # how far a location part's length is from 1
+WITHIN = 0.9  # of the canaries of an interpolated grid within its tolerance, which holds for 99 % of a tile's cells
+FARTHEST = 10  # times the tolerance, for the others
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TileCheck:
+    """What one tile's shard holds."""
+
+    tile: str
+    """Which."""
+    error: str = ""
+    """Why it cannot be decoded."""
+    misplaced: int = 0
+    """Cells with a value at sea, or without a finite one on land."""
+    length: float = 0.0
+    """How far the length of a location part is from 1, at most."""
+    low: NDArray[np.float32] | None = None
+    """Smallest value of each dimension of the visual part."""
+    high: NDArray[np.float32] | None = None
+    """Largest value of each dimension of the visual part."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Cells computed from the database in float64, and what bounds any cell."""
+
+    visual: Float
+    """(m, v)."""
+    scale: Float
+    """(m,) length of the same selection of the values' magnitudes: what a relative error is relative to."""
+    location: Float
+    """(m, d)."""
+    low: Float
+    """(v,) smallest of each dimension of the values, below which no mean of them can be."""
+    high: Float
+    """(v,) largest."""
+
+    def own(self, count: int) -> Float:
+        """The first vectors, (count, v + d), as they should be stored."""
+        return np.concatenate([self.visual[:count], self.location[:count]], axis=1)
+
+    def apart(self, stored: Float) -> Float:
+        """How far stored vectors, (k, v + d), are from these: (m / k, k), the larger error of the two parts."""
+        visual, location = np.split(stored, [self.visual.shape[1]], axis=1)
+        times = len(self.scale) // len(stored)
+        visual, location = np.tile(visual, (times, 1)), np.tile(location, (times, 1))
+        errors = np.linalg.norm(visual - self.visual, axis=1) / self.scale
+        return np.maximum(errors, np.linalg.norm(location - self.location, axis=1)).reshape(times, -1)
+
+
+def validate_grid(client: Client, grid: str, card: dict[str, Any]) -> list[Finding]:
+    """Checks a grid whose tiles are made.
+
+    Args:
+        client: The Dask cluster that reads the shards.
+        grid: URL of the Zarr.
+        card: The version's card: `made_of`, `database` and `checkpoint`.
+
+    Returns:
+        What was found, in order.
+
+    Raises:
+        UserError: The database or the checkpoint is gone, or the store does not answer.
+    """
+    params = params_of(card)
+    spec = params.spec
+    tiles = land_tiles(spec)
+    missing = set(tiles) - store.written(grid, spec, tiles)
+    findings = [presence(tiles, missing), checksums(grid), beside(client, grid)]
+    if findings[-1].passed:
+        findings += header(grid, spec, card)
+    if any(finding.passed is False for finding in findings):
+        return [*findings, Finding("values", None, "none read: first mend what failed")]
+    checks = run_units(client, partial(check_tile, grid, spec, blocks(grid)), tiles, label="validate")
+    findings += shards(checks, UNIT[params.dtype])
+    if any(check.error for check in checks):
+        return findings
+    findings += storage_loss(grid)
+    stored, reference = canaries(grid, spec, card, params)
+    slack = max(EXACT[params.dtype], FARTHEST * params.tolerance)
+    findings.append(visual_range(checks, reference, slack))
+    return [*findings, *compared(reference.apart(stored), reference.apart(reference.own(len(stored))), params)]
+
+
+def refuse(grid: str, findings: list[Finding]) -> None:
+    """Refuses a grid with a check that failed.
+
+    Raises:
+        UserError: It names the checks, and what to do.
+    """
+    failed = [f"{finding.check}: {finding.detail}" for finding in findings if finding.passed is False]
+    if failed:
+        raise UserError(
+            f"{grid} is not good ({'; '.join(failed)}), and no reader was sent to it: delete what is wrong, or all "
+            "of it, and run again"
+        )
+
+
+def params_of(card: dict[str, Any]) -> PublishParams:
+    """The parameters that a version was made with; its parent left out, which is known by fingerprint alone."""
+    made_of = {FORMER.get(name, name): value for name, value in card["made_of"].items()}
+    known = {name: made_of[name] for name in PublishParams.model_fields if name in made_of and name != "parent"}
+    return PublishParams(**{"land": FORMER_LAND} | known)
+
+
+def presence(tiles: list[Tile], missing: set[Tile]) -> Finding:
+    """Whether every tile with land has its shard."""
+    example = f", for example {min(map(str, missing))} is not" if missing else ""
+    return Finding("shards", not missing, f"{len(tiles) - len(missing)} of {len(tiles)} land tiles are there{example}")
+
+
+def checksums(grid: str) -> Finding:
+    """Whether every chunk has a checksum: without one, only what cannot be decoded is known to be damaged."""
+    without = [name for url in (grid, *others(grid)) for name in arrays.unchecked(url)]
+    told = f"{', '.join(without[:3])}{' …' * (len(without) > 3)} have none: a flipped bit may decode as another number"
+    return Finding("checksums", None if without else True, told if without else "every chunk has one")
+
+
+def beside(client: Client, grid: str) -> Finding:
+    """Whether all that is stored beside the vectors decodes: coordinates, evidence, coarser levels, kept sums."""
+    stored = [(grid, found) for found in arrays.objects(grid) if found.array not in (store.VARIABLE, *store.BLOCKS)]
+    stored += [(url, found) for url in others(grid) for found in arrays.objects(url)]
+    batches = [stored[start : start + BATCH] for start in range(0, len(stored), BATCH)]
+    bad = list(chain(*run_units(client, damaged, batches, label="decode", name=lambda _: "objects")))
+    told = f"{len(stored) - len(bad)} of {len(stored)} chunks beside the vectors decode"
+    return Finding("other arrays", not bad, f"{told} {'; '.join(bad[:3])}".rstrip())
+
+
+def others(grid: str) -> list[str]:
+    """URLs of the Zarrs beside a grid: its coarser levels and its sums, where they are."""
+    sums = storage.join(home_of(grid), SUMS)
+    return store.level_urls(grid) + ([sums] if storage.exists(storage.join(sums, store.ROOT)) else [])
+
+
+def damaged(batch: list[tuple[str, arrays.Stored]]) -> list[str]:
+    """Why objects of Zarr groups, each by the group's URL, cannot be decoded; nothing of those that can."""
+    return [why for url, stored in batch if (why := arrays.check(url, stored))]
+
+
+def header(grid: str, spec: GridSpec, card: dict[str, Any]) -> Iterator[Finding]:
+    """Whether coordinates and attributes are those of the card."""
+    dataset, names, stored = opened(grid), spec.plane.dims, store.open_spec(grid)
+    y, x = (dataset[name].values for name in names)
+    same = np.array_equal(y, spec.y) and np.array_equal(x, spec.x) and (stored.box, stored.crs) == (spec.box, spec.crs)
+    rising = bool((np.diff(y) < 0).all() and (np.diff(x) > 0).all())
+    detail = f"{names[0]} {y[0]:g} to {y[-1]:g}, {names[1]} {x[0]:g} to {x[-1]:g}, {len(y)} x {len(x)}, {stored.crs}"
+    yield Finding("coordinates, north up", same and rising, detail)
+    recorded = dataset.attrs.get("rangegrid:made_of")
+    named = fingerprint(card["made_of"]) == name_of(grid)
+    yield Finding(
+        "card", recorded == card["made_of"] and named, "attributes, card and name tell of the same parameters"
+    )
+
+
+def opened(grid: str) -> xr.Dataset:
+    """The grid as its readers see it, without Dask."""
+    arrays.check_axes(grid)
+    return xr.open_zarr(storage.zarr_store(grid, read_only=True), chunks=None)
+
+
+def blocks(grid: str) -> dict[str, list[int]]:
+    """First and last dimension of each part of a vector."""
+    return opened(grid).attrs["geoemb:blocks"]
+
+
+def check_tile(grid: str, spec: GridSpec, parts: dict[str, list[int]], tile: Tile) -> TileCheck:
+    """Reads one shard back."""
+    try:
+        data = store.read_tile(grid, tile)
+    except arrays.Damaged as error:
+        return TileCheck(str(tile), error=str(error))
+    wanted = land_cells(spec, tile).wanted
+    finite = np.isfinite(data)
+    misplaced = np.where(wanted, ~finite.all(0), finite.any(0))
+    good = data[:, wanted & ~misplaced]
+    if not good.shape[1]:
+        return TileCheck(str(tile), misplaced=int(misplaced.sum()))
+    visual, location = good[slice(*parts["visual"])], good[slice(*parts["location"])]
+    length = float(np.abs(np.linalg.norm(location.astype(np.float64), axis=0) - 1).max())
+    return TileCheck(str(tile), "", int(misplaced.sum()), length, visual.min(1), visual.max(1))
+
+
+def shards(checks: list[TileCheck], unit: float) -> Iterator[Finding]:
+    """What the shards tell together; `unit` is how far a location part's length may be from 1."""
+    bad = [f"{check.tile} ({check.error})" for check in checks if check.error]
+    yield Finding("decoding", not bad, f"{len(checks) - len(bad)} of {len(checks)} shards decode {'; '.join(bad[:3])}")
+    wrong = [check.tile for check in checks if check.misplaced]
+    cells = sum(check.misplaced for check in checks)
+    where = f", in {', '.join(wrong[:3])}" if wrong else ""
+    yield Finding("land and sea", not cells, f"{cells} cells with a value at sea or without one on land{where}")
+    length = max((check.length for check in checks), default=0.0)
+    yield Finding("location part", length < unit, f"of length 1 to {length:.1g}")
+
+
+def storage_loss(grid: str) -> Iterator[Finding]:
+    """What fewer bits lost, by the worst dimension; nothing of float32 and of grids of before, which tell of none."""
+    lost = opened(grid).attrs.get("rangegrid:loss", {})
+    if parts := {name: lost[name] for name in store.BLOCKS if "lost" in lost.get(name, {})}:
+        worst = ", ".join(f"{name} {max(part['lost']):.0%}" for name, part in parts.items())
+        told = f"the worst dimensions lose of their deviation: {worst}"
+        yield Finding(f"stored as {lost['dtype']}", None if "warning" in lost else True, lost.get("warning", told))
+
+
+def visual_range(checks: list[TileCheck], reference: Reference, slack: float) -> Finding:
+    """A selection is a mean of the database's values, so no cell is beyond them, but for `slack` of their range."""
+    low = np.min([check.low for check in checks if check.low is not None], axis=0)
+    high = np.max([check.high for check in checks if check.high is not None], axis=0)
+    room = slack * (reference.high - reference.low).max()
+    beyond = int(((low < reference.low - room) | (high > reference.high + room)).sum())
+    return Finding("visual part", not beyond, f"{beyond} of {len(low)} dimensions go beyond the database's values")
+
+
+def canaries(grid: str, spec: GridSpec, card: dict[str, Any], params: PublishParams) -> tuple[Float, Reference]:
+    """Some cells as they are stored, (m, dim), and computed again: at their places, then at each of the wrong ones."""
+    dataset, (y, x), plane = opened(grid), spec.plane.dims, store.open_spec(grid).plane
+    rows, columns = chosen(spec, name_of(grid))
+    stored = store.open_vectors(grid).at(rows, columns)
+    places = np.column_stack([dataset[x].values[columns], dataset[y].values[rows]])
+    projection = store.read_projection(grid) if params.compact_dims else None
+    everywhere = plane.lonlat(np.concatenate([places, *wrong(places, spec.box).values()]))
+    everywhere = np.where(np.isfinite(everywhere), everywhere, 0)  # where the plane has no place, any is wrong
+    location = load_checkpoint(card["checkpoint"]).location.embed(everywhere).astype(np.float64)
+    method = Method(params.method, params.beta)
+    return stored, refer(card["database"], location, everywhere, method, projection)
+
+
+def chosen(spec: GridSpec, name: str) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and columns of land cells, uniform by area, the same whenever asked."""
+    rows, columns = np.nonzero(land_mask(spec))
+    rng = np.random.default_rng(int.from_bytes(name.encode()))
+    area = np.cos(np.radians(spec.y[rows])) if spec.plane.is_geographic else np.ones(len(rows))
+    picked = rng.choice(len(rows), min(CANARIES, len(rows)), replace=False, p=area / area.sum())
+    return rows[picked], columns[picked]
+
+
+def wrong(places: Float, box: Box) -> dict[str, Float]:
+    """Where places of the plane would be if the grid were stored in the wrong order."""
+    x, y = places.T
+    west, south, east, north = box
+    slope = (north - south) / (east - west)
+    pairs = {
+        "latitude flipped": (x, south + north - y),
+        "longitude flipped": (west + east - x, y),
+        "axes exchanged": (west + (y - south) / slope, south + (x - west) * slope),
+    }
+    return {name: np.column_stack(pair) for name, pair in pairs.items()} | {"shuffled": np.roll(places, 1, axis=0)}
+
+
+def compared(apart: Float, own: Float, params: PublishParams) -> Iterator[Finding]:
+    """Whether the cells are what they must be, and are not what they would be elsewhere.
+
+    Args:
+        apart: How far the stored vectors are from those at their places, and at each of the wrong ones.
+        own: How far the right vectors are from these: over a small box perhaps less than storage may change them.
+        params: What may be lost.
+    """
+    right, *others = (agree(errors, params.tolerance, EXACT[params.dtype]) for errors in apart)
+    yield Finding("cells computed again", *right)
+    slack = 2 * max(EXACT[params.dtype], FARTHEST * params.tolerance)
+    for name, (passed, detail), distance in zip(wrong(np.zeros((0, 2)), GLOBE), others, own[1:].max(1), strict=True):
+        if distance > slack:
+            yield Finding(f"{name}, must differ", not passed, detail)
+        else:
+            yield Finding(f"{name}, must differ", None, f"not to be told: the field changes by {distance:.1g} at most")
+
+
+def agree(errors: Float, tolerance: float, exact: float) -> tuple[bool, str]:
+    """Whether cells have the error that interpolation and storage may leave, and what they have."""
+    share = float((errors <= max(exact, tolerance)).mean())
+    good = share == 1 or (tolerance > 0 and share >= WITHIN and errors.max() <= max(exact, FARTHEST * tolerance))
+    return bool(good), f"{share:.0%} of {len(errors)} agree; largest relative error {errors.max():.1g}"
+
+
+def refer(database: str, location: Float, places: Float, method: Method, projection: Projection | None) -> Reference:
+    """The selection at some places by its formula, streaming through the database."""
+    low, high = np.asarray(np.inf), np.asarray(-np.inf)
+    semantic, geodesic = np.zeros(()), np.zeros(())
+    for data, values in rows_of(database, projection):
+        low, high = np.minimum(low, values.min(0)), np.maximum(high, values.max(0))
+        table = np.column_stack([values, np.abs(values), np.ones(len(values))])
+        semantic = semantic + kernel(method.semantic, location, data.keys.astype(np.float64)) @ table
+        near = kernel(method.geodesic_temperature, unit_vectors(places), unit_vectors(data.locations))
+        geodesic = geodesic + near @ table
+    beta = method.beta if method.has_geodesic else 1.0
+    mixed = sum(share * sums[:, :-1] / sums[:, -1:] for share, sums in ((beta, semantic), (1 - beta, geodesic)))
+    visual, magnitude = np.split(np.asarray(mixed), 2, axis=1)
+    return Reference(visual, np.linalg.norm(magnitude, axis=1), location, low, high)
+
+
+def kernel(temperature: float, queries: Float, keys: Float) -> Float:
+    """Weights (m, n) of unit vectors, the largest that can be is 1."""
+    return np.exp(temperature * (queries @ keys.T - 1))
+
+
+def rows_of(database: str, projection: Projection | None) -> Iterator[tuple[Database, Float]]:
+    """The database by blocks, with the values in float64, projected as the grid's are."""
+    for data in read_blocks(database, BLOCK):
+        values = data.values.astype(np.float64)
+        yield data, (values - projection.mean) @ projection.components if projection else values

@@ -1,0 +1,500 @@
+"""Versions of the grid, and the pointers that tell readers which one to open.
+
+Every version has a directory of its own, which is whole before a pointer names it. So a reader of the old version
+is not disturbed, and to publish, or to go back, is one conditional PUT of one small object. Each product line
+(`tasks.release.lines`) has one pointer: the line that was first in a storage has `grids/latest.json`, which never
+goes over to another line, every other one `grids/latest.LINE.json`; under that name the first one's is found too, as
+a copy that is written after it. A pointer is also the record of those who delete: what is condemned in it cannot be
+promoted, whoever comes first, and a run under whose hands a version was deleted finds that here.
+
+========== ===========================================================================================
+key        meaning
+========== ===========================================================================================
+grid       URL of the Zarr that readers open
+href       the same, as seen from the directory of the pointer
+line       the product line
+fingerprint, promoted, nonce  of this version: its name, when it became the latest, and a mark of that move
+drift      how far its vectors turned from the version before (`tasks.release.diff.drift`), if that was measured
+previous   URL of the version before, if any
+history    the versions that were the latest before, newest first, each with the seven keys above
+withdrawn  fingerprints of versions that were rolled back: no run promotes them again by itself
+condemned  fingerprints of versions that are being deleted
+deleted    by fingerprint, a mark of the last deletion
+========== ===========================================================================================
+
+A pointer of before there were lines has no `href` and no `line`, and may have moves between several lines in its
+history: each is put into the line of its card, and a line that has no pointer yet begins with those.
+"""
+
+import secrets
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, computed_field
+
+from infra import storage
+from infra.errors import UserError
+from infra.settings import settings
+from tasks.cards import GRID, home_of, name_of, read_card
+from tasks.release.lines import Layout, choose_line, lines_in, read_line, read_told, versions_in
+
+HISTORY = 100  # versions that a pointer remembers
+DELETED = 1000  # deletions that it remembers
+ATTEMPTS = 20  # to change a pointer: each that is lost is another's success
+READERS = 8  # cards that are read at a time
+
+
+class Move(BaseModel):
+    """A pointer came to a version."""
+
+    model_config = ConfigDict(frozen=True)
+
+    grid: str
+    href: str = ""
+    line: str = ""
+    fingerprint: str = ""
+    promoted: str = ""
+    nonce: str = ""
+    drift: dict[str, float] = {}
+
+    @classmethod
+    def to(cls, grid: str, line: str, drift: dict[str, float] | None = None) -> "Move":
+        """Returns a move to a version, now."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(grid=grid, line=line, promoted=now, nonce=secrets.token_hex(8), drift=drift or {}).here()
+
+    def here(self) -> "Move":
+        """Returns the move as it is in this storage, which may be a copy, and complete."""
+        if not self.grid:
+            return self
+        inside = directory() + "/"
+        grid = inside + self.href if self.href else self.grid
+        href = grid.removeprefix(inside) if grid.startswith(inside) else ""
+        named = {"fingerprint": self.fingerprint or name_of(grid), "line": self.line or read_line(grid)}
+        return self.model_copy(update={"grid": grid, "href": href, **named})
+
+    def alone(self) -> "Move":
+        """Returns the move without what a pointer holds beside it."""
+        return Move(**{name: getattr(self, name) for name in Move.model_fields})
+
+
+class Pointer(Move):
+    """The stored pointer of a line; without a version, `grid` is empty."""
+
+    grid: str = ""
+    history: tuple[Move, ...] = ()
+    withdrawn: tuple[str, ...] = ()
+    condemned: tuple[str, ...] = ()
+    deleted: dict[str, str] = {}
+
+    @property
+    def own(self) -> list[Move]:
+        """The versions of its line that were the latest before, newest first."""
+        return [move for move in self.history if move.line == self.line]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def previous(self) -> str | None:
+        """The version before."""
+        return self.own[0].grid if self.own else None
+
+    def changed(self, **values: Any) -> "Pointer":
+        """Returns the same with other values."""
+        return self.model_copy(update=values)
+
+    def begun(self, line: str) -> "Pointer":
+        """Returns the first pointer of another line: its moves, from before there were lines, are in this history."""
+        moves = [move for move in self.history if move.line == line]
+        if not moves:
+            return Pointer(line=line, deleted=self.deleted)
+        earlier = {"history": tuple(moves[1:]), "withdrawn": self.withdrawn, "deleted": self.deleted}
+        return Pointer(**moves[0].model_dump(), **earlier)
+
+
+@dataclass(frozen=True)
+class Version:
+    """A directory under `grids/`."""
+
+    fingerprint: str
+    """Its name."""
+    grid: str
+    """URL of its Zarr."""
+    state: str
+    """`latest`, `previous`, `withdrawn`, `kept`, `unfinished` or `condemned`; the first two are those of its line."""
+    finished: datetime | None
+    """When its card was written."""
+    card: dict[str, Any]
+    """Its card; empty while it is unfinished."""
+    line: str = ""
+    """Its product line; empty before its metadata are there."""
+    layout: Layout | None = None
+    """What its readers rely on; none before its metadata are there."""
+
+    @property
+    def parent(self) -> str | None:
+        """Fingerprint of the version whose sums it was made from."""
+        return self.card.get("made_of", {}).get("parent")
+
+
+def directory() -> str:
+    """Returns the URL of the directory of all versions."""
+    return storage.join(settings().storage_url, "grids")
+
+
+def pointer_url(line: str = "") -> str:
+    """Returns the URL of a line's pointer; without a line, of the first line's, which readers knew before any."""
+    return storage.join(directory(), f"latest.{line}.json" if line else "latest.json")
+
+
+def _read(url: str) -> tuple[Pointer, str | None]:
+    try:
+        data, tag = storage.read_tagged(url)
+    except FileNotFoundError:
+        return Pointer(), None
+    found = Pointer.model_validate_json(data)
+    own = found.alone().here()
+    return found.changed(**own.model_dump(), history=tuple(move.here() for move in found.history)), tag
+
+
+def _located(line: str) -> tuple[str, Pointer, str | None]:
+    """URL of a line's pointer, the pointer, and its tag; an empty one, and none, before its first version."""
+    first, tag = _read(pointer_url())
+    if not line or first.line in ("", line):
+        return pointer_url(), first.changed(line=first.line or line), tag
+    own, own_tag = _read(pointer_url(line))
+    return pointer_url(line), own if own_tag else first.begun(line), own_tag
+
+
+def read_pointer(line: str = "") -> tuple[Pointer, str | None]:
+    """Returns the pointer of a line, by default of the first one, and its tag; an empty one, and none, before one."""
+    return _located(line)[1:]
+
+
+def pointers() -> dict[str, Pointer]:
+    """Returns the pointers of all lines that have a version in force, the first line's first."""
+    first, _ = read_pointer()
+    lines = [first.line, *(move.line for move in first.history if move.line), *lines_in(directory())]
+    found = {line: first if line == first.line else read_pointer(line)[0] for line in dict.fromkeys(lines)}
+    return {line: pointer for line, pointer in found.items() if pointer.grid}
+
+
+def change_pointer(change: Callable[[Pointer], Pointer], line: str = "") -> Pointer:
+    """Changes the pointer of a line by a function that is called again where another change came first.
+
+    Raises:
+        UserError: Others change it all the time; or what `change` raises.
+    """
+    for _ in range(ATTEMPTS):
+        url, pointer, tag = _located(line)
+        new = change(pointer)
+        if new == pointer or storage.replace(url, new.model_dump_json(indent=2).encode(), tag):
+            return new
+    raise UserError(f"{pointer_url(line)} was changed by others {ATTEMPTS} times in a row: try again")
+
+
+def begin(grid: str, asked: str = "", layout: Layout | None = None) -> Pointer:
+    """Returns the pointer as a run finds it that is going to make a version.
+
+    Args:
+        grid: URL of its Zarr.
+        asked: The line that it is to be in, if one is named.
+        layout: What its readers will rely on; unset, it is there already.
+
+    Raises:
+        UserError: The version is being deleted, or is there and in another line.
+    """
+    pointer, _ = read_pointer(choose_line(grid, asked, layout) if layout else read_line(grid))
+    check_uncondemned(pointer, grid)
+    return pointer
+
+
+def promote(grid: str, since: Pointer | None = None, drift: dict[str, float] | None = None) -> Pointer:
+    """Makes a version the latest of its line.
+
+    Args:
+        grid: URL of its Zarr.
+        since: The pointer that the caller knew, of `begin`; unset, the one that is there now.
+        drift: How far its vectors turned from those of that pointer's version, where it was measured.
+
+    Returns:
+        The pointer as it is then.
+
+    Raises:
+        UserError: The version is not finished or is being deleted, or since then was deleted or another the latest.
+    """
+    known = since or begin(grid)
+    move = Move.to(grid, known.line, drift)
+    return catalogued(change_pointer(partial(_promoted, move=move, known=known), known.line))
+
+
+def catalogued(pointer: Pointer) -> Pointer:
+    """Makes the STAC collection and the copies of pointers by their lines' names follow the pointer; returns it."""
+    from tasks.release.stac import write_collection  # here: what lists or deletes versions waits for no geometry
+
+    found = pointers()
+    for position, (line, own) in enumerate(found.items()):
+        write = storage.create if position else storage.write  # of the first one it is a copy
+        write(pointer_url(line), own.model_dump_json(indent=2).encode())
+    first = next(iter(found.values()), pointer)
+    write_collection(directory(), first.fingerprint, {version.fingerprint: version for version in versions()})
+    return pointer
+
+
+def _promoted(pointer: Pointer, move: Move, known: Pointer) -> Pointer:
+    if pointer.grid == move.grid or move.nonce in {earlier.nonce for earlier in pointer.history}:
+        return pointer  # whether by a lost answer of ours or by a run of the same parameters
+    check_unmoved(pointer, known)
+    check_undeleted(pointer, known, move.grid)
+    check_there(pointer, move.grid)
+    withdrawn = tuple(name for name in pointer.withdrawn if name != move.fingerprint)
+    history = (pointer.alone(), *pointer.history)[:HISTORY] if pointer.grid else ()
+    return pointer.changed(**move.model_dump(), history=history, withdrawn=withdrawn)
+
+
+def check_unmoved(pointer: Pointer, known: Pointer) -> None:
+    """Refuses to move a pointer that another has moved since."""
+    if pointer.nonce != known.nonce:
+        raise UserError(
+            f"{pointer_url()} was moved from {known.fingerprint or 'nothing'} to {pointer.fingerprint} meanwhile, and "
+            "stays there: compare with `rangegrid grid diff`, then decide with `rangegrid grid promote`"
+        )
+
+
+def check_undeleted(pointer: Pointer, known: Pointer, grid: str) -> None:
+    """Refuses a version that was deleted since a run knew the pointer: what it found there is there no more."""
+    name = name_of(grid)
+    if pointer.deleted.get(name) != known.deleted.get(name):
+        raise UserError(f"{grid} was deleted by a prune meanwhile, and no reader was sent to it: run this again")
+
+
+def check_there(pointer: Pointer, grid: str) -> None:
+    """Refuses a version that is unfinished, being deleted, or a card without a grid."""
+    check_uncondemned(pointer, grid)
+    read_card(home_of(grid), "grid")
+    if not storage.exists(storage.join(grid, "zarr.json")):
+        raise UserError(f"{home_of(grid)} has a card and no grid: delete it, and publish it again")
+
+
+def check_uncondemned(pointer: Pointer, grid: str) -> None:
+    """Refuses a version that is being deleted."""
+    if name_of(grid) in pointer.condemned:
+        raise UserError(f"{grid} is being deleted: end that with `rangegrid grid prune`, then publish it again")
+
+
+def confirm(grid: str, since: Pointer) -> None:
+    """Takes the card of a version back that was deleted while its run was at work; call it once the card is written.
+
+    Who deletes condemns first, then deletes; who makes writes the card first, then looks here: one of both notices.
+
+    Args:
+        grid: URL of its Zarr.
+        since: The pointer when the run began.
+
+    Raises:
+        UserError: It was, or is being, deleted.
+    """
+    first, own = read_pointer()[0], read_pointer(since.line)[0]
+    try:
+        for pointer in (first, own):
+            check_uncondemned(pointer, grid)
+        check_undeleted(own, since, grid)
+    except UserError:
+        storage.delete(storage.join(home_of(grid), "card.json"))
+        raise
+
+
+def rollback(to: str | None = None, line: str = "") -> Pointer:
+    """Goes back to a version that was the latest of its line before; those passed over are withdrawn.
+
+    Args:
+        to: URL of its Zarr; unset, the previous one.
+        line: Of the previous one; unset, the first line.
+
+    Raises:
+        UserError: There is no such version, or another one became the latest at the same moment.
+    """
+    known, _ = read_pointer(read_line(to) if to else line)
+    target = to or known.previous
+    if target is None:
+        raise UserError(f"there is no version before {known.grid or 'the first'}: nothing to go back to")
+    move = Move.to(target, known.line)
+    return catalogued(change_pointer(partial(_rolled_back, move=move, known=known), known.line))
+
+
+def _rolled_back(pointer: Pointer, move: Move, known: Pointer) -> Pointer:
+    if move.nonce == pointer.nonce:
+        return pointer
+    check_unmoved(pointer, known)
+    grids = [earlier.grid for earlier in pointer.own]
+    if move.grid not in grids:
+        raise UserError(f"{move.grid} was not the latest before: use `rangegrid grid promote`")
+    check_there(pointer, move.grid)
+    place = grids.index(move.grid)
+    passed = [pointer.fingerprint, *(name_of(grid) for grid in grids[:place])]
+    withdrawn = tuple(name for name in dict.fromkeys([*pointer.withdrawn, *passed]) if name != move.fingerprint)
+    over = {name_of(grid) for grid in grids[: place + 1]}
+    history = tuple(earlier for earlier in pointer.history if earlier.fingerprint not in over)
+    return pointer.changed(**move.model_dump(), history=history, withdrawn=withdrawn)
+
+
+def versions() -> list[Version]:
+    """Returns all versions: finished ones first, newest first."""
+    known = pointers()
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda name: _version(name, known), versions_in(directory())))
+    there = [version for version in found if version.card or storage.size(home_of(version.grid))]  # no empty directory
+    return sorted(there, key=lambda v: (v.finished is None, -v.finished.timestamp() if v.finished else 0, v.grid))
+
+
+def _version(name: str, known: dict[str, Pointer]) -> Version:
+    home, grid = storage.join(directory(), name), storage.join(directory(), name, GRID)
+    told = read_told(grid)
+    finished = storage.modified(storage.join(home, "card.json")) if told.card else None
+    state = _state(name, grid, told.line, known.values(), finished is not None)
+    return Version(name, grid, state, finished, told.card, told.line, told.layout)
+
+
+def _state(name: str, grid: str, line: str, known: Iterable[Pointer], finished: bool) -> str:
+    marks = {
+        "condemned": any(name in pointer.condemned for pointer in known),
+        "unfinished": not finished,
+        "latest": any(grid == pointer.grid for pointer in known),
+        "previous": any(grid == pointer.previous for pointer in known),
+        "withdrawn": any(name in pointer.withdrawn for pointer in known if pointer.line == line),
+    }
+    return next((state for state, holds in marks.items() if holds), "kept")
+
+
+def find(name: str) -> str:
+    """Returns the URL of a version's Zarr.
+
+    Args:
+        name: `latest` or `previous` of the first line, `latest.LINE` or `previous.LINE` of another, a fingerprint or
+            the first digits of one, or the URL or path of a grid.
+
+    Raises:
+        UserError: There is none, or several begin so.
+    """
+    if "/" in name:
+        return storage.as_url(name.rstrip("/"))
+    which, _, line = name.partition(".")
+    if which in ("latest", "previous"):
+        pointer, _ = read_pointer(line)
+        grid = pointer.grid if which == "latest" else pointer.previous
+        if not grid:
+            raise UserError(f"there is no {name} version in {directory()}: promote one with `rangegrid grid promote`")
+        return grid
+    begin = [found for found in versions_in(directory()) if found.startswith(name)]
+    if len(begin) != 1:
+        known = ", ".join(begin) or "none"
+        raise UserError(f"{name!r} names {known} of the versions in {directory()}: `rangegrid grid list` shows all")
+    return storage.join(directory(), begin[0], GRID)
+
+
+def prune(
+    keep: int,
+    *,
+    unfinished: bool = False,
+    dry_run: bool = False,
+    line: str = "",
+    spared: frozenset[str] = frozenset(),
+) -> list[Version]:
+    """Deletes old versions, each line for itself; what a killed prune left is deleted too.
+
+    Kept are the newest of each line, the latest, the previous one, and the parents of those, from whose sums they are
+    made. A line without a latest is left as it is: nothing says what of it is in use.
+
+    Args:
+        keep: How many of the newest of each line are kept.
+        unfinished: Deletes unfinished versions too: give it while no run publishes.
+        dry_run: Deletes nothing.
+        line: The only line to prune; unset, all.
+        spared: Fingerprints of versions that are kept whatever else holds.
+
+    Returns:
+        The versions that are (or would be) deleted.
+
+    Raises:
+        UserError: Nothing is promoted.
+    """
+    known = pointers()
+    if line not in known if line else not known:
+        raise UserError(
+            f"no version {f'of the line {line} ' * bool(line)}in {directory()} is the latest: promote one first, with "
+            "`rangegrid grid promote`"
+        )
+    deleted: dict[str, Version] = {}
+    for each in [line] if line else list(known):
+        choose = partial(to_prune, line=each, keep=keep, unfinished=unfinished, spared=spared)
+        deleted |= {version.fingerprint: version for version in _prune(each, choose, dry_run)}
+    if unfinished and not line:
+        choose = partial(_stray, known=set(known), spared=spared)
+        deleted |= {version.fingerprint: version for version in _prune(next(iter(known)), choose, dry_run)}
+    if not dry_run:
+        catalogued(read_pointer()[0])
+    return list(deleted.values())
+
+
+def _prune(line: str, choose: Callable[[list[Version]], list[Version]], dry_run: bool) -> list[Version]:
+    """Deletes the versions that `choose` finds, and those whose deletion was begun, by way of the pointer of a line."""
+    doomed: list[Version] = []
+
+    def condemn(pointer: Pointer) -> Pointer:
+        found = versions()
+        begun = [version for version in found if version.fingerprint in pointer.condemned]
+        chosen = [version for version in choose(found) if version.grid not in (pointer.grid, pointer.previous)]
+        doomed[:] = {version.fingerprint: version for version in [*chosen, *begun]}.values()
+        names = {version.fingerprint for version in doomed}
+        history = tuple(move for move in pointer.history if move.fingerprint not in names)
+        withdrawn = tuple(name for name in pointer.withdrawn if name not in names)
+        return pointer.changed(history=history, withdrawn=withdrawn, condemned=tuple(sorted(names)))
+
+    if dry_run:
+        condemn(read_pointer(line)[0])
+        return doomed
+    change_pointer(condemn, line)
+    gone = [version for version in doomed if not _finished_since(version)]
+    for version in gone:
+        storage.delete(storage.join(directory(), version.fingerprint, "card.json"))
+        storage.delete(storage.join(directory(), version.fingerprint))
+    change_pointer(partial(_deleted, doomed=doomed, gone=gone, mark=secrets.token_hex(8)), line)
+    return gone
+
+
+def _finished_since(version: Version) -> bool:
+    """Whether a run finished an unfinished version, and may have looked at the pointer before it was condemned."""
+    return version.state == "unfinished" and storage.exists(storage.join(home_of(version.grid), "card.json"))
+
+
+def _deleted(pointer: Pointer, doomed: list[Version], gone: list[Version], mark: str) -> Pointer:
+    names = {version.fingerprint for version in doomed}
+    marks = pointer.deleted | {version.fingerprint: mark for version in gone}
+    left = tuple(name for name in pointer.condemned if name not in names)
+    return pointer.changed(condemned=left, deleted=dict(list(marks.items())[-DELETED:]))
+
+
+def to_prune(
+    found: list[Version], line: str, keep: int, unfinished: bool = False, spared: frozenset[str] = frozenset()
+) -> list[Version]:
+    """Returns the versions of a line that nothing keeps."""
+    finished = [version for version in found if version.state not in ("condemned", "unfinished")]
+    newest = [version for each in {v.line for v in finished} for version in _of(finished, each)[:keep]]
+    kept = [*newest, *(version for version in finished if version.state in ("latest", "previous"))]
+    names = {version.fingerprint for version in kept} | {version.parent for version in kept} | spared
+    doomed = [version for version in _of(finished, line) if version.fingerprint not in names]
+    begun = [version for version in _of(found, line) if unfinished and version.state == "unfinished"]
+    return doomed + [version for version in begun if version.fingerprint not in spared]
+
+
+def _stray(found: list[Version], known: set[str], spared: frozenset[str]) -> list[Version]:
+    """The unfinished versions of lines that have no latest, or of which not even the line is known."""
+    begun = [version for version in found if version.state == "unfinished" and version.line not in known]
+    return [version for version in begun if version.fingerprint not in spared]
+
+
+def _of(found: list[Version], line: str) -> list[Version]:
+    return [version for version in found if version.line == line]

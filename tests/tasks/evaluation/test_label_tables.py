@@ -1,0 +1,189 @@
+"""Tables of labels: the paper's, any other, polygons, and what is wrong with them."""
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pytest
+from shapely.geometry import MultiPoint, Point, box
+
+from infra import storage
+from infra.errors import UserError
+from tasks.evaluation.label_tables import PAPER, draw_in_polygons, read_labels
+from tasks.params import EvaluateParams
+
+COUNT = 80
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(0)
+    return pd.DataFrame({"lon": rng.uniform(-170, 170, COUNT), "lat": rng.uniform(-80, 80, COUNT)})
+
+
+def read(*sources, **params):
+    return read_labels(EvaluateParams(labels=tuple(map(str, sources)), **params))
+
+
+def frame(rows, columns):
+    lon, lat = columns.lonlat
+    values = np.arange(COUNT) if columns.kind == "regression" else [f"c{i % 4}" for i in range(COUNT)]
+    return pd.DataFrame({lon: rows["lon"], lat: rows["lat"], columns.label: values})
+
+
+@pytest.mark.parametrize("columns", PAPER, ids=lambda columns: columns.name)
+def test_the_papers_tables_are_recognised(rows, tmp_path, columns):
+    frame(rows, columns).to_csv(tmp_path / "table.csv", index=False)
+    (found,) = read(tmp_path / "table.csv")
+    assert (found.name, found.kind, found.block_degrees) == (columns.name, columns.kind, columns.block_degrees)
+    np.testing.assert_allclose(found.lonlat, rows)
+    if columns.name == "population":
+        np.testing.assert_allclose(found.labels, np.log(1 + np.arange(COUNT)))
+
+
+def test_housing_is_not_taken_for_population(rows, tmp_path):
+    table = frame(rows, PAPER[-1]).assign(population=1.0)
+    table.to_csv(tmp_path / "housing.csv", index=False)
+    assert [labels.name for labels in read(tmp_path / "housing.csv")] == ["housing"]
+
+
+def test_one_table_has_two_tasks(rows, tmp_path):
+    table = frame(rows, PAPER[0]).assign(ECO_NAME=[f"e{i % 9}" for i in range(COUNT)])
+    table.loc[3, "ECO_NAME"] = None
+    table.to_parquet(tmp_path / "eco.parquet")
+    biome, ecoregion = read(tmp_path / "eco.parquet")
+    assert (biome.name, len(biome.labels), ecoregion.name, len(ecoregion.labels)) == ("biome", 80, "ecoregion", 79)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+def test_any_column_is_taken_by_name(rows, tmp_path, suffix):
+    table = rows.rename(columns={"lon": "LNG", "lat": "Latitude"}).assign(yield_=np.arange(COUNT, dtype="f8"))
+    path = tmp_path / f"crops{suffix}"
+    table.to_parquet(path) if suffix == ".parquet" else table.to_csv(path, index=False)
+    (found,) = read(path, label="yield_", kind="regression")
+    np.testing.assert_array_equal(found.labels, np.arange(COUNT))
+    (classes,) = read(path, label="yield_", kind="classification", points=None)
+    assert classes.kind == "classification"
+
+
+def test_a_draw_keeps_the_order_and_the_seed(tmp_path):
+    table = pd.DataFrame({"lon": np.linspace(0, 9, 900), "lat": 0.0, "elevation": np.arange(900.0)})
+    table.to_csv(tmp_path / "e.csv", index=False)
+    (first,), (again,) = (read(tmp_path / "e.csv", points=200) for _ in range(2))
+    assert len(first.labels) == 200
+    assert (np.diff(first.labels) > 0).all()
+    np.testing.assert_array_equal(first.labels, again.labels)
+
+
+SQUARES = gpd.GeoDataFrame(
+    {"BIOME_NAME": ["wet", "dry"]}, geometry=[box(0, 0, 10, 10), box(10, 0, 30, 10)], crs="EPSG:4326"
+)
+
+
+@pytest.mark.parametrize("name", ["b.geojson", "b.shp", "b.shp.zip", "b.parquet"])
+def test_places_are_drawn_in_polygons_by_area(tmp_path, name):
+    path = tmp_path / name
+    mercator = SQUARES.to_crs(3857)
+    mercator.to_parquet(path) if name == "b.parquet" else mercator.to_file(path)
+    (found,) = read(path, points=3000)
+    assert (found.name, len(found.labels)) == ("biome", 3000)
+    assert ((found.lonlat[:, 0] < 10) == (found.labels == "wet")).all()
+    assert np.mean(found.labels == "dry") == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_points_of_a_geometry_are_taken_as_they_are(rows, tmp_path):
+    geometry = gpd.points_from_xy(rows["lon"], rows["lat"], crs="EPSG:4326")
+    gpd.GeoDataFrame({"soil": ["a", "b"] * 40}, geometry=geometry).to_parquet(tmp_path / "soil.parquet")
+    (found,) = read(tmp_path / "soil.parquet", label="soil", kind="classification")
+    np.testing.assert_allclose(found.lonlat, rows)
+
+
+@pytest.mark.parametrize("name", ["soil.parquet", "soil.geojson", "soil.gpkg"])
+@pytest.mark.parametrize("missing", [None, Point()], ids=["null", "empty"])
+def test_a_row_without_geometry_or_label_moves_no_other(rows, tmp_path, name, missing):
+    """Each label is a function of its own place, so that any shift shows in every row after it."""
+    geometry = list(gpd.points_from_xy(rows["lon"], rows["lat"]))
+    geometry[0] = geometry[41] = missing
+    labels = rows["lon"].round(6)
+    labels[7] = None
+    table = gpd.GeoDataFrame({"east": labels}, geometry=geometry, crs="EPSG:4326")
+    table.to_parquet(tmp_path / name) if name.endswith("parquet") else table.to_file(tmp_path / name)
+    (found,) = read(tmp_path / name, label="east", kind="regression")
+    np.testing.assert_allclose(found.labels, found.lonlat[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found.lonlat, rows.drop([0, 7, 41]), atol=1e-5)
+
+
+def test_a_row_without_geometry_moves_no_polygon(tmp_path):
+    shapes = pd.concat([gpd.GeoDataFrame({"BIOME_NAME": ["lost"]}, geometry=[None], crs="EPSG:4326"), SQUARES])
+    shapes.to_parquet(tmp_path / "b.parquet")
+    (found,) = read(tmp_path / "b.parquet", points=500)
+    assert ((found.lonlat[:, 0] < 10) == (found.labels == "wet")).all()
+
+
+def test_each_of_several_points_has_their_label(rows, tmp_path):
+    geometry = [MultiPoint([(lon, lat), (lon + 1, lat)]) for lon, lat in rows.to_numpy()]
+    gpd.GeoDataFrame({"row": range(COUNT)}, geometry=geometry, crs="EPSG:4326").to_parquet(tmp_path / "p.parquet")
+    (found,) = read(tmp_path / "p.parquet", label="row", kind="regression")
+    np.testing.assert_array_equal(found.labels, np.repeat(np.arange(COUNT), 2))
+    np.testing.assert_allclose(found.lonlat[::2], rows)
+
+
+def test_a_mixture_of_points_and_polygons_is_refused(tmp_path):
+    mixed = gpd.GeoDataFrame({"a": range(2)}, geometry=[Point(1, 2), box(0, 0, 1, 1)], crs="EPSG:4326")
+    mixed.to_parquet(tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="geometries of Point, Polygon: give points alone, or polygons alone"):
+        read(tmp_path / "p.parquet", label="a", kind="regression")
+
+
+def test_a_table_comes_from_the_object_store_and_from_the_web(sandbox, rows):
+    url = storage.join(sandbox.environment()["RANGEGRID_STORAGE_URL"], "labels/elevation.csv")
+    storage.write(url, rows.assign(elevation=1.0 * np.arange(COUNT)).to_csv(index=False).encode())
+    for source in (url, storage.presigned(url)):
+        (found,) = read(source)
+        np.testing.assert_array_equal(found.labels, np.arange(COUNT))
+    with pytest.raises(UserError, match="there is no table"):
+        read(storage.presigned(url.replace("elevation.csv", "gone.csv")))
+
+
+GOOD = "lon,lat,elevation\n" + "".join(f"{i},{i},{i}\n" for i in range(60))
+BAD = {
+    "few.csv": ("lon,lat,elevation\n1,2,3\n", {}, "has 1 labels with a place: a probe needs at least 50"),
+    "same.csv": ("lon,lat,elevation\n" + "1,2,3\n" * 60, {}, "has one value alone"),
+    "text.csv": (GOOD.replace(",7\n", ",high\n"), {}, "is not of numbers"),
+    "other.csv": (
+        GOOD.replace("elevation", "height"),
+        {},
+        "none of the paper's tasks among its columns lon, lat, height",
+    ),
+    "column.csv": (GOOD, {"label": "soil", "kind": "regression"}, "no column 'soil' among lon, lat, elevation"),
+    "where.csv": (GOOD.replace("lat", "phi"), {"label": "elevation", "kind": "regression"}, "name one with --lat"),
+    "swapped.csv": (GOOD.replace("9,9,9", "9,99,9"), {}, "is at lon 9, lat 99: name the columns in degrees"),
+    "broken.parquet": (GOOD, {}, "cannot be read as a table of labels"),
+    "table.xlsx": (GOOD, {}, "is of no kind that can be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_tables_are_refused(tmp_path, name):
+    text, params, message = BAD[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name, **params)
+
+
+def test_a_table_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no table"):
+        read(tmp_path / "gone.csv")
+
+
+def test_two_tables_of_one_task_are_refused(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text(GOOD)
+    with pytest.raises(UserError, match="two tables have labels of 'elevation'"):
+        read(tmp_path / "a.csv", tmp_path / "b.csv")
+
+
+def test_polygons_too_small_to_be_hit_are_refused(monkeypatch):
+    monkeypatch.setattr("tasks.evaluation.label_tables.TRIES", 1)
+    specks = gpd.GeoDataFrame(geometry=[box(0, 0, 1e-9, 1e-9), box(90, 50, 90 + 1e-9, 50 + 1e-9)], crs="EPSG:4326")
+    with pytest.raises(UserError, match="polygons so small"):
+        draw_in_polygons(specks, 10, 0, "specks.geojson")

@@ -1,0 +1,125 @@
+"""A database over separately started workers, against the whole in one process."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client
+
+from infra.errors import UserError
+from infra.sandbox import servers
+from tasks.core.encoders.location import LocationEncoder
+from tasks.core.retrieval import Method, RetrievalIndex, embed
+from tasks.grid import parts
+from tasks.params import PublishParams
+from tasks.publish import publish_grid
+from tests.core.test_retrieval import close, database
+from tests.tasks.test_publish import DIM, STEP, VALUES, embeddings, images, store, store_checkpoint
+
+ROWS = 200
+FEW = images(np.arange(ROWS))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A scheduler and three workers, each a process of its own; none takes over a busy one's work, and so its part."""
+    (port,) = servers.free_ports(1)
+    address = f"tcp://{servers.HOST}:{port}"
+    commands = [["scheduler", "--host", servers.HOST, "--port", str(port), "--no-dashboard"]]
+    commands += [["worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]] * 3
+    options = {
+        "cwd": tmp_path_factory.mktemp("w"),
+        "env": os.environ | {"DASK_DISTRIBUTED__SCHEDULER__WORK_STEALING": "False"},
+        "stderr": subprocess.DEVNULL,
+    }
+    started = [subprocess.Popen([sys.executable, "-m", "dask", *command], **options) for command in commands]
+    with Client(address, timeout="60s") as client:
+        client.wait_for_workers(3, timeout=120)
+        yield client, started[1]
+    for process in reversed(started):
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The storage, with a checkpoint in it."""
+    store_checkpoint(tmp_path.as_uri())
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
+    return tmp_path
+
+
+@pytest.fixture
+def small(cluster, monkeypatch):
+    """Gives workers so little memory that a database of so many rows takes two of them at least."""
+    least = min(worker["memory_limit"] for worker in cluster[0].scheduler_info(n_workers=-1)["workers"].values())
+    return lambda rows: monkeypatch.setattr(parts, "MEMORY_SHARE", rows * (DIM + VALUES) * 4 / 2 / least)
+
+
+def publish(client, home, arrays, **options):
+    url = store(home, f"database{len(arrays['keys'])}", arrays)
+    return publish_grid(client, f"{home.as_uri()}/checkpoint", url, PublishParams(**STEP | options))
+
+
+def expected(grid, arrays, beta=0.5):
+    """Every land cell, in one process."""
+    torch.manual_seed(0)
+    encoder = LocationEncoder(6, hidden=16, dim=DIM).eval()
+    land = np.isfinite(embeddings(grid)[0])
+    row, column = np.nonzero(land)
+    lonlat = np.column_stack([-175.0 + 10 * column, 85.0 - 10 * row])
+    index = RetrievalIndex(arrays["keys"], arrays["values"], arrays["locations"])
+    return land, embed(encoder, index, lonlat, Method(beta=beta))
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.2, "keep_sums": True}])
+def test_the_parts_are_the_whole(cluster, home, small, options):
+    client = cluster[0]
+    small(ROWS)
+    client.run(parts.load_part.cache_clear)
+    grid = publish(client, home, FEW, **options)
+    land, vectors = expected(grid, FEW, options.get("beta", 0.5))
+    close(embeddings(grid)[:, land].T, vectors, 1e-5)
+    assert [info.misses for info in client.run(parts.load_part.cache_info).values()] == [1, 1, 1]  # not once a tile
+
+
+def test_one_spectrum_serves_all_parts_and_far_cells_are_summed_directly(cluster, home, small):
+    small(6000)
+    keys, values, where = database(6000, DIM, VALUES)
+    where[:, 1] = np.abs(where[:, 1])  # none south of the equator
+    arrays = {"keys": keys, "values": values, "locations": where, "row_ids": np.arange(6000)}
+    far = RetrievalIndex(keys, values, where).spectrum(40.0).sums(np.array([[0.0, -80.0], [0.0, 50.0]]))[1]
+    np.testing.assert_array_equal(far, [True, False])
+    grid = publish(cluster[0], home, arrays)
+    land, vectors = expected(grid, arrays)
+    close(embeddings(grid)[:, land].T, vectors, 1e-5)
+
+
+def test_a_dead_worker_costs_nothing_but_time(cluster, home, small):
+    client, worker = cluster
+    small(ROWS)
+    made = []
+    thread = threading.Thread(target=lambda: made.append(publish(client, home, FEW)))
+    thread.start()
+    while not list(Path(home).rglob("grid.zarr/embedding/c/*/*/*")):
+        time.sleep(0.01)
+    worker.kill()
+    worker.wait()
+    thread.join(300)
+    land, vectors = expected(made[0], FEW)
+    close(embeddings(made[0])[:, land].T, vectors, 1e-5)
+
+
+def test_what_fits_no_worker_is_refused(cluster, home, monkeypatch):
+    monkeypatch.setattr(parts, "MEMORY_SHARE", 1e-9)
+    with pytest.raises(UserError, match=r"takes 1.92e-05 GB, and \d workers hold .* start \d+ workers"):
+        publish(cluster[0], home, FEW)
+    with pytest.raises(UserError, match="no worker can hold, and interpolation and updates need it whole"):
+        publish(cluster[0], home, images(np.arange(ROWS + 1)), tolerance=0.01)
+    assert not list(home.rglob("grid.zarr"))

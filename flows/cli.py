@@ -280,7 +280,7 @@ def import_checkpoint(
     file: Annotated[str, typer.Argument(help="Path or URL of a satclip-*.ckpt.")], directory: New
 ) -> None:
     """Import a SatCLIP checkpoint, both towers; nothing in the file is executed."""
-    from tasks.model.checkpoint import import_satclip
+    from tasks.model.satclip import import_satclip
 
     card = import_satclip(file, directory)
     print(directory)
@@ -290,7 +290,7 @@ def import_checkpoint(
 @checkpoint_app.command("export")
 def export_checkpoint(checkpoint: Checkpoint, file: Output, overwrite: Overwrite = False) -> None:
     """Export a checkpoint as a .ckpt that rangegeo loads."""
-    from tasks.model.checkpoint import export_satclip
+    from tasks.model.satclip import export_satclip
 
     print(export_satclip(checkpoint, file, overwrite))
 
@@ -300,7 +300,7 @@ def import_database(
     file: Annotated[str, typer.Argument(help="Path or URL of a range_db_*.npz.")], directory: New, checkpoint: Space
 ) -> None:
     """Import a published RANGE database; its numbers are checked, nothing in the file is executed."""
-    from tasks.database.store import import_npz
+    from tasks.database.npz import import_npz
 
     import_npz(file, directory, checkpoint)
     print(directory)
@@ -309,7 +309,7 @@ def import_database(
 @database_app.command("export")
 def export_database(database: Database, file: Output, overwrite: Overwrite = False) -> None:
     """Export a database as a .npz that rangegeo reads."""
-    from tasks.database.store import export_npz
+    from tasks.database.npz import export_npz
 
     print(export_npz(database, file, overwrite))
 

@@ -13,9 +13,10 @@ from prefect.states import Completed, Failed
 
 from flows.deployed import HOUR
 from infra import clusters, storage
+from infra.addresses import unsigned
 from infra.errors import UserError
 from infra.settings import origin, settings
-from infra.stac.catalogs import catalogs, collection_title, unsigned
+from infra.stac.catalogs import catalogs, collection_title
 
 PACKAGES = ("prefect", "dask", "xarray", "zarr", "rasterio", "torch", "pystac-client", "obstore", "s3fs")
 SOUND = (3, 11, 12)  # before it, gc and a thread that looks at frames can deadlock (cpython 106883)

@@ -3,13 +3,24 @@
 `infra.storage` reads what is there, whatever the scheme; so an address serves wherever one is asked for.
 """
 
+import ipaddress
 import os
+import re
+import socket
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 from infra.errors import UserError
 
 WEB = ("http", "https")
+UNSAFE = re.compile(r"[\x00-\x1f\\]")  # read differently by different libraries
+METADATA_HOSTS = ("metadata.google.internal", "metadata.goog", "metadata")
+METADATA_NETWORKS = [
+    ipaddress.ip_network(text)  # link-local, and where clouds that are not link-local answer for a machine
+    for text in ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254", "100.100.100.200", "192.0.0.192")
+]
 
 
 def as_url(place: str | os.PathLike[str]) -> str:
@@ -61,3 +72,55 @@ def shown(url: str) -> str:
         return url
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def absolute(href: str, base: str) -> str:
+    if "://" in href or urlsplit(href).scheme:
+        return href
+    above = urlsplit(base)
+    joined = urljoin(urlunsplit(above._replace(scheme="http")), href)  # urljoin knows no s3
+    return urlunsplit(urlsplit(joined)._replace(scheme=above.scheme))
+
+
+def may_read(href: str, local: bool, hosts: tuple[str, ...] = ()) -> bool:
+    """Whether an item may send us to this address.
+
+    A catalog from elsewhere must not reach this machine's files, nor the services that hand a cloud machine its
+    credentials, by whatever way of writing their address.
+
+    Args:
+        href: Absolute address of an asset.
+        local: Whether the catalog itself is a file of this machine.
+        hosts: Patterns of the hosts and buckets that are allowed; empty: all.
+    """
+    try:
+        parts = urlsplit(href)
+        host = (parts.hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    if UNSAFE.search(href) or (host and hosts and not any(fnmatchcase(host.lower(), allowed) for allowed in hosts)):
+        return False
+    if parts.scheme in ("http", "https"):
+        return bool(host) and not _is_metadata(host)
+    if parts.scheme == "s3":
+        return bool(host)
+    return local and parts.scheme == "file" and not host and not parts.path.startswith("/vsi")
+
+
+@lru_cache(maxsize=1024)
+def _is_metadata(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(socket.inet_aton(host))  # also 0xA9FEA9FE, 2852039166, 169.254.43518
+    except OSError:
+        try:
+            address = ipaddress.ip_address(host.partition("%")[0])
+        except ValueError:
+            return host.lower() in METADATA_HOSTS
+    address = getattr(address, "ipv4_mapped", None) or address
+    return any(address in network for network in METADATA_NETWORKS)
+
+
+def unsigned(href: str) -> str:
+    """A href without its query, which may hold a signature, and without a user: the form that is stored and logged."""
+    parts = urlsplit(href)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

@@ -86,7 +86,7 @@ def _refuse(answer: httpx.Response, url: str) -> None:
 
 def _check(href: str, redirected: bool) -> None:
     """Refuses an address that nothing may be read from; who is sent there must find it among the allowed hosts."""
-    from infra.stac.catalogs import may_read  # here, since only what is on the web needs them
+    from infra.addresses import may_read
 
     if not may_read(href, local=False, hosts=settings().asset_hosts if redirected else ()):
         why = "a redirect leads there, and RANGEGRID_ASSET_HOSTS does not allow it" if redirected else "give another"

@@ -28,13 +28,13 @@ from tasks.core.compact import Projection
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.quantize import Scale
 from tasks.core.retrieval import Method, RetrievalIndex, embed
-from tasks.evaluate import label_sets
+from tasks.database.store import read_pair
 from tasks.evaluation.embedders import Lonlat, Named, Vectors
+from tasks.evaluation.label_tables import label_sets
 from tasks.evaluation.scoring import digest, keep_scores, score_all
 from tasks.grid.tiles import load
 from tasks.params import AblateParams, Choice
 from tasks.plots.charts import ablation_chart
-from tasks.publish import read_pair
 from tasks.units import progress
 
 STEPS: dict[str, tuple[float, ...]] = {

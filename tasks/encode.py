@@ -1,15 +1,13 @@
 """The encode step: keys and values of all patches, in whole shards."""
 
-from functools import lru_cache, partial
+from functools import partial
 
 from distributed import Client
 
-from infra.errors import UserError
 from tasks.cards import fingerprint, is_finished, product_url, read_card
-from tasks.core.encoders.images import ImageEncoder
 from tasks.database.store import create_database, finish_database, write_rows, written_shards
-from tasks.model.checkpoint import Checkpoint, describe, keys_of, load_checkpoint
-from tasks.model.features import check_takes, encode_features, encode_rows, identity, open_store, read_features
+from tasks.model.checkpoint import describe, keys_of
+from tasks.model.features import encode_features, encode_rows, identity, image_encoder, load, open_store, read_features
 from tasks.newest import inherit
 from tasks.params import EncodeParams
 from tasks.units import run_units
@@ -61,27 +59,6 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
     )
     inherit(url, "database", patches)
     return url
-
-
-@lru_cache(maxsize=2)
-def load(checkpoint: str) -> Checkpoint:
-    """The checkpoint, loaded once per worker process."""
-    return load_checkpoint(checkpoint)
-
-
-def image_encoder(model: Checkpoint, patches: str) -> ImageEncoder:
-    """The checkpoint's image encoder, after checking that it takes the bands of the patches.
-
-    Raises:
-        UserError: One is missing, or the checkpoint has no image side.
-    """
-    if model.encoder is None:
-        raise UserError(
-            "this checkpoint was imported without an image tower and encodes no images: import the database "
-            "that was published with it, or train a checkpoint on your patches"
-        )
-    check_takes(model.encoder, open_store(patches), "the checkpoint")
-    return model.encoder
 
 
 def encode_shard(url: str, patches: str, checkpoint: str, features: str | None, shard_rows: int, shard: int) -> None:

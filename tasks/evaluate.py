@@ -14,21 +14,20 @@ from infra.errors import UserError
 from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places, slugs
 from tasks.cards import fingerprint, home_of, is_finished, product_url, write_card
 from tasks.core.evidence import distance_km
+from tasks.database.store import read_pair
 from tasks.evaluation.embedders import Lonlat, Named, dtype_costs, embedders
 from tasks.evaluation.failures import losses, spread, where_it_fails
-from tasks.evaluation.label_tables import read_labels
-from tasks.evaluation.labels import LabelSet, demo_labels
+from tasks.evaluation.label_tables import label_sets
+from tasks.evaluation.labels import LabelSet
 from tasks.evaluation.scoring import Scored, digest, keep_scores, records, score_all
 from tasks.grid.tiles import load
 from tasks.params import EvaluateParams
-from tasks.plots.charts import bias_chart, error_map
-from tasks.plots.maps import score_chart
-from tasks.publish import read_pair
+from tasks.plots.charts import bias_chart, score_chart
+from tasks.plots.maps import error_map
 from tasks.release.gate import CARD
 from tasks.release.stac import ITEM, write_item
 from tasks.units import log, progress
 
-DEMO_POINTS, BLOCK_DEGREES = 2500, 10.0
 CAPTION = "Linear probes; wide pale bars: random split; narrow full bars: whole blocks held out, deviation over folds."
 PRODUCTS = ("grid", "RANGE+", "RANGE", "location encoder")  # the first that is scored is what the card is of
 
@@ -101,13 +100,6 @@ def check_grid(grid: str) -> None:
     if is_web(grid):
         raise UserError(f"no score card can be stored beside {shown(grid)}: score it by --embedder {shown(grid)}")
     storage.check_writable(home_of(grid))
-
-
-def label_sets(params: EvaluateParams) -> list[LabelSet]:
-    """The tasks of the tables that are named, or the demo's."""
-    if params.labels:
-        return read_labels(params)
-    return demo_labels(params.points or DEMO_POINTS, params.seed, params.block_degrees or BLOCK_DEGREES)
 
 
 def made_from(

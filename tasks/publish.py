@@ -22,7 +22,7 @@ from tasks.core.earth.grid import Tile
 from tasks.core.earth.land import land_mask
 from tasks.core.quantize import DType
 from tasks.core.retrieval import Method
-from tasks.database.store import stored_values
+from tasks.database.store import read_pair, stored_values
 from tasks.grid import conventions, store
 from tasks.grid.overviews import publish_overviews
 from tasks.grid.parts import Part, parts_of, publish_in_parts
@@ -153,18 +153,6 @@ def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[
         cells.done = sum(report.cells for report in reports)
     log().info("%d places retrieved for %d cells", sum(report.evaluated for report in reports), cells.done)
     return reports
-
-
-def read_pair(checkpoint: str, database: str) -> dict[str, Any]:
-    """The database's card, after checking that its keys live in the checkpoint's space."""
-    ours = read_card(checkpoint, "checkpoint")["fingerprint"]
-    card = read_card(database, "database")
-    if card["checkpoint"] != ours:
-        raise UserError(
-            f"the database {database} was encoded with checkpoint {card['checkpoint']}, not with {ours}: "
-            "its keys mean nothing to this encoder. Encode the patches with this checkpoint first"
-        )
-    return card
 
 
 def unmeasured(_: Projection | None) -> Survey:

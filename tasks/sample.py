@@ -24,10 +24,11 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from infra import storage, workers
+from infra.addresses import unsigned
 from infra.errors import Unavailable, UserError
 from infra.imagery.cogs import RefusedAsset, UnreadableAsset, read_scene
 from infra.settings import settings
-from infra.stac.catalogs import ask, catalogs, collection_title, unsigned
+from infra.stac.catalogs import ask, catalogs, collection_title
 from tasks.artifacts import keep_picture, keep_table
 from tasks.cards import fingerprint, is_finished, product_url, write_card
 from tasks.core.earth.sampling import grid_zone

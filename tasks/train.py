@@ -16,25 +16,14 @@ from infra import storage
 from infra.errors import UserError
 from tasks.artifacts import keep_picture
 from tasks.cards import is_finished, product_url, read_card
-from tasks.core.contrastive import (
-    FITTED_ON,
-    Diverged,
-    ImageProjection,
-    Pairs,
-    Progress,
-    Schedule,
-    Trainer,
-    hold_out,
-    plan,
-    process,
-    train,
-)
+from tasks.core.contrastive import ImageProjection, process
 from tasks.core.encoders.location import LocationEncoder
+from tasks.core.training import FITTED_ON, Diverged, Pairs, Progress, Schedule, Trainer, hold_out, plan, train
 from tasks.model.checkpoint import dump_state, parse_state, save_checkpoint
 from tasks.model.features import StoredFeatures, encode_features, features_url, identity, open_encoder, open_store
 from tasks.newest import inherit
 from tasks.params import TrainParams
-from tasks.plots.maps import loss_curve
+from tasks.plots.charts import loss_curve
 from tasks.units import log, progress
 
 BLOCK_DEGREES = 10

@@ -18,7 +18,7 @@ from infra.errors import UserError
 from tasks import ablate, encode, evaluate, publish, sample, train
 from tasks.cards import read_card
 from tasks.core.earth.land import is_land
-from tasks.core.retrieval import unit_vectors
+from tasks.core.earth.sphere import unit_vectors
 from tasks.database.store import open_database
 from tasks.grid import store
 from tasks.model.checkpoint import load_checkpoint

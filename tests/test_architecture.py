@@ -1,4 +1,4 @@
-"""The direction of imports: flows -> tasks -> tasks.core, flows and tasks -> infra, never back."""
+"""The direction of imports: flows -> tasks -> tasks.core, flows and tasks -> infra, never back; and between rooms."""
 
 import ast
 from pathlib import Path
@@ -7,6 +7,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OURS = {"flows", "tasks", "infra", "tests"}
+STEPS = {"sample", "train", "encode", "publish", "evaluate", "ablate", "steps"}
+BELOW = {  # of each room of tasks, the rooms that it may import
+    "plots": set(),
+    "tables": set(),
+    "patches": {"tables"},
+    "model": {"patches"},
+    "database": {"model"},
+    "grid": {"plots", "model", "database"},
+    "points": {"tables", "model", "database", "grid"},
+    "release": {"plots", "model", "database", "grid"},
+    "evaluation": {"tables", "model", "database", "grid", "points"},
+}
+MOST_FILES = 20  # in a folder: more than that nobody overlooks
 OUTSIDE_CORE = {"prefect", "prefect_dask", "distributed", "s3fs", "obstore", "pystac_client"}
 
 
@@ -54,3 +67,31 @@ def test_core_imports_nothing_of_ours_but_core():
 
 def test_no_utils():
     assert not [path for room in ("flows", "tasks", "infra") for path in files(room) if path.stem == "utils"]
+
+
+def test_every_room_of_tasks_has_its_place():
+    rooms = {path.name for path in (ROOT / "tasks").iterdir() if (path / "__init__.py").exists()}
+    assert rooms - {"core"} == BELOW.keys()
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_rooms_import_those_below_and_no_step(room):
+    rooms = {f"tasks.{other}" for other in BELOW}
+    allowed = {f"tasks.{other}" for other in BELOW[room] | {room}}
+    steps = {f"tasks.{step}" for step in STEPS}
+    for path in files(f"tasks/{room}"):
+        behind = {".".join(name.split(".")[:2]) for name in imported(path)}
+        assert not behind & (rooms - allowed | steps), f"{path} imports {behind & (rooms - allowed | steps)}"
+
+
+def test_no_file_of_a_room_uses_what_is_private_in_another():
+    for path in [path for room in ("flows", "tasks", "infra") for path in files(room)]:
+        private = {name for name in imported(path) if name.rpartition(".")[2].startswith("_")} - {"__future__"}
+        ours = {name for name in private if name.split(".")[0] in OURS}
+        assert not ours, f"{path} imports {ours}"
+
+
+def test_no_folder_has_more_files_than_one_overlooks():
+    folders = {path.parent for room in ("flows", "tasks", "infra", "tests") for path in files(room)}
+    full = {folder: count for folder in folders if (count := len(list(folder.glob("*.py")))) > MOST_FILES}
+    assert not full

@@ -19,10 +19,10 @@ from urllib.parse import quote, unquote, urlsplit
 import aiohttp
 from yarl import URL
 
+from infra.addresses import unsigned
 from infra.errors import Unavailable, UserError
 from infra.imagery.signing import RefusedHop, forget, learn_region, redirected, signed
 from infra.metrics import Cause, count_retry
-from infra.stac.catalogs import unsigned
 
 T = TypeVar("T")
 

@@ -17,9 +17,9 @@ from planetary_computer.utils import parse_blob_url
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
+from infra.addresses import may_read, unsigned
 from infra.errors import Unavailable, UserError
 from infra.settings import settings
-from infra.stac.catalogs import may_read, unsigned
 from infra.storage import RETRIES
 
 BLOBS = ".blob.core.windows.net"  # Planetary Computer's storage

@@ -195,7 +195,7 @@ class CheckedIO(StacApiIO):
 
     def _check(self, href: str) -> None:
         """Refuses a hop that nothing may be read from, or that leaves the catalog for a host that is not allowed."""
-        from infra.stac.catalogs import may_read  # here, since the catalogs import this module
+        from infra.addresses import may_read
 
         parts = urlsplit(href)
         hosts = () if parts.hostname == urlsplit(self.url).hostname else settings().asset_hosts

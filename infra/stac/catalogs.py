@@ -5,20 +5,15 @@ A catalog is the root of a STAC API, or a file: stac-geoparquet (`.parquet`, `.g
 stands in while the first does not answer.
 """
 
-import ipaddress
 import json
 import logging
 import math
-import re
-import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Any, TypeVar
-from urllib.parse import urljoin, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 import pystac
@@ -26,6 +21,7 @@ import shapely
 from numpy.typing import NDArray
 
 from infra import storage
+from infra.addresses import absolute, may_read, unsigned
 from infra.errors import CatalogUnavailable, UserError
 from infra.intervals import Interval
 from infra.settings import settings
@@ -37,16 +33,10 @@ T = TypeVar("T")
 POINTS = 150  # in one request: as a GET it stays below the 8 kB that servers take
 WIDEST = 9.0  # degrees of longitude: a scene at 84 degrees of latitude
 REST = 600.0  # seconds for which a catalog that did not answer is passed over where another stands in
-UNSAFE = re.compile(r"[\x00-\x1f\\]")  # read differently by different libraries
 BROKEN = (  # what JSON that is no item raises
     *(KeyError, TypeError, ValueError, AttributeError, OverflowError),
     *(pystac.STACError, pystac.STACTypeError, shapely.errors.ShapelyError),
 )
-METADATA_HOSTS = ("metadata.google.internal", "metadata.goog", "metadata")
-METADATA_NETWORKS = [
-    ipaddress.ip_network(text)  # link-local, and where clouds that are not link-local answer for a machine
-    for text in ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254", "100.100.100.200", "192.0.0.192")
-]
 
 log = logging.getLogger("rangegrid")
 _rests: dict["Catalog", float] = {}  # until when, on the monotonic clock
@@ -248,60 +238,8 @@ def _resolve(item: pystac.Item, catalog: Catalog, hosts: tuple[str, ...]) -> int
     base = catalog.url if is_file(catalog.url) else item.get_self_href() or catalog.url
     local = urlsplit(catalog.url).scheme in ("", "file")
     for asset in item.assets.values():
-        asset.href = _absolute(asset.href, storage.as_url(base))
+        asset.href = absolute(asset.href, storage.as_url(base))
     refused = [key for key, asset in item.assets.items() if not may_read(asset.href, local, hosts)]
     for key in refused:
         del item.assets[key]
     return len(refused)
-
-
-def _absolute(href: str, base: str) -> str:
-    if "://" in href or urlsplit(href).scheme:
-        return href
-    above = urlsplit(base)
-    joined = urljoin(urlunsplit(above._replace(scheme="http")), href)  # urljoin knows no s3
-    return urlunsplit(urlsplit(joined)._replace(scheme=above.scheme))
-
-
-def may_read(href: str, local: bool, hosts: tuple[str, ...] = ()) -> bool:
-    """Whether an item may send us to this address.
-
-    A catalog from elsewhere must not reach this machine's files, nor the services that hand a cloud machine its
-    credentials, by whatever way of writing their address.
-
-    Args:
-        href: Absolute address of an asset.
-        local: Whether the catalog itself is a file of this machine.
-        hosts: Patterns of the hosts and buckets that are allowed; empty: all.
-    """
-    try:
-        parts = urlsplit(href)
-        host = (parts.hostname or "").rstrip(".")
-    except ValueError:
-        return False
-    if UNSAFE.search(href) or (host and hosts and not any(fnmatchcase(host.lower(), allowed) for allowed in hosts)):
-        return False
-    if parts.scheme in ("http", "https"):
-        return bool(host) and not _is_metadata(host)
-    if parts.scheme == "s3":
-        return bool(host)
-    return local and parts.scheme == "file" and not host and not parts.path.startswith("/vsi")
-
-
-@lru_cache(maxsize=1024)
-def _is_metadata(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(socket.inet_aton(host))  # also 0xA9FEA9FE, 2852039166, 169.254.43518
-    except OSError:
-        try:
-            address = ipaddress.ip_address(host.partition("%")[0])
-        except ValueError:
-            return host.lower() in METADATA_HOSTS
-    address = getattr(address, "ipv4_mapped", None) or address
-    return any(address in network for network in METADATA_NETWORKS)
-
-
-def unsigned(href: str) -> str:
-    """A href without its query, which may hold a signature, and without a user: the form that is stored and logged."""
-    parts = urlsplit(href)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tasks.core.retrieval import Method, RetrievalIndex, unit_vectors
+from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
+from tasks.core.retrieval import Method, RetrievalIndex
 
-EARTH_RADIUS_KM = 6371.0088  # the mean radius (IUGG)
 WEIGHTS = 4_000_000  # at a time: 16 MB of each half stay in the cache
 
 

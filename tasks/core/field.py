@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.core.earth.sampling import draw_land
-from tasks.core.evidence import EARTH_RADIUS_KM
+from tasks.core.earth.sphere import EARTH_RADIUS_KM, moved
 
 PROBES = 250  # places on land, each with one neighbour at every distance
 DISTANCES_KM = (25.0, 50.0, 100.0, 200.0, 400.0, 800.0, 1600.0)
@@ -30,19 +30,8 @@ def probe_places(distances_km: tuple[float, ...], count: int = PROBES, seed: int
         seed: Of places and directions.
     """
     centres = draw_land(count, seed)
-    bearings = np.random.default_rng(seed).uniform(0, 2 * np.pi, (count, len(distances_km)))
-    angles = np.broadcast_to(np.array(distances_km) / EARTH_RADIUS_KM, bearings.shape)
-    return np.concatenate([centres[:, None], _moved(centres[:, None], bearings, angles)], axis=1)
-
-
-def _moved(lonlat: Float, bearings: Float, angles: Float) -> Float:
-    """Where one comes to from places, in directions clockwise from north, over angles in radians."""
-    lon, lat = np.radians(lonlat[..., 0]), np.radians(lonlat[..., 1])
-    up = np.sin(lat) * np.cos(angles) + np.cos(lat) * np.sin(angles) * np.cos(bearings)
-    east = np.sin(bearings) * np.sin(angles) * np.cos(lat)
-    turned = lon + np.arctan2(east, np.cos(angles) - np.sin(lat) * up)
-    lon_degrees = (np.degrees(turned) + 180) % 360 - 180
-    return np.stack([lon_degrees, np.degrees(np.arcsin(np.clip(up, -1, 1)))], axis=-1)
+    bearings = np.random.default_rng(seed).uniform(0, 360, (count, len(distances_km)))
+    return np.concatenate([centres[:, None], moved(centres[:, None], bearings, np.array(distances_km))], axis=1)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch.utils.data import random_split as random_rows
 
-from tasks.core.evidence import EARTH_RADIUS_KM
-from tasks.core.retrieval import unit_vectors
+from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
 
 Kind = Literal["classification", "regression"]
 METRICS: dict[Kind, str] = {"classification": "accuracy", "regression": "R²"}

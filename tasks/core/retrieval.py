@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from tasks.core.earth.sphere import unit_vectors
 from tasks.core.geodesic import Spectrum, pays
 from tasks.core.sums import Halves, Sums
 
@@ -272,12 +273,6 @@ def _largest(queries: Tensor, keys: Tensor, tile: int) -> Tensor:
 
 def _tiles(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def unit_vectors(lonlat: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Places in degrees (lon, lat), (n, 2), as points of the unit sphere, (n, 3)."""
-    lon, lat = np.radians(np.asarray(lonlat, np.float64)).T
-    return np.column_stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
 
 
 def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], method: Method) -> NDArray[np.float32]:

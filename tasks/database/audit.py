@@ -6,7 +6,6 @@ tells nothing.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,24 +16,12 @@ from tasks.core.alignment import alignment
 from tasks.core.encoders.harmonics import spherical_harmonics
 from tasks.core.encoders.images import ImageEncoder
 from tasks.database.store import UNIT_TOLERANCE, Database, check, open_database, repeated
-from tasks.encode import image_encoder, load
+from tasks.findings import Finding
 from tasks.model.checkpoint import keys_of
-from tasks.model.features import encode_rows, open_encoder, open_store
+from tasks.model.features import encode_rows, image_encoder, load, open_encoder, open_store
 
 TOLERANCE = 1e-3  # relative length of a difference: float32 in batches of another size, on another machine
 DEGREE = 12  # of the harmonics that stand for a place
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check."""
-
-    check: str
-    """What was checked."""
-    passed: bool | None
-    """The result; none where it could not be checked."""
-    detail: str
-    """The numbers, or why it could not be checked."""
 
 
 def audit_database(

@@ -13,12 +13,9 @@ row_ids    image         int64   row of the patches' manifest; -1 in an imported
 checkpoint's space the keys live in.
 """
 
-import hashlib
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,18 +23,14 @@ import zarr
 from numpy.typing import NDArray
 
 from infra import storage
-from infra.addresses import as_url, name_of
 from infra.bounds import EXPANSION
 from infra.errors import UserError
 from tasks import arrays
-from tasks.cards import made_before, read_card, write_card
-from tasks.foreign import check_free, read_file, write_file
+from tasks.cards import read_card, write_card
 
 READ_ROWS = 1024  # at a time: all at once, what is in flight would take a quarter of the database besides
 NAMES = ("keys", "values", "locations", "row_ids")
-FOREIGN = ("locs", "satclip_embeddings", "image_embeddings")
 UNIT_TOLERANCE = 1e-4
-IMPORTED_ROWS = 1024  # per shard of an imported database, so that parts of it can be read
 
 
 @dataclass(frozen=True)
@@ -205,79 +198,15 @@ def check(keys: NDArray, values: NDArray, locations: NDArray, source: str) -> No
             "needs one of each"
         )
     for name, array in (("places", locations), ("keys", keys), ("values", values)):
-        _refuse(~np.isfinite(array).all(1), source, f"{name} that are not finite")
-    _refuse(np.abs(locations[:, 1]) > 90, source, "latitudes beyond the poles; columns are (lon, lat)")
-    _refuse((locations[:, 0] < -180) | (locations[:, 0] > 360), source, "longitudes outside -180 to 360")
-    _refuse(np.linalg.norm(keys, axis=1) < 1e-8, source, "keys of length zero, which have no direction")
+        refuse_rows(~np.isfinite(array).all(1), source, f"{name} that are not finite")
+    refuse_rows(np.abs(locations[:, 1]) > 90, source, "latitudes beyond the poles; columns are (lon, lat)")
+    refuse_rows((locations[:, 0] < -180) | (locations[:, 0] > 360), source, "longitudes outside -180 to 360")
+    refuse_rows(np.linalg.norm(keys, axis=1) < 1e-8, source, "keys of length zero, which have no direction")
 
 
-def _refuse(wrong: NDArray[np.bool_], source: str, what: str) -> None:
+def refuse_rows(wrong: NDArray[np.bool_], source: str, what: str) -> None:
     if wrong.any():
         raise UserError(f"{source} has {wrong.sum()} {what} (first in row {wrong.argmax()}): mend the file")
-
-
-def import_npz(source: str | Path, url: str, checkpoint: str) -> dict[str, Any]:
-    """Imports a database in the published layout; nothing in the file is executed.
-
-    Args:
-        source: Path or URL of a `range_db_*.npz` with `locs` (lon, lat in degrees), `satclip_embeddings`,
-            `image_embeddings`.
-        url: Directory of the new database.
-        checkpoint: URL of the checkpoint whose space the keys live in.
-
-    Returns:
-        The new database's card, or that of an earlier import of the same file.
-
-    Raises:
-        UserError: The file is no such database, its numbers cannot be right, or another product is at `url`.
-    """
-    space, data = read_card(checkpoint, "checkpoint"), read_file(source, "a range_db_*.npz")
-    name, digest = name_of(as_url(source)), hashlib.sha256(data).hexdigest()
-    made_of = {"file": name, "sha256": digest, "checkpoint": space["fingerprint"]}
-    if there := made_before(url, "database", made_of):
-        return there
-    locations, keys, values = _load_npz(data, source)
-    check(keys, values, locations, str(source))
-    _same_dim(keys, space, source)
-    _refuse(repeated(locations, values), str(source), "images that are there twice, place and value")
-    keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-    create_database(url, len(keys), keys.shape[1], values.shape[1], IMPORTED_ROWS)
-    rows = {"keys": keys, "values": values, "locations": locations, "row_ids": np.full(len(keys), -1)}
-    for start in range(0, len(keys), IMPORTED_ROWS):
-        write_rows(url, start, {name: array[start : start + IMPORTED_ROWS] for name, array in rows.items()})
-    return finish_database(
-        url,
-        fingerprint=digest[:12],
-        checkpoint=space["fingerprint"],
-        made_of=made_of,
-        attribution=f"imported from {name}",
-    )
-
-
-def _load_npz(data: bytes, source: str | Path) -> list[NDArray]:
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return [_numbers(file[name], t) for name, t in zip(FOREIGN, ("f8", "f4", "f4"), strict=True)]
-    except KeyError as error:
-        raise UserError(f"{source} lacks an array ({error}): it needs {', '.join(FOREIGN)}") from None
-    except Exception as error:  # a hostile file may fail in any way
-        raise UserError(f"{source} is no readable .npz of plain numbers ({error}): give a range_db_*.npz") from error
-
-
-def _numbers(array: NDArray, dtype: str) -> NDArray:
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"an array has the type {array.dtype}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as not finite
-        return array.astype(dtype)
-
-
-def _same_dim(keys: NDArray, space: dict[str, Any], path: str | Path) -> None:
-    dim = space["architecture"]["dim"]
-    if keys.shape[1] != dim:
-        raise UserError(
-            f"{path} has keys of length {keys.shape[1]} and the checkpoint embeds to {dim}: give the "
-            "checkpoint that the database was made with"
-        )
 
 
 def repeated(locations: NDArray, values: NDArray) -> NDArray[np.bool_]:
@@ -289,18 +218,13 @@ def repeated(locations: NDArray, values: NDArray) -> NDArray[np.bool_]:
     return again
 
 
-def export_npz(url: str, target: str | Path, overwrite: bool = False) -> str:
-    """Writes a database in the published layout, which rangegeo reads.
-
-    Args:
-        url: The database.
-        target: Path or URL of the file to write.
-        overwrite: Whether a file that is there is replaced.
-
-    Returns:
-        The file's URL.
-    """
-    check_free(target, overwrite)
-    data, buffer = open_database(url), io.BytesIO()
-    np.savez(buffer, locs=data.locations, satclip_embeddings=data.keys, image_embeddings=data.values)
-    return write_file(target, buffer.getvalue(), overwrite)
+def read_pair(checkpoint: str, database: str) -> dict[str, Any]:
+    """The database's card, after checking that its keys live in the checkpoint's space."""
+    ours = read_card(checkpoint, "checkpoint")["fingerprint"]
+    card = read_card(database, "database")
+    if card["checkpoint"] != ours:
+        raise UserError(
+            f"the database {database} was encoded with checkpoint {card['checkpoint']}, not with {ours}: "
+            "its keys mean nothing to this encoder. Encode the patches with this checkpoint first"
+        )
+    return card

@@ -32,15 +32,17 @@ from torch import Tensor
 from infra import storage
 from infra.addresses import as_url, shown
 from infra.errors import UserError
+from tasks.core.earth.sphere import unit_vectors
 from tasks.core.encoders.encodings import theory, wrap
 from tasks.core.encoders.harmonics import spherical_harmonics
 from tasks.core.encoders.peers import embed_csp, embed_sinr
-from tasks.core.retrieval import Method, unit_vectors
+from tasks.core.retrieval import Method
 from tasks.core.retrieval import embed as embed_ours
 from tasks.evaluation.geoclip import embed_geoclip
 from tasks.grid.store import read_projection, storing
 from tasks.grid.tiles import load
-from tasks.model.checkpoint import import_satclip, load_checkpoint, load_foreign
+from tasks.model.checkpoint import load_checkpoint
+from tasks.model.satclip import import_satclip, load_foreign
 from tasks.params import EmbedderParams
 from tasks.points.sample_grid import sample_grid
 

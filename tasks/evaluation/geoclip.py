@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from infra.errors import UserError
-from tasks.plots.maps import equal_earth
+from tasks.core.earth.sphere import equal_earth
 
 UNIT = 66.50336 / 180  # GeoCLIP's factor of the plane
 LAYERS = ("capsule.1", "capsule.3", "capsule.5")

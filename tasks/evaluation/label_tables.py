@@ -29,15 +29,17 @@ from numpy.typing import NDArray
 from infra.errors import UserError
 from tasks.core.earth.sampling import uniform_places
 from tasks.core.probes import Kind
-from tasks.evaluation.labels import LabelSet
+from tasks.evaluation.labels import LabelSet, demo_labels
 from tasks.params import EvaluateParams
-from tasks.tables.files import Place, Table, find_place, lonlat_of, open_table, remedy_of, settled, shapes_of
+from tasks.tables.files import Place, Table, open_table, settled
+from tasks.tables.places import find_place, lonlat_of, remedy_of, shapes_of
 from tasks.units import log
 
 IN_POLYGONS = 10_000  # places that are drawn where no number is asked for
 FEWEST = 50  # labelled places of a task
 DRAWS, TRIES = 20_000, 500  # places at a time, and times, until polygons have enough of them
 NO_LABEL = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")  # what tables write for none
+DEMO_POINTS, BLOCK_DEGREES = 2500, 10.0
 
 
 @dataclass(frozen=True)
@@ -213,3 +215,10 @@ def _check(lonlat: NDArray[np.float64], labels: NDArray, columns: Columns, sourc
         raise UserError(f"{where} has numbers that are not finite: mend them, or leave them empty")
     if len(np.unique(labels)) < 2:
         raise UserError(f"{where} has one value alone: there is nothing to tell apart")
+
+
+def label_sets(params: EvaluateParams) -> list[LabelSet]:
+    """The tasks of the tables that are named, or the demo's."""
+    if params.labels:
+        return read_labels(params)
+    return demo_labels(params.points or DEMO_POINTS, params.seed, params.block_degrees or BLOCK_DEGREES)

@@ -29,7 +29,7 @@ from tasks.cards import fingerprint, is_finished, product_url, read_card, write_
 from tasks.core.encoders.images import ImageEncoder, take_bands
 from tasks.core.encoders.registry import fit_encoder, load_encoder
 from tasks.foreign import read_file
-from tasks.model.checkpoint import describe, pack, unpack
+from tasks.model.checkpoint import Checkpoint, describe, load_checkpoint, pack, unpack
 from tasks.params import EncoderParams
 from tasks.patches.store import Patches, open_patches
 from tasks.units import log, run_units
@@ -290,3 +290,24 @@ class StoredFeatures:
             at = np.flatnonzero(which == i)
             out[at] = shard[rows[at] % self.run]
         return out
+
+
+@lru_cache(maxsize=2)
+def load(checkpoint: str) -> Checkpoint:
+    """The checkpoint, loaded once per worker process."""
+    return load_checkpoint(checkpoint)
+
+
+def image_encoder(model: Checkpoint, patches: str) -> ImageEncoder:
+    """The checkpoint's image encoder, after checking that it takes the bands of the patches.
+
+    Raises:
+        UserError: One is missing, or the checkpoint has no image side.
+    """
+    if model.encoder is None:
+        raise UserError(
+            "this checkpoint was imported without an image tower and encodes no images: import the database "
+            "that was published with it, or train a checkpoint on your patches"
+        )
+    check_takes(model.encoder, open_store(patches), "the checkpoint")
+    return model.encoder

@@ -22,6 +22,9 @@ from tasks.patches.scenes import find_items
 from tasks.patches.screening import EDGE, JUDGED, NODATA, REFUSED, UNREADABLE, UNTRIED, hrefs, judge, settle
 from tasks.units import log
 
+BEYOND = "numbers beyond the format"
+FOUND = ["sha256", "nodata_fraction", "dark_dn", "offset_check"]  # columns that a read adds
+
 
 def read_shard(url: str, params: SampleParams, unit: tuple[int, int]) -> None:
     """Reads the places that a round plans for a shard, and stores the shard if they complete it.
@@ -59,10 +62,6 @@ def _read(choices: pd.DataFrame, reader: "Reader") -> pd.DataFrame:
     good = plan[plan["reason"] == ""]
     found = pd.DataFrame([_numbers(good.loc[i], reader.pixels[i]) for i in good.index], good.index, FOUND)
     return plan.join(found).reset_index(drop=True)
-
-
-BEYOND = "numbers beyond the format"
-FOUND = ["sha256", "nodata_fraction", "dark_dn", "offset_check"]  # columns that a read adds
 
 
 def shape(params: SampleParams) -> tuple[int, tuple[str, ...], int, float, int]:

@@ -15,6 +15,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.stac.catalogs import ask, footprint, search
 from tasks.core.earth.sampling import TILES
+from tasks.core.earth.sphere import KM_PER_DEGREE
 from tasks.core.sentinel2.items import acquisition, band_assets, baseline, tile
 from tasks.core.sentinel2.radiometry import decide
 from tasks.params import SampleParams
@@ -173,7 +174,7 @@ def _day(item: pystac.Item) -> datetime.date:
 
 def patch_corners(lonlat: NDArray[np.float64], side_m: float) -> NDArray[np.float64]:
     """Corners of the patches and their centres, (n, 5, 2) in degrees, a little outside for safety."""
-    half = 0.5 * 1.1 * side_m / 111_200
+    half = 0.5 * 1.1 * side_m / (1000 * KM_PER_DEGREE)
     lat = lonlat[:, None, 1] + half * np.array([1, 1, -1, -1, 0])
     width = half / np.cos(np.radians(np.clip(np.abs(lat), 0, 89)))
     lon = lonlat[:, None, 0] + width * np.array([-1, 1, -1, 1, 0])

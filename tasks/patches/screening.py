@@ -14,10 +14,10 @@ import pystac
 from numpy.typing import NDArray
 
 from infra import metrics
+from infra.addresses import unsigned
 from infra.imagery.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
 from infra.imagery.ranges import is_gone
 from infra.imagery.signing import signs
-from infra.stac.catalogs import unsigned
 from tasks.core.sentinel2.radiometry import decide
 from tasks.params import SampleParams
 from tasks.patches import reuse, store

@@ -1,34 +1,19 @@
-"""Pictures of scores: errors on the map, geographic bias, ablations."""
+"""Charts of training and of scores: loss, probes, geographic bias, ablations."""
+
+from textwrap import fill
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from tasks.plots.maps import ACCENT, FAINT, INK, SECOND, canvas, equal_earth, outline, plain, png
+from tasks.plots.style import ACCENT, FAINT, INK, SECOND, canvas, plain, png
 
 COLOURS = (ACCENT, SECOND, "#6a8f3c", "#8a5fa8", "#b8912b", "#4a6fa5", "#b5524b", "#5c9a94")
-ERRORS = LinearSegmentedColormap.from_list("errors", ["#b4c1cb", SECOND, "#7a1022"])
 COLUMNS = 5  # panels in a row, at most
-
-
-def error_map(lonlat: NDArray[np.float64], lost: NDArray[np.float64], title: str, caption: str) -> bytes:
-    """Where a probe errs: each place by its loss, the worst on top.
-
-    Args:
-        lonlat: Places, (n, 2) in degrees.
-        lost: (n,) from 0, right, upwards; beyond 1 all is one colour.
-        title: Above the map.
-        caption: Below it.
-    """
-    figure, axes = canvas(12, 6.6, title, caption)
-    outline(axes)
-    order = np.argsort(lost, kind="stable")
-    x, y = equal_earth(*lonlat[order].T)
-    axes.scatter(x, y, c=lost[order], cmap=ERRORS, vmin=0, vmax=1, s=5, linewidths=0)
-    return png(figure)
+WRAP = 14  # letters of a line above a panel
+LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out retrieval accuracy"}
 
 
 def bias_chart(failures: pd.DataFrame, title: str, caption: str) -> bytes:
@@ -99,3 +84,57 @@ def _colours() -> list[str]:
 
 def _first_number(group: str) -> float:
     return float("".join(c if c in "-.0123456789" else " " for c in group).split()[0])
+
+
+def loss_curve(history: list[dict[str, Any]], title: str, caption: str) -> bytes:
+    """Loss and held-out accuracy by step."""
+    figure, axes = canvas(9, 4.8, title, caption)
+    axes.set_axis_on()
+    axes.set_aspect("auto")
+    steps = [entry["step"] for entry in history]
+    for name, colour, axis in (("loss", ACCENT, axes), ("accuracy", SECOND, axes.twinx())):
+        axis.plot(steps, [entry[name] for entry in history], color=colour, lw=2)
+        axis.set_ylabel(LABELS[name], color=colour)
+        axis.tick_params(colors=FAINT)
+        for side in ("top", "left", "right"):
+            axis.spines[side].set_visible(False)
+    axes.set_xlabel("step", color=INK)
+    return png(figure)
+
+
+def score_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:
+    """Bars by task and embedder: random split pale, blocked split full, with its deviation where there is one.
+
+    Args:
+        table: Columns task, metric, embedder, random, blocked, and perhaps blocked_std; NaN: not scored.
+        title: Above the chart.
+        caption: Below it.
+    """
+    tasks, embedders = list(table["task"].unique()), list(table["embedder"].unique())
+    height = 1.8 + 0.28 * max(10, len(embedders))
+    figure = Figure(figsize=(12, height), facecolor="white")
+    figure.suptitle(title, x=0.02, ha="left", color=INK, fontsize=15, fontweight="bold")
+    figure.text(0.02, 0.02, caption, color=FAINT, fontsize=8.5)
+    panels = np.atleast_1d(figure.subplots(1, len(tasks), sharey=True))
+    for axes, task in zip(panels, tasks, strict=True):
+        _score_bars(axes, table[table["task"] == task].set_index("embedder").loc[embedders], task)
+    figure.subplots_adjust(left=0.13, right=0.985, top=1 - 0.92 / height, bottom=0.69 / height, wspace=0.14)
+    return png(figure)
+
+
+def _score_bars(axes: Axes, rows: pd.DataFrame, task: str) -> None:
+    place = np.arange(len(rows))[::-1]
+    axes.barh(place, rows["random"].clip(lower=0), color="#cfe0e8", height=0.74)
+    colours = [SECOND if name.startswith("RANGE+") else ACCENT for name in rows.index]
+    spread = rows.get("blocked_std")
+    style = {"ecolor": INK, "elinewidth": 0.8}
+    axes.barh(place, rows["blocked"].clip(lower=0), xerr=spread, color=colours, height=0.44, error_kw=style)
+    for y in place[rows["blocked"].isna()]:
+        axes.text(0.02, y, "weights not given", fontsize=7, color=FAINT, va="center")
+    axes.set_title(f"{fill(task, WRAP)}\n({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")
+    axes.set_yticks(place, rows.index, fontsize=9.5, color=INK)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+    axes.tick_params(axis="x", colors=FAINT, length=0, labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    plain(axes, "x")

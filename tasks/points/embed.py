@@ -34,20 +34,13 @@ from tasks.core.compact import Projection
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.evidence import evidence
 from tasks.core.retrieval import BATCH, Method, RetrievalIndex
-from tasks.database.store import Database, import_npz, open_database
-from tasks.model.checkpoint import import_satclip, load_checkpoint
+from tasks.database.npz import import_npz
+from tasks.database.store import Database, open_database
+from tasks.model.checkpoint import load_checkpoint
+from tasks.model.satclip import import_satclip
 from tasks.params import EmbedParams
-from tasks.tables.points import (
-    Rows,
-    check_names,
-    check_output,
-    check_points,
-    open_points,
-    rows_of,
-    vectors_column,
-    whole,
-    write_table,
-)
+from tasks.points.output import check_output, vectors_column, whole, write_table
+from tasks.tables.points import Rows, check_names, check_points, open_points, rows_of
 from tasks.units import progress
 
 EVIDENCE = ("effective_images", "largest_weight", "distance_km")

@@ -37,17 +37,9 @@ from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.land import land_of
 from tasks.grid.store import Vectors, open_spec, open_vectors
 from tasks.params import Sampling
+from tasks.points.output import check_output, vectors_column, whole, write_table
 from tasks.tables.files import Place, Table
-from tasks.tables.points import (
-    check_names,
-    check_output,
-    check_points,
-    open_points,
-    rows_of,
-    vectors_column,
-    whole,
-    write_table,
-)
+from tasks.tables.points import check_names, check_points, open_points, rows_of
 from tasks.units import log, progress
 
 POINTS = 50_000  # rows that are written at a time: 1,280 dimensions of them take 256 MB

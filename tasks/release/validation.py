@@ -24,9 +24,10 @@ from tasks.core.compact import Projection
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.land import land_mask
 from tasks.core.earth.plane import GLOBE, Box
-from tasks.core.retrieval import Method, unit_vectors
-from tasks.database.audit import Finding
+from tasks.core.earth.sphere import unit_vectors
+from tasks.core.retrieval import Method
 from tasks.database.store import Database, read_blocks
+from tasks.findings import Finding
 from tasks.grid import store
 from tasks.grid.tiles import SUMS, land_cells, land_tiles
 from tasks.model.checkpoint import load_checkpoint

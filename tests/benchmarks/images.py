@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tasks.core.encoders import images as module
-from tasks.core.encoders.images import RandomConvolutionalFeatures, fit_rcf, take_bands
+from tasks.core.encoders.images import take_bands
+from tasks.core.encoders.rcf import RandomConvolutionalFeatures, fit_rcf
 from tasks.core.encoders.registry import SENTINEL2, TOWERS, load_tower
 
 BANDS = tuple(band for band in SENTINEL2 if band != "B10")

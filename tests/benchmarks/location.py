@@ -15,7 +15,8 @@ from rangegeo import load_satclip_location_encoder
 
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.encoders.location import LocationEncoder
-from tasks.model.checkpoint import export_satclip, import_satclip, load_checkpoint, save_checkpoint
+from tasks.model.checkpoint import load_checkpoint, save_checkpoint
+from tasks.model.satclip import export_satclip, import_satclip
 
 PLACES = 10_000
 

@@ -27,7 +27,8 @@ from tasks.core.evidence import evidence
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.database.store import create_database, finish_database, write_rows
 from tasks.grid.tiles import land_cells
-from tasks.model.checkpoint import export_satclip, import_satclip, load_checkpoint, save_checkpoint
+from tasks.model.checkpoint import load_checkpoint, save_checkpoint
+from tasks.model.satclip import export_satclip, import_satclip
 from tasks.params import EmbedParams
 from tasks.points.embed import open_embedder
 from tests.benchmarks.memory import HEADER

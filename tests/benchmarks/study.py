@@ -30,17 +30,19 @@ from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
 from infra import clusters, sandbox
 from tasks.core.compact import Projection
-from tasks.core.contrastive import FeatureArray, Pairs, hold_out, train
-from tasks.core.encoders.images import Images, Scale, fit_rcf
+from tasks.core.encoders.images import Images
 from tasks.core.encoders.location import LocationEncoder
+from tasks.core.encoders.rcf import Scale, fit_rcf
 from tasks.core.probes import SEED, Kind, Split, block_of, score
 from tasks.core.retrieval import Method, RetrievalIndex
+from tasks.core.training import FeatureArray, Pairs, hold_out, train
 from tasks.evaluation.geoclip import embed_geoclip
 from tasks.evaluation.labels import demo_labels
 from tasks.model.features import RUN, RUNS, view_of
 from tasks.params import EncoderParams, SampleParams, TrainParams
 from tasks.patches.store import Patches, open_patches
-from tasks.plots.maps import INK, SECOND, score_chart
+from tasks.plots.charts import score_chart
+from tasks.plots.style import INK, SECOND
 from tasks.sample import sample_patches
 from tasks.train import BLOCK_DEGREES, new_trainer
 

@@ -18,18 +18,9 @@ import zarr
 from torch import Tensor
 from torch.nn import functional
 
-from tasks.core.contrastive import (
-    FeatureArray,
-    Features,
-    ImageProjection,
-    Pairs,
-    Precision,
-    Schedule,
-    Trainer,
-    info_nce,
-    train,
-)
+from tasks.core.contrastive import ImageProjection, info_nce
 from tasks.core.encoders.location import LocationEncoder
+from tasks.core.training import FeatureArray, Features, Pairs, Precision, Schedule, Trainer, train
 from tasks.model.features import StoredFeatures
 from tests.benchmarks.retrieval import machine, places, seconds
 

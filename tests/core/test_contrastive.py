@@ -12,22 +12,20 @@ from hypothesis import strategies as st
 from torch.multiprocessing import spawn
 from torch.nn import functional
 
-from tasks.core.contrastive import (
+from tasks.core.contrastive import ImageProjection, info_nce, near_pairs
+from tasks.core.encoders.location import LocationEncoder
+from tasks.core.training import (
     Batches,
     FeatureArray,
-    ImageProjection,
     Pairs,
     Progress,
     Schedule,
     Trainer,
     hold_out,
-    info_nce,
-    near_pairs,
     plan,
     retrieval_accuracy,
     train,
 )
-from tasks.core.encoders.location import LocationEncoder
 
 
 def unit(n, dim, seed):

@@ -9,8 +9,9 @@ from pyproj import Geod
 from sklearn.decomposition import PCA
 
 from tasks.core.compact import Projection
+from tasks.core.earth.sphere import unit_vectors
 from tasks.core.evidence import evidence
-from tasks.core.retrieval import Method, RetrievalIndex, unit_vectors
+from tasks.core.retrieval import Method, RetrievalIndex
 from tests.core.test_retrieval import RNG, SPECIAL, close, database, places, softmax, unit
 from tests.test_architecture import ROOT
 

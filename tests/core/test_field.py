@@ -5,8 +5,8 @@ import pyproj
 import pytest
 
 from tasks.core.earth.land import is_land
+from tasks.core.earth.sphere import unit_vectors
 from tasks.core.field import Change, kernel_width_km, probe_places
-from tasks.core.retrieval import unit_vectors
 
 DISTANCES = (30.0, 300.0, 3000.0)
 

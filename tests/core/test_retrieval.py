@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.core import retrieval
+from tasks.core.earth.sphere import unit_vectors
 from tasks.core.encoders.location import LocationEncoder
-from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream, unit_vectors
+from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream
 from tasks.core.sums import Halves, updated
-from tasks.model.checkpoint import export_satclip, save_checkpoint
+from tasks.model.checkpoint import save_checkpoint
+from tasks.model.satclip import export_satclip
 
 RNG = np.random.default_rng(0)
 

@@ -14,12 +14,13 @@ from infra.addresses import as_url, name_of, shown
 from infra.errors import UserError
 from tasks.core.earth.grid import GridSpec
 from tasks.core.encoders.location import LocationEncoder
-from tasks.database.store import export_npz, import_npz
+from tasks.database.npz import export_npz, import_npz
 from tasks.evaluation.embedders import embedders
 from tasks.evaluation.label_tables import read_labels
 from tasks.grid import store
-from tasks.model.checkpoint import export_satclip, import_satclip, save_checkpoint
+from tasks.model.checkpoint import save_checkpoint
 from tasks.model.features import read_weights
+from tasks.model.satclip import export_satclip, import_satclip
 from tasks.params import EvaluateParams
 from tasks.patches.places import read_points
 from tasks.points.embed import embed_file, embed_points

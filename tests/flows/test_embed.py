@@ -16,8 +16,10 @@ from rangegeo import RANGE
 from infra.errors import UserError
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
-from tasks.database.store import export_npz, import_npz, open_database
-from tasks.model.checkpoint import export_satclip, load_checkpoint, save_checkpoint
+from tasks.database.npz import export_npz, import_npz
+from tasks.database.store import open_database
+from tasks.model.checkpoint import load_checkpoint, save_checkpoint
+from tasks.model.satclip import export_satclip
 from tasks.params import EmbedParams
 from tasks.points.embed import embed_file, embed_points
 from tests.core.test_retrieval import SPECIAL, database, places

@@ -18,7 +18,7 @@ from s3fs import S3FileSystem
 from flows.pipeline import pipeline
 from infra import storage
 from infra.errors import UserError
-from tasks.core.retrieval import unit_vectors
+from tasks.core.earth.sphere import unit_vectors
 from tasks.database.store import open_database
 from tasks.model.checkpoint import load_checkpoint
 from tasks.params import EvaluateParams, PipelineParams, PublishParams, SampleParams, TrainParams

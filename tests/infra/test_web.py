@@ -10,7 +10,7 @@ import pytest
 from infra import storage
 from infra.errors import Unavailable, UserError
 from tasks.evaluation.label_tables import read_labels
-from tasks.model.checkpoint import load_foreign
+from tasks.model.satclip import load_foreign
 from tasks.params import EvaluateParams
 
 GOOD = b"lon,lat,elevation\n" + b"".join(b"%d,%d,%d\n" % (i, i, i) for i in range(60))

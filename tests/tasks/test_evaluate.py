@@ -17,11 +17,10 @@ from infra.errors import UserError
 from tasks.ablate import ablate_database, int8
 from tasks.artifacts import slugs
 from tasks.core.earth.grid import GridSpec
+from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
 from tasks.core.encoders.location import LocationEncoder
-from tasks.core.evidence import EARTH_RADIUS_KM
 from tasks.core.quantize import Scale
-from tasks.core.retrieval import unit_vectors
-from tasks.database.store import import_npz
+from tasks.database.npz import import_npz
 from tasks.evaluate import evaluate_database
 from tasks.evaluation.failures import losses, where_it_fails
 from tasks.grid.store import Content, create, template, write_tile

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from flows.cli_options import build
 from infra.errors import UserError
-from tasks.core.encoders.images import fit_rcf
+from tasks.core.encoders.rcf import fit_rcf
 from tasks.params import (
     RCF_PIXELS,
     AblateParams,

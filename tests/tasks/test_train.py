@@ -18,8 +18,8 @@ from infra import storage
 from infra.errors import UserError
 from tasks import train as train_module
 from tasks.cards import read_card, write_card
-from tasks.core.contrastive import Trainer
 from tasks.core.encoders.location import LocationEncoder
+from tasks.core.training import Trainer
 from tasks.database.store import open_database
 from tasks.encode import encode_database
 from tasks.model import features as features_module

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.core.earth.land import has_land, is_land
+from tasks.core.earth.sphere import EARTH_RADIUS_KM
 
 BLOCK = 4096  # draws at a time; the stream must not depend on how many places are asked for
 ZONE_DEGREES, BAND_DEGREES = 6.0, 8.0
-EARTH_KM = 6371.0088  # mean radius
 TILES = 6  # the most MGRS tiles that hold one place: two by two in one zone, and two of the next
 
 
@@ -123,6 +123,6 @@ def square(lonlat: NDArray[np.float64]) -> NDArray[np.int64]:
     """The 100-km square, about one Sentinel-2 tile, of each (n, 2) place as one number."""
     zone = np.minimum((lonlat[:, 0] + 180) // ZONE_DEGREES, 59)
     meridian = zone * ZONE_DEGREES - 177
-    east = np.radians(lonlat[:, 0] - meridian) * np.cos(np.radians(lonlat[:, 1])) * EARTH_KM
-    north = np.radians(lonlat[:, 1]) * EARTH_KM
+    east = np.radians(lonlat[:, 0] - meridian) * np.cos(np.radians(lonlat[:, 1])) * EARTH_RADIUS_KM
+    north = np.radians(lonlat[:, 1]) * EARTH_RADIUS_KM
     return (zone * 10_000 + (east // 100 + 10) * 400 + north // 100 + 200).astype(np.int64)

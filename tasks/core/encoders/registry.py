@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tasks.core.encoders import vision
-from tasks.core.encoders.images import ImageEncoder, Images, check_images, fit_rcf, load_rcf, standardise
+from tasks.core.encoders.images import ImageEncoder, Images, check_images, standardise
+from tasks.core.encoders.rcf import fit_rcf, load_rcf
 
 Arrays = dict[str, NDArray]
 Fit = Callable[[Images, tuple[str, ...], int, int], ImageEncoder]

@@ -28,6 +28,9 @@ PROVIDERS = {
     "some say false and are without it, which only the pixels tell",  # its issues 66 and 71
 }
 NEVER_APPLIES = "sentinel2l2a01.blob.core.windows.net"
+DARK_SHARE = 0.1  # of vegetation and water in a patch: then its darkest hundredth is dark in some band
+TOLERANCE = 300  # DN: how far noise and an overdone atmospheric correction reach below zero reflectance
+HAZY = 2000  # DN: reflectance 0.1 above the offset; darker surfaces than that show in every clear patch that has them
 
 
 @dataclass(frozen=True)
@@ -167,11 +170,6 @@ def to_reflectance(dn: NDArray[np.uint16], offset: NDArray[np.int64] | int) -> N
 def beyond_format(dn: NDArray[np.uint16]) -> bool:
     """Returns whether some number is one that the format has not: nobody knows what it means."""
     return bool((dn > MOST).any())
-
-
-DARK_SHARE = 0.1  # of vegetation and water in a patch: then its darkest hundredth is dark in some band
-TOLERANCE = 300  # DN: how far noise and an overdone atmospheric correction reach below zero reflectance
-HAZY = 2000  # DN: reflectance 0.1 above the offset; darker surfaces than that show in every clear patch that has them
 
 
 def check_numbers(dn: NDArray[np.uint16], offset: int, dark_share: float) -> tuple[float, str]:

@@ -6,8 +6,8 @@ from rangegeo.satclip.positional_encoding.cartesian3d import Cartesian3D
 from rangegeo.satclip.positional_encoding.theory import Theory
 from rangegeo.satclip.positional_encoding.wrap import Wrap
 
+from tasks.core.earth.sphere import unit_vectors
 from tasks.core.encoders.encodings import theory, wrap
-from tasks.core.retrieval import unit_vectors
 
 PLACES = np.random.default_rng(0).uniform([-180, -90], [180, 90], (40, 2))
 

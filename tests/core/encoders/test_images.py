@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tasks.core.encoders.images import fit_rcf, standardise
+from tasks.core.encoders.images import standardise
+from tasks.core.encoders.rcf import fit_rcf
 from tasks.core.encoders.registry import fit_encoder, load_encoder
 
 BANDS = ("red", "nir")

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from urllib3 import Retry
 
 from infra import storage
+from infra.addresses import may_read
 from infra.errors import CatalogUnavailable, UserError
 from infra.sandbox import servers
 from infra.stac import api, catalogs
-from infra.stac.catalogs import Catalog, ask, collection_title, footprint, may_read, search
+from infra.stac.catalogs import Catalog, ask, collection_title, footprint, search
 from tests.infra.stac.stac_server import item as stac_item
 from tests.proxy import (
     Proxy,

@@ -12,11 +12,12 @@ from infra import storage
 from infra.errors import UserError
 from tasks.cards import read_card
 from tasks.core.contrastive import ImageProjection
-from tasks.core.encoders.images import fit_rcf
 from tasks.core.encoders.location import LocationEncoder
+from tasks.core.encoders.rcf import fit_rcf
 from tasks.core.encoders.registry import load_tower
 from tasks.database.audit import audit_database
-from tasks.database.store import export_npz, import_npz, open_database
+from tasks.database.npz import export_npz, import_npz
+from tasks.database.store import open_database
 from tasks.encode import encode_database
 from tasks.model.checkpoint import save_checkpoint
 from tasks.model.features import read_weights

@@ -11,17 +11,10 @@ from rangegeo import RANGE
 from infra import storage
 from infra.errors import UserError
 from tasks.core.encoders.location import LocationEncoder
-from tasks.database.store import (
-    create_database,
-    export_npz,
-    finish_database,
-    import_npz,
-    open_database,
-    read_rows,
-    write_rows,
-    written_shards,
-)
-from tasks.model.checkpoint import export_satclip, save_checkpoint
+from tasks.database.npz import export_npz, import_npz
+from tasks.database.store import create_database, finish_database, open_database, read_rows, write_rows, written_shards
+from tasks.model.checkpoint import save_checkpoint
+from tasks.model.satclip import export_satclip
 
 N, DIM, VALUES = 25, 8, 5
 

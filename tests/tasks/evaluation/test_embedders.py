@@ -11,7 +11,8 @@ from torch import nn
 from infra.errors import UserError
 from tasks.core.encoders.location import LocationEncoder
 from tasks.evaluation.embedders import NAMES, embedders, load_csp, load_satclip, load_sinr
-from tasks.model.checkpoint import export_satclip, save_checkpoint
+from tasks.model.checkpoint import save_checkpoint
+from tasks.model.satclip import export_satclip
 from tasks.params import EvaluateParams
 
 PLACES = np.random.default_rng(0).uniform([-180, -90], [180, 90], (50, 2))

@@ -13,18 +13,11 @@ from infra import storage
 from infra.errors import UserError
 from tasks.core.contrastive import ImageProjection
 from tasks.core.encoders import vision
-from tasks.core.encoders.images import fit_rcf
 from tasks.core.encoders.location import LocationEncoder
+from tasks.core.encoders.rcf import fit_rcf
 from tasks.core.encoders.registry import load_tower
-from tasks.model.checkpoint import (
-    dump_state,
-    export_satclip,
-    import_satclip,
-    keys_of,
-    load_checkpoint,
-    parse_state,
-    save_checkpoint,
-)
+from tasks.model.checkpoint import dump_state, keys_of, load_checkpoint, parse_state, save_checkpoint
+from tasks.model.satclip import export_satclip, import_satclip
 
 POLES = np.array([[0, 90], [0, -90], [180, 60], [-180, 60]], float)
 

@@ -9,7 +9,8 @@ from infra import clusters, storage
 from infra.errors import UserError
 from tasks.cards import home_of, read_card
 from tasks.core.earth.grid import GridSpec
-from tasks.core.retrieval import Method, unit_vectors
+from tasks.core.earth.sphere import unit_vectors
+from tasks.core.retrieval import Method
 from tasks.database.store import read_rows
 from tasks.grid import store
 from tasks.grid.tiles import land_tiles

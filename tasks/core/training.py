@@ -1,0 +1,406 @@
+"""Contrastive training: schedule, batches, trainer, and what is measured on the places that are held out.
+
+The image backbone is frozen, so its features are given, once; what is trained is the location encoder, a projection
+of the features into its space, and the logit scale. The harmonics of the fixed training places are constants too and
+are computed once, where they fit in memory.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+
+from tasks.core.contrastive import FIRST_SCALE, LARGEST_SCALE, ImageProjection, info_nce, near_pairs, process, summed
+from tasks.core.encoders.location import LocationEncoder
+
+FITTED_ON = 16_384  # pairs whose features give the projection its mean and spread
+MEASURED = 8192  # held-out pairs that measure retrieval, at most: more are no more exact, and cost their square
+HARMONICS_BYTES = 1 << 30  # of all training places, above which each batch computes its own
+Precision = Literal["float32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train; validated by the step's parameters."""
+
+    steps: int
+    """Optimiser steps."""
+    batch: int
+    """Pairs in a batch: the number of negatives."""
+    lr: float
+    """Highest learning rate."""
+    weight_decay: float
+    """AdamW's."""
+    warmup: int
+    """Steps of linear warm-up, before the cosine."""
+    seed: int = 0
+    """Of the initial weights, the batches and the dropout."""
+    window: int = 65_536
+    """Pairs that are shuffled together."""
+    mask_km: float = 0.0
+    """Pairs of a batch that are this near on the sphere are not told apart; 0: all are."""
+    patience: int = 0
+    """Measurements without a better one after which training ends with the best weights; 0: never."""
+    precision: Precision = "float32"
+    """Of the encoders' matrix products."""
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: linear warm-up, then half a cosine down to 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+class Features(Protocol):
+    """Image features that may be more than memory holds."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(view, image, feature)."""
+
+    @property
+    def run(self) -> int:
+        """Neighbours that are stored, and so read, together."""
+
+    def take(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Features of images, each in the view of the same index, (n, feature)."""
+
+
+@dataclass(frozen=True)
+class FeatureArray:
+    """Features in memory."""
+
+    values: NDArray[np.float32]
+    """(view, image, feature)."""
+    run: int = 1
+    """One image is read as well as many."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(view, image, feature)."""
+        return self.values.shape
+
+    def take(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Features of images, each in the view of the same index, (n, feature)."""
+        return self.values[views, rows]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What is aligned: places and the features of the images taken there."""
+
+    lonlat: NDArray[np.float64]
+    """(n, 2) degrees."""
+    features: Features
+    """Of n images; view 0 is the untouched image."""
+    held_out: NDArray[np.bool_]
+    """(n,) pairs that are never trained on, by whole blocks of the Earth."""
+
+    def untouched(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Features of the images as they are, (n, feature)."""
+        return self.features.take(rows, np.zeros_like(rows))
+
+
+def hold_out(lonlat: NDArray[np.float64], degrees: float, share: float, seed: int) -> NDArray[np.bool_]:
+    """Marks the places of a random `share` of all blocks of `degrees` by `degrees`."""
+    blocks = np.floor((lonlat + np.array([180.0, 90.0])) / degrees).astype(np.int64)
+    _, which = np.unique(blocks, axis=0, return_inverse=True)
+    which = which.ravel()
+    order = np.random.default_rng(seed).permutation(which.max() + 1)
+    return order[which] < round(share * len(order))
+
+
+class Batches:
+    """Which pairs each step trains on: decided by the seed and the step alone, so that training goes on anywhere.
+
+    A turn visits every pair once. The runs of neighbours that are stored together come in a new order, each in a
+    random view, and pairs are shuffled within windows of runs: so a window is all that memory need hold, and where
+    it holds everything the shuffle is uniform. What would not fill a batch at the end of a turn waits for the next.
+    """
+
+    def __init__(
+        self, rows: NDArray[np.int64], size: int, seed: int, run: int = 1, window: int = 65_536, views: int = 1
+    ) -> None:
+        """Plans batches of `size` of the pairs `rows`.
+
+        Args:
+            rows: Pairs to train on, ascending.
+            size: Pairs in a batch.
+            seed: Of the order.
+            run: Neighbours that are stored together.
+            window: Pairs that are shuffled together, about.
+            views: Views of each image.
+
+        Raises:
+            ValueError: There are fewer pairs than one batch holds.
+        """
+        if len(rows) < size:
+            raise ValueError(
+                f"a batch of {size} pairs needs more than the {len(rows)} there are to train on: sample more "
+                "patches or make the batch smaller"
+            )
+        self.rows, self.size, self.seed, self.window, self.views = rows, size, seed, window, views
+        _, self.runs = np.unique(rows // run, return_inverse=True)
+        self.turn, self.order = -1, (rows, rows)
+
+    def __call__(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows and their views of the batch of a step."""
+        turn, batch = divmod(step, len(self.rows) // self.size)
+        if turn != self.turn:
+            self.turn, self.order = turn, self._shuffled(turn)
+        part = slice(batch * self.size, (batch + 1) * self.size)
+        return self.order[0][part], self.order[1][part]
+
+    def _shuffled(self, turn: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        rng = np.random.default_rng([self.seed, turn])
+        runs = int(self.runs[-1]) + 1
+        windows = -(-len(self.rows) // self.window)
+        window = (rng.permutation(runs) * windows // runs)[self.runs]
+        order = np.lexsort((rng.random(len(self.rows)), window))
+        views = rng.integers(self.views, size=runs)[self.runs]
+        return self.rows[order], views[order]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How training stands."""
+
+    step: int
+    """Steps done."""
+    loss: float
+    """Mean since the last measurement."""
+    scale: float
+    """The logit scale."""
+    accuracy: float
+    """Share of held-out places whose own image is among the nearest 1 % of the held-out images."""
+    held_out_loss: float
+    """InfoNCE of the held-out pairs as one batch."""
+
+
+class Diverged(ValueError):
+    """Training whose numbers are no longer finite."""
+
+
+class Trainer:
+    """Training that can stop after any step and go on from its `state` to the same last bit."""
+
+    def __init__(
+        self, location: LocationEncoder, projection: ImageProjection, schedule: Schedule, device: str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.location, self.projection = location.to(self.device), projection.to(self.device)
+        self.schedule = schedule
+        self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE, device=self.device))
+        self.optimiser = torch.optim.AdamW(self._groups(), lr=schedule.lr)
+        self.step_number = 0
+        self.losses: list[float] = []
+        self.history: list[Progress] = []
+        self.best_weights: dict[str, Any] = {}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        weights = [*self.location.parameters(), *self.projection.parameters()]
+        matrices = [w for w in weights if w.ndim > 1]
+        rest = [w for w in weights if w.ndim <= 1]
+        return [
+            {"params": matrices, "weight_decay": self.schedule.weight_decay},
+            {"params": [*rest, self.log_scale], "weight_decay": 0.0},
+        ]
+
+    def step(self, harmonics: Tensor, features: Tensor, near: Tensor | None = None) -> float:
+        """One optimiser step on this process's part of a batch; returns the loss of the whole."""
+        rank, processes = process()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.schedule.rate(self.step_number)
+        torch.manual_seed(self.schedule.seed * 1_000_003 + self.step_number + (rank << 40))  # dropout: by its step
+        self.location.train()
+        places, images = self._embed(harmonics.to(self.device), features.to(self.device))
+        loss = info_nce(places, images, self.log_scale.exp(), near=near, gather=processes > 1)
+        self.optimiser.zero_grad()
+        loss.backward()
+        if processes > 1:
+            self._sum_gradients()
+        self.optimiser.step()
+        with torch.no_grad():
+            self.log_scale.clamp_(max=LARGEST_SCALE)
+        self.step_number += 1
+        return loss.item()
+
+    def _embed(self, harmonics: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bf16"):
+            places, images = self.location.from_harmonics(harmonics), self.projection(features)
+        return functional.normalize(places.float(), dim=-1), functional.normalize(images.float(), dim=-1)
+
+    def _sum_gradients(self) -> None:
+        grads = [w.grad for group in self.optimiser.param_groups for w in group["params"]]
+        flat = summed(torch.cat([grad.ravel() for grad in grads]))
+        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(total.view_as(grad))
+
+    def check(self) -> None:
+        """Refuses what has diverged: vectors of such weights are NaN, which would look like perfect retrieval.
+
+        Raises:
+            Diverged: A loss or a weight is not finite.
+        """
+        lost = not np.isfinite(self.losses).all()
+        if lost or not all(torch.isfinite(weight).all() for weight in self._weights().values()):
+            raise Diverged(f"training diverged before step {self.step_number}: lower lr or weight_decay")
+
+    def note(self, progress: Progress) -> None:
+        """Adds a measurement; the weights of the best are kept where training may end early."""
+        self.history.append(progress)
+        self.losses = []
+        if self.schedule.patience and self.best == progress:
+            self.best_weights = {name: value.clone() for name, value in self._weights().items()}
+
+    @property
+    def best(self) -> Progress:
+        """The first of the measurements with the best held-out accuracy, and among those the lowest loss."""
+        return max(self.history, key=lambda now: (now.accuracy, -now.held_out_loss))
+
+    @property
+    def result(self) -> Progress:
+        """The measurement of the weights that training ends with."""
+        return self.best if self.schedule.patience else self.history[-1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or no measurement was better for as long as patience goes."""
+        patience = self.schedule.patience
+        waited = len(self.history) - 1 - self.history.index(self.best) if self.history else 0
+        return self.step_number >= self.schedule.steps or 0 < patience <= waited
+
+    def finish(self) -> None:
+        """Takes the best weights, where they were kept."""
+        if self.best_weights:
+            self._take(self.best_weights)
+
+    def _weights(self) -> dict[str, Any]:
+        location = {f"location.{name}": value for name, value in self.location.state_dict().items()}
+        projection = {f"projection.{name}": value for name, value in self.projection.state_dict().items()}
+        return {**location, **projection, "log_scale": self.log_scale.detach()}
+
+    def _take(self, weights: dict[str, Any]) -> None:
+        for part, module in (("location.", self.location), ("projection.", self.projection)):
+            own = {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
+            module.load_state_dict(own)
+        self.log_scale.data.copy_(weights["log_scale"])
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "weights": self._weights(),
+            "best_weights": self.best_weights,
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step_number,
+            "losses": self.losses,
+            "history": [vars(progress) for progress in self.history],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to a `state`."""
+        self._take(state["weights"])
+        self.best_weights = state["best_weights"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step_number, self.losses = state["step"], list(state["losses"])
+        self.history = [Progress(**progress) for progress in state["history"]]
+
+
+def train(trainer: Trainer, pairs: Pairs, every: int) -> Iterator[Progress | None]:
+    """Trains from where the trainer stands to its end.
+
+    Args:
+        trainer: New or restored; in a process group, the same in every process.
+        pairs: What to align.
+        every: Steps between measurements; the last step is one too.
+
+    Yields:
+        After each step the progress where it was measured, else nothing.
+
+    Raises:
+        Diverged: A loss or a weight is no longer finite.
+    """
+    schedule, (rank, processes) = trainer.schedule, process()
+    batches = plan(pairs.held_out, schedule, pairs.features.run, pairs.features.shape[0])
+    harmonics, measure = _harmonics(trainer.location, pairs.lonlat), _measure(pairs)
+    part = slice(rank * schedule.batch // processes, (rank + 1) * schedule.batch // processes)
+    while not trainer.finished:
+        rows, views = batches(trainer.step_number)
+        near = near_pairs(pairs.lonlat[rows], schedule.mask_km) if schedule.mask_km else None
+        features = torch.from_numpy(pairs.features.take(rows[part], views[part]))
+        trainer.losses.append(trainer.step(harmonics(rows[part]), features, near))
+        measured = trainer.step_number % every == 0 or trainer.step_number == schedule.steps
+        if measured:
+            trainer.check()
+            trainer.note(_agreed(measure, trainer))
+        yield trainer.history[-1] if measured else None
+    trainer.finish()
+
+
+def plan(held_out: NDArray[np.bool_], schedule: Schedule, run: int, views: int) -> Batches:
+    """The batches of a schedule.
+
+    Raises:
+        ValueError: There are fewer pairs than one batch holds, or a batch cannot be cut evenly for the processes.
+    """
+    processes = process()[1]
+    if schedule.batch % processes:
+        raise ValueError(f"a batch of {schedule.batch} cannot be cut into {processes} equal parts: use a multiple")
+    return Batches(np.flatnonzero(~held_out), schedule.batch, schedule.seed, run, schedule.window, views)
+
+
+def _harmonics(location: LocationEncoder, lonlat: NDArray[np.float64]) -> Callable[[NDArray[np.int64]], Tensor]:
+    """Harmonics of rows of places: of all at once where they fit in memory."""
+    if 4 * len(lonlat) * location.degree**2 > HARMONICS_BYTES:
+        return lambda rows: location.harmonics(lonlat[rows])
+    whole = location.harmonics(lonlat).contiguous()
+    return lambda rows: whole[torch.from_numpy(rows).to(whole.device)]
+
+
+def _measure(pairs: Pairs) -> Callable[[Trainer], Progress]:
+    """How to measure a trainer's progress on the held-out pairs, which are read once."""
+    held = np.flatnonzero(pairs.held_out)
+    if len(held) > MEASURED:
+        held = np.sort(np.random.default_rng(0).choice(held, MEASURED, replace=False))
+    lonlat, features = pairs.lonlat[held], pairs.untouched(held)
+
+    @torch.no_grad()
+    def measure(trainer: Trainer) -> Progress:
+        places, images = trainer.location.embed(lonlat), trainer.projection.keys(features)
+        scale = trainer.log_scale.detach().exp().cpu()
+        value = info_nce(torch.from_numpy(places), torch.from_numpy(images), scale).item() if len(places) else 0.0
+        accuracy = retrieval_accuracy(places, images)
+        return Progress(trainer.step_number, float(np.mean(trainer.losses)), scale.item(), accuracy, value)
+
+    return measure
+
+
+def _agreed(measure: Callable[[Trainer], Progress], trainer: Trainer) -> Progress:
+    """The first process's measurement, in every process: they must all end at the same step."""
+    rank, processes = process()
+    found = [measure(trainer) if rank == 0 else None]
+    if processes > 1:
+        distributed.broadcast_object_list(found, 0)
+    return found[0]  # type: ignore[return-value]
+
+
+def retrieval_accuracy(places: NDArray[np.float32], images: NDArray[np.float32], nearest: float = 0.01) -> float:
+    """Share of places, row by row, whose own image is among the `nearest` share of all images.
+
+    Args:
+        places: (n, dim) unit vectors.
+        images: (n, dim) unit vectors.
+        nearest: Share of the images that counts as near; 0.01 of 1,000 images is a rank of at most 10.
+    """
+    if not len(places):
+        return 0.0
+    cosines = places @ images.T
+    rank = (cosines > cosines.diagonal()[:, None]).sum(1)
+    return float((rank < max(1, nearest * len(images))).mean())

@@ -1,7 +1,7 @@
-"""The `rangegrid` command: one subcommand per flow, the demo, the sandbox and the doctor.
+"""Defines the `rangegrid` command: one subcommand per flow, the demo, the sandbox and the doctor.
 
-Heavy imports happen inside the commands: `--help` is quick, and Prefect reads its settings only after the
-command has set them.
+Heavy imports happen inside the commands, so that `--help` is quick. Prefect reads its settings at import, and so only
+after the command has set them.
 """
 
 import json
@@ -37,7 +37,7 @@ from tasks.params import (
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="From Sentinel-2 to global RANGE geo-embeddings.",
+    help="Make global RANGE geo-embeddings from Sentinel-2.",
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="Local STAC, S3 and Prefect servers with the demo planet.")
 app.add_typer(sandbox_app, name="sandbox")
@@ -45,7 +45,7 @@ sample_app = typer.Typer(invoke_without_command=True, help="Sample Sentinel-2 pa
 app.add_typer(sample_app, name="sample")
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Exchange checkpoints with SatCLIP and rangegeo.")
 app.add_typer(checkpoint_app, name="checkpoint")
-database_app = typer.Typer(no_args_is_help=True, help="Exchange databases with rangegeo, and audit them.")
+database_app = typer.Typer(no_args_is_help=True, help="Exchange databases with rangegeo, and check them.")
 app.add_typer(database_app, name="database")
 app.add_typer(cli_grid.app, name="grid")
 app.command("ls")(cli_products.list_products)
@@ -63,14 +63,18 @@ Checkpoint = Annotated[str, typer.Argument(help="Directory or URL of the checkpo
 Database = Annotated[str, typer.Argument(help="Directory or URL of the database.", callback=_url)]
 New = Annotated[str, typer.Argument(help="Directory or URL of the product to make.", callback=_url)]
 Output = Annotated[str, typer.Argument(help="Path or URL of the file to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Space = Annotated[
-    str, typer.Option("--checkpoint", help="Directory or URL of the checkpoint of its keys.", callback=_url)
+    str, typer.Option("--checkpoint", help="Directory or URL of the checkpoint that made its keys.", callback=_url)
 ]
-POINTS = "Path or URL of a table of points: CSV, Parquet, GeoJSON and others, with columns lon and lat or a geometry."
+POINTS = "Path or URL of a table of points with columns lon and lat or a geometry: CSV, Parquet, GeoJSON and others."
 Points = Annotated[str, typer.Argument(help=POINTS)]
-Lon = Annotated[str | None, typer.Option("--lon", help="Column of the longitudes in degrees; unset, by its name.")]
-Lat = Annotated[str | None, typer.Option("--lat", help="Column of the latitudes in degrees; unset, by its name.")]
+Lon = Annotated[
+    str | None, typer.Option("--lon", help="Column of longitudes in degrees. Unset: recognised by its name.")
+]
+Lat = Annotated[
+    str | None, typer.Option("--lat", help="Column of latitudes in degrees. Unset: recognised by its name.")
+]
 Directory = Annotated[Path, typer.Option(help="Where the sandbox keeps its data and its state.")]
 SANDBOX = Path(".sandbox")
 
@@ -79,10 +83,10 @@ INTERRUPTED = 130  # what a shell reports for SIGINT, and what typer makes of a 
 
 
 def main() -> None:
-    """Runs the command; a user's error is one sentence and exit status 2, an interrupt 130."""
+    """Runs the command. A user's error is told in one line with exit status 2; an interrupt has status 130."""
     hand_on()
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the server has it, if there is one
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # a server keeps the log instead
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app()
@@ -93,7 +97,7 @@ def main() -> None:
         if ended.code == INTERRUPTED:
             err.print("interrupted: run the same command again to go on from here")
         raise
-    except Exception as error:  # what Prefect's client raises where its server is gone, or was never there
+    except Exception as error:  # Prefect's client raises many types where its server does not answer
         if not (type(error).__module__.startswith("httpx") or str(error).startswith("Failed to reach API at")):
             raise
         from prefect.settings import PREFECT_API_URL
@@ -129,7 +133,7 @@ sample_app.callback()(with_options(SampleParams, _sample))
 def explain(
     item: Annotated[str, typer.Argument(help="Path or URL of a STAC item of Sentinel-2 L2A.")],
 ) -> None:
-    """Tell how an item's numbers become reflectance, and why, as JSON."""
+    """Tell how an item's pixel values are converted to reflectance, and why, as JSON."""
     from tasks.patches.scenes import explain as decision
 
     print(json.dumps(decision(item), indent=2))
@@ -143,12 +147,12 @@ def _plan(params: SampleParams) -> None:
         print(f"{name:<14}{value:>14}")
 
 
-sample_app.command("plan", help="Tell what a run would cost, before it runs.")(with_options(SampleParams, _plan))
+sample_app.command("plan", help="Estimate the cost of a run before it runs.")(with_options(SampleParams, _plan))
 
 
 @command(TrainParams)
 def train(patches: Patches, params: TrainParams) -> None:
-    """Train the contrastive location encoder; under torchrun, in several processes."""
+    """Train the location encoder by contrastive learning. Under torchrun it trains in several processes."""
     from flows.train import run
 
     if url := run(patches, params):
@@ -157,7 +161,7 @@ def train(patches: Patches, params: TrainParams) -> None:
 
 @command(EncodeParams)
 def encode(patches: Patches, checkpoint: Checkpoint, params: EncodeParams) -> None:
-    """Encode patches into the two-resolution database."""
+    """Encode patches into the two-resolution database of RANGE."""
     from flows.encode import encode as flow
     from flows.started import start
 
@@ -166,7 +170,7 @@ def encode(patches: Patches, checkpoint: Checkpoint, params: EncodeParams) -> No
 
 @command(PublishParams)
 def publish(checkpoint: Checkpoint, database: Database, params: PublishParams) -> None:
-    """Publish RANGE+ over a global grid as Zarr."""
+    """Publish a grid of RANGE+ embeddings as Zarr."""
     from flows.publish import publish as flow
     from flows.started import start
 
@@ -177,19 +181,20 @@ def publish(checkpoint: Checkpoint, database: Database, params: PublishParams) -
 def evaluate(
     params: EvaluateParams,
     checkpoint: Annotated[
-        str | None, typer.Argument(help="Directory or URL of the checkpoint; none, for other encoders.", callback=_url)
+        str | None,
+        typer.Argument(help="Directory or URL of the checkpoint. None: other encoders alone.", callback=_url),
     ] = None,
     database: Annotated[
         str | None, typer.Argument(help="Directory or URL of the database encoded with it.", callback=_url)
     ] = None,
     grid: Annotated[
-        str | None, typer.Option(help="Path or URL of its published grid, which gets a score card.", callback=_url)
+        str | None, typer.Option(help="Path or URL of the grid published from it. It gets a score card.", callback=_url)
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--json", help="Path or URL where the score card is written too.")
+        str | None, typer.Option("--json", help="Path or URL to write the score card to as well.")
     ] = None,
 ) -> None:
-    """Score embeddings by probes, on random and on blocked splits: ours, others' and any grid."""
+    """Score location embeddings (ours, others' and any grid) by probes, on random and on spatially blocked splits."""
     from flows.evaluate import evaluate as flow
     from flows.started import start
     from infra import storage
@@ -208,12 +213,12 @@ def evaluate(
 
 @command(AblateParams)
 def ablate(
-    choice: Annotated[Choice, typer.Argument(help="What is varied.")],
+    choice: Annotated[Choice, typer.Argument(help="Which choice to vary.")],
     checkpoint: Checkpoint,
     database: Database,
     params: AblateParams,
 ) -> None:
-    """Tell what one choice in retrieval is worth, by the same probes."""
+    """Measure what one choice of the retrieval is worth, by the probes of evaluate."""
     from flows.ablate import ablate as flow
     from flows.started import start
     from infra import storage
@@ -225,16 +230,18 @@ def ablate(
 
 @command(EmbedderParams)
 def geoprior(
-    photographs: Annotated[str, typer.Argument(help="Path or URL of an .npz: lonlat, labels, train, log_probs.")],
+    photographs: Annotated[
+        str, typer.Argument(help="Path or URL of an .npz with lonlat, labels, train and log_probs.")
+    ],
     params: EmbedderParams,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Directory or URL of the checkpoint; none, for other encoders.", callback=_url)
+        str | None, typer.Option(help="Directory or URL of the checkpoint. None: other encoders alone.", callback=_url)
     ] = None,
     database: Annotated[
         str | None, typer.Option(help="Directory or URL of the database encoded with it.", callback=_url)
     ] = None,
 ) -> None:
-    """Tell what places add to an image classifier, by the same probes."""
+    """Measure what location embeddings add to an image classifier (a geographic prior)."""
     from tasks.evaluation.embedders import embedders
     from tasks.evaluation.geoprior import geo_prior, read_photographs
 
@@ -253,7 +260,7 @@ def embed(
     lon: Lon = None,
     lat: Lat = None,
 ) -> None:
-    """Embed a list of points: their columns, and their embedding."""
+    """Embed a table of points, and write its columns with their embeddings."""
     from tasks.points.embed import embed_file
 
     print(embed_file(points, checkpoint, database, output, params, overwrite, lon, lat))
@@ -264,12 +271,14 @@ def sample_grid(
     points: Points,
     grid: Annotated[str, typer.Option(help="Directory or URL of the grid's Zarr.", callback=_url)],
     output: Annotated[str, typer.Option(help="Path or URL of the .parquet to write.")],
-    method: Annotated[Sampling, typer.Option(help="The cell of a point, or the weighted mean of four.")] = "nearest",
+    method: Annotated[
+        Sampling, typer.Option(help="The cell that a point is in, or the weighted mean of four.")
+    ] = "nearest",
     overwrite: Overwrite = False,
     lon: Lon = None,
     lat: Lat = None,
 ) -> None:
-    """Add the vectors of a published grid to a list of points, and why a point has none."""
+    """Add the embeddings of a published grid to a table of points, and the reason where a point has none."""
     from tasks.points.sample_grid import sample_file
 
     print(sample_file(points, grid, output, method, overwrite, lon, lat))
@@ -279,7 +288,7 @@ def sample_grid(
 def import_checkpoint(
     file: Annotated[str, typer.Argument(help="Path or URL of a satclip-*.ckpt.")], directory: New
 ) -> None:
-    """Import a SatCLIP checkpoint, both towers; nothing in the file is executed."""
+    """Import a SatCLIP checkpoint, its location and its image encoder. No code in the file is executed."""
     from tasks.model.satclip import import_satclip
 
     card = import_satclip(file, directory)
@@ -299,7 +308,7 @@ def export_checkpoint(checkpoint: Checkpoint, file: Output, overwrite: Overwrite
 def import_database(
     file: Annotated[str, typer.Argument(help="Path or URL of a range_db_*.npz.")], directory: New, checkpoint: Space
 ) -> None:
-    """Import a published RANGE database; its numbers are checked, nothing in the file is executed."""
+    """Import a published RANGE database after a check of its numbers. No code in the file is executed."""
     from tasks.database.npz import import_npz
 
     import_npz(file, directory, checkpoint)
@@ -318,15 +327,15 @@ def export_database(database: Database, file: Output, overwrite: Overwrite = Fal
 def audit(
     database: Database,
     patches: Annotated[
-        str | None, typer.Option(help="Directory or URL of the patches, to encode some again.", callback=_url)
+        str | None, typer.Option(help="Directory or URL of the patches, to encode some of them again.", callback=_url)
     ] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Directory or URL of the checkpoint of its keys.", callback=_url)
+        str | None, typer.Option(help="Directory or URL of the checkpoint that made its keys.", callback=_url)
     ] = None,
-    sample: Annotated[int, typer.Option(min=2, help="Images to encode again.")] = 64,
+    sample: Annotated[int, typer.Option(min=2, help="Number of images to encode again.")] = 64,
     as_json: cli_grid.AsJson = False,
 ) -> None:
-    """Check that a database is sound, and that key, value and place of a row belong to one image."""
+    """Check that a database is sound, and that the key, value and place of each row belong to the same image."""
     from tasks.database.audit import audit_database
 
     findings = audit_database(database, patches, checkpoint, sample)
@@ -335,7 +344,7 @@ def audit(
 
 @command(PipelineParams)
 def pipeline(params: PipelineParams) -> None:
-    """Run sample, train, encode, publish and evaluate in order."""
+    """Run sample, train, encode, publish and evaluate in this order."""
     from flows.pipeline import pipeline as flow
     from flows.started import start
 
@@ -346,9 +355,9 @@ def pipeline(params: PipelineParams) -> None:
 @app.command()
 def demo(
     directory: Directory = SANDBOX,
-    output: Annotated[Path, typer.Option(help="Where the local copies go.")] = Path("demo"),
+    output: Annotated[Path, typer.Option(help="Directory of the local copies.")] = Path("demo"),
 ) -> None:
-    """Make a global grid from the demo planet, start to end, on this machine."""
+    """Run the whole pipeline on the demo planet, on this machine, and copy the grid and its pictures."""
     from flows.demo import run
 
     run(directory, output)
@@ -356,7 +365,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Tell what is installed, reachable and writable."""
+    """Check what is installed, reachable and writable."""
     from flows.doctor import checks, line
 
     failed = 0
@@ -368,7 +377,7 @@ def doctor() -> None:
 
 @sandbox_app.command()
 def up(directory: Directory = SANDBOX) -> None:
-    """Start the servers, building the demo planet at the first time, and print how to use them."""
+    """Start the servers and print how to use them. The first start builds the demo planet."""
     from infra import sandbox
 
     box = sandbox.up(directory)
@@ -378,7 +387,7 @@ def up(directory: Directory = SANDBOX) -> None:
 
 @sandbox_app.command()
 def down(directory: Directory = SANDBOX) -> None:
-    """Stop the servers; their data stay."""
+    """Stop the servers and keep their data."""
     from infra import sandbox
 
     sandbox.down(directory)
@@ -386,7 +395,7 @@ def down(directory: Directory = SANDBOX) -> None:
 
 @sandbox_app.command()
 def status(directory: Directory = SANDBOX) -> None:
-    """Tell which servers run."""
+    """Tell which servers are running."""
     from infra import sandbox
 
     sandbox.require(directory)
@@ -397,10 +406,13 @@ def status(directory: Directory = SANDBOX) -> None:
 @app.command()
 def reconcile(
     silent_minutes: Annotated[
-        float, typer.Option(min=0, help="Minutes without a sign of life after which a run is dead; one comes each 3.")
+        float,
+        typer.Option(
+            min=0, help="Minutes without a heartbeat after which a run counts as dead. A run sends one every 3."
+        ),
     ] = 15,
 ) -> None:
-    """End flow runs of rangegrid that were killed and stay RUNNING; run again, each goes on from what is stored."""
+    """End flow runs of rangegrid that were killed and still show as RUNNING. A rerun resumes from what is stored."""
     from infra.reconcile import begun
     from infra.reconcile import reconcile as end
 
@@ -416,17 +428,17 @@ def reconcile(
 
 
 Schedules = Annotated[
-    Path | None, typer.Option(help="Your schedules; by default schedules.yaml beside the settings file.")
+    Path | None, typer.Option(help="YAML file of your schedules. Default: schedules.yaml beside the settings file.")
 ]
 TakeOption = Annotated[
     Literal["ui", "file"] | None,
-    typer.Option(help="What was set in the UI and differs from your schedules: ui keeps it there, file replaces it."),
+    typer.Option(help="Where the UI and your schedules differ: ui keeps what the UI has, file replaces it."),
 ]
 
 
 @app.command()
 def deploy(schedules: Schedules = None, take: TakeOption = None) -> None:
-    """Lay the deployments, and over them your schedules and parameters, on the Prefect server that is set."""
+    """Create or update the deployments, with your schedules and parameters, on the Prefect server that is set."""
     from infra.deployments import deploy as lay
 
     for told in lay(schedules, take):
@@ -442,10 +454,10 @@ def serve(
     schedules: Schedules = None,
     take: TakeOption = None,
     systemd: Annotated[
-        bool, typer.Option("--systemd", help="Write systemd units that do it for good, and end.")
+        bool, typer.Option("--systemd", help="Write systemd units that serve permanently, and exit.")
     ] = False,
     part: Annotated[
-        Literal["server", "worker"] | None, typer.Option(help="Only this part, as a unit of systemd runs it.")
+        Literal["server", "worker"] | None, typer.Option(help="Run only this part, as a systemd unit does.")
     ] = None,
 ) -> None:
     """Serve on this machine until Ctrl-C: a Prefect server, the deployments, your schedules, and a worker."""

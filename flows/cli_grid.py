@@ -1,4 +1,4 @@
-"""`rangegrid grid`: the versions of the grid, and which one readers open."""
+"""Defines `rangegrid grid`: the versions of the grid, and which one readers open."""
 
 import json
 import sys
@@ -6,26 +6,26 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="The versions of the grid, and which one readers open.")
+app = typer.Typer(no_args_is_help=True, help="Manage the versions of the grid, and which one readers open.")
 
 Grid = Annotated[
     str,
     typer.Argument(
-        help="latest, previous, latest.LINE, previous.LINE, a fingerprint or its first digits, or a Zarr's URL."
+        help="latest, previous, latest.LINE, previous.LINE, a fingerprint or its first digits, or the URL of a Zarr."
     ),
 ]
-Line = Annotated[str, typer.Option(help="Product line; `rangegrid grid list` shows them.")]
+Line = Annotated[str, typer.Option(help="Product line. `rangegrid grid list` shows them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PLACED, STORED = ("step", "crs", "box"), ("dtype", "dims")
 COLUMNS = {"state": 11, "fingerprint": 14, "finished": 21, "line": 32} | {"step": 8, "crs": 11, "box": 18}
-COLUMNS |= {"dtype": 9, "dims": 6}  # of the table, with their widths
-LONGEST = 60  # letters of a cell: WKT has thousands
+COLUMNS |= {"dtype": 9, "dims": 6}  # columns of the table, with their widths in letters
+LONGEST = 60  # letters; longest text in a cell of the table, since WKT has thousands
 MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 
 
 @app.command("list")
 def list_versions(as_json: AsJson = False) -> None:
-    """List all versions, the newest first."""
+    """List all versions of the grid, the newest first."""
     from tasks.release.versions import versions
 
     rows = [describe(version) for version in versions()]
@@ -38,7 +38,7 @@ def list_versions(as_json: AsJson = False) -> None:
 
 
 def describe(version: Any) -> dict[str, Any]:
-    """Returns a version as JSON has it."""
+    """Returns what JSON and the table show of a version."""
     when = version.finished and version.finished.strftime("%Y-%m-%d %H:%M:%S")
     row = {"state": version.state, "fingerprint": version.fingerprint, "finished": when, "line": version.line}
     layout = version.layout
@@ -48,14 +48,14 @@ def describe(version: Any) -> dict[str, Any]:
 
 
 def _told(value: Any) -> str:
-    """A cell of the table, with room to the next one."""
+    """Returns the text of a cell of the table, with a space to the next one."""
     text = f"{value:g}" if isinstance(value, float) else str(value if value is not None else "")
     return f"{text[:LONGEST]} "
 
 
 @app.command()
 def inspect(grid: Grid = "latest") -> None:
-    """Tell what a version was made of, and how large it is, as JSON."""
+    """Tell what a version of the grid was made from, and how large it is, as JSON."""
     from infra.storage import size
     from tasks.cards import home_of, read_card
     from tasks.release.validation import opened
@@ -68,7 +68,7 @@ def inspect(grid: Grid = "latest") -> None:
 
 @app.command()
 def validate(grid: Grid = "latest", as_json: AsJson = False) -> None:
-    """Check a version: every shard, and some cells computed again; status 1 where a check fails."""
+    """Check every shard of a version, and compute some cells again. The exit status is 1 where a check fails."""
     from infra import clusters
     from tasks.cards import home_of, read_card
     from tasks.release.validation import validate_grid
@@ -82,7 +82,7 @@ def validate(grid: Grid = "latest", as_json: AsJson = False) -> None:
 
 
 def report(findings: list[Any], as_json: bool) -> None:
-    """Prints findings, and ends with status 1 where one failed."""
+    """Prints findings, and exits with status 1 where one failed."""
     if as_json:
         print(json.dumps([vars(finding) for finding in findings], indent=2))
     else:
@@ -94,7 +94,7 @@ def report(findings: list[Any], as_json: bool) -> None:
 @app.command()
 def promote(
     grid: Grid,
-    unchecked: Annotated[bool, typer.Option("--unchecked", help="Do not validate it first.")] = False,
+    unchecked: Annotated[bool, typer.Option("--unchecked", help="Skip the validation.")] = False,
 ) -> None:
     """Make a version the latest of its line, after validation."""
     from infra import clusters
@@ -112,10 +112,10 @@ def promote(
 
 @app.command()
 def rollback(
-    grid: Annotated[str | None, typer.Argument(help="Which version; by default the previous one.")] = None,
+    grid: Annotated[str | None, typer.Argument(help="Version to go back to. Default: the previous one.")] = None,
     line: Line = "",
 ) -> None:
-    """Go back to the previous version of a line, by default the first one, or to a named earlier version."""
+    """Go back to the previous version of a line, or to an earlier version that is named. Default: the first line."""
     from tasks.release import versions
 
     print(versions.rollback(versions.find(grid) if grid else None, line).grid)
@@ -123,14 +123,17 @@ def rollback(
 
 @app.command()
 def prune(
-    keep: Annotated[int, typer.Option(min=0, help="How many of the newest versions of each line to keep.")] = 3,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; tell what would be.")] = False,
+    keep: Annotated[int, typer.Option(min=0, help="Number of newest versions of each line to keep.")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be deleted.")] = False,
     unfinished: Annotated[
-        bool, typer.Option("--unfinished", help="Also what broken runs left; give it while no run publishes.")
+        bool,
+        typer.Option(
+            "--unfinished", help="Also delete what failed runs left behind. Use it only while no run is publishing."
+        ),
     ] = False,
     line: Line = "",
 ) -> None:
-    """Delete old versions, each line for itself; never the latest, the previous one, or what these need."""
+    """Delete old versions of each line. The latest and the previous version, and what they need, stay."""
     from tasks.release import versions
 
     for version in versions.prune(keep, unfinished=unfinished, dry_run=dry_run, line=line):
@@ -141,9 +144,9 @@ def prune(
 def compare(
     old: Grid,
     new: Grid,
-    output: Annotated[str | None, typer.Option(help="Path or URL of a PNG: the map of the change.")] = None,
+    output: Annotated[str | None, typer.Option(help="Path or URL of a PNG to write: a map of the change.")] = None,
 ) -> None:
-    """Tell which cells moved between two versions, and by how much, as JSON."""
+    """Tell which cells changed between two versions, and by how much, as JSON."""
     from infra import clusters
     from tasks.release import diff
     from tasks.release.versions import find

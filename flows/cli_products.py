@@ -1,4 +1,4 @@
-"""`rangegrid ls` and `rangegrid prune`: what lies in the storage and why, and what of it nothing needs."""
+"""Defines `rangegrid ls` and `rangegrid prune`: what is stored and why, and what of it nothing needs."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ FORM = "{:<27}{:>14}  {:<18}{:<12}{}"
 
 
 def list_products(as_json: AsJson = False) -> None:
-    """List every product: its size, when it was last written, what it is made of, and what is made of it."""
+    """List every stored product: its size, when it was last written, what it was made from, and what uses it."""
     from tasks.release.inventory import products
 
     rows = [describe(product) for product in products().values()]
@@ -26,14 +26,16 @@ def list_products(as_json: AsJson = False) -> None:
 
 def prune(
     keep: Annotated[
-        int, typer.Option(min=0, help="How many of the newest of each kind, and of each line of grids, to keep.")
+        int, typer.Option(min=0, help="Number of newest products of each kind, and of each line of grids, to keep.")
     ] = 3,
-    days: Annotated[float, typer.Option(min=1, help="Keep what was written since so many days ago.")] = 30,
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="Also what broken runs left.")] = False,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete; else only tell what would be deleted.")] = False,
+    days: Annotated[float, typer.Option(min=1, help="Keep what was written in the last so many days.")] = 30,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Also delete what failed runs left behind.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete. Without it, only tell what would be deleted.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell which products nothing needs, and with --delete delete them; never what a grid in use or a run needs."""
+    """Tell which products nothing needs, and with --delete delete them. What a grid in use or a run needs stays."""
     from tasks.release.pruning import prune_all
 
     found = prune_all(keep, days, unfinished=unfinished, delete=delete, running=under_way())
@@ -44,10 +46,10 @@ def prune(
 
 
 def under_way() -> list[dict[str, Any]]:
-    """Returns the parameters of the runs that the Prefect server knows of; none where none is set.
+    """Returns the parameters of the runs under way on the Prefect server; none where no server is set.
 
     Raises:
-        UserError: A server is set and does not answer: so nothing tells what may be in use.
+        UserError: A server is set and does not answer, so that nothing tells what is in use.
     """
     from prefect.settings import PREFECT_API_URL
 
@@ -59,7 +61,7 @@ def under_way() -> list[dict[str, Any]]:
 
 
 def describe(product: Any) -> dict[str, Any]:
-    """Returns a product as JSON has it."""
+    """Returns what JSON and the table show of a product."""
     return {
         "product": product.name,
         "url": product.url,

@@ -1,4 +1,4 @@
-"""The demo: the whole pipeline on the demo planet, start to end on one machine."""
+"""Runs the demo: the whole pipeline on the demo planet, start to end on one machine."""
 
 import os
 import shlex
@@ -29,7 +29,7 @@ OPTIONS = {
     "--publish-evidence": "true",
     "--evaluate-folds": "3",
 }
-FAREWELL = 20.0  # seconds in which an interrupted pipeline ends by itself
+FAREWELL = 20.0  # seconds that an interrupted pipeline has to end by itself, before it is killed
 
 
 def run(directory: Path, output: Path) -> None:
@@ -93,7 +93,7 @@ def copy_out(made: dict[str, str], output: Path) -> list[Path]:
 
 
 def summary(grid: str, directory: Path, output: Path, copies: list[Path]) -> str:
-    """What was made and how to use it."""
+    """Returns a text that tells what was made and how to use it."""
     lines = [
         f"[bold]Grid[/]      {grid}  (while `rangegrid sandbox up` runs; its data are in {directory})",
         f"[bold]Copy[/]      {output / 'grid.zarr'}",

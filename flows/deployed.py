@@ -1,4 +1,4 @@
-"""What a flow does otherwise where it runs as a deployment: it tells its product, and starts others by their names."""
+"""Holds what differs where a flow runs as a deployment: it reports its product and starts other deployments."""
 
 import inspect
 from typing import Any
@@ -15,7 +15,7 @@ from infra.errors import UserError
 from tasks.cards import home_of
 from tasks.units import in_run
 
-HOUR = 3600.0  # a flow's timeout ends one that hangs: it is some times what the largest run should take
+HOUR = 3600.0  # seconds; timeouts of flows end runs that hang, and are a few times what the largest run should take
 
 
 def be_quiet(console: Console) -> None:
@@ -27,15 +27,17 @@ Console.on_broken_pipe = be_quiet  # type: ignore[assignment,method-assign]
 
 
 def in_deployment() -> bool:
-    """Whether this run was started from a deployment."""
+    """Tells whether this run was started from a deployment."""
     return deployment.id is not None
 
 
 def made(url: str) -> Any:
-    """Returns a flow's result: the URL, which the run's state tells too, to the UI and to what started the run.
+    """Returns a flow's result, the URL of its product, after the product was read back from the storage.
+
+    In a run, the URL is also the message of the run's state: for the UI, and for the flow that started the run.
 
     Raises:
-        UserError: The product is not at the URL, read anew from the storage, so that nothing ends well that is lost.
+        UserError: The product is not at the URL.
     """
     try:
         card = storage.read_json(storage.join(home_of(url), "card.json"))
@@ -50,22 +52,22 @@ def made(url: str) -> Any:
 def _lost(url: str) -> UserError:
     return UserError(
         f"the product was written to {url} and is not there: something else empties that storage, or the run has "
-        "another under the same name; `rangegrid doctor` tells what a run sees"
+        "another storage under the same name. `rangegrid doctor` tells what a run sees"
     )
 
 
 def run_deployed(step: Flow[..., str], *arguments: Any) -> str:
-    """Runs a step as the deployment of its name and waits for it, so that it can be looked at and rerun alone.
+    """Runs a step as the deployment of its name and waits for it: a run of its own can be inspected and rerun alone.
 
     Args:
-        step: A flow whose result is `made`.
+        step: A flow that returns what `made` makes.
         arguments: As the flow takes them.
 
     Returns:
         The URL of its product.
 
     Raises:
-        UserError: It is not deployed, or did not end well.
+        UserError: The step is not deployed, or did not complete.
     """
     named = inspect.signature(step.fn).bind(*arguments).arguments
     try:

@@ -1,4 +1,4 @@
-"""What is installed, reachable and writable: here, and where the pool runs a flow."""
+"""Checks what is installed, reachable and writable: here, and where the work pool runs a flow."""
 
 import logging
 import os
@@ -19,15 +19,15 @@ from infra.settings import origin, settings
 from infra.stac.catalogs import catalogs, collection_title
 
 PACKAGES = ("prefect", "dask", "xarray", "zarr", "rasterio", "torch", "pystac-client", "obstore", "s3fs")
-SOUND = (3, 11, 12)  # before it, gc and a thread that looks at frames can deadlock (cpython 106883)
-PATIENCE = 180  # seconds for the pool to take up a run, start a Python and answer
+SOUND = (3, 11, 12)  # before this version, gc and a thread that looks at frames can deadlock (cpython 106883)
+PATIENCE = 180  # seconds that the pool has to take up a run, start Python and answer
 
 Check = tuple[str, str, bool]  # name, what was found, whether it is good
 
 
 def checks() -> Iterator[Check]:
     """Yields (name, what was found, whether it is good): here, and as a run in the pool sees it."""
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # we tell what its attempts came to
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries would be told beside our result
     yield "packages", ", ".join(f"{name} {version(name)}" for name in PACKAGES), True
     yield from seen()
     yield "prefect", *_try(_prefect)
@@ -45,10 +45,10 @@ def seen() -> Iterator[Check]:
 
 @flow(name="doctor", flow_run_name="doctor", timeout_seconds=HOUR)
 def doctor() -> Any:
-    """Tells what a run in this pool reads, reaches and may write; it fails where one thing is not good.
+    """Checks what a run in this work pool reads, reaches and may write. It fails where one check fails.
 
     Returns:
-        One line for each thing.
+        One line per check.
     """
     found = list(seen())
     text = "\n".join(line(*check) for check in found)

@@ -1,4 +1,4 @@
-"""Deployment `encode`: the two-resolution database."""
+"""Defines the flow `encode`, which makes the two-resolution database."""
 
 from prefect import flow
 
@@ -14,7 +14,7 @@ def encode(patches: str, checkpoint: str, params: EncodeParams = EncodeParams())
 
     Args:
         patches: URL of the patches, or newest:LINE.
-        checkpoint: URL of the checkpoint whose space the keys live in, or newest:LINE.
+        checkpoint: URL of the checkpoint that encodes the keys, or newest:LINE.
         params: How to encode.
 
     Returns:

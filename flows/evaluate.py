@@ -1,4 +1,4 @@
-"""Deployment `evaluate`: the paper's comparison for a database, for a grid, or for any encoder."""
+"""Defines the flow `evaluate`, the paper's comparison for a database, a grid, or any location encoder."""
 
 from prefect import flow
 
@@ -15,14 +15,14 @@ def evaluate(
     params: EvaluateParams = EvaluateParams(),
     grid: str | None = None,
 ) -> str:
-    """Scores embeddings by probes on labels, on random and on spatially blocked splits.
+    """Scores embeddings by probes (small supervised models) on labels, with random and spatially blocked splits.
 
     Args:
-        checkpoint: URL of the checkpoint, or newest:LINE, that of the database; none, to evaluate other encoders or
-            grids alone.
-        database: URL of the database encoded with it, or newest:LINE.
-        params: Which labels, embedders and splits.
-        grid: URL of the grid published from them, or newest:LINE: it is scored too, and gets its score card.
+        checkpoint: URL of the checkpoint, or newest:LINE for the one that the database was encoded with. None: only
+            other encoders or grids are evaluated.
+        database: URL of the database encoded with the checkpoint, or newest:LINE.
+        params: Which labels, embedding methods and splits.
+        grid: URL of the grid published from them, or newest:LINE. It is scored too, and gets a score card.
 
     Returns:
         The URL of the report.

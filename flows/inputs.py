@@ -1,4 +1,4 @@
-"""What a run builds on: what its parameters leave open is looked up once, told, and kept by whoever runs it again."""
+"""Settles what a run's parameters leave open, once, so that whoever runs it again builds on the same inputs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,19 +13,19 @@ from tasks.units import log
 
 
 def settle(**parameters: Any) -> Any:
-    """A flow's parameters with dates in place of rolling windows, and URLs in place of `newest`.
+    """Returns a flow's parameters with dates in place of rolling windows, and URLs in place of `newest`.
 
-    Inside a run, its own parameters are replaced by these: they are seen on its page, and whatever runs it again, a
-    retry or a person, finds them.
+    Inside a run, these replace the run's own parameters: they are seen on its page, and a retry or a person that runs
+    it again uses them.
 
     Args:
         **parameters: All of the flow's parameters, by name.
 
     Returns:
-        Their values in the same order; of a single one, the value.
+        Their values in the same order, or the value itself where there is a single one.
 
     Raises:
-        UserError: There is nothing yet that is newest.
+        UserError: The line of a `newest` has no product yet.
     """
     fixed = resolve(parameters, flow_run.scheduled_start_time)
     if fixed != parameters:
@@ -43,7 +43,7 @@ def _tell(asked: dict[str, Any], fixed: dict[str, Any]) -> None:
     for row in rows:
         log().warning("%s: %s is %s", *row.values())
     if (context := FlowRunContext.get()) and context.flow and context.flow_run:
-        show_table(rows, "inputs", "What was left open, as it was looked up at the first attempt of this run")
+        show_table(rows, "inputs", "What the parameters left open, as it was settled at the first attempt of this run")
         name = str(context.flow.flow_run_name).format(**fixed)
         with get_client(sync_client=True) as client:
             kept = context.flow.serialize_parameters(fixed)
@@ -51,7 +51,7 @@ def _tell(asked: dict[str, Any], fixed: dict[str, Any]) -> None:
 
 
 def _leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The single values in nested parameters, by dotted names."""
+    """Yields the single values in nested parameters, with their dotted names."""
     for name, value in values.items():
         content = value.model_dump() if hasattr(value, "model_dump") else value
         if isinstance(content, dict):

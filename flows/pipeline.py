@@ -1,4 +1,4 @@
-"""Deployment `pipeline`: everything in order, from a STAC catalog to a scored global grid."""
+"""Defines the flow `pipeline`: all steps in order, from a STAC catalog to a scored global grid."""
 
 import time
 from datetime import timedelta
@@ -26,9 +26,10 @@ from tasks.units import in_run, in_words
 
 @flow(name="pipeline", flow_run_name="pipeline, {params.sample.patches} patches", timeout_seconds=168 * HOUR)
 def pipeline(params: PipelineParams = PipelineParams()) -> Any:
-    """Runs sample, train, encode, publish and evaluate, each of which resumes; then the gate, and the promotion.
+    """Runs sample, train, encode, publish and evaluate, and promotes the grid if its scores allow it.
 
-    As a deployment, it runs each step as a deployment too; else all here, on one cluster.
+    Each step resumes where an earlier run ended. As a deployment, the pipeline runs each step as a deployment too.
+    Otherwise all steps run here, on one cluster.
 
     Args:
         params: The parameters of every step.
@@ -51,15 +52,15 @@ def pipeline(params: PipelineParams = PipelineParams()) -> Any:
 
 
 def run_steps(params: PipelineParams, run: Any, rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The steps in order.
+    """Runs the steps in order.
 
     Args:
         params: The parameters of every step.
         run: `run(flow, *arguments)` runs a step and returns the URL of its product.
-        rows: Takes a row for each product, as it is made, and one for the gate.
+        rows: Gets a row for each product as it is made, and one for the promotion gate.
 
     Returns:
-        The URLs by product.
+        The URLs by name of product.
     """
     urls: dict[str, str] = {}
 
@@ -88,7 +89,7 @@ def _row(what: str, it_is: str, took: str = "", stored: str = "") -> dict[str, A
 
 
 def _pass_gate(grid: str, params: PipelineParams) -> str:
-    """Promotes the grid if its scores allow it, and tells in words what came of it."""
+    """Promotes the grid if its scores allow it, and returns in words what was done."""
     if not params.publish.promote:
         return "not promoted, since `promote` is false"
     promoted = promote_evaluated(grid, params.gate_margin, params.publish.drift_alert)

@@ -1,4 +1,4 @@
-"""Deployment `publish`: the grid of one database."""
+"""Defines the flow `publish`, which makes the grid of one database."""
 
 from prefect import flow
 
@@ -14,12 +14,12 @@ from tasks.steps import publish_grid
     timeout_seconds=72 * HOUR,
 )
 def publish(checkpoint: str, database: str, params: PublishParams = PublishParams()) -> str:
-    """Writes RANGE+ at every land cell of a grid to storage, as Zarr.
+    """Writes the RANGE+ embedding of every land cell of a grid to storage, as Zarr.
 
     Args:
-        checkpoint: URL of the checkpoint, or newest:LINE, which is that of the database.
-        database: URL of the database encoded with it, or newest:LINE.
-        params: Which grid, which retrieval.
+        checkpoint: URL of the checkpoint, or newest:LINE for the one that the database was encoded with.
+        database: URL of the database encoded with the checkpoint, or newest:LINE.
+        params: Which grid, and which retrieval.
 
     Returns:
         The URL of the grid's Zarr.

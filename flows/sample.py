@@ -1,4 +1,4 @@
-"""Deployment `sample`: Sentinel-2 patches from a STAC catalog."""
+"""Defines the flow `sample`, which makes patches of Sentinel-2 from a STAC catalog."""
 
 from prefect import flow
 
@@ -14,7 +14,7 @@ from tasks.steps import sample_patches
     timeout_seconds=48 * HOUR,
 )
 def sample(params: SampleParams = SampleParams()) -> str:
-    """Samples image patches uniformly on land and stores them with their manifest.
+    """Samples Sentinel-2 image patches on land and stores them with their manifest.
 
     Args:
         params: Where, when and how many.

@@ -1,6 +1,6 @@
-"""How a command runs a flow: on the Prefect server that is set, else as the plain function that it is.
+"""Runs a flow for a command: on the Prefect server that is set, else as the plain function that it is.
 
-Without a server nothing is to be seen but the terminal; one of its own would take half a minute.
+Without a server, only the terminal shows progress: starting a temporary server would take half a minute.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ def start(flow: Flow[..., Any], *arguments: Any) -> Any:
 
     Args:
         flow: The flow.
-        *arguments: As it takes them.
+        *arguments: As the flow takes them.
 
     Raises:
-        UserError: A server is set, and does not answer.
+        UserError: A server is set and does not answer.
     """
     if in_run():
         return flow(*arguments)

@@ -1,4 +1,4 @@
-"""Deployment `train`: the contrastive location encoder."""
+"""Defines the flow `train`, which trains the location encoder."""
 
 import os
 
@@ -14,11 +14,11 @@ from tasks.steps import train_model
 
 @flow(name="train", flow_run_name="train on {patches}", timeout_seconds=24 * HOUR)
 def train(patches: str, params: TrainParams = TrainParams()) -> str:
-    """Trains the location encoder against the images of a patch store.
+    """Trains the location encoder by contrastive learning against the images of a patch store.
 
     Args:
         patches: URL of the patches, or newest:LINE.
-        params: Architecture and schedule.
+        params: Architecture and training schedule.
 
     Returns:
         The URL of the checkpoint.
@@ -27,7 +27,10 @@ def train(patches: str, params: TrainParams = TrainParams()) -> str:
 
 
 def run(patches: str, params: TrainParams) -> str | None:
-    """The flow; under torchrun the flow in the first process, whose URL is returned, and its part in the others."""
+    """Runs the flow and returns the URL of its checkpoint.
+
+    Under torchrun, only the first process runs the flow. The others train along, and return nothing.
+    """
     if int(os.environ.get("RANK", "0")) == 0:
         return start(train, patches, params)
     plain.train_model(None, patches, params)

@@ -1,7 +1,8 @@
-"""Where things are and with which secrets: read from the environment and one settings file, never at import.
+"""Reads the settings, where things are and with which secrets, from the environment and one settings file.
 
-The file is the one that `RANGEGRID_SETTINGS` names, else `.env` of the working directory. A relative path in it is
-relative to its folder, so that a command, a worker and a run in a directory of its own read the same.
+The file is the one that `RANGEGRID_SETTINGS` names, else `.env` of the working directory. A relative path in the file
+begins at the file's folder, so that a command, a worker and a run with its own directory read the same. Nothing is read
+at import.
 """
 
 import os
@@ -28,21 +29,21 @@ from infra.errors import UserError
 
 PREFIX = "RANGEGRID_"
 FILE = "RANGEGRID_SETTINGS"  # names the settings file
-RUN = ("PREFECT__FLOW_RUN_ID", "PREFECT__RUNTIME__DEPLOYMENT__ID")  # Prefect sets the first in a deployment's run
+RUN = ("PREFECT__FLOW_RUN_ID", "PREFECT__RUNTIME__DEPLOYMENT__ID")  # set by Prefect in a run of a deployment
 PATHS = ("storage_url", "stac_url", "fallback_stac_url", "tls_ca", "tls_cert", "tls_key", "kubernetes_template")
-OTHERS = ("RANGEGRID_CATALOG", "RANGEGRID_FIXTURES", "RANGEGRID_STATION")  # of the compose file and of the tests
-SERVICE = re.compile(r"_(SERVICE_(HOST|PORT)|PORT)(_|$)")  # what Kubernetes tells each pod of a service `rangegrid…`
-ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")  # what the S3 client takes by itself
-READ = (PREFIX, "AWS_", "PREFECT__")  # of the environment, what the settings depend on
+OTHERS = ("RANGEGRID_CATALOG", "RANGEGRID_FIXTURES", "RANGEGRID_STATION")  # used by the compose file and the tests
+SERVICE = re.compile(r"_(SERVICE_(HOST|PORT)|PORT)(_|$)")  # Kubernetes sets these in pods for a service `rangegrid…`
+ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")  # read by the S3 client itself
+READ = (PREFIX, "AWS_", "PREFECT__")  # prefixes of the variables that the settings depend on
 EXAMPLE = """["*.amazonaws.com", "bucket"]"""
 SECRET = re.compile("KEY|SECRET|PASSWORD|DATABASE")  # names whose values no message repeats
 
 
 class Settings(BaseSettings):
-    """The places of one installation; `RANGEGRID_…` in the environment or in the settings file.
+    """Settings of one installation, named `RANGEGRID_…` in the environment or in the settings file.
 
-    *Settings* say where and with which secrets; the flows' *parameters* say what to compute. Without any of
-    them the embedded defaults work: local files under `rangegrid-data/` and threads.
+    *Settings* say where and with which secrets; the flows' *parameters* say what to compute. Without any
+    setting the defaults work: local files under `rangegrid-data/`, and threads.
     """
 
     model_config = SettingsConfigDict(
@@ -54,45 +55,48 @@ class Settings(BaseSettings):
     )
 
     stac_url: str = "https://earth-search.aws.element84.com/v1"
-    """Root of the STAC API, or a stac-geoparquet or item-collection file: a path, `file://`, `s3://`, `https://`."""
+    """The catalog: root URL of a STAC API, or a file of items (stac-geoparquet or an item collection) as a path or a
+    `file://`, `s3://` or `https://` URL."""
     collection: str = "sentinel-2-c1-l2a"
-    """Collection of Sentinel-2 L2A items."""
+    """Name of the collection of Sentinel-2 L2A items."""
     fallback_stac_url: str | None = None
-    """The catalog that stands in while the first does not answer."""
+    """Fallback catalog, used while the first one does not answer."""
     fallback_collection: str | None = None
-    """Its collection; unset: the same name as the first's."""
+    """Name of the collection in the fallback catalog. Unset: the same name as in the first."""
     asset_hosts: tuple[str, ...] = ()
-    """Hosts, or buckets of s3://, that items may send us to, as ["*.amazonaws.com", "bucket"]; empty: all."""
+    """Hosts and S3 buckets that files of the items may be read from, such as ["*.amazonaws.com", "bucket"]. Empty:
+    all."""
     storage_url: str = Field(default_factory=lambda: (file().parent / "rangegrid-data").as_uri())
     """Root of every stored product: a directory, `file:///directory` or `s3://bucket[/prefix]`."""
     s3_endpoint: str | None = None
     """URL of an S3 endpoint other than AWS."""
     cluster: str = "threads"
-    """Where Dask runs: `threads`, `local`, a scheduler's `tcp://host:port` or `tls://…`, `kubernetes` or `gateway`."""
+    """Where Dask runs: `threads` of this process, `local` processes, `kubernetes`, `gateway`, or a running scheduler as
+    `tcp://host:port` or `tls://host:port`."""
     workers: int = Field(2, ge=1, le=1024)
-    """Threads, worker processes or pods, where the cluster is made here."""
+    """Number of threads, worker processes or pods. A running scheduler has its own workers."""
     worker_memory: str = Field("auto", pattern=r"^(auto|\d+(\.\d+)? ?[kMGT]i?B)$")
-    """Memory of each worker of `threads` and `local`, as 4GB; auto: a share of the machine's."""
+    """Memory limit of each worker of `threads` and `local`, such as 4GB. auto: a share of the machine's memory."""
     tls_ca: Path | None = None
-    """PEM file of the authority of a `tls://` scheduler."""
+    """PEM file of the certificate authority of a `tls://` scheduler."""
     tls_cert: Path | None = None
     """PEM file of this process's certificate."""
     tls_key: Path | None = None
-    """PEM file of its key."""
+    """PEM file of the key of this process's certificate."""
     image: str = "rangegrid:latest"
-    """Container image of the workers of `kubernetes`: the one that this process runs."""
+    """Container image of the workers of `kubernetes`. Must be the image that this process runs."""
     kubernetes_template: Path | None = None
-    """The DaskCluster of `kubernetes`, as YAML; unset, `infra/kubernetes/daskcluster.yaml`."""
+    """YAML file of the DaskCluster of `kubernetes`. Unset: `infra/kubernetes/daskcluster.yaml`."""
     access_key: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
-    """S3 key; unset: the ambient chain of credentials."""
+    """S3 access key. Unset: the usual AWS credentials of the environment or the machine."""
     secret_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")
-    """S3 secret; unset: the ambient chain of credentials."""
+    """S3 secret key. Unset: the usual AWS credentials of the environment or the machine."""
     region: str = Field("us-east-1", validation_alias="AWS_REGION")
     """S3 region."""
     prefect_database: SecretStr | None = None
-    """`postgresql://user:password@host/name` for the Prefect server of `rangegrid serve`; unset: SQLite."""
+    """Database of the Prefect server of `rangegrid serve`, as `postgresql://user:password@host/name`. Unset: SQLite."""
     alerts: str | None = Field(None, pattern=r"^[\w-]+/[\w-]+$")
-    """Prefect's notification block that alerts go to, as `slack-webhook/duty`; unset: none are sent."""
+    """Prefect notification block to send alerts to, such as `slack-webhook/duty`. Unset: no alerts are sent."""
 
     @classmethod
     def settings_customise_sources(
@@ -103,7 +107,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment wins over the file; each has its own idea of where a relative path begins."""
+        """Orders the sources: the environment before the file. Relative paths begin at a place of each source's own."""
         return init_settings, _Environment(settings_cls), _File(settings_cls, env_file=file())
 
     @field_validator("storage_url")
@@ -138,7 +142,10 @@ class _File(DotEnvSettingsSource):
 
 
 def _in_environment(name: str, value: Any) -> Any:
-    """A path of the environment, relative to the working directory: which a run has none of its own to be found in."""
+    """Resolves a path of the environment from the working directory; a run is refused a relative one.
+
+    A run's working directory is a temporary one, so a relative path would lead nowhere.
+    """
     if name not in PATHS or resolve(value, Path("/")) == resolve(value, Path("/nowhere")):
         return value
     if in_run():
@@ -150,7 +157,7 @@ def _in_environment(name: str, value: Any) -> Any:
 
 
 def resolve(place: str, folder: Path) -> str:
-    """Returns a place whose path begins at `folder` where it is relative; URLs and absolute paths stay as they are.
+    """Returns a place with a relative path made absolute from `folder`; URLs and absolute paths stay as they are.
 
     Args:
         place: A path, which may begin with `~`, or a URL; `file:` may be relative too.
@@ -165,17 +172,17 @@ def resolve(place: str, folder: Path) -> str:
 
 
 def has_scheme(url: str) -> bool:
-    """Whether a URL is one of http or https: the S3 client ends the process at any other."""
+    """Tells whether a URL has http or https and a host: the S3 client ends the process at any other."""
     return urlsplit(url).scheme in ("http", "https") and bool(urlsplit(url).netloc)
 
 
 def in_run() -> bool:
-    """Whether this process runs a flow for a deployment, in a directory that is not the user's."""
+    """Tells whether this process runs a flow for a deployment, in a directory that is not the user's."""
     return any(os.environ.get(name) for name in RUN)
 
 
 def file() -> Path:
-    """Returns the place of the settings file, whether or not it is there."""
+    """Returns the path of the settings file, whether or not the file exists."""
     return Path(os.environ.get(FILE) or ".env").expanduser().absolute()
 
 
@@ -183,8 +190,8 @@ def settings() -> Settings:
     """Reads the settings anew, so that a worker sees its own environment.
 
     Raises:
-        UserError: A variable has a value that does not fit, or a name that is none; there is no such file; or a run
-            would store its products in its own directory.
+        UserError: A variable has an unfit value or an unknown name, the settings file is missing, or a run would
+            store its products in its own temporary directory.
     """
     place = file()
     version = place.stat().st_mtime_ns if place.is_file() else None
@@ -194,7 +201,7 @@ def settings() -> Settings:
 
 @lru_cache(maxsize=4)
 def _read(*_: Any) -> Settings:
-    """Reads once what depends on these variables, this version of the file and this directory: storage asks often."""
+    """Reads the settings once for these variables, this version of the file and this directory: storage asks often."""
     _check_names()
     try:
         found = Settings()
@@ -212,9 +219,9 @@ def _read(*_: Any) -> Settings:
 
 
 def hand_on() -> None:
-    """Puts what the settings file says of Prefect into the environment, where it is not set yet.
+    """Copies the `PREFECT_…` variables of the settings file into the environment, where they are not set yet.
 
-    To be called before Prefect is imported.
+    Call it before Prefect is imported.
     """
     for name, value in dotenv_values(file()).items() if file().is_file() else ():
         if name.upper().startswith("PREFECT_") and value:
@@ -222,7 +229,7 @@ def hand_on() -> None:
 
 
 def origin() -> str:
-    """Tells where settings come from, for messages."""
+    """Returns where settings come from, for messages."""
     return f"{file()} and the environment" if file().is_file() else f"the environment; there is no {file()}"
 
 
@@ -239,7 +246,7 @@ def _misfit(error: ValidationError) -> UserError:
 
 
 def _check_names() -> None:
-    """Refuses a settings file that is not there, names that no setting has, and endpoints that no client can use."""
+    """Refuses a missing settings file, unknown names, and endpoints without http or https."""
     if os.environ.get(FILE) and not file().is_file():
         raise UserError(f"{FILE} is {os.environ[FILE]!r}, and there is no such file: make it, or set {FILE} anew")
     _refuse_unknown(os.environ, "the environment")

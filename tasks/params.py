@@ -1,4 +1,4 @@
-"""The parameter models: what to compute, in a form that describes itself.
+"""Defines the parameters of every step: what to compute, with the texts that Prefect's form and `--help` show.
 
 Light to import, so that the command line is quick.
 """
@@ -15,35 +15,36 @@ from tasks.presets import Preset, laid_under
 if TYPE_CHECKING:
     from tasks.core.earth.grid import GridSpec
 
-BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")  # of Sentinel-2 L2A
+BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")  # all of Sentinel-2 L2A
 
 Instant = datetime.datetime
-LINE = r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?$"  # a line's name: part of a path
+LINE = r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?$"  # name of a product line; it becomes part of a path
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
 def _tell(schema: dict[str, Any]) -> None:
-    """Tells each field's bounds, which a form shows nowhere else before it refuses a value, and its position.
+    """Adds each field's bounds to its description, and its position to its schema.
 
-    A form sorts by the position, since PostgreSQL keeps no order of keys.
+    Prefect's form shows bounds nowhere else before it refuses a value. The form sorts by position, since PostgreSQL
+    keeps no order of keys.
     """
     for position, field in enumerate(schema.get("properties", {}).values()):
-        limits = field | next(iter(field.get("anyOf", [])), {})  # of what may be unset, the first says what else it is
+        limits = field | next(iter(field.get("anyOf", [])), {})  # an optional field: in its first type
         told = [f"{word} {limits[name]:,}".removesuffix(".0") for name, word in BOUNDS.items() if name in limits]
         if told:
             field["description"] += f" {', '.join(told).capitalize()}."
         field["position"] = position
 
 
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what every generator of random numbers takes
-RCF_PIXELS = 12  # side of the smallest image that `rcf` takes: its widest window, 3, coarsened by 4
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # the range that NumPy's and PyTorch's generators share
+RCF_PIXELS = 12  # smallest side of an image for `rcf`: its widest window is 3 pixels, on an image coarsened by 4
 
 
 class Params(BaseModel):
-    """Frozen, refuses unknown names, and takes each field's description from its docstring.
+    """Base of the parameter models: frozen, with unknown names refused and descriptions taken from docstrings.
 
-    Prefect's form and the command line are made from the same fields, in declared order. No number is infinite or NaN,
-    no text is empty, and a truth value is no number.
+    Prefect's form and the command line are made from the same fields, in declared order. Numbers are finite, texts
+    are not empty, and true or false is no number.
     """
 
     model_config = ConfigDict(
@@ -69,7 +70,7 @@ class Params(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, given: Any) -> Any:
-        """Lays the values of the preset that is named under those that are given, of nested models too."""
+        """Fills in the values of the named preset where none is given, in nested models too."""
         if not (isinstance(given, dict) and given.get("preset")):
             return given
         defaults = {name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items()}
@@ -81,43 +82,46 @@ class Params(BaseModel):
         return laid_under(given["preset"], [kind.__name__ for kind in cls.__mro__], given, defaults) | named
 
     def at(self, when: Instant) -> Self:
-        """The same with dates in place of rolling windows of time, as they are at `when`."""
+        """Returns a copy with dates in place of rolling time windows, as they are at `when`."""
         rolling = {name: value.at(when) for name, value in self if isinstance(value, Params)}
         return self.model_copy(update=rolling) if rolling else self
 
 
 class SampleParams(Params):
-    """Where, when and how many patches."""
+    """Where, when and how many Sentinel-2 patches to sample."""
 
     patches: int = Field(10_000, ge=1, le=10_000_000)
     """Number of patches."""
     seed: Seed = 0
-    """Seed of the places; the same seed and more patches extends the same sample."""
+    """Seed of the places. The same seed with more patches extends the same sample."""
     places: Literal["area", "tile", "class", "list"] = "area"
-    """Uniform by area on land; by tile, as S2-100K and biased like it; by the classes of a raster in turn; a list."""
+    """How places are drawn. `area`: uniformly over the land area. `tile`: by Sentinel-2 tile, with the bias of S2-100K.
+    `class`: equally from each class of a raster. `list`: the places of a table."""
     source: str | None = None
-    """For `class` a GeoTIFF in longitude and latitude, 0 no class; for `list` a CSV or Parquet with lon and lat."""
+    """Path or URL of the source of places. For `class`: a GeoTIFF in longitude and latitude, where 0 is no class. For
+    `list`: a CSV or Parquet table with columns lon and lat."""
     datetime: str = Field("2021-01-01/2022-12-31", min_length=0)  # so that its own check tells what is wrong
-    """Time window: a day, a month, a year, or two with / between, as 2021-01-01/2021-12-31, .. for an open end; or a
-    rolling one: `last 90 days`, `previous month`, `previous season`, `previous year`."""
+    """Time window: a day, a month or a year, or two of them with / between, such as 2021-01-01/2021-12-31, with .. for
+    an open end. Or a rolling window: `last 90 days`, `previous month`, `previous season`, `previous year`."""
     line: str = Field("", pattern=LINE, min_length=0)
-    """Name of the line of products that it belongs to, and what is made of it; `newest:NAME` finds them."""
+    """Name of the product line that these patches belong to, with everything made from them. A later run finds the
+    newest product of a line by `newest:NAME`."""
     max_cloud_percent: float = Field(60.0, ge=0, le=100)
-    """Largest cloud cover of a scene."""
+    """Largest cloud cover of a scene in percent."""
     scene: Literal["least-cloudy", "nearest", "seasons"] = "least-cloudy"
-    """Of a place's scenes the least cloudy, the nearest to `date`, or the least cloudy of each season."""
+    """Which scene of a place to take: the least cloudy, the nearest to `date`, or the least cloudy of each season."""
     date: str | None = None
-    """Day that `nearest` is near to, as 2021-06-30."""
+    """Day for `nearest`, such as 2021-06-30."""
     min_clear_fraction: float = Field(0.9, ge=0, le=1)
-    """Smallest clear share of a patch, by the scene classification."""
+    """Smallest share of a patch that is clear, by the scene classification layer (SCL)."""
     max_nodata_fraction: float = Field(0.0, ge=0, le=1)
-    """Largest share of a patch's pixels without data in some band."""
+    """Largest share of a patch's pixels that have no data in one or more bands."""
     max_saturated_fraction: float = Field(0.01, ge=0, le=1)
-    """Largest saturated or defective share of a patch, by the scene classification."""
+    """Largest share of a patch that is saturated or defective, by the scene classification layer (SCL)."""
     max_tries: float = Field(20.0, ge=1, le=1000)
-    """Places that may be tried for each patch before the run is given up."""
+    """Places that may be tried per patch, on average, before the run gives up."""
     bands: tuple[str, ...] = BANDS
-    """Bands, by their Sentinel-2 names."""
+    """Sentinel-2 bands, by their names, such as B04."""
     patch_pixels: int = Field(256, ge=4, le=2048)
     """Side of a patch in pixels."""
     resolution_m: float = Field(10.0, ge=0.1, le=50_000)
@@ -127,11 +131,12 @@ class SampleParams(Params):
     north: float = Field(84.0, ge=-80, le=84)
     """Northern limit in degrees; UTM ends at 84."""
     shard_patches: int = Field(512, ge=1, le=100_000)
-    """Patches in one shard, which is one unit of work."""
+    """Patches in one Zarr shard, which is one unit of work."""
     max_failed_fraction: float = Field(0.02, ge=0, le=1)
-    """Share of the cells or shards that may fail before the others are given up; a rerun does those that failed."""
+    """Share of the units of work (searches of the catalog, shards) that may fail before the run gives up. A rerun does
+    only those that failed."""
     preset: Preset | None = Field(None, exclude=True)
-    """Parameters for a try, a continent or the globe: of all fields here that are left at their default."""
+    """Sets the fields that are left at their default for a quick trial, a continent or the globe."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -161,7 +166,7 @@ class SampleParams(Params):
         return text
 
     def at(self, when: Instant) -> Self:
-        """The same with dates in place of a rolling window of time."""
+        """Returns a copy with dates in place of a rolling time window, as they are at `when`."""
         if not windows.is_rolling(self.datetime):
             return self
         return self.model_copy(update={"datetime": windows.fixed(self.datetime, when)})
@@ -173,61 +178,65 @@ class SampleParams(Params):
 
 
 class EncoderParams(Params):
-    """Which image encoder."""
+    """Which image encoder to use."""
 
     name: str = "rcf"
-    """`rcf`, satclip-vit16, satclip-resnet18, satclip-resnet50, satmae or module:function; all but rcf need weights."""
+    """rcf (random convolutional features), satclip-vit16, satclip-resnet18, satclip-resnet50, satmae, or your own as
+    module:function. All but rcf need weights."""
     weights: str | None = None
-    """Path or URL of a .safetensors, or of an imported SatCLIP checkpoint."""
+    """Path or URL of a .safetensors file, or of an imported SatCLIP checkpoint."""
     dim: int = Field(1024, ge=2, le=8192, multiple_of=2)
-    """Length of a feature vector of `rcf`, and so of the database's values; the others have their own."""
+    """Length of a feature vector of rcf, and so of the database's values. The other encoders have a fixed length."""
     seed: Seed = 0
-    """Of the random choices of `rcf`."""
+    """Seed of the random choices of rcf."""
 
 
 class TrainParams(Params):
-    """Architecture and schedule of the location encoder."""
+    """Architecture and training schedule of the location encoder."""
 
     encoder: EncoderParams = Field(default_factory=EncoderParams)
-    """The image encoder, frozen."""
+    """The image encoder, which stays frozen."""
     degree: int = Field(20, ge=1, le=100)
-    """Degrees of spherical harmonics: structure down to about 180 degrees / degree."""
+    """Number of degrees of spherical harmonics. They resolve structure down to about 180° / degree."""
     hidden: int = Field(512, ge=8, le=4096)
-    """Width of the two sine layers."""
+    """Width of the two hidden layers, which have sine activations."""
     dim: int = Field(256, ge=2, le=4096)
-    """Length of a location embedding and of a key."""
+    """Length of a location embedding, and of a key of the database."""
     smoothness: float = Field(2.0, ge=0, le=4)
-    """Harmonics of degree l enter times (1 + l) ** -smoothness; 0 is SatCLIP's own."""
+    """Harmonics of degree l are scaled by (1 + l) ** -smoothness before the network. 0 is SatCLIP's choice."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of hidden units dropped in training."""
+    """Dropout: share of hidden units dropped in training."""
     steps: int = Field(150, ge=1, le=1_000_000)
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     views: int = Field(1, ge=1, le=16)
-    """Views of each image to train on: itself, 7 turned and mirrored ones, then as many of its corners."""
+    """Augmentation: views of each image to train on. 1: the image itself. Up to 8: with its rotations and
+    reflections. Up to 16: with crops of its corners too."""
     batch: int = Field(1024, ge=2, le=65_536)
-    """Pairs in a batch: each image is told from all others in it."""
+    """Pairs in a batch. The other pairs of the batch are the negatives of each pair."""
     shuffle: int = Field(65_536, ge=2, le=100_000_000)
-    """Pairs that are shuffled together, and so held in memory; the rest is read as its turn comes."""
+    """Shuffle buffer: number of pairs that are shuffled together and held in memory."""
     lr: float = Field(1e-3, gt=0, le=1)
-    """Highest learning rate, after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     weight_decay: float = Field(0.01, ge=0, le=10)
-    """AdamW's weight decay, of matrices alone."""
+    """Weight decay of AdamW, for weight matrices only."""
     mask_km: float = Field(0.0, ge=0, le=2000)
-    """Places in a batch that are this near are not told apart; 0: all are."""
+    """Pairs of a batch whose places are within this distance in km are no negatives of each other. 0: all are
+    negatives."""
     held_out_share: float = Field(0.1, ge=0, le=0.5)
-    """Share of the 10-degree blocks whose pairs only measure retrieval."""
+    """Share of the 10° blocks of the Earth that are held out: their pairs are used for evaluation only."""
     patience: int = Field(0, ge=0, le=20)
-    """Twentieths of the steps without better held-out retrieval that end training, with the best weights; 0: none."""
+    """Early stopping: end training after this many evaluations without improvement, and keep the best weights. The
+    model is evaluated on the held-out pairs 20 times over the run. 0 turns early stopping off."""
     seed: Seed = 0
-    """Of the weights, the batches and the held-out blocks."""
+    """Seed of the initial weights, the order of the batches and the choice of held-out blocks."""
     save_every: int = Field(100, ge=1, le=1_000_000)
-    """Steps after which the state is stored that a killed run goes on from."""
+    """Steps between saved training states. A run that was killed resumes from the last one."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train; auto takes the first of cuda, mps and cpu that is there."""
+    """Where to train. auto takes the first of cuda, mps and cpu that is available."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Of the matrix products above the harmonics; bf16 is for GPUs."""
+    """Precision of the matrix products after the spherical harmonics. bf16 is for GPUs."""
     preset: Preset | None = Field(None, exclude=True)
-    """Parameters for a try, a continent or the globe: of all fields here that are left at their default."""
+    """Sets the fields that are left at their default for a quick trial, a continent or the globe."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -239,72 +248,83 @@ class TrainParams(Params):
 
 
 class ValueParams(EncoderParams):
-    """Which image encoder makes the database's values."""
+    """Which image encoder makes the values of the database."""
 
     name: str = "checkpoint"
-    """`checkpoint`, its own image encoder, or one by name as in training, beside the checkpoint's keys."""
+    """checkpoint: the image encoder that the checkpoint was trained with. Or the name of another one, as in training.
+    The keys come from the checkpoint in either case."""
 
     @model_validator(mode="after")
     def _named(self) -> Self:
         if self.name == "checkpoint" and self.weights:
-            raise ValueError("weights of the values need the name of their encoder, such as satmae")
+            raise ValueError("weights of the values need the name of their encoder: give one, such as satmae")
         return self
 
 
 class EncodeParams(Params):
-    """How the database is written."""
+    """How to encode the database."""
 
     values: ValueParams = Field(default_factory=ValueParams)
-    """The image encoder of the values."""
+    """The image encoder that makes the values."""
     shard_rows: int = Field(512, ge=1, le=65_536)
-    """Images per shard, which is one unit of work."""
+    """Images in one Zarr shard, which is one unit of work."""
 
 
 class PublishParams(Params):
-    """What grid to publish."""
+    """Which grid to publish, and how."""
 
     step: float = Field(0.5, gt=0)
-    """Cell size in the units of the CRS, degrees or metres; divides the box."""
+    """Cell size in the units of the CRS, degrees or metres. The sides of the box must be multiples of it."""
     crs: str = "EPSG:4326"
-    """Coordinate reference system: geographic in degrees, or projected in metres, which needs a box; code or WKT."""
+    """Coordinate reference system, as a code or WKT: geographic in degrees, or projected in metres. A projected one
+    needs a box."""
     west: float = -180.0
-    """Western edge of the box, in the units of the CRS; by default the box is the whole globe."""
+    """Western edge of the box in the units of the CRS. The default box is the whole globe."""
     south: float = -90.0
-    """Southern edge."""
+    """Southern edge of the box."""
     east: float = 180.0
-    """Eastern edge; beyond 180 degrees for a box that crosses them, as 170 to 190."""
+    """Eastern edge of the box. A box that crosses the antimeridian goes beyond 180, for example from 170 to 190."""
     north: float = 90.0
-    """Northern edge."""
+    """Northern edge of the box."""
     land: Literal["any", "centre"] | None = None
-    """Which cells have a vector: of any land, or of land at their centre; unset, as the parent, else any."""
+    """Which cells get an embedding: those with any land, or those with land at their centre. Unset: as the parent grid
+    has it, else any."""
     method: Literal["range+", "range"] = "range+"
-    """Retrieval: RANGE+ (semantic and geodesic) or RANGE (semantic only)."""
+    """Retrieval method: RANGE+ (by semantic and geodesic similarity) or RANGE (by semantic similarity only)."""
     beta: float = Field(0.5, ge=0, le=1)
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
     tile_cells: int | None = Field(None, ge=1, le=1024)
-    """Cells along one side of a tile, one shard and one unit of work; a multiple of 20; unset, for shards of 50 MB."""
+    """Side of a tile in cells. A tile is one Zarr shard and one unit of work. Must be a multiple of 20. Unset: chosen
+    for shards of about 50 MB."""
     tolerance: float = Field(0.0, ge=0, le=0.1)
-    """Relative error of the visual part that interpolation may leave, 99th percentile of a tile; 0: all exact."""
+    """Largest relative error of the retrieved (visual) part that interpolation between cells may leave, as the 99th
+    percentile of a tile. 0 computes every cell exactly."""
     compact_dims: int | None = Field(None, ge=1, le=8192)
     """Principal components to keep of the visual part, for example 64; unset, all of it."""
     dtype: Literal["float32", "float16", "int8"] = "float32"
-    """How a number is stored: 4, 2 or 1 bytes; what the fewer bytes lose is measured and told in the attributes."""
+    """How each number is stored, in 4, 2 or 1 bytes. The error of the smaller types is measured and written to the
+    attributes of the grid."""
     evidence: bool = False
-    """Adds layers of what a cell rests on: effective_images, largest_weight, distance_km; half the work again."""
+    """Adds layers that tell how well each cell is supported: effective_images, largest_weight and distance_km to the
+    nearest image. Takes half as much work again."""
     overviews: int = Field(0, ge=0, le=8)
-    """Coarser levels to add, each of half the rows and columns, whose cells are means."""
+    """Number of overviews: coarser levels with half the rows and columns each, whose cells are means."""
     keep_sums: bool = False
-    """Keeps the sums behind the grid beside it, twice its size, so that a later grid can have it as parent."""
+    """Stores the sums behind the grid too, so that a later grid can be updated from this one as its parent. They are
+    twice the size of the grid."""
     parent: str | None = None
-    """URL of a grid with kept sums, of a former database: only the images that came and went are computed."""
+    """Incremental update: URL of a grid of an earlier database, published with keep_sums. Only images that were added
+    or removed since are computed."""
     line: str = Field("", pattern=LINE, min_length=0)
-    """Product line whose latest it becomes, a name; unset, that of grids of the same CRS, box, step, dtype and dims."""
+    """Name of the product line whose latest version this grid becomes. Unset: the line of grids with the same CRS, box,
+    step, dtype and dimensions."""
     promote: bool = True
-    """Makes the grid its line's latest, which readers open, once it is good; false: `rangegrid grid promote` does."""
+    """Makes the grid the latest version of its line, which readers open, once it is validated. If false, do so later
+    with `rangegrid grid promote`."""
     drift_alert: float = Field(0.1, ge=0, le=2)
-    """Turn of the vectors since the latest grid, 1 - mean cosine, from which an event is sent."""
+    """Drift of the embeddings since the latest version, as 1 - mean cosine similarity, from which an alert is sent."""
     preset: Preset | None = Field(None, exclude=True)
-    """Parameters for a try, a continent or the globe: of all fields here that are left at their default."""
+    """Sets the fields that are left at their default for a quick trial, a continent or the globe."""
 
     @field_validator("crs")
     @classmethod
@@ -334,12 +354,12 @@ class PublishParams(Params):
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """West, south, east and north."""
+        """Returns west, south, east and north in the units of the CRS."""
         return self.west, self.south, self.east, self.north
 
     @property
     def spec(self) -> "GridSpec":
-        """The grid; a size of tiles that is not given is for the database to tell (`tasks.publish.settled`)."""
+        """Returns the grid. Where no tile size is given, `tasks.publish.settled` sets it from the database."""
         from tasks.core.earth.grid import GridSpec
 
         return GridSpec(self.step, self.tile_cells or GridSpec.tile, self.box, self.crs, self.land or "any")
@@ -347,47 +367,50 @@ class PublishParams(Params):
     @model_validator(mode="after")
     def _exact(self) -> Self:
         if self.tolerance and (self.keep_sums or self.parent):
-            raise ValueError("sums are those of exact cells: give keep_sums and parent without a tolerance")
+            raise ValueError("keep_sums and parent need every cell computed exactly: give no tolerance with them")
         if self.parent and (self.evidence or self.dtype != "float32"):
             raise ValueError(
-                "evidence and the scales of dtype need a look at all images, which an update spares: give no parent, "
-                "or float32 without evidence"
+                "evidence, float16 and int8 need all images, and an update reads only the changed ones: give no "
+                "parent, or float32 without evidence"
             )
         return self
 
 
 class PruneParams(Params):
-    """Which versions of the grid to delete; never the latest or the previous one of a line, or what these need."""
+    """Which versions of the grid to delete. The latest and the previous version of each line, and what they need,
+    stay."""
 
     keep: int = Field(3, ge=0, le=1_000_000)
-    """How many of the newest versions of each line are kept."""
+    """Number of newest versions of each line to keep."""
     line: str = Field("", pattern=LINE, min_length=0)
-    """The only line to delete versions of; unset, every line."""
+    """Product line to delete versions of. Unset: every line."""
     unfinished: bool = False
-    """Also deletes what broken runs left; for when no run publishes."""
+    """Also deletes what failed runs left behind. Use it only while no run is publishing."""
     dry_run: bool = False
-    """Deletes nothing, and tells what would be deleted."""
+    """Only tells what would be deleted."""
 
 
 class EmbedParams(Params):
-    """How points are embedded."""
+    """How to embed points."""
 
     method: Literal["range+", "range", "top1", "topk", "none"] = "range+"
-    """Retrieval: soft (range+, range), hard (top1, topk), or none: the location part alone."""
+    """Retrieval method: soft (range+, range) or hard (top1, topk). none gives the location embedding alone."""
     beta: float = Field(0.5, ge=0, le=1)
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
     k: int = Field(10, ge=1, le=10_000_000)
-    """Images that topk averages."""
+    """Number of images that topk averages."""
     compact_dims: int | None = Field(None, ge=1, le=8192)
     """Principal components to keep of the visual part, for example 64; unset, all of it."""
     evidence: bool = False
-    """Adds columns: effective_images, largest_weight, distance_km to the nearest image."""
+    """Adds columns that tell how well a point is supported: effective_images, largest_weight and distance_km to the
+    nearest image."""
     top_images: int = Field(0, ge=0, le=100)
-    """Adds a column image_ids: row ids of that many images with the largest weights."""
+    """Adds a column image_ids with the row ids of this many images, those with the largest weights."""
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")
-    """Where the database lives and the products run: cpu, cuda, cuda:1."""
+    """Device that holds the database and computes: cpu, cuda, or one of several GPUs, such as cuda:1."""
     precision: Literal["float32", "float64", "tf32", "bf16"] = "float32"
-    """Of the products; float64 takes three times as long, tf32 is for cuda, bf16 rounds weights and values."""
+    """Precision of the matrix products. float64 takes three times as long. tf32 needs cuda. bf16 rounds weights and
+    values."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -400,54 +423,56 @@ Sampling = Literal["nearest", "bilinear"]
 
 
 class EmbedderParams(Params):
-    """Which embedders are compared."""
+    """Which embedding methods to compare."""
 
     embedder: tuple[str, ...] = ()
-    """Names, NAME=WEIGHTS for those with weights of their own, or URLs of grids; unset, all."""
+    """Embedding methods to compare: names, NAME=WEIGHTS for those that need weights, or URLs of grids. Unset: all."""
     interpolation: Sampling = "nearest"
-    """How a grid is read between its cells."""
+    """How a grid is read at a place: its nearest cell, or bilinear interpolation of four cells."""
 
 
 class EvaluateParams(EmbedderParams):
-    """Which labels, embedders and splits."""
+    """Which labels, embedding methods and splits to evaluate."""
 
     labels: tuple[str, ...] = ()
-    """Tables by path or URL: CSV, Parquet, GeoParquet, GeoJSON, shapefile; unset, the demo's labels."""
+    """Tables of labels, by path or URL: CSV, Parquet, GeoParquet, GeoJSON or shapefile. Unset: the labels of the
+    demo."""
     label: str | None = None
-    """Column of the labels, where it is not one of the paper's tasks, which are recognised."""
+    """Column of the labels. Not needed for the tasks of the RANGE paper, which are recognised."""
     kind: Literal["classification", "regression"] | None = None
-    """Whether that column has classes or numbers."""
+    """Whether that column holds classes or numbers."""
     lon: str | None = None
-    """Column of the longitudes in degrees; unset, by its name."""
+    """Column of longitudes in degrees. Unset: recognised by its name."""
     lat: str | None = None
-    """Column of the latitudes in degrees; unset, by its name."""
+    """Column of latitudes in degrees. Unset: recognised by its name."""
     log1p: bool = False
-    """Takes log(1 + label), as the paper does for population."""
+    """Predicts log(1 + label), as the paper does for population."""
     points: int | None = Field(None, ge=200, le=1_000_000)
-    """Most labelled places per task; unset, 2,500 of the demo's, 10,000 in polygons, and every row of a table."""
+    """Largest number of labelled places per task. Unset: 2,500 for the demo's labels, 10,000 drawn in polygons, all
+    rows of a table."""
     repeats: int = Field(1, ge=1, le=100)
-    """Random splits; the first is the paper's."""
+    """Number of random splits. The first is the one of the paper."""
     folds: int = Field(5, ge=2, le=100)
-    """Folds of whole blocks."""
+    """Number of folds of spatial cross-validation, made of whole blocks."""
     block_degrees: float | None = Field(None, ge=0.01, le=90)
-    """Side of the blocks in degrees; unset, 10, and 1 for California housing."""
+    """Side of a block of spatial cross-validation in degrees. Unset: 10, and 1 for California housing."""
     near_km: float = Field(1.0, gt=0, le=1000)
-    """Scored places with a training place this near are counted as near-duplicates."""
+    """Distance in km to a training place below which a test place is counted as a near-duplicate."""
     seed: Seed = 2
-    """Seed of the places that are drawn; another one than the sample's."""
+    """Seed of the evaluated places. Choose another seed than that of the sample."""
     preset: Preset | None = Field(None, exclude=True)
-    """Parameters for a try, a continent or the globe: of all fields here that are left at their default."""
+    """Sets the fields that are left at their default for a quick trial, a continent or the globe."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.label and not self.kind:
             raise ValueError("label needs a kind: classification or regression")
         if self.label and not self.labels:
-            raise ValueError("label is a column of labels: give the table too")
+            raise ValueError("label names a column: give the table that it is in with labels")
         if (self.kind or self.log1p) and not self.label:
-            raise ValueError("kind and log1p are of a label: name its column, or leave them")
+            raise ValueError("kind and log1p are of a label: name its column with label, or leave them out")
         if self.log1p and self.kind == "classification":
-            raise ValueError("log1p is of numbers, and classes have none: give kind regression, or no log1p")
+            raise ValueError("log1p is of numbers, and classes are none: give kind regression, or no log1p")
         if self.lon and self.lon == self.lat:
             raise ValueError(f"{self.lon} cannot have both longitudes and latitudes: name a column of each")
         return self
@@ -457,33 +482,34 @@ Choice = Literal["strategy", "k", "temperature", "beta", "size", "values", "vari
 
 
 class AblateParams(EvaluateParams):
-    """Which choice is varied, and how it is scored."""
+    """Which choice of the retrieval to vary, and how to score it."""
 
     folds: int = Field(3, ge=2, le=100)
-    """Folds of whole blocks."""
+    """Number of folds of spatial cross-validation, made of whole blocks."""
     steps: tuple[float, ...] = ()
-    """Values of k, temperature, beta or size to try; unset, a usual range."""
+    """Values of k, temperature, beta or size to try. Unset: a usual range."""
     databases: tuple[str, ...] = ()
-    """For `values`: databases of the same checkpoint with other value encoders."""
+    """For `values`: databases encoded with the same checkpoint but other image encoders for the values."""
 
 
 class PipelineParams(Params):
-    """The parameters of every step."""
+    """The parameters of every step of the pipeline."""
 
     preset: Preset | None = Field(None, exclude=True)
-    """Parameters for a try, a continent or the globe: of all fields here that are left at their default."""
+    """Sets the fields that are left at their default for a quick trial, a continent or the globe."""
     sample: SampleParams = Field(default_factory=SampleParams)
-    """Where, when and how many patches."""
+    """Where, when and how many Sentinel-2 patches to sample."""
     train: TrainParams = Field(default_factory=TrainParams)
-    """Architecture and schedule of the location encoder."""
+    """Architecture and training schedule of the location encoder."""
     encode: EncodeParams = Field(default_factory=EncodeParams)
-    """How the database is encoded."""
+    """How to encode the database."""
     publish: PublishParams = Field(default_factory=PublishParams)
-    """Which grid, which retrieval."""
+    """Which grid to publish, and how."""
     evaluate: EvaluateParams = Field(default_factory=EvaluateParams)
-    """Which labels and splits."""
+    """Which labels, embedding methods and splits to evaluate."""
     gate_margin: float = Field(0.02, ge=0, le=1)
-    """What a blocked score may fall by, against the grid that readers have, for the new one to be promoted."""
+    """How much lower a score on blocked splits may be than that of the current latest grid. A new grid with a lower
+    score is not promoted."""
 
     @model_validator(mode="after")
     def _enough_patches(self) -> Self:
@@ -496,7 +522,7 @@ class PipelineParams(Params):
 
     @model_validator(mode="after")
     def _large_enough(self) -> Self:
-        side, corners = self.sample.patch_pixels, self.train.views > 8  # of three quarters of the side
+        side, corners = self.sample.patch_pixels, self.train.views > 8  # a corner has three quarters of the side
         trained = 4 * RCF_PIXELS // 3 if corners else RCF_PIXELS
         for encoder, least in ((self.train.encoder, trained), (self.encode.values, RCF_PIXELS)):
             if encoder.name == "rcf" and side < least:

@@ -1,7 +1,7 @@
-"""Zarr arrays as all products store them: each chunk ends with a CRC32C of its bytes, so that no flipped bit is read.
+"""Reads Zarr arrays with checks: each chunk ends with a CRC32C of its bytes, so that no flipped bit is read unnoticed.
 
-The checksum is the `crc32c` codec of the Zarr specification: any reader checks it. Arrays of before have none; they
-are read as they are, and `unchecked` names them.
+The checksum is the `crc32c` codec of the Zarr specification, so any reader checks it. Arrays of earlier versions have
+none: they are read without a check, and `unchecked` names them.
 """
 
 import re
@@ -22,9 +22,9 @@ from infra.bounds import EXPANSION, FREE
 from infra.errors import UserError
 from tasks.decoding import unbounded
 
-LARGE = 1 << 30  # bytes to read at once from which these are compared with what is stored; a tile has 0.05 to 0.5 GB
-MOST_CHUNKS = 1_000_000  # of one read, or of one shard; a tile has some thousand
-CODECS = (ValueError, RuntimeError)  # what they raise of bytes that they cannot have written
+LARGE = 1 << 30  # bytes of one read, above which they are compared with the stored ones; a tile has 0.05 to 0.5 GB
+MOST_CHUNKS = 1_000_000  # chunks; bounds one read, and one shard; a tile has some thousand
+CODECS = (ValueError, RuntimeError)  # raised by codecs for bytes that they cannot have written
 
 
 class Damaged(UserError):
@@ -32,16 +32,20 @@ class Damaged(UserError):
 
 
 def packed(compressor: Any = None) -> tuple[Any, ...]:
-    """The codecs of a chunk's bytes: a compressor, Zstandard by default, then the checksum of what it leaves."""
+    """Returns the codecs of a chunk's bytes: a compressor, by default Zstandard, then the checksum."""
     return compressor or ZstdCodec(), Crc32cCodec()
 
 
 def read(array: zarr.Array, index: Any) -> NDArray:
-    """A part of an array: numbers and slices as in numpy, or a list of rows.
+    """Returns a part of an array.
+
+    Args:
+        array: The array.
+        index: Numbers and slices as in NumPy, or a list of rows.
 
     Raises:
-        Damaged: A chunk of it cannot be what was written.
-        UserError: It says that it is larger than what is stored can be.
+        Damaged: The bytes of a chunk are not those that were written.
+        UserError: The array claims a size that its stored bytes cannot have.
     """
     check_size(array, index)
     try:
@@ -53,10 +57,10 @@ def read(array: zarr.Array, index: Any) -> NDArray:
 
 
 def check_size(array: zarr.Array, index: Any = ..., large: int = LARGE) -> None:
-    """Refuses to read a part of an array that would take memory out of proportion with what is stored of it.
+    """Refuses to read a part of an array that would take memory out of proportion to its stored bytes.
 
     Raises:
-        UserError: It is too large, in too many chunks, or packed by what may unpack to anything.
+        UserError: The part is too large or has too many chunks, or a codec may unpack to any size.
     """
     if name := unbounded(array.metadata.codecs):
         raise UserError(
@@ -74,24 +78,24 @@ def check_size(array: zarr.Array, index: Any = ..., large: int = LARGE) -> None:
 
 
 def _place(array: zarr.Array) -> str:
-    """The URL of an array."""
+    """Returns the URL of an array."""
     return storage.join(array.store.url, array.path) if array.path else str(array.store.url)
 
 
 def check_axes(url: str) -> None:
-    """Refuses a Zarr group whose coordinates, which xarray reads when it opens them, are larger than can be."""
+    """Refuses a Zarr group with coordinates that are too large: xarray reads them whole when it opens the group."""
     for _, array in zarr.open_group(storage.zarr_store(url), mode="r").arrays():
         if array.ndim <= 1:
             check_size(array, large=FREE)
 
 
 def _stored(place: str) -> int:
-    """Bytes that are stored of an array; none of one on the web, which cannot be listed."""
+    """Returns the stored bytes of an array; 0 for one on the web, which cannot be listed."""
     return 0 if is_web(place) else storage.size(place)
 
 
 def _parts(array: zarr.Array, index: Any) -> list[range | list[int]]:
-    """The numbers along each axis that an index asks for."""
+    """Returns the positions along each axis that an index asks for."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in parts:
         at = parts.index(Ellipsis)
@@ -128,26 +132,26 @@ def _told(array: zarr.Array, where: "Chunk", error: Exception) -> Damaged:
 
 
 def damaged(place: str, error: Exception | str) -> Damaged:
-    """What is said of an object whose bytes cannot be what was written."""
+    """Returns the error for an object whose bytes are not those that were written."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return Damaged(f"{place} is damaged: its bytes are not those that were written ({reason}). Delete it and run again")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One object of an array: a shard, or a chunk where there are no shards."""
+    """One stored object of an array: a shard, or a chunk where there are no shards."""
 
     numbers: tuple[int, ...]
-    """Its place among them, along each axis."""
+    """Number of the object along each axis."""
 
     def region(self, array: zarr.Array) -> tuple[slice, ...]:
-        """The part of the array that it holds."""
+        """Returns the part of the array that the object holds."""
         side = array.shards or array.chunks
         return tuple(slice(i * n, (i + 1) * n) for i, n in zip(self.numbers, side, strict=True))
 
 
 def _first_bad(array: zarr.Array, index: Any) -> Chunk:
-    """The first chunk of a part of an array that cannot be read; the last one, if it is none by itself."""
+    """Returns the first object of a part of an array that cannot be read, or the last one where each can by itself."""
     chunk = Chunk((0,) * array.ndim)
     for chunk in _chunks(array, index):
         try:
@@ -158,19 +162,19 @@ def _first_bad(array: zarr.Array, index: Any) -> Chunk:
 
 
 def _chunks(array: zarr.Array, index: Any) -> Iterator[Chunk]:
-    """The chunks that a part of an array is in."""
+    """Returns the objects that hold a part of an array."""
     sides = array.shards or array.chunks
     rows = [np.unique(np.asarray(part) // side) for part, side in zip(_parts(array, index), sides, strict=True)]
     return (Chunk(tuple(numbers)) for numbers in product(*(part.tolist() for part in rows)))
 
 
 def is_checked(array: zarr.Array) -> bool:
-    """Whether its chunks have checksums."""
+    """Tells whether the chunks of an array have checksums."""
     return any(isinstance(codec, Crc32cCodec) for codec in array.compressors)
 
 
 def unchecked(url: str) -> list[str]:
-    """Paths of the arrays under the Zarr group at `url` whose chunks have no checksums."""
+    """Returns the paths of arrays in the Zarr group at `url` whose chunks have no checksums."""
     group = zarr.open_group(storage.zarr_store(url), mode="r")
     return sorted(name for name, item in group.members(max_depth=None) if not _vouched(item))
 
@@ -186,21 +190,24 @@ class Stored:
     array: str
     """Path of its array in the group."""
     chunk: Chunk
-    """Which of its objects."""
+    """Which object of the array."""
 
     def __str__(self) -> str:
         return "/".join([self.array, "c", *map(str, self.chunk.numbers)])
 
 
 def objects(url: str) -> list[Stored]:
-    """All chunks that are stored under the Zarr group at `url`, in order."""
-    found = (re.fullmatch(r"(.+)/c((?:/\d+)*)", path) for path in storage.paths(url))
-    parts = ((match[1], match[2].split("/")[1:]) for match in found if match)
-    return sorted((Stored(name, Chunk(tuple(map(int, numbers)))) for name, numbers in parts), key=str)
+    """Returns all objects of the arrays in the Zarr group at `url`, sorted by name."""
+    found = []
+    for path in storage.paths(url):
+        if match := re.fullmatch(r"(.+)/c((?:/\d+)*)", path):
+            numbers = match[2].split("/")[1:]
+            found.append(Stored(match[1], Chunk(tuple(map(int, numbers)))))
+    return sorted(found, key=str)
 
 
 def check(url: str, stored: Stored) -> str:
-    """Why an object of the Zarr group at `url` cannot be decoded; empty if it can."""
+    """Returns why an object of the Zarr group at `url` cannot be decoded; empty if it can."""
     array = zarr.open_array(storage.zarr_store(storage.join(url, stored.array)), mode="r")
     try:
         read(array, stored.chunk.region(array))

@@ -1,4 +1,4 @@
-"""Pictures, tables and places: stored beside the product they show and, inside a Prefect run, seen in the UI."""
+"""Stores pictures and tables beside the product that they show, and shows them in Prefect's UI inside a run."""
 
 import base64
 import hashlib
@@ -19,15 +19,15 @@ from infra.settings import settings
 from tasks.cards import home_of
 from tasks.units import REPORTED, Work, in_run, in_words, shown
 
-PREVIEW_WIDTH = 1200  # pixels: the artifact carries the picture itself, since a browser cannot open s3:// URLs
-LONGEST_SLUG = 60  # characters: file systems take 255 bytes of a name
-GLANCE = 5.0  # seconds for whether an address answers: a run does without
+PREVIEW_WIDTH = 1200  # pixels; the artifact embeds the picture, since a browser cannot open s3:// URLs
+LONGEST_SLUG = 60  # characters; file systems allow 255 bytes for a whole name
+GLANCE = 5.0  # seconds to wait for an answer of an address; a run needs none
 
 
 def slugs(names: Iterable[str]) -> dict[str, str]:
-    """Returns a lower-case name of ASCII letters, digits and dashes for each text: for files and artifact keys.
+    """Returns for each text a lower-case name of ASCII letters, digits and dashes, for files and artifact keys.
 
-    What has no ASCII letters, is long, or would be taken for another gets a part of its digest.
+    A name that would be empty, too long, or equal to another gets a part of the text's digest.
     """
     asked = list(names)
     plain = {name: _plain(name) for name in asked}
@@ -46,20 +46,20 @@ def _told_apart(text: str, slug: str) -> str:
 
 
 def cell(text: object) -> str:
-    """Returns a text as one cell of a Markdown table: on one line, its bars no borders."""
+    """Returns a text as one cell of a Markdown table: on one line, with its bars escaped."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def keep_picture(url: str, png: bytes, key: str, description: str) -> str:
     """Writes a PNG to `url` and shows it as the run's artifact.
 
-    In Markdown, since the UI writes the address of an image artifact, here the picture itself, across the page.
+    The artifact is Markdown: for an image artifact, the UI prints the address, and ours holds the whole picture.
 
     Args:
         url: Where the picture goes.
         png: The picture.
         key: Lower-case name of the artifact.
-        description: What it shows; Markdown.
+        description: What the picture shows, in Markdown.
 
     Returns:
         `url`.
@@ -89,13 +89,13 @@ def _data_url(png: bytes) -> str:
 
 
 def _linked(url: str) -> str:
-    """The URL, as a link where a browser may read it."""
+    """Returns the URL in Markdown, as a link where a browser can read it."""
     address = web_address(url)
     return f"[{url}]({address})" if address else f"`{url}`"
 
 
 def web_address(url: str) -> str | None:
-    """Where a browser reads the object without keys; none where it may not."""
+    """Returns the address at which a browser reads an object without keys, or None where it cannot."""
     if url.startswith("s3:"):
         with suppress(UserError, OSError):
             address = urlsplit(storage.presigned(url))._replace(query="").geturl()
@@ -122,7 +122,10 @@ def keep_table(url: str, markdown: str, key: str, description: str) -> str:
 
 
 def reported(step: Callable[..., str]) -> Callable[..., str]:
-    """The step, which returns its product's URL, with a table at its end: what was planned beside what was done."""
+    """Wraps a step so that a table at its end shows what was planned beside what was done.
+
+    The step must return the URL of its product.
+    """
 
     @wraps(step)
     def run(*arguments: Any) -> str:
@@ -165,10 +168,10 @@ def _row(part: Work) -> dict[str, Any]:
 
 
 def show_places(places: dict[str, str], code: str, key: str, description: str) -> None:
-    """Shows where a run's product is, as its artifact.
+    """Shows where a run's product is, as the run's artifact.
 
     Args:
-        places: URLs by what is there.
+        places: URLs, by what they hold.
         code: Lines of Python that open it.
         key: Lower-case name of the artifact.
         description: What the product is.
@@ -180,12 +183,12 @@ def show_places(places: dict[str, str], code: str, key: str, description: str) -
 
 
 def opening(module: str, call: str, url: str) -> str:
-    """Lines of Python that open a URL at the settings' endpoint, by keys in the environment.
+    """Returns lines of Python that open a URL at the settings' endpoint, with keys from the environment.
 
     Args:
-        module: What to import, as `xarray as xr`.
-        call: What opens it, as `grid = xr.open_zarr`.
-        url: Where it is.
+        module: What to import, such as `xarray as xr`.
+        call: What opens the URL, such as `grid = xr.open_zarr`.
+        url: URL of the product.
     """
     endpoint = settings().s3_endpoint if url.startswith("s3:") else None
     options = f', storage_options={{"endpoint_url": "{endpoint}"}}' if endpoint else ""

@@ -1,7 +1,7 @@
-"""Decoders of Zarr chunks that make no more of stored bytes than an array holds; importing this puts them in place.
+"""Decodes Zarr chunks to no more bytes than their array says; importing this module registers the decoders.
 
-A chunk of some kilobytes can unpack to gigabytes, and Zarr compares with the array's chunk when that has happened. Here
-what a chunk unpacks to is known before, by the metadata, and bounded by what is stored of it.
+A chunk of some kilobytes can unpack to gigabytes, and Zarr compares sizes only after that has happened. These decoders
+take the size from the metadata before they unpack, and bound it by the stored bytes.
 """
 
 import gzip
@@ -24,13 +24,13 @@ from zarr.registry import register_codec
 
 from infra import bounds
 
-FRAME = b"\x28\xb5\x2f\xfd"  # that a frame of Zstandard begins with
+FRAME = b"\x28\xb5\x2f\xfd"  # magic number: the first bytes of a frame of Zstandard
 
 Bytes = NDArray[np.uint8]
 
 
 class _Bounded(BytesBytesCodec):
-    """A compressor that is told how much may come."""
+    """A compressor that is told how many bytes may come out."""
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
         packed = np.ascontiguousarray(chunk_bytes.as_numpy_array()).view(np.uint8)
@@ -43,23 +43,23 @@ class _Bounded(BytesBytesCodec):
         return chunk_spec.prototype.buffer.from_bytes(found)
 
     def _unpacked(self, packed: Bytes, most: int) -> Any:
-        """Returns the bytes, or none where there are more."""
+        """Returns the unpacked bytes, or None where there are more than `most`."""
         raise NotImplementedError
 
 
 def _size(spec: ArraySpec) -> int | None:
-    """Bytes of a chunk; none where its values have no fixed length."""
+    """Returns the bytes of a chunk, or None where its values have no fixed length."""
     each = getattr(spec.dtype, "item_size", None)
     return None if each is None else prod(spec.shape) * each
 
 
 class BoundedZstd(_Bounded, ZstdCodec):
-    """Zstandard."""
+    """Zstandard with a bound."""
 
     def _unpacked(self, packed: Bytes, most: int) -> Any:
         if _told(packed) == most:
             return Zstd().decode(packed, np.empty(most, np.uint8))
-        try:  # frames that do not tell their size, and several of them
+        try:  # several frames, or a frame that does not tell its size
             found = pa.CompressedInputStream(pa.BufferReader(packed), "zstd").read(most + 1)
         except OSError as error:
             raise ValueError(str(error)) from None
@@ -67,7 +67,7 @@ class BoundedZstd(_Bounded, ZstdCodec):
 
 
 def _told(packed: Bytes) -> int | None:
-    """The size that a frame of Zstandard tells of its content (RFC 8878, 3.1.1.1)."""
+    """Returns the size that a frame of Zstandard tells of its content (RFC 8878, 3.1.1.1), or None."""
     head = packed[:18].tobytes()
     if head[:4] != FRAME or len(head) < 6:
         return None
@@ -77,7 +77,7 @@ def _told(packed: Bytes) -> int | None:
 
 
 class BoundedGzip(_Bounded, GzipCodec):
-    """Gzip."""
+    """Gzip with a bound."""
 
     def _unpacked(self, packed: Bytes, most: int) -> Any:
         try:
@@ -88,7 +88,7 @@ class BoundedGzip(_Bounded, GzipCodec):
 
 
 class BoundedBlosc(_Bounded, BloscCodec):
-    """Blosc, whose header tells the size at bytes 4 to 8."""
+    """Blosc with a bound; its header tells the size at bytes 4 to 8."""
 
     def _unpacked(self, packed: Bytes, most: int) -> Any:
         size = int.from_bytes(packed[4:8].tobytes(), "little")
@@ -96,7 +96,7 @@ class BoundedBlosc(_Bounded, BloscCodec):
 
 
 class VLenUTF8Codec(codecs.VLenUTF8Codec):
-    """Texts, whose first four bytes tell how many there are; Zarr insists on the name."""
+    """Texts with a bound; the first four bytes tell their number. Zarr insists on this class name."""
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         count = int.from_bytes(chunk_bytes.as_numpy_array()[:4].tobytes(), "little")
@@ -114,10 +114,10 @@ for _name, _decoder in DECODERS.items():
 
 
 def unbounded(chain: Sequence[Any]) -> str:
-    """Names a codec whose result is not bounded here; empty where there is none.
+    """Returns the name of a codec whose output is not bounded here; empty where there is none.
 
     Args:
-        chain: The codecs of an array: its numbers as bytes, one compressor of these at most, checksums.
+        chain: The codecs of an array. Bounded: numbers to bytes, then at most one compressor of PACKED, then checksums.
     """
     first, *rest = (codec for codec in chain if _named(codec) != "transpose")
     if isinstance(first, ShardingCodec):

@@ -1,15 +1,15 @@
-"""What a check of a product found: of a database's audit, of a grid's validation."""
+"""Holds what the checks of a product found: in the audit of a database, in the validation of a grid."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check."""
+    """Result of one check."""
 
     check: str
     """What was checked."""
     passed: bool | None
-    """The result; none where it could not be checked."""
+    """Whether the check passed; None where it could not be made."""
     detail: str
-    """The numbers, or why it could not be checked."""
+    """The numbers, or why the check could not be made."""

@@ -1,4 +1,7 @@
-"""Files in other projects' formats: read whole, refused where they could fill the memory, never overwritten unasked."""
+"""Reads and writes files in other projects' formats.
+
+Files that could fill the memory are refused, and no file is overwritten unasked.
+"""
 
 import io
 import zipfile
@@ -8,18 +11,18 @@ from infra import storage
 from infra.addresses import as_url, is_web, shown
 from infra.errors import UserError
 
-EXPANSION = 20  # bytes that a byte of an archive may become: numbers of embeddings become 1 to 3
+EXPANSION = 20  # bytes that one byte of an archive may expand to; archives of embeddings expand 1 to 3 times
 
 
 def read_file(place: str | Path, kind: str) -> bytes:
-    """The bytes of a file.
+    """Returns the bytes of a file.
 
     Args:
         place: Path or URL.
-        kind: What is wanted, for the message: "a satclip-*.ckpt".
+        kind: What is wanted, for the message, such as "a satclip-*.ckpt".
 
     Raises:
-        UserError: It is not there, or is an archive that expands beyond reason.
+        UserError: There is no such file, or it is an archive that expands more than EXPANSION times.
     """
     try:
         data = storage.read(as_url(place))
@@ -45,14 +48,14 @@ def write_file(place: str | Path, data: bytes, overwrite: bool) -> str:
 
     Args:
         place: Path or URL.
-        data: Its bytes.
-        overwrite: Whether one that is there is replaced.
+        data: Bytes of the file.
+        overwrite: Whether to replace a file that exists.
 
     Returns:
         The URL.
 
     Raises:
-        UserError: One is there, and is not to be replaced.
+        UserError: The file exists and is not to be replaced.
     """
     url = as_url(place)
     if overwrite:

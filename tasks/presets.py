@@ -1,4 +1,4 @@
-"""Presets: sets of parameters under one name, for the steps that have the fields.
+"""Holds the presets: sets of parameters under one name, for the steps that have the fields.
 
 The numbers of patches are those that a try, a continent and the paper's S2-100K take; the rest follows from them.
 """
@@ -34,13 +34,15 @@ PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
 def laid_under(
     name: Preset, models: Sequence[str], given: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A model's values with those of a preset wherever the given one is the default, which forms send too.
+    """Returns a model's values, with those of a preset wherever a value is the default or not given.
+
+    Forms send defaults too, so a default counts as not given.
 
     Args:
         name: The preset.
-        models: Names of the parameter model and of those that it extends.
-        given: Its values so far, by field.
-        defaults: What the fields are where nothing is given.
+        models: Names of the parameter model and of its base classes.
+        given: The values so far, by field.
+        defaults: Default values, by field.
     """
     offered = next((PRESETS[name][model] for model in models if model in PRESETS.get(name, {})), {})
     left = {

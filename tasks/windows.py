@@ -1,7 +1,7 @@
-"""Rolling windows of time, `last 90 days` or `previous month`: what a schedule asks for instead of fixed dates.
+"""Resolves rolling time windows, `last 90 days` or `previous month`, which schedules use instead of fixed dates.
 
-A window is whole days in UTC and ends before the day that it is asked on, so that it is the same however late on that
-day a run begins.
+A window is whole days in UTC. It ends with the day before the one on which it is asked for, so that it is the same
+however late on that day a run begins.
 """
 
 import re
@@ -17,19 +17,19 @@ DAY = timedelta(days=1)
 
 
 def is_rolling(text: str) -> bool:
-    """Whether a window has no dates of its own, and so waits to be `fixed`."""
+    """Tells whether a window is a rolling one, which `fixed` gives its dates."""
     return text.lstrip()[:1].isalpha()
 
 
 def fixed(text: str, at: datetime) -> str:
-    """The dates of a rolling window.
+    """Returns the dates of a rolling window.
 
     Args:
-        text: As `last 90 days` or `previous month`.
-        at: When it is asked.
+        text: A window, such as `last 90 days` or `previous month`.
+        at: The time at which it is asked for.
 
     Returns:
-        An interval of days, as 2021-01-01/2021-01-31.
+        An interval of days, such as 2021-01-01/2021-01-31.
 
     Raises:
         ValueError: There is no such window.
@@ -55,7 +55,7 @@ def _before(day: date, count: int, unit: str) -> date:
 
 
 def _begin(day: date, unit: str) -> date:
-    """The first day of the week, month, quarter, season or year that a day is in."""
+    """Returns the first day of the week, month, quarter, season or year that a day is in."""
     if unit not in MONTHS:
         return day - day.weekday() * DAY if unit == "week" else day
     past = day.month % 3 if unit == "season" else (day.month - 1) % MONTHS[unit]

@@ -1,7 +1,7 @@
-"""Compact products: values projected before retrieval.
+"""Projects a database's values to fewer dimensions before retrieval (PCA).
 
-The weights of a soft selection add to 1, so selecting projected values is projecting the selection: a compact
-product is exact in its own space, at a fraction of the cost.
+The weights of a soft selection add to 1, so the selection of projected values is the projection of the selection. A
+compact product is therefore exact in its own space, at a fraction of the cost.
 """
 
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 8192  # images at a time
+BLOCK = 8192  # rows of values read at a time
 
 
 class Rows(Protocol):
-    """A table in memory, or one in storage that is read in blocks."""
+    """A table in memory, or a stored one that is read in blocks."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(n, v)."""
+        """Returns (n, v)."""
 
     def __getitem__(self, rows: slice, /) -> Any:
-        """Some rows, as an array."""
+        """Returns some rows as an array."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Projection:
     mean: NDArray[np.float32]
     """(v,)."""
     components: NDArray[np.float32]
-    """(v, dims) orthonormal columns, by falling variance; the largest entry of each is positive."""
+    """(v, dims) orthonormal columns, by falling variance. The largest entry of each is positive, to fix its sign."""
     explained: float
     """Share of the values' variance that the components keep."""
 
     @classmethod
     def fit(cls, values: Rows, dims: int = 64) -> "Projection":
-        """Fits to (n, v) values, two passes over them block by block.
+        """Fits the components to (n, v) values in two passes over them, block by block.
 
         Raises:
-            ValueError: There are fewer than `dims` dimensions.
+            ValueError: The values have fewer than `dims` dimensions.
         """
         if not 1 <= dims <= values.shape[1]:
             raise ValueError(f"values of length {values.shape[1]} have no {dims} components: use 1 to that many")
@@ -54,11 +54,11 @@ class Projection:
         return cls(mean.astype(np.float32), chosen.astype(np.float32), explained)
 
     def apply(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The values in the compact space, (n, dims)."""
+        """Returns the values in the compact space, (n, dims)."""
         return np.concatenate([(block - self.mean) @ self.components for block in _blocks(values)])
 
     def restore(self, compact: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The values that compact ones stand for, (n, v)."""
+        """Returns compact values in the original space, (n, v)."""
         return compact @ self.components.T + self.mean
 
 

@@ -1,7 +1,7 @@
-"""The contrastive loss: a place and the image taken there are pulled together, all other pairs apart.
+"""Computes the contrastive loss: a place and the image taken there attract each other, all other pairs repel.
 
 In a process group of `torch.distributed` every process embeds its part of a batch and contrasts it with the whole
-batch: loss and gradients are those of one process.
+batch. Loss and gradients equal those of a single process.
 """
 
 import math
@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
 
-FIRST_SCALE = math.log(1 / 0.07)
-LARGEST_SCALE = math.log(100)
-CHUNK = 1024  # rows of the similarity matrix at a time: at a batch of 8,192 a chunk is 34 MB
+FIRST_SCALE = math.log(1 / 0.07)  # log of the logit scale before training, as in CLIP
+LARGEST_SCALE = math.log(100)  # bounds the log of the logit scale, as in CLIP
+CHUNK = 1024  # rows of the similarity matrix held at a time: 34 MB at a batch of 8,192
 
 
 class ImageProjection(nn.Module):
@@ -34,18 +34,18 @@ class ImageProjection(nn.Module):
         self.register_buffer("std", torch.ones(features))
 
     def fit(self, features: NDArray[np.float32]) -> "ImageProjection":
-        """Takes the mean and the spread of (n, feature) features."""
+        """Sets mean and standard deviation to those of (n, feature) features."""
         self.mean.copy_(torch.from_numpy(features.mean(0, dtype=np.float64)))
         self.std.copy_(torch.from_numpy(features.std(0, dtype=np.float64).clip(1e-6)))
         return self
 
     def forward(self, features: Tensor) -> Tensor:
-        """(n, feature) to (n, dim), not normalised."""
+        """Returns the projection of (n, feature) features, (n, dim), not normalised."""
         return self.linear((features - self.mean) / self.std)
 
     @torch.no_grad()
     def keys(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Unit keys of (n, feature) features, (n, dim)."""
+        """Returns the unit keys of (n, feature) features, (n, dim)."""
         device = self.mean.device
         return functional.normalize(self(torch.from_numpy(features).to(device)), dim=-1).cpu().numpy()
 
@@ -53,17 +53,17 @@ class ImageProjection(nn.Module):
 def info_nce(
     places: Tensor, images: Tensor, scale: Tensor, chunk: int = CHUNK, near: Tensor | None = None, gather: bool = False
 ) -> Tensor:
-    """Symmetric InfoNCE of unit vectors that belong together row by row.
+    """Returns the symmetric InfoNCE loss of unit vectors that belong together row by row.
 
     Args:
         places: (n, dim) unit embeddings of places.
         images: (n, dim) unit embeddings of images.
         scale: Factor of the cosines; a scalar.
-        chunk: Rows of the (n, n) similarities held at a time; value and gradients do not depend on it.
-        near: (m, 2) indices of a place and an image that are not told apart, sorted by place, on the CPU.
-        gather: The vectors are this process's part of the batch, of the same size in every process. The loss is that
-            of the whole batch, and so are the gradients of the vectors; that of the scale is to be summed over the
-            processes. `near` counts in the whole batch.
+        chunk: Rows of the (n, n) similarities held at a time. It changes neither loss nor gradients.
+        near: (m, 2) indices of a place and an image that are no negatives of each other, sorted by place, on the CPU.
+        gather: Whether the vectors are this process's part of the batch, of the same size in every process. Loss and
+            gradients of the vectors are then those of the whole batch; the gradient of the scale must be summed over
+            the processes. `near` has indices of the whole batch.
 
     Returns:
         The mean of the cross-entropies of places among images and of images among places.
@@ -72,7 +72,7 @@ def info_nce(
 
 
 class _InfoNCE(torch.autograd.Function):
-    """The whole matrix is never held: both passes make it again, chunk by chunk."""
+    """InfoNCE without the whole similarity matrix: both passes compute it chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -115,7 +115,7 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _logits(places: Tensor, images: Tensor, scale: Tensor, near: Tensor | None, first: int) -> Tensor:
-    """Logits of the batch's places from `first` on; -inf where a place and an image are not told apart."""
+    """Returns logits of the batch's places from `first` on; -inf where a place and an image are no negatives."""
     logits = (places @ images.T).mul_(scale)
     if near is not None:
         edges = torch.tensor([first, first + len(places)])
@@ -126,7 +126,7 @@ def _logits(places: Tensor, images: Tensor, scale: Tensor, near: Tensor | None, 
 
 
 def near_pairs(lonlat: NDArray[np.float64], km: float) -> Tensor:
-    """All pairs (i, j) of different rows whose places are within `km` on the sphere, (m, 2), sorted by i.
+    """Returns all pairs (i, j) of different rows whose places are within `km` on the sphere, (m, 2), sorted by i.
 
     Args:
         lonlat: (n, 2) degrees.
@@ -139,18 +139,20 @@ def near_pairs(lonlat: NDArray[np.float64], km: float) -> Tensor:
 
 
 def process() -> tuple[int, int]:
-    """This process's number in its group, and the number of processes; (0, 1) without a group."""
+    """Returns this process's rank in its group and the number of processes; (0, 1) without a group."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 def gathered(part: Tensor) -> Tensor:
+    """Returns the parts of all processes, joined along the first axis."""
     parts = [torch.empty_like(part) for _ in range(process()[1])]
     distributed.all_gather(parts, part.contiguous())
     return torch.cat(parts)
 
 
 def summed(part: Tensor) -> Tensor:
+    """Sums a tensor over all processes, in place, and returns it."""
     distributed.all_reduce(part)
     return part

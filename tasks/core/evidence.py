@@ -1,6 +1,6 @@
-"""What an embedding rests on: whether its place was seen, or is extrapolated from others.
+"""Measures how well an embedding is supported: whether images lie near its place, or it is extrapolated from afar.
 
-One pass over the keys, without the values: about half of what the embedding itself costs.
+Takes one pass over the keys, without the values: about half the cost of the embedding itself.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from torch import Tensor
 from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
 from tasks.core.retrieval import Method, RetrievalIndex
 
-WEIGHTS = 4_000_000  # at a time: 16 MB of each half stay in the cache
+WEIGHTS = 4_000_000  # weights computed at a time: 16 MB for each half, which stay in the cache
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One entry per place."""
+    """How well embeddings are supported; one entry per place."""
 
     images: NDArray[np.float32]
-    """(m,) effective number of images, exp of the weights' entropy: 1 where one decides, n where all do alike."""
+    """(m,) effective number of images, exp of the entropy of the weights: from 1, one image, to n, all alike."""
     largest: NDArray[np.float32]
     """(m,) the largest weight."""
     distance_km: NDArray[np.float64]
@@ -33,14 +33,14 @@ class Evidence:
 def evidence(
     index: RetrievalIndex, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method, top: int = 0
 ) -> Evidence:
-    """The evidence for embeddings.
+    """Returns the evidence for embeddings.
 
     Args:
         index: The database.
         queries: Unit location embeddings, (m, d).
-        lonlat: The places they embed, (m, 2) in degrees.
-        method: How they are retrieved; not `none`.
-        top: How many images to name.
+        lonlat: Places of the queries, (m, 2) in degrees.
+        method: Retrieval method; not `none`.
+        top: Number of images to name.
 
     Raises:
         ValueError: The method retrieves nothing.
@@ -62,9 +62,9 @@ def evidence(
 
 @dataclass(frozen=True)
 class Room:
-    """What the weights of one turn are computed in, and all turns after it.
+    """Memory that the weights of one block of places after another are computed in.
 
-    New tensors for each turn, with the results between them, left the allocator gigabytes of gaps.
+    New tensors for each block, with the results between them, left the allocator with gigabytes of gaps.
     """
 
     weights: Tensor
@@ -72,17 +72,17 @@ class Room:
     other: Tensor
     """(places, images)."""
     places: Tensor
-    """(images, 3) unit vectors; float32 serves: a weight to 1e-5."""
+    """(images, 3) unit vectors; float32 gives weights to 1e-5, which is enough."""
 
     @classmethod
     def of(cls, index: RetrievalIndex, size: int) -> "Room":
-        """Room for so many places."""
+        """Makes room for `size` places."""
         weights, other = (index.keys.new_empty(size, len(index)) for _ in range(2))
         return cls(weights, other, index.places.to(index.keys))
 
 
 def distance_km(index: RetrievalIndex, lonlat: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Great-circle distance from each place to the nearest image, (m,) in km on the mean sphere."""
+    """Returns the great-circle distance from each place to the nearest image, (m,) in km on the mean sphere."""
     chord, _ = index.tree.query(unit_vectors(lonlat))
     return 2 * EARTH_RADIUS_KM * np.arcsin(np.minimum(chord / 2, 1))
 
@@ -90,7 +90,7 @@ def distance_km(index: RetrievalIndex, lonlat: NDArray[np.float64]) -> NDArray[n
 def _weights(
     index: RetrievalIndex, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method, room: Room
 ) -> Tensor:
-    """The weight of every image for every place, (m, n), in the first part of the room; rows add to 1."""
+    """Returns the weight of every image for every place, (m, n), in the first rows of the room; rows add to 1."""
     g = torch.as_tensor(queries, dtype=index.dtype, device=index.device)
     if method.name in ("top1", "topk"):
         k = 1 if method.name == "top1" else min(method.k, len(index))
@@ -104,7 +104,7 @@ def _weights(
 
 
 def _softmax(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
-    """The softmax of queries' products with keys, in `out`."""
+    """Computes the softmax of queries' products with keys, in `out`."""
     torch.mm(queries, keys.T, out=out)
     out.sub_(out.amax(1, keepdim=True)).exp_()
     return out.div_(out.sum(1, keepdim=True))

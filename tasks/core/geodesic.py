@@ -1,14 +1,14 @@
-"""The geodesic half of RANGE+ by its spectrum: exact, and its cost does not grow with the database.
+"""Computes the geodesic half of RANGE+ by its spectrum: exact, at a cost that does not grow with the database.
 
 sum_j exp(t (x.x_j - 1)) v_j is a convolution on the sphere, so in spherical harmonics it is a product
 (addition theorem; Funk-Hecke): the sum is sum_lm a_l Y_lm(x) M_lm with the moments M_lm = sum_j Y_lm(x_j) v_j
-and a_l = 4 pi exp(-t) i_l(t), i_l the modified spherical Bessel function. The moments are computed once, and
-those of database shards add.
+and a_l = 4 pi exp(-t) i_l(t), i_l the modified spherical Bessel function. The moments are computed once. The
+moments of parts of a database add.
 
-a_l falls as exp(-l^2 / 2t), so the series is cut where what it leaves out is below TAIL: as |P_l| <= 1, each
+a_l falls as exp(-l^2 / 2t), so the series is cut where its rest is below TAIL: since |P_l| <= 1, each
 weight is off by at most sum_(l >= L) (2l + 1) a_l / 4 pi. At t = 40 that is degree 49, 2,401 terms in place of
-one for each image. Where no image is near, the sum itself is small and such an error would show: `sums`
-says where, and the caller sums directly.
+one for each image. Where no image is near, the sum itself is small and such an error would matter: `sums`
+tells where, and the caller sums directly there.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from tasks.core.encoders.harmonics import spherical_harmonics
 from tasks.core.sums import Sums
 
 TAIL = 1e-12  # largest error of one weight
-FLOOR = 1e-5  # smallest mean weight that is trusted: TAIL / FLOOR = 1e-7 of the result
-MAX_DEGREE = 96  # beyond, the harmonics cost more than they save: t above about 150
-BLOCK = 512  # images at a time: their harmonics take 10 MB
+FLOOR = 1e-5  # smallest mean weight that is trusted: the result is off by TAIL / FLOOR = 1e-7 at most
+MAX_DEGREE = 96  # above it, at t above about 150, the harmonics cost more than they save
+BLOCK = 512  # images whose harmonics are held at a time: 10 MB
 
 Float = NDArray[np.float64]
 
@@ -37,11 +37,11 @@ class Spectrum:
     temperature: float
     """t of exp(t (cos - 1))."""
     degree: int
-    """L: harmonics of the degrees below it are kept."""
+    """L: the harmonics of degrees 0 to L - 1 are kept."""
     images: int
-    """Images summed."""
+    """Number of images summed."""
     moments: Tensor
-    """(L * L, v + 1) float64, times a_l: of the values, then of 1, which gives the denominators."""
+    """(L * L, v + 1) float64, times a_l: moments of the values, and last of 1, which gives the denominators."""
 
     @classmethod
     def of(cls, locations: Float, values: Tensor, temperature: float) -> "Spectrum":
@@ -50,7 +50,7 @@ class Spectrum:
         Args:
             locations: (n, 2) degrees (lon, lat).
             values: (n, v).
-            temperature: t; at most what `degree_of` has a degree for.
+            temperature: t, for which `degree_of` must have a degree.
         """
         degree = degree_of(temperature)
         if degree is None:
@@ -66,13 +66,13 @@ class Spectrum:
         return cls(temperature, degree, len(locations), moments)
 
     def __add__(self, other: "Spectrum") -> "Spectrum":
-        """The spectrum of both databases together."""
+        """Returns the spectrum of both databases together."""
         if self.temperature != other.temperature:
             raise ValueError(f"spectra of temperatures {self.temperature:g} and {other.temperature:g} do not add")
         return Spectrum(self.temperature, self.degree, self.images + other.images, self.moments + other.moments)
 
     def sums(self, lonlat: Float) -> tuple[Sums, NDArray[np.bool_]]:
-        """The half at places (m, 2), in float64, and which are too far from all images to be trusted, (m,)."""
+        """Returns the float64 sums at places (m, 2), and which places are too far from all images to trust, (m,)."""
         found = torch.from_numpy(spherical_harmonics(lonlat, self.degree)).to(self.moments) @ self.moments
         weights = found[:, -1]
         sums = Sums(found[:, :-1], weights, torch.full_like(weights, self.temperature))
@@ -80,24 +80,26 @@ class Spectrum:
 
     @property
     def weights(self) -> "Spectrum":
-        """Of the weights alone: as cheap a way to tell which places are too far."""
+        """Returns the spectrum of the weights alone: a cheap way to tell which places are too far from all images."""
         return Spectrum(self.temperature, self.degree, self.images, self.moments[:, -1:].clone())
 
 
 def pays(temperature: float, images: int, queries: int | None = None) -> bool:
-    """Whether a spectrum costs less than summing over the images: n m > (n + m) L^2, in float64 at half the speed.
+    """Tells whether a spectrum costs less than summing over the images.
+
+    That is where n m > 2 (n + m) L^2; the factor 2 is the cost of float64.
 
     Args:
         temperature: t.
         images: n.
-        queries: m; unset, many.
+        queries: m. Unset: many.
     """
     degree = degree_of(temperature)
     return degree is not None and 2 * degree**2 * (1 / images + (1 / queries if queries else 0)) < 1
 
 
 def degree_of(temperature: float) -> int | None:
-    """The degree at which the series may be cut, or None where it is too long to pay."""
+    """Returns the degree at which the series is cut, or None where it is too long to pay."""
     degrees = np.arange(MAX_DEGREE + 200)
     terms = (2 * degrees + 1) * _factors(temperature, len(degrees)) / (4 * np.pi)
     left_out = np.cumsum(terms[::-1])[::-1]
@@ -106,6 +108,6 @@ def degree_of(temperature: float) -> int | None:
 
 
 def _factors(temperature: float, degree: int) -> Float:
-    """a_l of the degrees below `degree`."""
-    t = max(temperature, 1e-9)  # at 0 the kernel is 1 everywhere, which this is to the last digit
+    """Returns a_l of the degrees below `degree`."""
+    t = max(temperature, 1e-9)  # at t = 0 the kernel is 1 everywhere; at 1e-9 it is that to the last digit
     return 4 * np.pi * np.sqrt(np.pi / (2 * t)) * ive(np.arange(degree) + 0.5, t)

@@ -1,15 +1,15 @@
-"""Linear probes on embeddings: the RANGE paper's protocol, and spatially blocked splits beside it.
+"""Fits linear probes on embeddings: the RANGE paper's protocol, and spatially blocked splits beside it.
 
-The paper's, from its text and its released code: MinMaxScaler fitted on the training part; RidgeClassifierCV with
-alphas 0.1, 1, 10 and 10 folds for classes (accuracy), RidgeCV with the same alphas and 3 folds for numbers (R2);
-one random 80/20 split, PyTorch's `random_split` with seed 42. Random splits leak between neighbours, so whole blocks
-of the Earth are held out as well.
+The paper's protocol, from its text and its released code: MinMaxScaler fitted on the training part; RidgeClassifierCV
+with alphas 0.1, 1, 10 and 10 folds for classes (accuracy), RidgeCV with the same alphas and 3 folds for numbers (R2);
+one random 80/20 split, PyTorch's `random_split` with seed 42. Random splits leak between neighbours, so whole blocks of
+the Earth are held out as well.
 
 The two estimators below are scikit-learn's RidgeCV and RidgeClassifierCV with `cv` a number of folds: the same
 penalty, the same predictions (tests hold them to that), several times as fast. Two ways lead to the same held-out
-outputs, and the cheaper is taken: by one eigendecomposition of all rows' Gram matrix, which serves every penalty and,
-by the formula for rows left out, every fold; or, where a fold has many rows, by a Cholesky factor for each fold and
-penalty, where a fold's Gram matrix is the whole one minus that of its held-out rows.
+outputs, and the cheaper one is taken. One eigendecomposition of the Gram matrix of all rows serves every penalty and,
+by the formula for left-out rows, every fold. Or, where a fold has many rows, a Cholesky factor is made for each fold
+and penalty; the Gram matrix of a fold is that of all rows minus that of its held-out rows.
 """
 
 import warnings
@@ -34,9 +34,9 @@ from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
 
 Kind = Literal["classification", "regression"]
 METRICS: dict[Kind, str] = {"classification": "accuracy", "regression": "R²"}
-ALPHAS = (0.1, 1.0, 10.0)
-NUMBER_FOLDS, CLASS_FOLDS = 3, 10
-SHARES, SEED = (0.8, 0.2), 42
+ALPHAS = (0.1, 1.0, 10.0)  # ridge penalties of the paper
+NUMBER_FOLDS, CLASS_FOLDS = 3, 10  # folds of the paper that choose the penalty, for numbers and for classes
+SHARES, SEED = (0.8, 0.2), 42  # the paper's shares of training and test rows, and its seed
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,19 @@ class Split:
 
 
 def random_split(n: int, seed: int = SEED) -> Split:
-    """The paper's split of `n` rows, by the function that its code uses."""
+    """Returns the paper's split of `n` rows, by the function that the paper's code uses."""
     parts = random_rows(range(n), SHARES, torch.Generator().manual_seed(seed))
     return Split(*(np.array(part.indices) for part in parts))
 
 
 def blocked_folds(lonlat: NDArray[np.float64], degrees: float, folds: int, seed: int = SEED) -> list[Split]:
-    """Folds of whole blocks: every place is scored once, by a probe that saw no place of its block.
+    """Returns folds of whole blocks: every place is scored once, by a probe that saw no place of its block.
 
     Args:
         lonlat: Places, (n, 2) in degrees.
         degrees: Side of a block; blocks narrow towards the poles as cells of a grid do.
         folds: Number of folds.
-        seed: Of the order of the blocks.
+        seed: Seed of the order of the blocks.
 
     Raises:
         ValueError: There are fewer blocks than folds.
@@ -78,13 +78,13 @@ def blocked_folds(lonlat: NDArray[np.float64], degrees: float, folds: int, seed:
 
 
 def block_of(lonlat: NDArray[np.float64], degrees: float) -> NDArray[np.int64]:
-    """Number of the block that holds each place."""
+    """Returns the number of the block that holds each place, (n,)."""
     lon = np.mod(lonlat[:, 0] + 180, 360)
     return (lon // degrees).astype(np.int64) * 100_000 + ((lonlat[:, 1] + 90) // degrees).astype(np.int64)
 
 
 def near_duplicates(lonlat: NDArray[np.float64], split: Split, km: float) -> int:
-    """Number of scored places with a training place nearer than `km`: what a split leaks."""
+    """Counts the scored places with a training place nearer than `km`, through which a split leaks."""
     points = unit_vectors(lonlat)
     chord = 2 * np.sin(km / EARTH_RADIUS_KM / 2)
     distance, _ = cKDTree(points[split.train]).query(points[split.test], distance_upper_bound=chord)
@@ -92,7 +92,7 @@ def near_duplicates(lonlat: NDArray[np.float64], split: Split, km: float) -> int
 
 
 def score(features: NDArray[np.float32], labels: NDArray, kind: Kind, split: Split) -> float:
-    """Accuracy or R2 of the paper's probe on the rows that it was not fitted on.
+    """Returns accuracy or R² of the paper's probe on the test rows of a split.
 
     Args:
         features: (n, d).
@@ -104,23 +104,23 @@ def score(features: NDArray[np.float32], labels: NDArray, kind: Kind, split: Spl
 
 
 def predict(features: NDArray[np.float32], labels: NDArray, kind: Kind, split: Split) -> NDArray:
-    """What the paper's probe says of the rows that it was not fitted on."""
+    """Returns the predictions of the paper's probe for the test rows of a split, (test rows,)."""
     train, test = (features[rows].astype(np.float64) for rows in (split.train, split.test))
     return probe(kind).fit(train, labels[split.train]).predict(test)
 
 
 def judge(kind: Kind, labels: NDArray, predicted: NDArray) -> float:
-    """Accuracy or R2."""
+    """Returns accuracy for classes, or R² for numbers."""
     return float(accuracy_score(labels, predicted) if kind == "classification" else r2_score(labels, predicted))
 
 
 def probe(kind: Kind) -> Pipeline:
-    """The paper's probe: a scikit-learn pipeline."""
+    """Returns the paper's probe, a scikit-learn pipeline."""
     return make_pipeline(MinMaxScaler(), GramRidgeClassifierCV() if kind == "classification" else GramRidgeCV())
 
 
 class GramRidgeCV(RegressorMixin, BaseEstimator):
-    """scikit-learn's `RidgeCV(alphas, cv=cv)` for one target."""
+    """Equivalent of scikit-learn's `RidgeCV(alphas, cv=cv)` for one target."""
 
     def __init__(self, alphas: tuple[float, ...] = ALPHAS, cv: int = NUMBER_FOLDS) -> None:
         """Takes the penalties to choose from and the number of folds."""
@@ -139,13 +139,13 @@ class GramRidgeCV(RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, X: Any) -> NDArray[np.float64]:
-        """Numbers, (n,)."""
+        """Returns numbers, (n,)."""
         check_is_fitted(self)
         return validate_data(self, X, dtype=np.float64, reset=False) @ self.coef_ + self.intercept_
 
 
 class GramRidgeClassifierCV(ClassifierMixin, BaseEstimator):
-    """scikit-learn's `RidgeClassifierCV(alphas, cv=cv)`: the largest of one regression on ±1 per class."""
+    """Equivalent of scikit-learn's `RidgeClassifierCV(alphas, cv=cv)`: the largest of a regression per class."""
 
     def __init__(self, alphas: tuple[float, ...] = ALPHAS, cv: int = CLASS_FOLDS) -> None:
         """Takes the penalties to choose from and the number of folds."""
@@ -161,25 +161,25 @@ class GramRidgeClassifierCV(ClassifierMixin, BaseEstimator):
             parts = [held for _, held in StratifiedKFold(self.cv).split(X, y)]
 
         def accuracy(outputs: NDArray[np.float64], rows: NDArray) -> float:
-            unseen = (targets[rows] > 0).sum(0) == (targets > 0).sum(0)  # a class that these rows alone have
+            unseen = (targets[rows] > 0).sum(0) == (targets > 0).sum(0)  # a class that only these rows have
             return float(np.mean(np.where(unseen, -np.inf, outputs).argmax(1) == index[rows]))
 
         self.alpha_, self.coef_, self.intercept_ = _fit(X, targets, parts, self.alphas, accuracy)
         return self
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """How far from -1 (another class) to 1 (this one), (n, classes)."""
+        """Returns scores from about -1, another class, to 1, this class, (n, classes)."""
         check_is_fitted(self)
         return validate_data(self, X, dtype=np.float64, reset=False) @ self.coef_ + self.intercept_
 
     def predict(self, X: Any) -> NDArray:
-        """Classes, (n,)."""
+        """Returns classes, (n,)."""
         return self.classes_[self.decision_function(X).argmax(1)]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over rows, from which a ridge regression follows; they add and subtract."""
+    """Sums over rows that determine a ridge regression. Those of fewer rows come by subtraction."""
 
     n: int
     """Number of rows."""
@@ -190,11 +190,11 @@ class Moments:
     xx: NDArray[np.float64]
     """Gram matrix, (d, d)."""
     xy: NDArray[np.float64]
-    """(d, outputs)."""
+    """Sum of the products of features and targets, (d, outputs)."""
 
     @classmethod
     def of(cls, x: NDArray[np.float64], y: NDArray[np.float64]) -> "Moments":
-        """The sums over the rows of `x` and `y`."""
+        """Sums over the rows of `x` and `y`."""
         return cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y)
 
     def __sub__(self, other: "Moments") -> "Moments":
@@ -202,11 +202,11 @@ class Moments:
 
     @property
     def centred(self) -> NDArray[np.float64]:
-        """Gram matrix of the features minus their means, (d, d)."""
+        """Returns the Gram matrix of the features minus their means, (d, d)."""
         return self.xx - np.outer(self.x, self.x / self.n)
 
     def solve(self, alphas: tuple[float, ...]) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """Weights (d, outputs) and intercepts (outputs,), which are not penalised, for each penalty."""
+        """Returns for each penalty the weights (d, outputs) and the unpenalised intercepts (outputs,)."""
         mean_x, mean_y = self.x / self.n, self.y / self.n
         gram, right = self.centred, self.xy - np.outer(self.x, mean_y)
         found = []
@@ -226,7 +226,7 @@ def _fit(
     alphas: tuple[float, ...],
     score: Callable[[NDArray[np.float64], NDArray], float],
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """The penalty with the best mean of `score(outputs, rows)` over held-out parts, and the ridge fitted to all."""
+    """Returns the penalty with the best mean `score(outputs, rows)` over held-out parts, and the ridge of all rows."""
     total = Moments.of(x, y)
     held_out = by_spectrum if spectrum_pays(len(x), x.shape[1], len(parts), len(alphas)) else by_factors
     outputs = held_out(x, y, total, parts, alphas)
@@ -237,9 +237,10 @@ def _fit(
 
 
 def spectrum_pays(n: int, d: int, folds: int, alphas: int) -> bool:
-    """Whether one eigendecomposition costs less than a factor for each fold and penalty.
+    """Tells whether one eigendecomposition costs less than a factor for each fold and penalty.
 
-    In products' time, as measured: it takes 10 d^3, a factor d^3, a solution among a fold's m rows 2 m^3.
+    Measured costs, in multiplications: 10 d^3 for the decomposition, d^3 for a factor, 2 m^3 for a solution among the
+    m rows of a fold.
     """
     m = n / folds
     return 10 * d**3 + 2 * n * d**2 + alphas * n * m * (2 * d + 2 * m) < folds * alphas * d**3
@@ -248,9 +249,10 @@ def spectrum_pays(n: int, d: int, folds: int, alphas: int) -> bool:
 def by_spectrum(
     x: NDArray[np.float64], y: NDArray[np.float64], total: Moments, parts: list[NDArray], alphas: tuple[float, ...]
 ) -> NDArray[np.float64]:
-    """Outputs for held-out rows, (alphas, n, outputs): y - (I - H)^-1 residual, within each fold, of the fit to all.
+    """Returns the outputs for held-out rows, (alphas, n, outputs), from the fit to all rows.
 
-    H is the hat matrix, z / (s + alpha) @ z.T + 1 / n in the eigenvectors of the Gram matrix.
+    Within each fold they are y - (I - H)^-1 residual. H is the hat matrix: in the eigenvectors of the Gram matrix,
+    z / (s + alpha) @ z.T + 1 / n.
     """
     values, vectors = scipy.linalg.eigh(total.centred, overwrite_a=True, check_finite=False, driver="evd")
     mean = total.y / total.n
@@ -268,7 +270,7 @@ def by_spectrum(
 def by_factors(
     x: NDArray[np.float64], y: NDArray[np.float64], total: Moments, parts: list[NDArray], alphas: tuple[float, ...]
 ) -> NDArray[np.float64]:
-    """Outputs for held-out rows, (alphas, n, outputs), by a ridge for each fold and penalty."""
+    """Returns the outputs for held-out rows, (alphas, n, outputs), by a ridge for each fold and penalty."""
     out = np.empty((len(alphas), *y.shape))
     for rows in parts:
         for i, (weights, intercept) in enumerate((total - Moments.of(x[rows], y[rows])).solve(alphas)):

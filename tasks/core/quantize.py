@@ -1,8 +1,8 @@
-"""Fewer bits per number: int8 codes of a linear scale, float16 with its overflow refused, and what both lose.
+"""Stores numbers in fewer bits, as int8 codes of a linear scale or as float16, and measures what is lost.
 
-A block of an embedding (its visual or its location part) has one scale and one offset, so that lengths and directions
-within a block stay what they were, up to rounding: value = code * scale + offset, as CF's `scale_factor` and
-`add_offset` mean it. Codes are clipped to [-127, 127] first: so -128 is free, and no value is ever taken for nodata.
+Each block of an embedding, its visual and its location part, has one scale and one offset. So lengths and directions
+within a block stay what they were, up to rounding. value = code * scale + offset, as in CF's `scale_factor` and
+`add_offset`. Codes are clipped to [-127, 127], so that -128 is free and no value is taken for nodata.
 """
 
 from dataclasses import dataclass
@@ -12,42 +12,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 DType = Literal["float32", "float16", "int8"]
-CODES = 127  # the largest code; codes are clipped to [-CODES, CODES]
-NODATA = -128
-MARGIN = 0.1  # of the range that a sample shows, added at either end for what it does not show
-DIGITS = 3  # of scale and offset: the last bits of a sample depend on the machine, and a rerun is to find the same
+CODES = 127  # largest code; codes are clipped to [-CODES, CODES]
+NODATA = -128  # code of no value, beyond the clipped codes
+MARGIN = 0.1  # share of a sample's range, added at either end for values beyond the sample
+DIGITS = 3  # significant digits of scale and offset: later ones depend on the machine, and a rerun must agree
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The linear scale of one block."""
+    """Linear scale of one block."""
 
     factor: float
-    """Step between codes."""
+    """Difference between the values of neighbouring codes."""
     offset: float
     """Value of code 0."""
 
     @classmethod
     def fit(cls, sample: NDArray[np.float32]) -> "Scale":
-        """The scale that holds a sample and a margin on either side."""
+        """Fits a scale that holds a sample and a margin on either side."""
         low, high = float(sample.min()), float(sample.max())
         offset = _rounded((low + high) / 2)
         reach = max(high - offset, offset - low) * (1 + 2 * MARGIN)
         return cls(_rounded(reach / CODES, up=True) or 1.0, offset)
 
     def encode(self, values: NDArray[np.float32]) -> NDArray[np.int8]:
-        """Codes of values, NODATA where they are NaN; a value beyond the scale gets the nearest code."""
+        """Returns the codes of values, NODATA where they are NaN; a value beyond the scale gets the nearest code."""
         codes = np.clip(np.rint((values - self.offset) / self.factor), -CODES, CODES)
         return np.where(np.isnan(codes), NODATA, codes).astype(np.int8)
 
     def decode(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
-        """Values of codes, NaN where they are NODATA."""
+        """Returns the values of codes, NaN where they are NODATA."""
         values = codes.astype(np.float32) * np.float32(self.factor) + np.float32(self.offset)
         return np.where(codes == NODATA, np.float32(np.nan), values)
 
 
 def _rounded(value: float, up: bool = False) -> float:
-    """The value to DIGITS significant digits, to the nearest or away from zero."""
+    """Rounds a value to DIGITS significant digits, to the nearest or, with `up`, upwards."""
     if value == 0:
         return 0.0
     unit = 10.0 ** (np.floor(np.log10(abs(value))) - DIGITS + 1)
@@ -56,10 +56,10 @@ def _rounded(value: float, up: bool = False) -> float:
 
 
 def half(values: NDArray[np.float32]) -> NDArray[np.float16]:
-    """The values in float16.
+    """Returns the values in float16.
 
     Raises:
-        OverflowError: A finite value is too large for it.
+        OverflowError: A finite value is too large for float16.
     """
     with np.errstate(over="ignore"):
         found = values.astype(np.float16)
@@ -70,7 +70,7 @@ def half(values: NDArray[np.float32]) -> NDArray[np.float16]:
 
 
 def loss(exact: NDArray[np.float32], stored: NDArray[np.float32]) -> dict[str, Any]:
-    """What storing vectors (n, d) lost: cosines between them and what comes back, and relative errors."""
+    """Measures what storing vectors (n, d) lost: cosines between exact and stored vectors, and relative errors."""
     exact, stored = exact.astype(np.float64), stored.astype(np.float64)
     lengths = np.linalg.norm(exact, axis=1), np.linalg.norm(stored, axis=1)
     cosines = (exact * stored).sum(1) / np.maximum(lengths[0] * lengths[1], np.finfo(np.float64).tiny)
@@ -85,10 +85,10 @@ def loss(exact: NDArray[np.float32], stored: NDArray[np.float32]) -> dict[str, A
 
 
 def lost_by_dimension(exact: NDArray[np.float32], stored: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Of each dimension of vectors (n, d), the error as a share of its deviation, (d,); 0 where it has none.
+    """Returns for each dimension of vectors (n, d) the error as a share of its standard deviation, (d,).
 
-    Cosines are decided by the dimensions that vary most; a probe standardises all, and a dimension that storage made
-    one number is lost to it however small it was.
+    It is 0 for a constant dimension. Cosines depend on the dimensions that vary most. A probe rescales every dimension,
+    so a dimension whose small variation is lost in storage is lost to the probe.
     """
     errors = np.sqrt(np.mean((exact.astype(np.float64) - stored) ** 2, axis=0))
     deviations = exact.std(0, dtype=np.float64)
@@ -96,5 +96,5 @@ def lost_by_dimension(exact: NDArray[np.float32], stored: NDArray[np.float32]) -
 
 
 def _figure(value: Any) -> float:
-    """Digits that the next run finds again."""
+    """Rounds to the digits that a rerun reproduces."""
     return round(float(value), 4)

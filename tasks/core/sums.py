@@ -1,9 +1,9 @@
-"""Soft selections before their division: the sums of disjoint parts of a database add, and can be kept.
+"""Holds soft selections before their division, as sums: the sums of disjoint parts of a database add.
 
-Kept sums serve any beta, and follow a database that changes with work in proportion to the change. They are kept
-*scaled*: `shift` is the log of the largest weight that the sums ever had since they were retrieved, so that their
-rounding is relative to exp(shift), and `denominator` is the share of that weight that is left. Where little is left, a
-difference of large numbers has few digits: such places are retrieved anew.
+Sums that are kept serve any beta, and can be updated when images come and go, with work in proportion to the change.
+They are kept *scaled*: `shift` is the log of the largest total weight since the sums were retrieved, and `denominator`
+is the share of that weight that is left. Rounding errors are relative to exp(shift). So where little weight is left,
+the difference of large numbers has few correct digits, and such places are retrieved anew.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-KEPT = 0.05  # share of a place's weight that must be left for its sums to be updated: 1e-7 / 0.05 of error
+KEPT = 0.05  # smallest share of a place's weight left, for its sums to be updated: float32's 1e-7 becomes 1e-7 / 0.05
 
 
 @dataclass(frozen=True)
 class Sums:
-    """A soft selection before its division: the sums of disjoint parts of a database add."""
+    """A soft selection before its division; the sums of disjoint parts of a database add."""
 
     numerator: Tensor
-    """(m, v) sum of weight times value."""
+    """(m, v) sums of weight times value."""
     denominator: Tensor
-    """(m,) sum of weights."""
+    """(m,) sums of weights."""
     shift: Tensor
     """(m,) weights are exp(logit - shift)."""
 
@@ -43,13 +43,13 @@ class Sums:
 
     @property
     def mean(self) -> Tensor:
-        """The selection, (m, v)."""
+        """Returns the selection, (m, v)."""
         return self.numerator / self.denominator[:, None]
 
     def scaled(self, least: float = 0.0) -> "Sums":
-        """The same sums, in float64, with denominators of 1; those below `least` are left as if they were that.
+        """Returns the same sums in float64 with denominators of 1; a denominator below `least` is divided by `least`.
 
-        The shift is a float32 number, so that keeping it as one loses nothing.
+        The shift is rounded to a float32 number first, so that storing it as float32 loses nothing.
         """
         shift = self.shift.double()
         new = (shift + self.denominator.double().clamp(min=least).log()).float().double()
@@ -57,7 +57,7 @@ class Sums:
         return Sums(self.numerator.double() * factor[:, None], self.denominator.double() * factor, new)
 
     def replaced(self, where: NDArray[np.bool_], by: "Sums") -> "Sums":
-        """These sums with those of some places, (m,) true, put in place of theirs."""
+        """Returns these sums with those of `by` at some places, (m,) true."""
         there = torch.from_numpy(where)
         return Sums(*(_replaced(a, there, b) for a, b in zip(self._parts, by._parts, strict=True)))
 
@@ -74,16 +74,16 @@ def _replaced(old: Tensor, where: Tensor, new: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Halves:
-    """Both halves of a soft method, unmixed."""
+    """Both halves of a soft retrieval method, before they are mixed."""
 
     semantic: Sums
-    """By likeness to the image."""
+    """Selection by similarity of the embeddings."""
     geodesic: Sums | None
-    """By nearness on the sphere; none where the method has no such half."""
+    """Selection by distance on the sphere; None where the method has no such half."""
 
     @property
     def sums(self) -> list[Sums]:
-        """Those that there are."""
+        """Returns the sums of the halves that the method has, one or two."""
         return [self.semantic] if self.geodesic is None else [self.semantic, self.geodesic]
 
     def __add__(self, other: "Halves") -> "Halves":
@@ -93,28 +93,31 @@ class Halves:
         return _halves([a - b for a, b in zip(self.sums, other.sums, strict=True)])
 
     def mix(self, beta: float) -> NDArray[np.float32]:
-        """The visual part for one beta, (m, v)."""
+        """Returns the visual part of the embedding for one beta, (m, v)."""
         if self.geodesic is None:
             return self.semantic.mean.float().cpu().numpy()
         semantic, geodesic = self.semantic.mean, self.geodesic.mean
         return torch.lerp(geodesic, semantic.to(geodesic), beta).float().cpu().numpy()
 
     def scaled(self, least: float = 0.0) -> "Halves":
-        """Both halves scaled."""
+        """Returns both halves scaled."""
         return _halves([sums.scaled(least) for sums in self.sums])
 
     def replaced(self, where: NDArray[np.bool_], by: "Halves") -> "Halves":
-        """These with those of some places, (m,) true, put in place of theirs."""
+        """Returns these halves with those of `by` at some places, (m,) true."""
         return _halves([a.replaced(where, b) for a, b in zip(self.sums, by.sums, strict=True)])
 
     def pack(self) -> NDArray[np.float32]:
-        """As one array to keep, (m, halves * (v + 2)): numerators, denominator and shift of each half. To be scaled."""
+        """Returns one array to store, (m, halves * (v + 2)): numerators, denominator and shift of each half.
+
+        The halves must be `scaled`.
+        """
         columns = [c for s in self.sums for c in (s.numerator, s.denominator[:, None], s.shift[:, None])]
         return torch.cat([c.float().cpu() for c in columns], 1).numpy()
 
     @classmethod
     def unpack(cls, kept: NDArray[np.float32], halves: int) -> "Halves":
-        """From what `pack` made of one half or two."""
+        """Returns what `pack` stored of one half or two."""
         parts = torch.from_numpy(kept).double().chunk(halves, 1)
         return _halves([Sums(part[:, :-2], part[:, -2], part[:, -1]) for part in parts])
 
@@ -124,16 +127,16 @@ def _halves(sums: Sequence[Sums]) -> Halves:
 
 
 def updated(before: Halves, added: Halves | None, removed: Halves | None) -> tuple[Halves, NDArray[np.bool_]]:
-    """What the sums of some places become when images come and go: work in proportion to the change.
+    """Updates the sums of some places after images were added and removed, with work in proportion to the change.
 
     Args:
-        before: Sums over the former database, as `scaled` or an earlier update left them.
-        added: Sums over the images that come.
-        removed: Sums over the images that go.
+        before: Sums over the former database, as `scaled` or an earlier update made them.
+        added: Sums over the images that were added; None for no images.
+        removed: Sums over the images that were removed; None for no images.
 
     Returns:
-        The sums over the new database, and which places to retrieve anew (m,): those that lost nearly all
-        of the largest weight they had, where a difference of large sums is left with few digits.
+        The sums over the new database, and which places to retrieve anew, (m,): those that lost nearly all of the
+        largest weight that they had.
     """
     after = before if added is None else before + added.scaled()
     after = after if removed is None else after - removed.scaled()

@@ -54,6 +54,11 @@ def _of_path(path: Path) -> str:
     return (path.resolve() if ".." in path.parts else path.absolute()).as_uri()
 
 
+def join(url: str, *parts: str) -> str:
+    """`url` with path parts appended."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
 def is_web(url: str) -> bool:
     """Whether a URL is one of the web, which is only read."""
     return urlsplit(url).scheme in WEB

@@ -42,7 +42,9 @@ class Cause(StrEnum):
     def of_status(cls, status: int) -> "Cause | None":
         """Returns the cause of an HTTP status that may pass; none of one that stays."""
         text = f"HTTP {status}"
-        return cls(text) if text in list(cls) else cls.HTTP_5XX if status >= 500 else None
+        if text in list(cls):
+            return cls(text)
+        return cls.HTTP_5XX if status >= 500 else None
 
 
 def count_retry(cause: Cause) -> None:

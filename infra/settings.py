@@ -98,6 +98,12 @@ class Settings(BaseSettings):
     alerts: str | None = Field(None, pattern=r"^[\w-]+/[\w-]+$")
     """Prefect notification block to send alerts to, such as `slack-webhook/duty`. Unset: no alerts are sent."""
 
+    @property
+    def s3_keys(self) -> tuple[str | None, str | None]:
+        """S3 key and secret in clear: for a client of S3 alone."""
+        key, secret = (told.get_secret_value() if told else None for told in (self.access_key, self.secret_key))
+        return key, secret
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import httpx
 
-from infra.addresses import shown
-from infra.errors import UserError
+from infra.addresses import may_read, shown
+from infra.errors import Refused, UserError
+from infra.retries import retry_after
 from infra.settings import settings
 
 PATIENCE = 60.0  # seconds for an answer
@@ -16,8 +17,12 @@ HOPS = 10  # redirects on the way to an object
 PIECE = 1 << 20  # bytes at a time, of what goes to disk
 
 
-class Refused(UserError):
-    """A server lets us have one object not; whether it lets us have any, the caller knows."""
+class Busy(OSError):
+    """A server that does not serve an object now, whose status tells why."""
+
+    def __init__(self, status: int, retry_after: float) -> None:
+        super().__init__(f"HTTP {status}")
+        self.retry_after = retry_after
 
 
 def read(url: str, span: str | None = None) -> bytes:
@@ -81,13 +86,11 @@ def _refuse(answer: httpx.Response, url: str) -> None:
     if answer.status_code in (401, 403):
         raise Refused(f"access to {shown(url)} is refused: download it, or give an address that needs no password")
     if answer.status_code not in (200, 206):
-        raise OSError(f"HTTP {answer.status_code}")
+        raise Busy(answer.status_code, retry_after(answer.headers.get("Retry-After")))
 
 
 def _check(href: str, redirected: bool) -> None:
     """Refuses an address that nothing may be read from; who is sent there must find it among the allowed hosts."""
-    from infra.addresses import may_read
-
     if not may_read(href, local=False, hosts=settings().asset_hosts if redirected else ()):
         why = "a redirect leads there, and RANGEGRID_ASSET_HOSTS does not allow it" if redirected else "give another"
         raise UserError(f"{httpx.URL(href).host} may not be asked: {why}")

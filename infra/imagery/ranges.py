@@ -3,15 +3,12 @@
 import asyncio
 import atexit
 import os
-import random
 import re
 import threading
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -19,18 +16,18 @@ from urllib.parse import quote, unquote, urlsplit
 import aiohttp
 from yarl import URL
 
+from infra import retries
 from infra.addresses import unsigned
 from infra.errors import Unavailable, UserError
 from infra.imagery.signing import RefusedHop, forget, learn_region, redirected, signed
 from infra.metrics import Cause, count_retry
+from infra.retries import retry_after
 
 T = TypeVar("T")
 
 SCHEMES = ("", "file", "http", "https", "s3")
-ATTEMPTS = 6
-FIRST_WAIT = 0.5  # seconds before the second attempt, doubled before each further one: 15 s in all
-LONGEST_WAIT = 60.0  # seconds, also where the server asks for more
-REFUSALS = 5  # 7.5 s: a token may expire under way, and some gateways throttle by 403
+ATTEMPTS = 6  # with waits of 15 s in all
+REFUSALS = 5  # with waits of 7.5 s: a token may expire under way, and some gateways throttle by 403
 HOPS = 5  # redirects on the way to an asset
 REDIRECTS = (301, 302, 303, 307, 308)
 CONNECTIONS = 64  # of one process
@@ -65,19 +62,24 @@ class Traffic:
     """Bytes of their bodies."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one request came to."""
+class Failed(Exception):
+    """A request that did not bring its range.
 
-    body: bytes = b""
-    problem: str = ""
-    """Empty: the body is right and whole."""
-    cause: Cause | None = None
-    """What passes, where asking again may help."""
-    final: type[UserError] | None = None
-    """The error, where asking again does not help."""
-    wait: float = 0
-    """Seconds that the server asks us to wait."""
+    Attributes:
+        cause: What may pass, where asking again may help.
+        kind: The error that it is in the end.
+        retry_after: Seconds that the server asks us to wait.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        cause: Cause | None = None,
+        kind: type[UserError] = UnavailableAsset,
+        retry_after: float = 0,
+    ) -> None:
+        super().__init__(problem)
+        self.cause, self.kind, self.retry_after = cause, kind, retry_after
 
 
 class Ranges:
@@ -102,20 +104,24 @@ class Ranges:
             RefusedAsset: Its server forbids it, after all attempts.
             UnavailableAsset: It cannot be had now, after all attempts.
         """
-        causes: list[Cause] = []
-        while True:
-            answer = await self._ask(start, stop)
-            if not answer.problem:
-                _served[self._place] = self.href
-                return answer.body
-            if answer.cause is None:
-                raise self.failure(answer.final or UnavailableAsset, answer.problem)
-            causes.append(answer.cause)
-            if len(causes) == ATTEMPTS or causes.count(Cause.REFUSED) == REFUSALS:
-                refused = answer.cause == Cause.REFUSED
-                raise self.failure(RefusedAsset if refused else UnavailableAsset, answer.problem)
-            count_retry(answer.cause)
-            await asyncio.sleep(max(_backoff(len(causes)), min(answer.wait, LONGEST_WAIT)))
+        refusals = 0
+
+        def may_mend(error: BaseException) -> bool:
+            nonlocal refusals
+            if not isinstance(error, Failed) or error.cause is None:
+                return False
+            refusals += error.cause == Cause.REFUSED
+            return refusals < REFUSALS
+
+        ask = partial(self._ask, start, stop)
+        try:
+            body = await retries.ask_async(ask, ATTEMPTS, may_mend, tell=lambda error: count_retry(error.cause))
+        except Failed as error:
+            failed = error
+        else:
+            _served[self._place] = self.href
+            return body
+        raise self.failure(failed.kind, str(failed))  # not within: what it comes of may hold a signature
 
     def failure(self, kind: type[UserError], problem: str) -> UserError:
         """The error of this asset, under a name without its query."""
@@ -140,25 +146,32 @@ class Ranges:
         """The host or bucket that serves it."""
         return urlsplit(self.href).netloc
 
-    async def _ask(self, start: int, stop: int) -> Answer:
+    async def _ask(self, start: int, stop: int) -> bytes:
+        """Returns the bytes, of one request.
+
+        Raises:
+            Failed: They did not come.
+            UserError: A setting is wrong, whatever the asset.
+        """
         if urlsplit(self.href).scheme in ("", "file"):
             return self._from_disk(start, stop)
         try:
             self._url = self._url or await asyncio.to_thread(signed, self.href)
             return await self._follow(self._url, start, stop)
         except RefusedHop as error:
-            return Answer(problem=str(error), final=UnreadableAsset)
+            raise Failed(str(error), kind=UnreadableAsset) from None
         except Unavailable as error:
-            return Answer(problem=str(error), final=UnavailableAsset)
-        except UserError:  # a setting of this process, whatever the asset
+            raise Failed(str(error)) from None
+        except UserError:
             raise
         except (aiohttp.ClientError, OSError, ValueError) as error:  # their texts may hold the signature
-            return Answer(problem=type(error).__name__, cause=Cause.LOST)
+            raise Failed(type(error).__name__, Cause.LOST) from None
 
-    async def _follow(self, signed_url: str, start: int, stop: int) -> Answer:
+    async def _follow(self, signed_url: str, start: int, stop: int) -> bytes:
         """What a URL answers, by way of redirects to where we may go.
 
         Raises:
+            Failed: It answers something else.
             UserError: A redirect leads where nothing may be read from.
         """
         headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -169,33 +182,33 @@ class Ranges:
             ) as response:
                 if response.status >= 300 and learn_region(self.href, response.headers):
                     self._url = ""
-                    return Answer(problem="its bucket is in another region", cause=Cause.REGION)
+                    raise Failed("its bucket is in another region", Cause.REGION)
                 if response.status in REDIRECTS and "Location" in response.headers:
                     url = redirected(url, response.headers["Location"])
                     continue
                 if response.status in (401, 403):
-                    return await self._refused(signed_url, _retry_after(response))
-                return _refusal(response) or self._whole(response, await self._body(response), start, stop)
-        return Answer(problem="it redirects without end", final=UnreadableAsset)
+                    await self._forget(signed_url)
+                _check_status(response)
+                return self._whole(response, await self._body(response), start, stop)
+        raise Failed("it redirects without end", kind=UnreadableAsset)
 
-    def _from_disk(self, start: int, stop: int) -> Answer:
+    def _from_disk(self, start: int, stop: int) -> bytes:
         try:
             with open(_path(self.href), "rb") as file:
                 body = os.pread(file.fileno(), stop - start, start)
                 self.size = os.fstat(file.fileno()).st_size
         except OSError as error:
             gone = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
-            return Answer(problem=type(error).__name__, final=UnreadableAsset if gone else UnavailableAsset)
+            raise Failed(type(error).__name__, kind=UnreadableAsset if gone else UnavailableAsset) from None
         self.traffic.requests += 1
         self.traffic.bytes += len(body)
-        return Answer(body)
+        return body
 
-    async def _refused(self, url: str, wait: float) -> Answer:
-        """After a 403: the next attempt signs anew, where there is something to sign."""
+    async def _forget(self, url: str) -> None:
+        """Makes the next attempt sign anew, where there is something to sign."""
         await asyncio.to_thread(forget, url)
         if self._url == url:
             self._url = ""
-        return Answer(problem=Cause.REFUSED, cause=Cause.REFUSED, wait=wait)
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         pieces = []
@@ -204,38 +217,30 @@ class Ranges:
             pieces.append(piece)
         return b"".join(pieces)
 
-    def _whole(self, response: aiohttp.ClientResponse, body: bytes, start: int, stop: int) -> Answer:
+    def _whole(self, response: aiohttp.ClientResponse, body: bytes, start: int, stop: int) -> bytes:
         """The body, if it is all of the range asked for."""
         found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
         first, last, size = map(int, found.groups()) if found else (-1, -1, stop)
         end = min(stop, size)
         if (first, last + 1, start + len(body)) != (start, end, end):
-            return Answer(problem=f"{len(body)} bytes came for {end - start}", cause=Cause.SHORT)
+            raise Failed(f"{len(body)} bytes came for {end - start}", Cause.SHORT)
         self.size = size
-        return Answer(body)
+        return body
 
 
-def _refusal(response: aiohttp.ClientResponse) -> Answer | None:
-    """What to do about a status that brings no range; None where it brings one."""
+def _check_status(response: aiohttp.ClientResponse) -> None:
+    """Raises `Failed` for a status that brings no range."""
     status = response.status
     if status == 206:
-        return None
+        return
+    wait = retry_after(response.headers.get("Retry-After"))
+    if status in (401, 403):
+        raise Failed(Cause.REFUSED, Cause.REFUSED, RefusedAsset, wait)
     if status in (404, 410, 416):  # 416: the asset ends before what its own header promises
-        return Answer(problem=f"HTTP {status}", final=UnreadableAsset)
+        raise Failed(f"HTTP {status}", kind=UnreadableAsset)
     if status == 200:  # the whole asset would come
-        return Answer(problem="its server knows no byte ranges", final=UnavailableAsset)
-    return Answer(problem=f"HTTP {status}", cause=Cause.of_status(status), wait=_retry_after(response))
-
-
-def _retry_after(response: aiohttp.ClientResponse) -> float:
-    """Seconds that the server asks us to wait, given as a number or as a date."""
-    text = response.headers.get("Retry-After", "")
-    if text.isdigit():
-        return float(text)
-    try:
-        return (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
-    except (TypeError, ValueError):
-        return 0
+        raise Failed("its server knows no byte ranges")
+    raise Failed(f"HTTP {status}", Cause.of_status(status), retry_after=wait)
 
 
 def sendable(url: str) -> str:
@@ -248,10 +253,6 @@ def _path(href: str) -> str:
     path = unquote(urlsplit(href).path)
     literal = href.removeprefix("file://")
     return literal if not Path(path).exists() and Path(literal).exists() else path
-
-
-def _backoff(attempt: int) -> float:
-    return FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
 
 
 _served: dict[str, str] = {}  # by host or bucket the href that was served last

@@ -10,7 +10,6 @@ from urllib.parse import quote, urljoin, urlsplit
 import obstore
 import requests
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import S3Store
 from planetary_computer.sas import TOKEN_CACHE, SASToken
 from planetary_computer.settings import Settings as TokenSettings
 from planetary_computer.utils import parse_blob_url
@@ -18,9 +17,9 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
 from infra.addresses import may_read, unsigned
+from infra.buckets import s3_at
 from infra.errors import Unavailable, UserError
 from infra.settings import settings
-from infra.storage import RETRIES
 
 BLOBS = ".blob.core.windows.net"  # Planetary Computer's storage
 RETRY = Retry(total=3, backoff_factor=0.8, status_forcelist=[429, 500, 502, 503, 504])  # of the token endpoint
@@ -118,12 +117,12 @@ def _token(account: str, container: str) -> SASToken:
 def _of_bucket(bucket: str, key: str) -> str:
     """A URL that reads an object of S3: at the settings' endpoint where that has the bucket, else at AWS."""
     where = settings()
-    keys = [secret.get_secret_value() if secret else None for secret in (where.access_key, where.secret_key)]
+    keys = where.s3_keys
     own = where.s3_endpoint if where.s3_endpoint and _is_own(bucket, where.s3_endpoint, where.region, *keys) else None
     region = where.region if own else _regions.get(bucket, where.region)
     if own or not where.s3_endpoint:  # keys of an endpoint of one's own are none of AWS's
         try:
-            return obstore.sign(_store(bucket, own, region, *keys), "GET", key, timedelta(hours=1))
+            return obstore.sign(s3_at(bucket, "", own, region, *keys), "GET", key, timedelta(hours=1))
         except BaseError:  # there are no keys to sign with
             pass
     return f"{own or f'https://s3.{region}.amazonaws.com'}/{bucket}/{quote(key)}"
@@ -137,7 +136,7 @@ def _is_own(bucket: str, endpoint: str, *access: Any) -> bool:
 @lru_cache(maxsize=256)
 def _has(bucket: str, endpoint: str, *access: Any) -> bool:
     try:
-        obstore.list_with_delimiter(_store(bucket, endpoint, *access), NOTHING)
+        obstore.list_with_delimiter(s3_at(bucket, "", endpoint, *access), NOTHING)
     except (PermissionDeniedError, UnauthenticatedError, PermissionError):
         return True
     except (BaseError, OSError) as error:
@@ -147,15 +146,6 @@ def _has(bucket: str, endpoint: str, *access: Any) -> bool:
             f"RANGEGRID_S3_ENDPOINT does not say whether it has the bucket {bucket}: check that it is up"
         ) from None
     return True
-
-
-@lru_cache(maxsize=256)
-def _store(bucket: str, endpoint: str | None, region: str, key: str | None, secret: str | None) -> S3Store:
-    options: dict[str, Any] = {"region": region, "virtual_hosted_style_request": False}
-    options |= {"endpoint": endpoint} if endpoint else {}
-    options |= {"access_key_id": key, "secret_access_key": secret} if key and secret else {}
-    http = {"allow_http": bool(endpoint and endpoint.startswith("http://"))}
-    return S3Store(bucket, config=options, client_options=http, retry_config=RETRIES)
 
 
 def learn_region(href: str, headers: Mapping[str, str]) -> bool:

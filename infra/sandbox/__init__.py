@@ -1,6 +1,5 @@
 """The sandbox: real STAC, S3 and Prefect servers on loopback, with the demo planet behind them."""
 
-import fcntl
 import json
 import os
 import secrets
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import s3fs
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -224,14 +224,14 @@ def _end(state: dict[str, Any], name: str) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    with (directory / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is starting the sandbox in {directory}: wait, or use another --directory"
-            ) from None
-        yield
+    """Holds the sandbox's lock; the system releases it when the process ends, however."""
+    try:
+        with FileLock(directory / "lock", blocking=False, fallback_to_soft=False):
+            yield
+    except Timeout:
+        raise UserError(
+            f"another process is starting the sandbox in {directory}: wait, or use another --directory"
+        ) from None
 
 
 def _read(directory: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ form, or by shorter spans of time. What a server says of its own count is checke
 
 import json
 import logging
-import random
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -28,6 +26,7 @@ from requests import Response
 from requests.exceptions import ConnectionError, InvalidURL, MissingSchema, RequestException, RetryError, Timeout
 from urllib3 import Retry
 
+from infra import retries
 from infra.errors import CatalogUnavailable, UserError
 from infra.intervals import Interval
 from infra.settings import settings
@@ -48,7 +47,6 @@ TIMEOUT = 60.0  # seconds without a byte
 HOPS = 5  # redirects on the way to an answer
 ATTEMPTS = 5
 PAGE, SMALLEST_PAGE = 100, 6  # items: big pages of Sentinel-2 make Earth Search answer 502, so each attempt halves them
-PAUSE = 0.5  # seconds before the second attempt, doubled with each
 EMPTY_PAGES = 20  # in a row, each with a next one: the server leads nowhere
 CAPS = (10, 20, 25, 50, 100, 200, 250, 500, 1000, 10_000)  # items: where servers end a page of themselves
 THROTTLED = 403  # what gateways answer beside 429
@@ -104,20 +102,6 @@ class Form(NamedTuple):
     """GET or POST."""
     boxes: bool
     """Whether by boxes around the points, for who knows no MultiPoint."""
-
-
-@dataclass(frozen=True)
-class Api:
-    """A STAC API that serves a collection."""
-
-    client: Client
-    """Of its landing page."""
-    collection: pystac.Collection
-    """The collection."""
-    io: StacApiIO
-    """What asks."""
-    forms: list[Form]
-    """Ways to ask, from the first one on that it did not refuse."""
 
 
 class Features(dict[str, list[Any]]):
@@ -206,6 +190,20 @@ class CheckedIO(StacApiIO):
             )
 
 
+@dataclass(frozen=True)
+class Api:
+    """A STAC API that serves a collection."""
+
+    client: Client
+    """Of its landing page."""
+    collection: pystac.Collection
+    """The collection."""
+    io: CheckedIO
+    """What asks."""
+    forms: list[Form]
+    """Ways to ask, from the first one on that it did not refuse."""
+
+
 @lru_cache(maxsize=8)
 def open_api(url: str, collection: str) -> Api:
     """Returns the STAC API at `url`, which serves the collection; kept for later calls.
@@ -214,7 +212,7 @@ def open_api(url: str, collection: str) -> Api:
         CatalogUnavailable: Nothing answers there.
         UserError: It cannot be searched, lacks the collection, or leads to a host that may not be asked.
     """
-    return _patiently(url, lambda _: _open(url, collection))
+    return _patiently(url, partial(_open, url, collection))
 
 
 def _open(url: str, collection: str) -> Api:
@@ -278,8 +276,7 @@ def search_api(
             found = Features()
             for place in _places(lonlat, form):
                 query = {"method": form.method, "collections": [collection], **place}
-                answer = _patiently(url, partial(_answer, api, query, window, max_cloud_percent))
-                found.add(answer.all())
+                found.add(_answer(api, query, window, max_cloud_percent).all())
         except Unanswered as error:
             refusals.append(error)
             tried.append(form)
@@ -302,7 +299,23 @@ def _places(lonlat: NDArray[np.float64], form: Form) -> list[dict[str, Any]]:
     return [{"bbox": np.round(box.ravel(), 6).tolist()} for box in corners]
 
 
-def _answer(api: Api, query: dict[str, Any], window: Interval, max_cloud_percent: float, limit: int) -> Features:
+def _answer(api: Api, query: dict[str, Any], window: Interval, max_cloud_percent: float) -> Features:
+    """The whole answer to a query; after a failure that smaller pages may mend, in pages of half as many items."""
+    limit = PAGE
+
+    def ask() -> Features:
+        nonlocal limit
+        try:
+            return _filtered(api, query, window, max_cloud_percent, limit)
+        except FAILURES as error:
+            if not isinstance(error, Expired) and _status(error) != THROTTLED:
+                limit = max(limit // 2, SMALLEST_PAGE)
+            raise
+
+    return _patiently(api.io.url, ask, lambda: f", {limit} items a page")
+
+
+def _filtered(api: Api, query: dict[str, Any], window: Interval, max_cloud_percent: float, limit: int) -> Features:
     """The whole answer in pages of `limit`; without the filter where the server gives none with it."""
     if api.client.conforms_to("FILTER"):
         cql = {"op": "<=", "args": [{"property": "eo:cloud_cover"}, max_cloud_percent]}
@@ -317,22 +330,18 @@ def _answer(api: Api, query: dict[str, Any], window: Interval, max_cloud_percent
     return _whole(api.io, api.client.search(**query), window, limit)
 
 
-def _patiently(url: str, call: Callable[[int], T]) -> T:
-    """Calls with a number of items a page, ever fewer where that may help, until there is a whole answer."""
-    limit = PAGE
-    for attempt in range(ATTEMPTS):
-        try:
-            return call(limit)
-        except UserError:
-            raise
-        except FAILURES as error:
-            if attempt == ATTEMPTS - 1 or not _may_mend(error):
-                raise Unanswered(url, error) from None
-            if not isinstance(error, Expired) and _status(error) != THROTTLED:
-                limit = max(limit // 2, SMALLEST_PAGE)
-            log.warning("%s: %s; asking again, %d items a page", url, _reason(error), limit)
-            time.sleep(PAUSE * 2**attempt * (0.5 + random.random()))
-    raise AssertionError("the last attempt returns or raises")
+def _patiently(url: str, call: Callable[[], T], how: Callable[[], str] = str) -> T:
+    """Calls until there is a whole answer; `how` tells what is asked next, for the log."""
+
+    def tell(error: Exception) -> None:
+        log.warning("%s: %s; asking again%s", url, _reason(error), how())
+
+    try:
+        return retries.ask(call, ATTEMPTS, _may_mend, tell)
+    except UserError:
+        raise
+    except FAILURES as error:
+        raise Unanswered(url, error) from None
 
 
 def _may_mend(error: Exception) -> bool:
@@ -340,6 +349,8 @@ def _may_mend(error: Exception) -> bool:
 
     What `RETRY` waits for has been tried again already.
     """
+    if isinstance(error, UserError) or not isinstance(error, FAILURES):
+        return False
     if isinstance(error, APIError) and _status(error):
         return _status(error) in GATEWAY
     return not isinstance(_cause(error), ConnectionError | Timeout | RetryError | InvalidURL | MissingSchema)

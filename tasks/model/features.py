@@ -22,8 +22,7 @@ from safetensors.torch import load as parse
 
 from infra import storage
 from infra.addresses import as_url, name_of
-from infra.errors import UserError
-from infra.web import Refused
+from infra.errors import Refused, UserError
 from tasks import arrays
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.encoders.images import ImageEncoder, take_bands

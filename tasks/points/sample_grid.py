@@ -31,8 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from infra import storage
 from infra.addresses import as_url, shown
-from infra.errors import UserError
-from infra.web import Refused
+from infra.errors import Refused, UserError
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.land import land_of
 from tasks.grid.store import Vectors, open_spec, open_vectors

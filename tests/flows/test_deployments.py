@@ -18,7 +18,7 @@ from prefect.utilities.importtools import import_object
 from urllib3 import Retry
 
 from flows.deployed import made
-from infra import clusters, storage
+from infra import buckets, clusters, retries, storage
 from infra.errors import Unavailable, UserError
 from infra.imagery import ranges
 from infra.imagery.cogs import read_scene
@@ -133,7 +133,7 @@ def test_what_may_mend_by_itself_is_tried_again_where_nobody_watches(error, agai
 
 def test_an_outage_of_the_archive_is_tried_again_by_a_deployment(tmp_path, prefect, monkeypatch):
     """What the archive itself raises, through the failures of units, the step and Prefect's own retries."""
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "1")
     monkeypatch.setenv("RANGEGRID_COLLECTION", "s2")
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", (tmp_path / "home").as_uri())
@@ -179,10 +179,10 @@ def test_what_each_source_raises_while_it_is_down_may_pass_also_out_of_a_unit(so
     monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "1")
     for module, name, value in (
-        (storage, "ATTEMPTS", 1),
-        (storage, "RETRIES", {"max_retries": 0}),
+        (buckets, "ATTEMPTS", 1),
+        (buckets, "RETRIES", {"max_retries": 0}),
         (api, "RETRY", Retry(0)),
-        (ranges, "FIRST_WAIT", 0.001),
+        (retries, "FIRST_WAIT", 0.001),
         (units, "RETRIES", 0),
     ):
         monkeypatch.setattr(module, name, value)

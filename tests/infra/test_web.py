@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 
-from infra import storage
+from infra import buckets, storage
 from infra.errors import Unavailable, UserError
 from tasks.evaluation.label_tables import read_labels
 from tasks.model.satclip import load_foreign
@@ -95,7 +95,7 @@ def test_an_answer_that_is_not_whole_is_asked_for_again(tmp_path):
 
 @pytest.mark.parametrize(("status", "kind"), [(403, UserError), (503, Unavailable)])
 def test_a_signature_is_told_to_nobody(status, kind, monkeypatch):
-    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    monkeypatch.setattr(buckets, "ATTEMPTS", 1)
     with serving(lambda *_: (status, {}, b"")) as (here, _):
         with pytest.raises(kind) as raised:
             labels(f"{here}/x.csv?sig=secret")

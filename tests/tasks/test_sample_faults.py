@@ -16,9 +16,8 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
-from infra import clusters, storage
+from infra import clusters, retries, storage
 from infra.errors import UserError, may_pass
-from infra.imagery import ranges
 from infra.sandbox import servers
 from tasks.params import SampleParams
 from tasks.patches import store
@@ -224,7 +223,7 @@ def test_an_item_that_is_refused_while_others_are_served_is_gone(s3, home, param
 
 
 def test_where_all_is_refused_the_run_stops_and_goes_on_later(s3, home, params, undisturbed, monkeypatch):
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     s3.inject(status(403), when=tiles, skip=20)  # the bands are known by then
     with pytest.raises(UserError, match=r"had now .access is refused.* run again, and only the rest is done") as caught:
         sample(params)

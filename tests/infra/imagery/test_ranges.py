@@ -17,7 +17,7 @@ from planetary_computer.settings import Settings
 from pyproj import Transformer
 from rasterio.transform import from_origin
 
-from infra import storage
+from infra import retries, storage
 from infra.errors import UserError
 from infra.imagery import ranges, signing
 from infra.imagery.cogs import Traffic, UnavailableAsset, UnreadableAsset, read_scene
@@ -80,7 +80,7 @@ def hrefs(sandbox, files):
 @pytest.fixture
 def proxy(sandbox, monkeypatch):
     """Before the real S3 server; it checks the signatures made for the proxy's address."""
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     with Proxy(sandbox.endpoint) as running:
         monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", running.url)
         yield running
@@ -218,7 +218,7 @@ def test_a_wrong_key_is_unavailable(proxy, hrefs, places, monkeypatch):
 @pytest.fixture
 def blobs(sandbox, hrefs, monkeypatch, caplog):
     """The same objects as Planetary Computer serves them: a blob host, reached through the proxy, that wants tokens."""
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     caplog.set_level(logging.DEBUG)
     with Proxy(f"http://127.0.0.1:{sandbox.ports['s3'][2]}") as running:  # the filer asks for no signature of S3's
         running.require_tokens()

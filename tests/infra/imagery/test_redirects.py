@@ -4,7 +4,7 @@ import pytest
 from planetary_computer import sas
 from planetary_computer.settings import Settings as TokenSettings
 
-from infra import clusters
+from infra import clusters, retries
 from infra.errors import UserError
 from infra.imagery import ranges, signing
 from infra.imagery.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
@@ -20,7 +20,7 @@ CONTENT = bytes(range(256)) * 8
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
 
 
 @pytest.fixture

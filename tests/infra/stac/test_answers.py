@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from urllib3 import Retry
 
+from infra import retries
 from infra.errors import CatalogUnavailable, UserError
 from infra.stac import api, catalogs
 from infra.stac.catalogs import Catalog, search
@@ -20,7 +21,7 @@ YEAR = "2021-01-01/2021-12-31"
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     """What waits between attempts does so briefly."""
-    monkeypatch.setattr(api, "PAUSE", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     retry = {"backoff_factor": 0.001, "backoff_jitter": 0, "status_forcelist": [429, 503], "allowed_methods": None}
     monkeypatch.setattr(api, "RETRY", Retry(total=6, **retry))
     catalogs._rests.clear()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from urllib3 import Retry
 
-from infra import storage
+from infra import retries, storage
 from infra.addresses import may_read
 from infra.errors import CatalogUnavailable, UserError
 from infra.sandbox import servers
@@ -103,7 +103,7 @@ def serving(collection, items):
 @pytest.fixture
 def proxy(server, monkeypatch):
     """A proxy before the server; what waits between attempts does so briefly."""
-    monkeypatch.setattr(api, "PAUSE", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     brief = {"backoff_factor": 0.001, "backoff_jitter": 0, "status_forcelist": [429, 503], "allowed_methods": None}
     monkeypatch.setattr(api, "RETRY", Retry(total=6, **brief))
     catalogs._rests.clear()

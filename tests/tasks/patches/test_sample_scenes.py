@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from infra import clusters, storage
+from infra import clusters, retries, storage
 from infra.errors import Unavailable, UserError
-from infra.imagery import ranges
 from tasks.params import SampleParams
 from tasks.patches.store import open_patches
 from tasks.sample import sample_patches
@@ -18,7 +17,7 @@ PLACES = [[r, c] for r in (200, 500, 800) for c in (150, 350, 750, 950)]
 
 @pytest.fixture(autouse=True)
 def settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     monkeypatch.setenv("RANGEGRID_COLLECTION", "s2")
     monkeypatch.setenv("RANGEGRID_STAC_URL", str(tmp_path / "items.json"))
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", (tmp_path / "home").as_uri())

@@ -6,11 +6,13 @@ whole. STAC 1.0.0 with the extensions datacube 2.1.0 and embeddings 0.0.1, which
 """
 
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
+import pystac
+from pystac.extensions.datacube import DatacubeExtension, Dimension, Variable
 from shapely import box, union_all
 from shapely.geometry import mapping
 
@@ -23,52 +25,58 @@ from tasks.grid.conventions import COPERNICUS, LEGAL_NOTICE, spec_of
 from tasks.release.lines import versions_in
 from tasks.release.versions import Version
 
+STAC, IDENTITY = "1.0.0", "rangegrid"
 ITEM, COLLECTION = "item.json", "collection.json"
 EXTENSIONS = [
     "https://stac-extensions.github.io/datacube/v2.1.0/schema.json",
     "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json",
 ]
+SHOWN = ("data_type", "gsd", "cube:dimensions", "cube:variables")  # the collection's are those of its latest item
 OPENED = "The grid, for xarray.open_zarr(URL, zarr_format=3)"
-ZARR, GEOTIFF = "application/vnd+zarr", "image/tiff; application=geotiff; profile=cloud-optimized"
+ZARR, GEOTIFF = "application/vnd+zarr", pystac.MediaType.COG
 FIRST_IMAGE = datetime(2015, 6, 27, tzinfo=UTC)  # of Sentinel-2A, four days after its launch
 BESIDE = {
-    "world.png": ("thumbnail", "image/png", ["thumbnail", "overview"], "First three principal components"),
+    "world.png": ("thumbnail", pystac.MediaType.PNG, ["thumbnail", "overview"], "First three principal components"),
     "world.tif": ("colours", GEOTIFF, ["visual"], "First three principal components, in the grid's CRS"),
-    "evidence.png": ("evidence", "image/png", ["overview", "uncertainty"], "Distance to the nearest image"),
-    "index.html": ("page", "text/html", ["overview"], "The maps, and how to open the grid"),
-    "scorecard.json": ("score-card", "application/json", ["metadata"], "Scores of linear probes"),
+    "evidence.png": ("evidence", pystac.MediaType.PNG, ["overview", "uncertainty"], "Distance to the nearest image"),
+    "index.html": ("page", pystac.MediaType.HTML, ["overview"], "The maps, and how to open the grid"),
+    "scorecard.json": ("score-card", pystac.MediaType.JSON, ["metadata"], "Scores of linear probes"),
 }
 
 
 def write_item(home: str) -> dict[str, Any]:
     """Writes the Item of the grid in the directory `home`, and returns it."""
-    item = make_item(home)
-    storage.write_json(storage.join(home, ITEM), item)
-    return item
+    return _write(storage.join(home, ITEM), make_item(home))
 
 
-def make_item(home: str) -> dict[str, Any]:
-    """The Item of a grid, from its Zarr's metadata and what lies beside it."""
+def _write(url: str, made: pystac.STACObject) -> dict[str, Any]:
+    """Writes an Item or a Collection as it is, of our version of STAC: pystac has its own for the whole process."""
+    told = made.to_dict(include_self_link=False, transform_hrefs=False) | {"stac_version": STAC}
+    storage.write_json(url, told)
+    return told
+
+
+def make_item(home: str) -> pystac.Item:
+    """Returns the Item of a grid, from its Zarr's metadata and what lies beside it."""
     node = storage.read_json(storage.join(home, GRID, "zarr.json"))
     attrs, arrays = node["attributes"], node["consolidated_metadata"]["metadata"]
     columns = next(arrays[name]["shape"][-1] for name in ("embedding", "visual") if name in arrays)
-    identity, spec = posixpath.basename(home.rstrip("/")), spec_of(attrs, columns)
-    return {
-        "type": "Feature",
-        "stac_version": "1.0.0",
-        "stac_extensions": EXTENSIONS,
-        "id": identity,
-        "collection": "rangegrid",
-        "bbox": list(spec.plane.bounds(spec.box)),
-        "geometry": _geometry(spec),
-        "properties": _period(home, attrs) | _described(spec, attrs, arrays) | _cube(spec, arrays),
-        "links": [
-            *({"rel": rel, "href": f"../{COLLECTION}"} for rel in ("root", "parent", "collection")),
-            {"rel": "emb:model", "href": _from(home, attrs["geoemb:model"])},
-            *({"rel": "emb:source-data", "href": _from(home, url)} for url in attrs["geoemb:source_data"]),
-        ],
-        "assets": _assets(home, attrs),
-    }
+    spec, (moment, period) = spec_of(attrs, columns), _period(home, attrs)
+    item = pystac.Item(
+        id=posixpath.basename(home.rstrip("/")),
+        geometry=_geometry(spec),
+        bbox=list(spec.plane.bounds(spec.box)),
+        datetime=moment,
+        properties=period | _described(spec, attrs, arrays),
+        stac_extensions=EXTENSIONS,
+        collection=IDENTITY,
+        assets=_assets(home, attrs),
+    )
+    DatacubeExtension.ext(item).apply(*_cube(spec, arrays))
+    item.add_links([pystac.Link(rel, f"../{COLLECTION}") for rel in ("root", "parent", "collection")])
+    item.add_link(pystac.Link("emb:model", _from(home, attrs["geoemb:model"])))
+    item.add_links([pystac.Link("emb:source-data", _from(home, url)) for url in attrs["geoemb:source_data"]])
+    return item
 
 
 def _geometry(spec: GridSpec) -> dict[str, Any]:
@@ -101,16 +109,16 @@ def _described(spec: GridSpec, attrs: dict[str, Any], arrays: dict[str, Any]) ->
     return found
 
 
-def _period(home: str, attrs: dict[str, Any]) -> dict[str, Any]:
-    """When the images are from, where their sample is still known; else when the grid was begun."""
+def _period(home: str, attrs: dict[str, Any]) -> tuple[datetime | None, dict[str, Any]]:
+    """When the images are from, as properties, where their sample is still known; else when the grid was begun."""
     begun = storage.modified(storage.join(home, GRID, "zarr.json")).astimezone(UTC)
     window = attrs.get("rangegrid:datetime")
     if window is None:
-        return {"datetime": begun.strftime("%Y-%m-%dT%H:%M:%SZ")}
-    return Interval.parse(window).temporal(FIRST_IMAGE, begun)
+        return begun.replace(microsecond=0), {}
+    return None, Interval.parse(window).temporal(FIRST_IMAGE, begun)
 
 
-def _cube(spec: GridSpec, arrays: dict[str, Any]) -> dict[str, Any]:
+def _cube(spec: GridSpec, arrays: dict[str, Any]) -> tuple[dict[str, Dimension], dict[str, Variable]]:
     (west, south, east, north), (y, x) = spec.box, spec.plane.dims
     epsg = spec.plane.name.removeprefix("EPSG:")
     system = int(epsg) if epsg.isdigit() else spec.plane.definition.to_wkt()
@@ -118,31 +126,30 @@ def _cube(spec: GridSpec, arrays: dict[str, Any]) -> dict[str, Any]:
         name: {"type": "spatial", "axis": axis, "extent": extent, "step": step, "reference_system": system}
         for name, axis, extent, step in ((x, "x", [west, east], spec.step), (y, "y", [south, north], -spec.step))
     }
-    variables: dict[str, Any] = {}
+    variables: dict[str, Variable] = {}
     for name, array in arrays.items():
         dims = array.get("dimension_names", [])  # a group, a coarser level, has none
         if "/" not in name and name not in dims and {y, x} <= set(dims):
-            variables[name] = {"dimensions": dims, "variable_type": "data", "unit": array["attributes"]["units"]}
+            about = {"dimensions": dims, "variable_type": "data", "unit": array["attributes"]["units"]}
+            variables[name] = Variable(about)
             for dim, size in zip(dims, array["shape"], strict=True):
                 dimensions.setdefault(dim, {"type": "embedding", "extent": [0, size - 1], "step": 1})
-    return {"cube:dimensions": dimensions, "cube:variables": variables}
+    return {name: Dimension.from_dict(about) for name, about in dimensions.items()}, variables
 
 
-def _assets(home: str, attrs: dict[str, Any]) -> dict[str, Any]:
-    assets: dict[str, Any] = {
-        "embeddings": {"href": f"./{GRID}", "type": ZARR, "roles": ["data"], "title": OPENED},
-        "model-card": {
-            "href": _from(home, storage.join(attrs["geoemb:model"], "card.json")),
-            "type": "application/json",
-            "roles": ["metadata"],
-            "title": "Architecture, training and metrics of the encoder",
+def _assets(home: str, attrs: dict[str, Any]) -> dict[str, pystac.Asset]:
+    card = _from(home, storage.join(attrs["geoemb:model"], "card.json"))
+    trained = "Architecture, training and metrics of the encoder"
+    there = storage.names(home)
+    return {
+        "embeddings": pystac.Asset(f"./{GRID}", OPENED, media_type=ZARR, roles=["data"]),
+        "model-card": pystac.Asset(card, trained, media_type=pystac.MediaType.JSON, roles=["metadata"]),
+        **{
+            key: pystac.Asset(f"./{name}", title, media_type=kind, roles=roles)
+            for name, (key, kind, roles, title) in BESIDE.items()
+            if name in there
         },
     }
-    there = storage.names(home)
-    for name, (key, kind, roles, title) in BESIDE.items():
-        if name in there:
-            assets[key] = {"href": f"./{name}", "type": kind, "roles": roles, "title": title}
-    return assets
 
 
 def _from(home: str, url: str) -> str:
@@ -167,58 +174,57 @@ def write_collection(
     if not items:
         return None
     collection = make_collection(items, latest if latest in items else max(items), known)
-    storage.write_json(storage.join(grids, COLLECTION), collection)
-    return collection
+    return _write(storage.join(grids, COLLECTION), collection)
 
 
-def _read_item(home: str) -> dict[str, Any] | None:
+def _read_item(home: str) -> pystac.Item | None:
     url = storage.join(home, ITEM)
-    return storage.read_json(url) if storage.exists(url) else None
+    if not storage.exists(url):
+        return None
+    return pystac.Item.from_dict(storage.read_json(url), migrate=False, preserve_dict=False)
 
 
 def make_collection(
-    items: dict[str, dict[str, Any]], latest: str, known: Mapping[str, Version] = MappingProxyType({})
-) -> dict[str, Any]:
+    items: dict[str, pystac.Item], latest: str, known: Mapping[str, Version] = MappingProxyType({})
+) -> pystac.Collection:
     """Returns the Collection of items by id; its links tell of each its line, and whether it was withdrawn."""
     shown = items[latest]
-    properties = shown["properties"]
-    times = [_extent(item["properties"]) for item in items.values()]
-    copernicus = COPERNICUS in properties["description"]
-    models = [
-        {**link, "href": link["href"].removeprefix("../")} for link in shown["links"] if link["rel"].startswith("emb:")
-    ]
-    return {
-        "type": "Collection",
-        "stac_version": "1.0.0",
-        "stac_extensions": EXTENSIONS,
-        "id": "rangegrid",
-        "title": "RANGE geo-embeddings of the land",
-        "description": f"Grids of RANGE embeddings, one Item per version. {properties['description']}.",
-        "license": "proprietary",
-        "extent": {
-            "spatial": {"bbox": [_around([item["bbox"] for item in items.values()])]},
-            "temporal": {"interval": [[min(start for start, _ in times), max(end for _, end in times)]]},
-        },
+    own = {
         "emb:type": "pixel",
-        "emb:dimensions": _dimensions(properties),
-        "data_type": properties["data_type"],
-        "gsd": properties["gsd"],
+        "emb:dimensions": _dimensions(shown),
         "emb:fit_for_use": ["classification", "regression", "retrieval"],
-        "cube:dimensions": properties["cube:dimensions"],
-        "cube:variables": properties["cube:variables"],
-        "summaries": {
-            "data_type": sorted({item["properties"]["data_type"] for item in items.values()}),
-            "gsd": sorted({item["properties"]["gsd"] for item in items.values()}),
-            "emb:dimensions": sorted({_dimensions(item["properties"]) for item in items.values()}),
-        },
-        "links": [
-            {"rel": "root", "href": f"./{COLLECTION}"},
-            *(_link("item", name, known.get(name)) for name in items),
-            *(_link("latest-version", name, known.get(name)) for name in _in_force(items, latest, known)),
-            *models,
-            *([{"rel": "license", "href": LEGAL_NOTICE, "title": "Terms of Copernicus Sentinel data"}] * copernicus),
-        ],
     }
+    collection = pystac.Collection(
+        id=IDENTITY,
+        title="RANGE geo-embeddings of the land",
+        description=f"Grids of RANGE embeddings, one Item per version. {shown.properties['description']}.",
+        license="proprietary",
+        extent=_extent(items.values()),
+        stac_extensions=EXTENSIONS,
+        summaries=_summaries(items.values()),
+        extra_fields=own | {name: shown.properties[name] for name in SHOWN},
+    )
+    collection.clear_links()  # of pystac's own, which are absolute
+    collection.add_links(_links(items, latest, known))
+    return collection
+
+
+def _summaries(items: Collection[pystac.Item]) -> pystac.Summaries:
+    found = {name: sorted({item.properties[name] for item in items}) for name in ("data_type", "gsd")}
+    found["emb:dimensions"] = sorted({_dimensions(item) for item in items})
+    return pystac.Summaries(found, maxcount=len(items) + 1)  # pystac leaves out a list of `maxcount` values
+
+
+def _links(items: dict[str, pystac.Item], latest: str, known: Mapping[str, Version]) -> list[pystac.Link]:
+    shown = items[latest]
+    links = [pystac.Link("root", f"./{COLLECTION}")]
+    links += [_link("item", name, known.get(name)) for name in items]
+    links += [_link("latest-version", name, known.get(name)) for name in _in_force(items, latest, known)]
+    models = [link for link in shown.links if link.rel.startswith("emb:")]
+    links += [pystac.Link(link.rel, str(link.target).removeprefix("../")) for link in models]
+    if COPERNICUS in shown.properties["description"]:
+        links.append(pystac.Link("license", LEGAL_NOTICE, title="Terms of Copernicus Sentinel data"))
+    return links
 
 
 def _in_force(items: Iterable[str], latest: str, known: Mapping[str, Version]) -> list[str]:
@@ -227,29 +233,26 @@ def _in_force(items: Iterable[str], latest: str, known: Mapping[str, Version]) -
     return list(dict.fromkeys([latest, *others]))
 
 
-def _link(rel: str, name: str, version: Version | None) -> dict[str, Any]:
-    link: dict[str, Any] = {"rel": rel, "href": f"./{name}/{ITEM}", "type": "application/geo+json"}
-    if version is None:
-        return link
-    link |= {"title": f"{version.line}, {version.state}", "rangegrid:line": version.line}
-    withdrawn = {"deprecated": True} if version.state == "withdrawn" else {}
-    return link | {"rangegrid:state": version.state} | withdrawn
+def _link(rel: str, name: str, version: Version | None) -> pystac.Link:
+    link = pystac.Link(rel, f"./{name}/{ITEM}", pystac.MediaType.GEOJSON)
+    if version is not None:
+        link.title = f"{version.line}, {version.state}"
+        link.extra_fields = {"rangegrid:line": version.line, "rangegrid:state": version.state}
+        if version.state == "withdrawn":
+            link.extra_fields["deprecated"] = True
+    return link
 
 
-def _around(boxes: list[list[float]]) -> list[float]:
-    """A box around all, in degrees; the whole way around the globe where one of them crosses 180."""
-    wests, souths, easts, norths = zip(*boxes, strict=True)
-    crosses = any(west > east for west, east in zip(wests, easts, strict=True))
-    west, east = (-180.0, 180.0) if crosses else (min(wests), max(easts))
-    return [west, min(souths), east, max(norths)]
+def _extent(items: Collection[pystac.Item]) -> pystac.Extent:
+    """Where and when all are: the whole way around the globe where one crosses 180 degrees, which pystac overlooks."""
+    extent = pystac.Extent.from_items(items)
+    if any(item.bbox and item.bbox[0] > item.bbox[2] for item in items):
+        ((_, south, _, north),) = extent.spatial.bboxes
+        extent.spatial = pystac.SpatialExtent([[-180.0, south, 180.0, north]])
+    return extent
 
 
-def _extent(properties: dict[str, Any]) -> tuple[str, str]:
-    moment = properties["datetime"]
-    return properties.get("start_datetime", moment), properties.get("end_datetime", moment)
-
-
-def _dimensions(properties: dict[str, Any]) -> int:
+def _dimensions(item: pystac.Item) -> int:
     """Length of a vector: of the embedding's dimension, or of those of its blocks."""
-    cube = properties["cube:dimensions"].values()
+    cube = item.properties["cube:dimensions"].values()
     return sum(dim["extent"][1] + 1 for dim in cube if dim["type"] == "embedding")

@@ -14,7 +14,18 @@ from tests.tasks.test_faults import make_inputs
 
 PROGRAM = str(Path(sys.executable).with_name("rangegrid"))
 GRID = ["--step", "15", "--tile-cells", "4", "--promote", "false"]
-HEAVY = {"torch", "dask", "distributed", "prefect", "matplotlib", "geopandas", "sklearn", "xarray", "rasterio"}
+HEAVY = {
+    "torch",
+    "dask",
+    "distributed",
+    "prefect",
+    "matplotlib",
+    "geopandas",
+    "sklearn",
+    "xarray",
+    "rasterio",
+    "pystac",
+}
 LOADED = """
 import sys
 from flows.cli import main

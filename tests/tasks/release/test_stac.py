@@ -149,6 +149,20 @@ def test_the_collection_is_valid_and_leads_to_every_item(homes, validator):
     assert storage.exists(urljoin(f"{grids}/", model) + "/card.json")
 
 
+BOXES = {"one": [170.0, -20.0, -170.0, 10.0], "two": [-5.0, 40.0, 10.0, 50.0]}
+
+
+def test_the_collection_of_a_grid_across_180_degrees_goes_around_the_globe(homes, tmp_path):
+    item = read(homes[0], "item.json")
+    moments = {"one": "2020-05-01T00:00:00Z", "two": "2021-05-01T00:00:00Z"}
+    for name, box in BOXES.items():
+        about = {"id": name, "bbox": box, "properties": item["properties"] | {"datetime": moments[name]}}
+        storage.write_json(f"{tmp_path.as_uri()}/{name}/item.json", item | about)
+    extent = write_collection(tmp_path.as_uri())["extent"]
+    assert extent["spatial"]["bbox"] == [[-180.0, -20.0, 180.0, 50.0]]
+    assert extent["temporal"]["interval"] == [list(moments.values())]
+
+
 def test_the_item_tells_the_scales_and_the_layers(homes):
     properties = read(homes[1], "item.json")["properties"]
     variables = read(homes[1], "grid.zarr/zarr.json")["consolidated_metadata"]["metadata"]

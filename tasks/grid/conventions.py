@@ -10,6 +10,8 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import zarr_cm
+from zarr_cm import ConventionMetadataObject as Convention
 
 from tasks.cards import FORMER_LAND
 from tasks.core.earth.grid import GridSpec
@@ -19,31 +21,16 @@ SENTINEL_2 = "https://dataspace.copernicus.eu/data-collections/copernicus-sentin
 LEGAL_NOTICE = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
 AXIS = ("standard_name", "units", "axis")  # what a coordinate's attributes tell
 GRID_MAPPING = "spatial_ref"  # the variable that holds the CRS, by the name that GDAL and rioxarray give it
-ZARR = "https://raw.githubusercontent.com/zarr-conventions"
-GEOEMB = {
+PROJ = zarr_cm.convention_metadata("proj", revision="r3")  # these revisions are the conventions' v0.1
+SPATIAL = zarr_cm.convention_metadata("spatial", revision="r3")
+MULTISCALES = zarr_cm.convention_metadata("multiscales", revision="r2")
+GEOEMB: Convention = {  # of another body, so zarr-cm does not know it
     "schema_url": "https://raw.githubusercontent.com/geo-embeddings/embeddings-zarr-convention/refs/tags/v1/schema.json",
     "spec_url": "https://github.com/geo-embeddings/embeddings-zarr-convention/blob/v1/README.md",
     "uuid": "61c12cc5-0e28-4056-999a-480cf3fb7e4c",
     "name": "geoemb:",
     "description": "Geoembeddings convention for geospatial embedding arrays with model provenance",
 }
-
-
-def _convention(name: str, uuid: str, description: str) -> dict[str, str]:
-    return {
-        "schema_url": f"{ZARR}/{name}/refs/tags/v0.1/schema.json",
-        "spec_url": f"https://github.com/zarr-conventions/{name}/blob/v0.1/README.md",
-        "uuid": uuid,
-        "name": name,
-        "description": description,
-    }
-
-
-PROJ = _convention(
-    "proj", "f17cb550-5864-4468-aeb7-f3180cfb622f", "Coordinate reference system information for geospatial data"
-)
-MULTISCALES = _convention("multiscales", "d35379db-88df-4056-af3a-620245f8e347", "Multiscale layout of zarr datasets")
-SPATIAL = _convention("spatial", "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4", "Spatial coordinate information")
 
 
 def placed(spec: GridSpec) -> dict[str, Any]:
@@ -123,6 +110,6 @@ def provenance(checkpoint: str, database: str, attribution: str) -> dict[str, An
     }
 
 
-def declared(attrs: dict[str, Any], *conventions: dict[str, str]) -> dict[str, Any]:
+def declared(attrs: dict[str, Any], *conventions: Convention) -> dict[str, Any]:
     """The attributes with more conventions declared."""
     return attrs | {"zarr_conventions": [*attrs.get("zarr_conventions", []), *conventions]}

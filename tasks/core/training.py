@@ -1,8 +1,8 @@
-"""Contrastive training: schedule, batches, trainer, and what is measured on the places that are held out.
+"""Trains the location encoder by contrastive learning: schedule, batches, trainer, and held-out measurements.
 
-The image backbone is frozen, so its features are given, once; what is trained is the location encoder, a projection
-of the features into its space, and the logit scale. The harmonics of the fixed training places are constants too and
-are computed once, where they fit in memory.
+The image backbone is frozen, so its features are computed once, before. The location encoder, a projection of the
+features into its space, and the logit scale are trained. The harmonics of the training places are constants too, and
+are computed once where they fit in memory.
 """
 
 import math
@@ -19,39 +19,39 @@ from torch.nn import functional
 from tasks.core.contrastive import FIRST_SCALE, LARGEST_SCALE, ImageProjection, info_nce, near_pairs, process, summed
 from tasks.core.encoders.location import LocationEncoder
 
-FITTED_ON = 16_384  # pairs whose features give the projection its mean and spread
-MEASURED = 8192  # held-out pairs that measure retrieval, at most: more are no more exact, and cost their square
-HARMONICS_BYTES = 1 << 30  # of all training places, above which each batch computes its own
+FITTED_ON = 16_384  # pairs whose features give the projection its mean and standard deviation
+MEASURED = 8192  # most held-out pairs that are measured: the cost grows with their square, the precision hardly
+HARMONICS_BYTES = 1 << 30  # bytes of the harmonics of all training places; above it each batch computes its own
 Precision = Literal["float32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to train; validated by the step's parameters."""
+    """Training schedule; validated by the step's parameters."""
 
     steps: int
     """Optimiser steps."""
     batch: int
-    """Pairs in a batch: the number of negatives."""
+    """Pairs in a batch; the others are the negatives of each."""
     lr: float
-    """Highest learning rate."""
+    """Peak learning rate."""
     weight_decay: float
-    """AdamW's."""
+    """Weight decay of AdamW, for weight matrices."""
     warmup: int
-    """Steps of linear warm-up, before the cosine."""
+    """Steps of linear warm-up, before the cosine decay."""
     seed: int = 0
-    """Of the initial weights, the batches and the dropout."""
+    """Seed of the initial weights, the batches and the dropout."""
     window: int = 65_536
     """Pairs that are shuffled together."""
     mask_km: float = 0.0
-    """Pairs of a batch that are this near on the sphere are not told apart; 0: all are."""
+    """Pairs of a batch whose places are within this distance in km are no negatives of each other. 0: all are."""
     patience: int = 0
-    """Measurements without a better one after which training ends with the best weights; 0: never."""
+    """Early stopping: measurements without improvement after which training ends with the best weights. 0: never."""
     precision: Precision = "float32"
-    """Of the encoders' matrix products."""
+    """Precision of the encoders' matrix products."""
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step: linear warm-up, then half a cosine down to 0."""
+        """Returns the learning rate of a step: linear warm-up, then a cosine decay to 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -59,18 +59,18 @@ class Schedule:
 
 
 class Features(Protocol):
-    """Image features that may be more than memory holds."""
+    """Image features, which may be larger than memory."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(view, image, feature)."""
+        """Returns (view, image, feature)."""
 
     @property
     def run(self) -> int:
-        """Neighbours that are stored, and so read, together."""
+        """Returns the number of neighbouring images that are stored and read together."""
 
     def take(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Features of images, each in the view of the same index, (n, feature)."""
+        """Returns features of images, each in the view at the same position, (n, feature)."""
 
 
 @dataclass(frozen=True)
@@ -80,36 +80,36 @@ class FeatureArray:
     values: NDArray[np.float32]
     """(view, image, feature)."""
     run: int = 1
-    """One image is read as well as many."""
+    """Neighbours that are read together: in memory, one is as cheap as many."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(view, image, feature)."""
+        """Returns (view, image, feature)."""
         return self.values.shape
 
     def take(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Features of images, each in the view of the same index, (n, feature)."""
+        """Returns features of images, each in the view at the same position, (n, feature)."""
         return self.values[views, rows]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is aligned: places and the features of the images taken there."""
+    """The pairs to align: places, and the features of the images taken there."""
 
     lonlat: NDArray[np.float64]
     """(n, 2) degrees."""
     features: Features
-    """Of n images; view 0 is the untouched image."""
+    """Features of n images; view 0 is the image without augmentation."""
     held_out: NDArray[np.bool_]
-    """(n,) pairs that are never trained on, by whole blocks of the Earth."""
+    """(n,) pairs that are not trained on, by whole blocks of the Earth."""
 
     def untouched(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Features of the images as they are, (n, feature)."""
+        """Returns features of images without augmentation, (n, feature)."""
         return self.features.take(rows, np.zeros_like(rows))
 
 
 def hold_out(lonlat: NDArray[np.float64], degrees: float, share: float, seed: int) -> NDArray[np.bool_]:
-    """Marks the places of a random `share` of all blocks of `degrees` by `degrees`."""
+    """Marks the places in a random `share` of the blocks of `degrees` by `degrees`, (n,)."""
     blocks = np.floor((lonlat + np.array([180.0, 90.0])) / degrees).astype(np.int64)
     _, which = np.unique(blocks, axis=0, return_inverse=True)
     which = which.ravel()
@@ -118,11 +118,12 @@ def hold_out(lonlat: NDArray[np.float64], degrees: float, share: float, seed: in
 
 
 class Batches:
-    """Which pairs each step trains on: decided by the seed and the step alone, so that training goes on anywhere.
+    """The pairs of each step. They depend on the seed and the step alone, so that training can resume anywhere.
 
-    A turn visits every pair once. The runs of neighbours that are stored together come in a new order, each in a
-    random view, and pairs are shuffled within windows of runs: so a window is all that memory need hold, and where
-    it holds everything the shuffle is uniform. What would not fill a batch at the end of a turn waits for the next.
+    An epoch visits every pair once. Runs of neighbours that are stored together come in a new order each epoch, each
+    run in a random view, and pairs are shuffled within windows of runs. So memory holds one window at a time; where a
+    window holds all pairs, the shuffle is uniform. Pairs left at the end of an epoch that do not fill a batch are
+    skipped; they are others in each epoch.
     """
 
     def __init__(
@@ -133,9 +134,9 @@ class Batches:
         Args:
             rows: Pairs to train on, ascending.
             size: Pairs in a batch.
-            seed: Of the order.
+            seed: Seed of the order.
             run: Neighbours that are stored together.
-            window: Pairs that are shuffled together, about.
+            window: About how many pairs are shuffled together.
             views: Views of each image.
 
         Raises:
@@ -148,18 +149,18 @@ class Batches:
             )
         self.rows, self.size, self.seed, self.window, self.views = rows, size, seed, window, views
         _, self.runs = np.unique(rows // run, return_inverse=True)
-        self.turn, self.order = -1, (rows, rows)
+        self.epoch, self.order = -1, (rows, rows)
 
     def __call__(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows and their views of the batch of a step."""
-        turn, batch = divmod(step, len(self.rows) // self.size)
-        if turn != self.turn:
-            self.turn, self.order = turn, self._shuffled(turn)
+        """Returns the rows of a step's batch, and their views."""
+        epoch, batch = divmod(step, len(self.rows) // self.size)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, self._shuffled(epoch)
         part = slice(batch * self.size, (batch + 1) * self.size)
         return self.order[0][part], self.order[1][part]
 
-    def _shuffled(self, turn: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        rng = np.random.default_rng([self.seed, turn])
+    def _shuffled(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        rng = np.random.default_rng([self.seed, epoch])
         runs = int(self.runs[-1]) + 1
         windows = -(-len(self.rows) // self.window)
         window = (rng.permutation(runs) * windows // runs)[self.runs]
@@ -170,26 +171,26 @@ class Batches:
 
 @dataclass(frozen=True)
 class Progress:
-    """How training stands."""
+    """A measurement during training."""
 
     step: int
     """Steps done."""
     loss: float
-    """Mean since the last measurement."""
+    """Mean training loss since the last measurement."""
     scale: float
     """The logit scale."""
     accuracy: float
-    """Share of held-out places whose own image is among the nearest 1 % of the held-out images."""
+    """Recall@1 %: share of held-out places whose own image is among the nearest 1 % of the held-out images."""
     held_out_loss: float
     """InfoNCE of the held-out pairs as one batch."""
 
 
 class Diverged(ValueError):
-    """Training whose numbers are no longer finite."""
+    """Training has diverged: a loss or a weight is not finite."""
 
 
 class Trainer:
-    """Training that can stop after any step and go on from its `state` to the same last bit."""
+    """A training that can stop after any step and resume from its `state`, identical to the last bit."""
 
     def __init__(
         self, location: LocationEncoder, projection: ImageProjection, schedule: Schedule, device: str = "cpu"
@@ -214,11 +215,11 @@ class Trainer:
         ]
 
     def step(self, harmonics: Tensor, features: Tensor, near: Tensor | None = None) -> float:
-        """One optimiser step on this process's part of a batch; returns the loss of the whole."""
+        """Takes one optimiser step on this process's part of a batch, and returns the loss of the whole batch."""
         rank, processes = process()
         for group in self.optimiser.param_groups:
             group["lr"] = self.schedule.rate(self.step_number)
-        torch.manual_seed(self.schedule.seed * 1_000_003 + self.step_number + (rank << 40))  # dropout: by its step
+        torch.manual_seed(self.schedule.seed * 1_000_003 + self.step_number + (rank << 40))  # for the dropout
         self.location.train()
         places, images = self._embed(harmonics.to(self.device), features.to(self.device))
         loss = info_nce(places, images, self.log_scale.exp(), near=near, gather=processes > 1)
@@ -244,7 +245,7 @@ class Trainer:
             grad.copy_(total.view_as(grad))
 
     def check(self) -> None:
-        """Refuses what has diverged: vectors of such weights are NaN, which would look like perfect retrieval.
+        """Refuses a training that has diverged: its vectors are NaN, which would look like perfect retrieval.
 
         Raises:
             Diverged: A loss or a weight is not finite.
@@ -254,7 +255,7 @@ class Trainer:
             raise Diverged(f"training diverged before step {self.step_number}: lower lr or weight_decay")
 
     def note(self, progress: Progress) -> None:
-        """Adds a measurement; the weights of the best are kept where training may end early."""
+        """Adds a measurement, and keeps the weights of the best one where training may end early."""
         self.history.append(progress)
         self.losses = []
         if self.schedule.patience and self.best == progress:
@@ -262,23 +263,23 @@ class Trainer:
 
     @property
     def best(self) -> Progress:
-        """The first of the measurements with the best held-out accuracy, and among those the lowest loss."""
+        """Returns the measurement with the highest recall, among equals the lowest held-out loss, then the first."""
         return max(self.history, key=lambda now: (now.accuracy, -now.held_out_loss))
 
     @property
     def result(self) -> Progress:
-        """The measurement of the weights that training ends with."""
+        """Returns the measurement of the weights that training ends with."""
         return self.best if self.schedule.patience else self.history[-1]
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or no measurement was better for as long as patience goes."""
+        """Tells whether all steps are done, or `patience` measurements brought no improvement."""
         patience = self.schedule.patience
         waited = len(self.history) - 1 - self.history.index(self.best) if self.history else 0
         return self.step_number >= self.schedule.steps or 0 < patience <= waited
 
     def finish(self) -> None:
-        """Takes the best weights, where they were kept."""
+        """Sets the weights to the best ones, where these were kept."""
         if self.best_weights:
             self._take(self.best_weights)
 
@@ -294,7 +295,7 @@ class Trainer:
         self.log_scale.data.copy_(weights["log_scale"])
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
+        """Returns everything that the next step depends on."""
         return {
             "weights": self._weights(),
             "best_weights": self.best_weights,
@@ -305,7 +306,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes back to a `state`."""
+        """Restores a `state`."""
         self._take(state["weights"])
         self.best_weights = state["best_weights"]
         self.optimiser.load_state_dict(state["optimiser"])
@@ -314,15 +315,15 @@ class Trainer:
 
 
 def train(trainer: Trainer, pairs: Pairs, every: int) -> Iterator[Progress | None]:
-    """Trains from where the trainer stands to its end.
+    """Trains from the trainer's current step to the end.
 
     Args:
-        trainer: New or restored; in a process group, the same in every process.
-        pairs: What to align.
-        every: Steps between measurements; the last step is one too.
+        trainer: A new or restored trainer; in a process group, the same in every process.
+        pairs: The pairs to align.
+        every: Steps between measurements. The last step is measured too.
 
     Yields:
-        After each step the progress where it was measured, else nothing.
+        After each step, the measurement where one was made, else None.
 
     Raises:
         Diverged: A loss or a weight is no longer finite.
@@ -345,10 +346,10 @@ def train(trainer: Trainer, pairs: Pairs, every: int) -> Iterator[Progress | Non
 
 
 def plan(held_out: NDArray[np.bool_], schedule: Schedule, run: int, views: int) -> Batches:
-    """The batches of a schedule.
+    """Returns the batches of a schedule.
 
     Raises:
-        ValueError: There are fewer pairs than one batch holds, or a batch cannot be cut evenly for the processes.
+        ValueError: There are fewer pairs than one batch holds, or the processes cannot share a batch evenly.
     """
     processes = process()[1]
     if schedule.batch % processes:
@@ -357,7 +358,7 @@ def plan(held_out: NDArray[np.bool_], schedule: Schedule, run: int, views: int) 
 
 
 def _harmonics(location: LocationEncoder, lonlat: NDArray[np.float64]) -> Callable[[NDArray[np.int64]], Tensor]:
-    """Harmonics of rows of places: of all at once where they fit in memory."""
+    """Returns a function from rows of places to their harmonics, which are kept where all fit in memory."""
     if 4 * len(lonlat) * location.degree**2 > HARMONICS_BYTES:
         return lambda rows: location.harmonics(lonlat[rows])
     whole = location.harmonics(lonlat).contiguous()
@@ -365,7 +366,7 @@ def _harmonics(location: LocationEncoder, lonlat: NDArray[np.float64]) -> Callab
 
 
 def _measure(pairs: Pairs) -> Callable[[Trainer], Progress]:
-    """How to measure a trainer's progress on the held-out pairs, which are read once."""
+    """Returns a function that measures a trainer on the held-out pairs, which are read once."""
     held = np.flatnonzero(pairs.held_out)
     if len(held) > MEASURED:
         held = np.sort(np.random.default_rng(0).choice(held, MEASURED, replace=False))
@@ -383,16 +384,16 @@ def _measure(pairs: Pairs) -> Callable[[Trainer], Progress]:
 
 
 def _agreed(measure: Callable[[Trainer], Progress], trainer: Trainer) -> Progress:
-    """The first process's measurement, in every process: they must all end at the same step."""
+    """Returns the first process's measurement in every process, since all must end at the same step."""
     rank, processes = process()
-    found = [measure(trainer) if rank == 0 else None]
+    measured = [measure(trainer) if rank == 0 else None]
     if processes > 1:
-        distributed.broadcast_object_list(found, 0)
-    return found[0]  # type: ignore[return-value]
+        distributed.broadcast_object_list(measured, 0)
+    return measured[0]  # type: ignore[return-value]
 
 
 def retrieval_accuracy(places: NDArray[np.float32], images: NDArray[np.float32], nearest: float = 0.01) -> float:
-    """Share of places, row by row, whose own image is among the `nearest` share of all images.
+    """Returns the share of places whose own image, of the same row, is among the `nearest` share of all images.
 
     Args:
         places: (n, dim) unit vectors.

@@ -39,10 +39,10 @@ from tests.benchmarks.memory import resident
 import numpy as np
 
 READERS = {
-    "grid": lambda url: grid_sampling.sample_grid(url, [[2.35, 48.86]]),
+    "grid": lambda url: sample_grid.sample_grid(url, [[2.35, 48.86]]),
     "header": validation.opened,
     "database": open_database,
-    "points": lambda url: grid_sampling.sample_file(url, sys.argv[1], url + ".out.parquet"),
+    "points": lambda url: sample_grid.sample_file(url, sys.argv[1], url + ".out.parquet"),
     "labels": lambda url: read_labels(EvaluateParams(labels=[url], label="label", kind="classification")),
     "classes": lambda url: places.draw(3, SampleParams(places="class", source=url)),
     "scene": lambda url: cogs.read_windows(url, np.array([[15.0, 50.0]]), 16, 10.0),

@@ -1,4 +1,4 @@
-"""The grid: a box of a plane, north up, in square tiles that are the units of publication; by default the globe."""
+"""Defines the grid: a box of a plane, by default the globe, north up, in square tiles that are published one by one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from tasks.core.earth.plane import GLOBE, WGS84, Box, Plane
 
 Land = Literal["any", "centre"]
-CHUNK_CELLS = 20  # along one side of a chunk of the stored grid; of a tile that is smaller, its own side
-MOST_CELLS = 1 << 32  # 0.005 degrees on the globe; which of them are land is kept in memory, a byte each
-TRIED = 10_000  # numbers of cells that are tried for a step that fits
-WHOLE = 1e-9  # how far from a whole number a number of cells may be
+CHUNK_CELLS = 20  # cells along one side of a Zarr chunk of the grid; a smaller tile is one chunk
+MOST_CELLS = 1 << 32  # cells of a grid, 0.005 degrees on the globe: the land mask in memory has a byte for each
+TRIED = 10_000  # numbers of cells that are tried to propose a step that divides the box
+WHOLE = 1e-9  # relative tolerance for a number of cells to count as whole
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Tile:
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Slices of (y, x)."""
+        """Returns the slices of (y, x)."""
         return slice(self.row, self.row + self.rows), slice(self.column, self.column + self.columns)
 
     def __str__(self) -> str:
@@ -41,10 +41,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class GridSpec:
-    """A regular grid by cell centres."""
+    """A regular grid, given by its cell centres."""
 
     step: float
-    """Cell size in the units of the CRS, degrees or metres; divides the box."""
+    """Cell size in the units of the CRS, degrees or metres. The sides of the box are multiples of it."""
     tile: int = 60
     """Cells along one side of a tile."""
     box: Box = GLOBE
@@ -81,7 +81,7 @@ class GridSpec:
             raise ValueError(f"tile size {self.tile} is not positive: use for example 60")
 
     def _fitting(self) -> str:
-        """A step near this one that divides the box, the shortest to write; else a box that this one divides."""
+        """Proposes a near step that divides the box, the shortest to write; else a box that this step divides."""
         wide, high = self.sides
         first = int(np.ceil(wide / self.step)) if 0 < self.step < wide else 1
         steps = [wide / n for n in range(first, first + min(first, TRIED) + 1) if _is_whole(high * n / wide)]
@@ -93,82 +93,82 @@ class GridSpec:
 
     @cached_property
     def plane(self) -> Plane:
-        """Where its coordinates are."""
+        """Returns the plane that the coordinates are in."""
         return Plane(self.crs)
 
     @property
     def sides(self) -> tuple[float, float]:
-        """Width and height of the box."""
+        """Returns width and height of the box in the units of the CRS."""
         west, south, east, north = self.box
         return east - west, north - south
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of cells."""
+        """Returns the numbers of rows and columns of cells."""
         wide, high = self.sides
         return round(high / self.step), round(wide / self.step)
 
     @property
     def closes(self) -> bool:
-        """Whether its last column is beside its first, all the way around the globe."""
+        """Tells whether the grid goes all around the globe, so that its last column is beside its first."""
         return self.plane.is_geographic and self.sides[0] == 360
 
     @property
     def is_globe(self) -> bool:
-        """Whether it is the whole globe."""
+        """Tells whether the grid is the whole globe."""
         return self.closes and self.sides[1] == 180
 
     @property
     def gsd(self) -> float:
-        """Size of a cell in metres; of degrees, at the equator."""
+        """Returns the size of a cell in metres; where it is in degrees, at the equator."""
         return round(self.step * self.plane.metres, 1)
 
     @property
     def size(self) -> str:
-        """Size of a cell, as a title says it."""
+        """Returns the size of a cell with its unit, for titles."""
         return f"{self.step:g} {self.plane.unit}"
 
     @cached_property
     def y(self) -> NDArray[np.float64]:
-        """Of the rows' centres, from north to south; latitudes in degrees where the CRS is geographic."""
+        """Returns y of the rows' centres, from north to south; latitudes in degrees where the CRS is geographic."""
         rows = self.shape[0]
         return self.box[3] - (np.arange(rows, dtype=np.float64) + 0.5) * (self.sides[1] / rows)
 
     @cached_property
     def x(self) -> NDArray[np.float64]:
-        """Of the columns' centres, from west to east; longitudes in degrees where the CRS is geographic."""
+        """Returns x of the columns' centres, from west to east; longitudes in degrees where the CRS is geographic."""
         columns = self.shape[1]
         return self.box[0] + (np.arange(columns, dtype=np.float64) + 0.5) * (self.sides[0] / columns)
 
     @property
     def edges(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of the columns, from west to east, and of the rows, from north to south; one more than there are of these."""
+        """Returns x of the columns' edges, west to east, and y of the rows' edges, north to south."""
         (rows, columns), (west, south, east, north) = self.shape, self.box
         return np.linspace(west, east, columns + 1), np.linspace(north, south, rows + 1)
 
     @property
     def coarser(self) -> "GridSpec":
-        """The grid whose cells are two by two of this one's."""
+        """Returns the grid with cells of two by two of this grid's cells."""
         return replace(self, step=2 * self.step)
 
     def tiles(self) -> Iterator[Tile]:
-        """All tiles, row by row from the north-west."""
+        """Yields all tiles, row by row from the north-west."""
         rows, columns = self.shape
         for row in range(0, rows, self.tile):
             for column in range(0, columns, self.tile):
                 yield Tile(row, column, min(self.tile, rows - row), min(self.tile, columns - column))
 
     def lonlat(self, tile: Tile) -> NDArray[np.float64]:
-        """Cell centres of a tile, (rows, columns, 2) in degrees (lon, lat); NaN where the CRS has no place."""
+        """Returns a tile's cell centres, (rows, columns, 2) in degrees (lon, lat); NaN where the CRS has no place."""
         rows, columns = tile.window
         return self.plane.lonlat(np.stack(np.meshgrid(self.x[columns], self.y[rows]), axis=-1))
 
 
 def check_tile(cells: int) -> None:
-    """Refuses a side of tiles that chunks do not divide.
+    """Refuses a tile size that is not a multiple of the chunk size.
 
     Raises:
-        ValueError: It tells the two nearest that fit.
+        ValueError: The tile size does not fit; the message has the two nearest that do.
     """
     chunk = min(CHUNK_CELLS, cells)
     if cells % chunk:

@@ -1,4 +1,4 @@
-"""The plane that a grid lies in: a coordinate reference system, and the way between it and longitude and latitude."""
+"""Defines the plane of a grid: its coordinate reference system, and the way from and to longitude and latitude."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -10,8 +10,8 @@ from pyproj.exceptions import CRSError
 
 WGS84 = "EPSG:4326"
 GLOBE = (-180.0, -90.0, 180.0, 90.0)
-METRES_PER_DEGREE = 111_319.49  # at the equator of WGS84
-BACK_M = 1.0  # how far from a place its longitude and latitude may lead back
+METRES_PER_DEGREE = 111_319.49  # metres of a degree at the equator of WGS84
+BACK_M = 1.0  # metres; largest error of a place transformed to longitude and latitude and back
 
 Float = NDArray[np.float64]
 Box = tuple[float, float, float, float]
@@ -22,71 +22,71 @@ class Plane:
     """A geographic CRS in degrees, or a projected one in metres: x to the east or right, y to the north or up."""
 
     crs: str = WGS84
-    """What pyproj understands: a code such as EPSG:3035, or WKT."""
+    """CRS as pyproj reads it: a code such as EPSG:3035, or WKT."""
 
     def __post_init__(self) -> None:
         _parsed(self.crs)
 
     @property
     def definition(self) -> CRS:
-        """The CRS, for its names and attributes."""
+        """Returns the CRS object, with names and attributes."""
         return _parsed(self.crs)
 
     @property
     def code(self) -> str | None:
-        """Its code as authority and number, if it has one."""
+        """Returns the code of the CRS, authority and number, or None."""
         code = self.definition.to_authority(min_confidence=100)
         return ":".join(code) if code else None
 
     @property
     def name(self) -> str:
-        """Its code, or WKT where it has none."""
+        """Returns the code of the CRS, or WKT where it has none."""
         return self.code or self.definition.to_wkt()
 
     @property
     def is_geographic(self) -> bool:
-        """Whether x and y are degrees of longitude and latitude."""
+        """Tells whether x and y are degrees of longitude and latitude."""
         return bool(self.definition.is_geographic)
 
     @property
     def has_lonlat(self) -> bool:
-        """Whether x and y are longitude and latitude of WGS84, but for a shift of some metres."""
+        """Tells whether x and y are longitude and latitude of WGS84, up to a shift of some metres."""
         first = self.definition.prime_meridian
         return self.is_geographic and not self.definition.is_derived and first is not None and first.longitude == 0
 
     @property
     def dims(self) -> tuple[str, str]:
-        """Names of the dimensions of y and x."""
+        """Returns the names of the dimensions of y and x."""
         return ("lat", "lon") if self.is_geographic else ("y", "x")
 
     @property
     def unit(self) -> str:
-        """What x and y are measured in."""
+        """Returns the unit of x and y."""
         return "degree" if self.is_geographic else "m"
 
     @property
     def metres(self) -> float:
-        """Length of a unit; of a degree at the equator."""
+        """Returns the length of a unit in metres; of a degree at the equator."""
         return METRES_PER_DEGREE if self.is_geographic else 1.0
 
     def lonlat(self, xy: Float) -> Float:
-        """Places of the plane, (..., 2), in degrees (lon, lat); NaN where the CRS has no place on Earth."""
+        """Returns places of the plane, (..., 2), in degrees (lon, lat); NaN where the CRS has no place on Earth."""
         if self.crs == WGS84:
             return xy
         lonlat = _moved(self.crs, WGS84, xy)
         if self.is_geographic:
             return lonlat
-        away = np.abs(self.xy(lonlat) - xy).max(-1, keepdims=True)  # outside of its domain a formula may still answer
+        away = np.abs(self.xy(lonlat) - xy).max(-1, keepdims=True)  # beyond its domain a CRS may give numbers
         return np.where(away < BACK_M, lonlat, np.nan)
 
     def xy(self, lonlat: Float) -> Float:
-        """Degrees (lon, lat), (..., 2), as places of the plane; not finite where it has none."""
+        """Returns degrees (lon, lat), (..., 2), as places of the plane; not finite where the plane has none."""
         return lonlat if self.crs == WGS84 else _moved(WGS84, self.crs, lonlat)
 
     def bounds(self, box: Box) -> Box:
-        """A box of the plane as west, south, east, north in degrees; west is the larger where it crosses 180.
+        """Returns a box of the plane as west, south, east, north in degrees; west > east where it crosses 180.
 
-        The shift of a geographic CRS against WGS84, some metres, is left out.
+        The shift of a geographic CRS against WGS84, some metres, is neglected.
         """
         if not self.is_geographic:
             found = _transformer(self.crs, WGS84).transform_bounds(*box)

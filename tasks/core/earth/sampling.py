@@ -1,6 +1,6 @@
-"""Where to sample: seeded streams of places.
+"""Draws places to sample, as seeded streams.
 
-Every stream is one of candidates, in an order that the seed alone decides: to ask for more extends it.
+The order of a stream depends on its seed alone, so that asking for more places extends it.
 """
 
 import numpy as np
@@ -9,21 +9,21 @@ from numpy.typing import NDArray
 from tasks.core.earth.land import has_land, is_land
 from tasks.core.earth.sphere import EARTH_RADIUS_KM
 
-BLOCK = 4096  # draws at a time; the stream must not depend on how many places are asked for
-ZONE_DEGREES, BAND_DEGREES = 6.0, 8.0
-TILES = 6  # the most MGRS tiles that hold one place: two by two in one zone, and two of the next
+BLOCK = 4096  # places drawn at a time, always so many: the stream must not depend on how many are asked for
+ZONE_DEGREES, BAND_DEGREES = 6.0, 8.0  # degrees of longitude of a UTM zone, and of latitude of an MGRS band
+TILES = 6  # most MGRS tiles that hold one place: two by two of its zone, and two of the next
 
 
 def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> NDArray[np.float64]:
-    """The first `n` places of the seed's stream.
+    """Returns the first `n` places of the seed's stream, uniform over the land area.
 
-    Uniform by area: longitude and the sine of latitude are uniform, places off land are passed over. The same
-    seed and a larger `n` extends the same places.
+    Longitude and the sine of latitude are uniform, and places off land are skipped. The same seed and a larger `n`
+    extends the same places.
 
     Args:
         n: Number of places.
         seed: Seed of the stream.
-        south: Southern limit in degrees; UTM, and with it Sentinel-2's grid, begins at -80.
+        south: Southern limit in degrees; UTM, the grid of Sentinel-2, begins at -80.
         north: Northern limit in degrees; UTM ends at 84.
 
     Returns:
@@ -45,7 +45,7 @@ def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> N
 def uniform_places(
     rng: np.random.Generator, count: int, bounds: tuple[float, float, float, float]
 ) -> NDArray[np.float64]:
-    """Places uniform by area within west, south, east and north in degrees, (count, 2)."""
+    """Draws places uniform by area within west, south, east and north in degrees, (count, 2)."""
     west, south, east, north = bounds
     low, high = np.sin(np.radians([south, north]))
     u = rng.random((count, 2))
@@ -53,7 +53,7 @@ def uniform_places(
 
 
 def grid_zone(lonlat: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The UTM grid-zone cell of each (n, 2) place as one number: neighbours share their scenes."""
+    """Returns the UTM grid zone of each (n, 2) place as one number: places of a zone share scenes."""
     zone = np.minimum((lonlat[:, 0] + 180) // ZONE_DEGREES, 59)
     band = np.minimum((lonlat[:, 1] + 80) // BAND_DEGREES, 19)
     return (zone * 20 + band).astype(np.int64)
@@ -67,14 +67,14 @@ def draw_classes(
     south: float = -80.0,
     north: float = 84.0,
 ) -> NDArray[np.float64]:
-    """The first `n` places of a stream that visits the classes of a raster in turn, each uniformly by its area.
+    """Returns the first `n` places of a stream that takes the classes of a raster in turn, each uniformly by area.
 
     Args:
         n: Number of places.
         seed: Seed of the stream.
         classes: (lat, lon), north up; 0 and less is no class.
         bounds: West, south, east, north of the raster in degrees.
-        south: Southern limit in degrees: pixels whose centre is beyond it belong to no class.
+        south: Southern limit in degrees. Pixels whose centre is beyond it are left out.
         north: Northern limit in degrees.
 
     Returns:
@@ -111,16 +111,16 @@ def draw_classes(
 
 
 def thin(count: int, seed: int) -> NDArray[np.float64]:
-    """One number in 0 to 1 for each of the first `count` candidates, of a stream of its own.
+    """Draws a number in 0 to 1 for each of the first `count` candidates, from a stream of its own.
 
-    A candidate that `t` of at most `TILES` tiles cover is kept where its number is below `t / TILES`: then every
-    tile is equally likely, as in S2-100K, and a place in six tiles six times as likely as one in one.
+    A candidate that `t` of at most `TILES` tiles cover is kept where its number is below `t / TILES`. Then every tile
+    is equally likely, as in S2-100K: a place in six tiles is six times as likely as a place in one.
     """
     return np.random.default_rng([seed, 1]).random(count)
 
 
 def square(lonlat: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The 100-km square, about one Sentinel-2 tile, of each (n, 2) place as one number."""
+    """Returns the 100-km square, about one Sentinel-2 tile, of each (n, 2) place as one number."""
     zone = np.minimum((lonlat[:, 0] + 180) // ZONE_DEGREES, 59)
     meridian = zone * ZONE_DEGREES - 177
     east = np.radians(lonlat[:, 0] - meridian) * np.cos(np.radians(lonlat[:, 1])) * EARTH_RADIUS_KM

@@ -1,4 +1,4 @@
-"""The Earth as a sphere: places as unit vectors, great circles, and the projection that maps are drawn in."""
+"""Treats the Earth as a sphere: places as unit vectors, great circles, and the projection of the maps."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,8 +6,8 @@ from pyproj import Geod, Proj
 
 Float = NDArray[np.float64]
 
-EARTH_RADIUS_KM = 6371.0088  # the mean radius (IUGG)
-KM_PER_DEGREE = EARTH_RADIUS_KM * np.pi / 180  # of a great circle
+EARTH_RADIUS_KM = 6371.0088  # mean radius of the Earth (IUGG)
+KM_PER_DEGREE = EARTH_RADIUS_KM * np.pi / 180  # length of a degree of a great circle
 SPHERE = Geod(a=1000 * EARTH_RADIUS_KM, b=1000 * EARTH_RADIUS_KM)
 EQUAL_EARTH = Proj("+proj=eqearth +R=1 +over")  # `over`: 180 degrees east stay in the east
 
@@ -19,12 +19,12 @@ def unit_vectors(lonlat: Float) -> Float:
 
 
 def moved(lonlat: Float, bearings: Float, km: Float) -> Float:
-    """Returns where great circles lead to.
+    """Returns the ends of great circles.
 
     Args:
-        lonlat: Where they begin, (..., 2) in degrees.
-        bearings: Their directions there, in degrees clockwise from north.
-        km: Their lengths.
+        lonlat: Where the circles begin, (..., 2) in degrees.
+        bearings: Directions at the beginning, in degrees clockwise from north.
+        km: Lengths of the circles.
 
     Returns:
         (..., 2) in degrees.

@@ -1,4 +1,4 @@
-"""Real spherical harmonics of places on Earth: the fixed features below the location encoder.
+"""Computes real spherical harmonics of places on Earth, the fixed features below the location encoder.
 
 Feature `l*l + l + m` is the harmonic of degree l and order m: cos(m phi) for m > 0, sin(|m| phi) for m < 0,
 without the Condon-Shortley sign, of phi = radians(lon + 180) and theta = radians(lat + 90). So degree L gives
@@ -6,12 +6,12 @@ L * L features of the degrees 0 to L - 1. Colatitude runs from the south pole: c
 
 Two bases:
 
-- `orthonormal`: the integral of a product over the sphere is 1 or 0. For all new training.
-- `analytic`: as the published SatCLIP weights expect it. Its m = 0 terms are pi times too large: they were
+- `orthonormal`: the integral of a product over the sphere is 1 or 0. Used for all new training.
+- `analytic`: the basis that the published SatCLIP weights expect. Its m = 0 terms are pi times too large: they were
   generated with sqrt((2l+1)/4*pi) in place of sqrt((2l+1)/(4*pi)). And its Legendre functions are polynomials
   whose coefficients were printed with 15 digits: their terms cancel towards the poles, where at degree 40 the
   value is off by up to 8 %. Weights trained on these features need them with that error, so it is
-  reproduced: the same coefficients, the same order of operations. Of no use above degree 50.
+  reproduced: the same coefficients, the same order of operations. It is of no use above degree 50.
 """
 
 # ruff: noqa: E741  (l is the name of a degree in every text on harmonics)
@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 Basis = Literal["orthonormal", "analytic"]
 BASES: tuple[Basis, ...] = ("orthonormal", "analytic")
 
-BLOCK = 512  # points at a time: at degree 40 a block of all features, 6.5 MB, stays near the cache
+BLOCK = 512  # places computed at a time: at degree 40 their features, 6.5 MB, stay near the cache
 
 Float = NDArray[np.float64]
 
 
 def spherical_harmonics(lonlat: NDArray, degree: int, basis: Basis = "orthonormal") -> Float:
-    """All harmonics below `degree` at each place.
+    """Returns all harmonics below `degree` at each place.
 
     Args:
         lonlat: (n, 2) longitude and latitude in degrees.
@@ -61,7 +61,7 @@ def spherical_harmonics(lonlat: NDArray, degree: int, basis: Basis = "orthonorma
 
 
 def legendre_by_basis(lat: Float, degree: int, basis: Basis) -> Callable[[slice], list[Float]]:
-    """A function of a block of places that gives their Legendre functions."""
+    """Returns a function from a block of places to their Legendre functions."""
     if basis == "orthonormal":
         return lambda block: legendre(lat[block], degree)
     powers = _powers(lat, degree)
@@ -69,7 +69,7 @@ def legendre_by_basis(lat: Float, degree: int, basis: Basis) -> Callable[[slice]
 
 
 def checked(lonlat: NDArray) -> Float:
-    """The places as float64 (n, 2), after checking that they are on Earth."""
+    """Returns the places as float64 (n, 2), after checking that they are on Earth."""
     points = np.asarray(lonlat, np.float64)
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"places have shape {points.shape}: give (n, 2) of longitude, latitude in degrees")
@@ -84,7 +84,7 @@ def checked(lonlat: NDArray) -> Float:
 
 
 def longitude_part(lon: Float, degree: int) -> tuple[Float, Float]:
-    """cos(m phi) and sin(m phi) of the orders 0 to degree - 1, each (degree, n), by rotation."""
+    """Returns cos(m phi) and sin(m phi) of the orders 0 to degree - 1, each (degree, n), by rotation."""
     phi = np.radians(np.mod(lon, 360.0) - 180.0)  # lon + 180 in -180..180, where sine is most exact
     step_cos, step_sin = np.cos(phi), np.sin(phi)
     cos, sin = np.empty((degree, len(lon))), np.empty((degree, len(lon)))
@@ -96,9 +96,9 @@ def longitude_part(lon: Float, degree: int) -> tuple[Float, Float]:
 
 
 def legendre(lat: Float, degree: int) -> list[Float]:
-    """The normalised Legendre functions: for each l below `degree`, (l + 1, n) of the orders 0 to l.
+    """Returns the normalised Legendre functions: for each l below `degree`, (l + 1, n) of the orders 0 to l.
 
-    The forward column recurrence, over all orders at once. sqrt(2) of the orders above 0 is included.
+    By the forward column recurrence, over all orders at once. The factor sqrt(2) of orders above 0 is included.
     """
     x, s = -np.sin(np.radians(lat)), np.cos(np.radians(lat))
     up, back, diagonal = _coefficients(degree)
@@ -115,7 +115,7 @@ def legendre(lat: Float, degree: int) -> list[Float]:
 
 @lru_cache(maxsize=8)
 def _coefficients(degree: int) -> tuple[Float, Float, Float]:
-    """Factors of P(l, m) = up x P(l-1, m) - back P(l-2, m) and of P(l, l) = diagonal sin P(l-1, l-1)."""
+    """Returns the factors of P(l, m) = up x P(l-1, m) - back P(l-2, m) and P(l, l) = diagonal sin P(l-1, l-1)."""
     l = np.arange(degree, dtype=np.float64)[:, None]
     m = np.arange(degree, dtype=np.float64)[None, :]
     inside = m < l
@@ -129,7 +129,7 @@ def _coefficients(degree: int) -> tuple[Float, Float, Float]:
 
 
 def _powers(lat: Float, degree: int) -> Float:
-    """cos(theta) to the powers 0 to degree - 1, (degree, n).
+    """Returns cos(theta) to the powers 0 to degree - 1, (degree, n).
 
     By torch, as the published features: a last bit here is 1e-2 in a sum of terms of 1e14 that cancel.
     """
@@ -138,7 +138,7 @@ def _powers(lat: Float, degree: int) -> Float:
 
 
 def analytic_legendre(powers: Float, degree: int) -> list[Float]:
-    """The published basis' Legendre functions in the layout of `legendre`, from powers of cos(theta)."""
+    """Returns the Legendre functions of the `analytic` basis, as `legendre` does, from powers of cos(theta)."""
     sines = np.sqrt(1 - powers[1:2] * powers[1:2]) ** np.arange(degree)[:, None]
     rows = []
     for l, (scale, terms) in enumerate(_printed(degree)):
@@ -151,7 +151,7 @@ def analytic_legendre(powers: Float, degree: int) -> list[Float]:
 
 @lru_cache(maxsize=4)
 def _printed(degree: int) -> list[tuple[Float, list[Float]]]:
-    """For each l, the factors of the orders 0 to l and those of the falling powers, to 15 digits."""
+    """Returns for each l the factors of the orders 0 to l, and of the falling powers, to 15 digits."""
     return [_printed_degree(l) for l in range(degree)]
 
 
@@ -165,7 +165,7 @@ def _term(l: int, m: int, j: int) -> float:
     factor = _derivative(l, m, j)
     if m > 0:
         return _digits(factor)
-    return _digits(math.sqrt(math.pi) * math.sqrt(2 * l + 1) * factor / 2)  # pi: should be below the line
+    return _digits(math.sqrt(math.pi) * math.sqrt(2 * l + 1) * factor / 2)  # pi should be in the denominator
 
 
 def _norm(l: int, m: int) -> float:
@@ -176,14 +176,14 @@ def _norm(l: int, m: int) -> float:
 
 
 def _derivative(l: int, m: int, j: int) -> float:
-    """Factor of x^(l - m - 2j) in the m-th derivative of the Legendre polynomial of degree l."""
+    """Returns the factor of x^(l - m - 2j) in the m-th derivative of the Legendre polynomial of degree l."""
     power = l - 2 * j
     whole = math.comb(l, j) * math.comb(2 * (l - j), l) * math.perm(power, m)
     return float(Fraction((-1) ** j * whole, 2**l))
 
 
 def _digits(value: float) -> float:
-    """`value` as printed with 15 digits, halves away from zero."""
+    """Rounds a value as it is printed with 15 digits, halves away from zero."""
     with localcontext(prec=15, rounding=ROUND_HALF_UP):
         return float(+Decimal(value))
 

@@ -1,6 +1,6 @@
-"""What an image encoder is: reflectance in, one vector per image out.
+"""Defines what an image encoder is: reflectance in, one vector per image out.
 
-An encoder states its bands, its resolution and what it does to the numbers.
+An encoder states its bands, its resolution and its normalisation.
 """
 
 from typing import Protocol
@@ -12,40 +12,40 @@ Images = NDArray[np.float32]
 
 
 class ImageEncoder(Protocol):
-    """Encodes images of stated bands."""
+    """An encoder of images with stated bands."""
 
     @property
     def name(self) -> str:
-        """Under which it is registered."""
+        """Returns the name that it is registered under."""
 
     @property
     def bands(self) -> tuple[str, ...]:
-        """The bands it takes, in order."""
+        """Returns the bands that it takes, in order."""
 
     @property
     def dim(self) -> int:
-        """Length of a feature vector."""
+        """Returns the length of a feature vector."""
 
     @property
     def resolution_m(self) -> float | None:
-        """Pixel size in metres that it was made for; none: any."""
+        """Returns the pixel size in metres that it was trained on; None: any."""
 
     @property
     def normalisation(self) -> str:
-        """What it does to reflectance and to nodata, in words."""
+        """Tells in words what it does to reflectance and to nodata."""
 
     def encode(self, reflectance: Images) -> NDArray[np.float32]:
-        """(n, band, y, x) reflectance in 0..1, NaN where there is none, to (n, dim)."""
+        """Encodes (n, band, y, x) reflectance in 0 to 1, NaN for nodata, as (n, dim)."""
 
     def arrays(self) -> dict[str, NDArray]:
-        """Everything that was fitted, by name, for storage."""
+        """Returns everything that was fitted, by name, for storage."""
 
 
 def take_bands(images: Images, has: tuple[str, ...], wants: tuple[str, ...]) -> Images:
-    """The bands that an encoder wants, by name and in its order.
+    """Returns the bands of images that an encoder takes, in its order.
 
     Raises:
-        ValueError: One is missing.
+        ValueError: The images lack a band.
     """
     missing = [band for band in wants if band not in has]
     if missing:
@@ -57,7 +57,7 @@ def take_bands(images: Images, has: tuple[str, ...], wants: tuple[str, ...]) -> 
 
 
 def check_images(images: Images, bands: tuple[str, ...]) -> None:
-    """Refuses what is no (n, band, y, x) of these bands."""
+    """Refuses images that are not (n, band, y, x) with these bands."""
     if images.ndim != 4 or images.shape[1] != len(bands):
         raise ValueError(
             f"images have shape {images.shape}: this encoder takes (n, {len(bands)}, y, x) with the bands "
@@ -66,7 +66,10 @@ def check_images(images: Images, bands: tuple[str, ...]) -> None:
 
 
 def standardise(images: Images, mean: NDArray, std: NDArray) -> Images:
-    """Bands to mean 0 and standard deviation 1; nodata to the mean of its image and band, else to 0."""
+    """Scales bands to mean 0 and standard deviation 1, and fills nodata.
+
+    Nodata gets the mean of its image and band, or 0 where the whole band is nodata.
+    """
     scaled = ((images - mean[:, None, None]) / std[:, None, None]).astype(np.float32)
     missing = ~np.isfinite(scaled)
     if missing.any():

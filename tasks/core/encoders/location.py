@@ -1,4 +1,4 @@
-"""The location encoder: spherical harmonics, then a sinusoidal network (SIREN), as SatCLIP defines it."""
+"""Defines the location encoder: spherical harmonics, then a sinusoidal network (SIREN), as in SatCLIP."""
 
 import math
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from torch.nn import functional
 
 from tasks.core.encoders.harmonics import Basis, checked, legendre, longitude_part, spherical_harmonics
 
-FIRST_FREQUENCY = 30.0  # SIREN's w0 of the first layer; 1 afterwards
+FIRST_FREQUENCY = 30.0  # w0 of SIREN's first layer; the others have 1
 SHARED = 8  # places per distinct latitude from which the first layer is cheaper by rows of latitude
 
 
 class LocationEncoder(nn.Module):
     """Maps places to vectors: L * L harmonics, `layers` sine layers of `hidden`, a linear layer to `dim`.
 
-    The harmonics are float64 always; the network computes in the dtype of its weights (`encoder.double()`).
+    The harmonics are always computed in float64. The network computes in the dtype of its weights (`encoder.double()`).
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class LocationEncoder(nn.Module):
             hidden: Width of the sine layers.
             layers: Number of sine layers.
             dim: Length of an embedding.
-            basis: Of the harmonics; `analytic` only for imported weights.
+            basis: Basis of the harmonics; `analytic` only for imported weights.
             dropout: Share of hidden units dropped before each sine in training.
-            smoothness: The harmonics of degree l enter times (1 + l) ** -smoothness. A factor of the first
-                weights and so no other function; but training then prefers what is smooth on the sphere.
+            smoothness: Harmonics of degree l are scaled by (1 + l) ** -smoothness. The same functions can be learned,
+                since the first weights can undo the factor, but training then prefers those smooth on the sphere.
         """
         super().__init__()
         self.degree, self.dim, self.basis, self.dropout = degree, dim, basis, dropout
@@ -59,7 +59,7 @@ class LocationEncoder(nn.Module):
 
     @property
     def architecture(self) -> dict[str, int | float | str]:
-        """The arguments that rebuild this encoder."""
+        """Returns the arguments that rebuild this encoder."""
         return {
             "degree": self.degree,
             "hidden": self.hidden,
@@ -72,18 +72,18 @@ class LocationEncoder(nn.Module):
 
     @property
     def first(self) -> nn.Linear:
-        """The layer above the harmonics."""
+        """Returns the layer above the harmonics."""
         layer = self.layers[0]
         assert isinstance(layer, nn.Linear)  # for the type checker: __init__ made it
         return layer
 
     @property
     def first_weight(self) -> Tensor:
-        """Weights of the harmonics, (hidden, degree * degree), with the damping in them."""
+        """Returns the weights of the harmonics, (hidden, degree * degree), times the damping."""
         return self.first.weight * self.damping
 
     def forward(self, lonlat: NDArray[np.float64] | Tensor) -> Tensor:
-        """Embeds places; gradients reach the weights, not the places, whose harmonics are constants.
+        """Embeds places. Gradients reach the weights, not the places.
 
         Args:
             lonlat: (n, 2) longitude and latitude in degrees.
@@ -94,12 +94,12 @@ class LocationEncoder(nn.Module):
         return self.from_harmonics(self.harmonics(np.asarray(lonlat, np.float64)))
 
     def harmonics(self, lonlat: NDArray[np.float64]) -> Tensor:
-        """The fixed features, (n, degree * degree), on the device and in the dtype of the weights."""
+        """Returns the harmonics of places, (n, degree * degree), on the device and in the dtype of the weights."""
         features = torch.from_numpy(spherical_harmonics(lonlat, self.degree, self.basis))
         return features.to(self.first.weight)
 
     def from_harmonics(self, features: Tensor) -> Tensor:
-        """Embeds places whose harmonics are known: in training they are computed once."""
+        """Embeds places from their harmonics, which training computes once."""
         with torch.autocast(features.device.type, enabled=False):  # bf16 would blur 30 x in the sine
             first = functional.linear(features, self.first_weight, self.first.bias)
         return self._after_first(first)
@@ -113,14 +113,14 @@ class LocationEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, lonlat: NDArray[np.float64], batch: int = 4096) -> NDArray[np.float32]:
-        """Unit embeddings of many places, without gradients and dropout.
+        """Returns unit embeddings of many places, without gradients and dropout.
 
-        Places that share latitudes, as a grid's cells do, share the Legendre half of the first layer, which
-        is most of its work.
+        Places with the same latitude, such as cells of a grid, share the Legendre part of the first layer, which is
+        most of its work.
 
         Args:
             lonlat: (n, 2) longitude and latitude in degrees.
-            batch: Places at a time.
+            batch: Places computed at a time.
 
         Returns:
             (n, dim) float32, each of length 1.
@@ -152,7 +152,7 @@ class LocationEncoder(nn.Module):
             )
 
     def _by_latitude(self, latitudes: NDArray, lon: NDArray, counts: NDArray) -> Tensor:
-        """The first layer for runs of places of one latitude each: the Legendre part, then longitudes."""
+        """Computes the first layer for runs of places with one latitude each: Legendre part, then longitudes."""
         cos, sin = longitude_part(lon, self.degree)
         run = np.repeat(np.arange(len(counts)), counts)
         within = np.arange(len(lon)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -162,7 +162,7 @@ class LocationEncoder(nn.Module):
         return first[run, within] + self.first.bias
 
     def _mix_degrees(self, latitudes: NDArray) -> Tensor:
-        """Sums over the degrees for each order -(L-1) to L-1: (latitude, order, hidden)."""
+        """Sums over the degrees for each order -(L-1) to L-1, (latitude, order, hidden)."""
         table = np.zeros((self.degree, len(latitudes), self.degree))
         for degree, row in enumerate(legendre(latitudes, self.degree)):
             table[: degree + 1, :, degree] = row
@@ -175,7 +175,7 @@ class LocationEncoder(nn.Module):
 
 
 def _groups(edges: NDArray, batch: int) -> Iterator[tuple[int, int]]:
-    """Runs of latitudes with about `batch` places together; at least one latitude each."""
+    """Yields runs of latitudes with about `batch` places together, and at least one latitude."""
     start = 0
     while start < len(edges) - 1:
         stop = max(start + 1, int(np.searchsorted(edges, edges[start] + batch, side="right")) - 1)

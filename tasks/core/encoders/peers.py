@@ -1,4 +1,4 @@
-"""Other projects' location encoders from their published weights: plain PyTorch, no code of theirs.
+"""Runs other projects' location encoders from their published weights, in plain PyTorch without their code.
 
 - SINR (Cole et al. 2023, arXiv 2306.02564): sine and cosine of the scaled coordinates, a linear layer, residual layers
   of two. Only models whose inputs are coordinates alone.
@@ -25,19 +25,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "gelu": functional.gelu,
 }
-SINR_INPUTS = 4  # with bioclimatic layers there are more
+SINR_INPUTS = 4  # inputs of a SINR for coordinates alone; one with bioclimatic layers has more
 
 
 @torch.no_grad()
 def embed_sinr(weights: Mapping[str, Tensor], lonlat: NDArray[np.float64]) -> NDArray[np.float32]:
-    """SINR's features of places.
+    """Embeds places by SINR.
 
     Args:
-        weights: Its state: `feats.0`, then `feats.N.w1` and `w2`.
+        weights: State of the model: `feats.0`, then `feats.N.w1` and `w2`.
         lonlat: (n, 2) in degrees.
 
     Raises:
-        ValueError: The model wants more than coordinates.
+        ValueError: The model takes more than coordinates.
     """
     inputs = weights["feats.0.weight"].shape[1]
     if inputs != SINR_INPUTS:
@@ -56,15 +56,15 @@ def embed_sinr(weights: Mapping[str, Tensor], lonlat: NDArray[np.float64]) -> ND
 def embed_csp(
     weights: Mapping[str, Tensor], settings: Mapping[str, Any], lonlat: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """CSP's location embeddings.
+    """Embeds places by CSP.
 
     Args:
-        weights: The state of its network: `layers.N.linear` and, where it has them, `layers.N.layernorm`.
-        settings: The parameters that its checkpoint has.
+        weights: State of the network: `layers.N.linear` and, where it has them, `layers.N.layernorm`.
+        settings: Parameters in the checkpoint.
         lonlat: (n, 2) in degrees.
 
     Raises:
-        ValueError: The encoding or the activation is one that is not here.
+        ValueError: The encoding or the activation is not supported.
     """
     if settings["spa_enc_type"] != "gridcell" or settings.get("freq_init", "geometric") != "geometric":
         raise ValueError(f"this CSP encodes by {settings['spa_enc_type']!r}: only gridcell with geometric waves serves")

@@ -1,8 +1,8 @@
-"""`rcf`, the image encoder that needs no weights: random convolutional features.
+"""Encodes images by random convolutional features (`rcf`), which need no weights.
 
-As in MOSAIKS (Rolf et al. 2021, 10.1038/s41467-021-24638-z). Its filters are small windows cut from the images
-themselves, whitened; a feature is the mean over the image of one filter's response above or below a threshold. So
-features tell how colours, edges and textures are distributed.
+As in MOSAIKS (Rolf et al. 2021, 10.1038/s41467-021-24638-z). The filters are small whitened windows cut from the images
+themselves. A feature is the mean over the image of one filter's response above or below a threshold. So the features
+tell how colours, edges and textures are distributed.
 """
 
 from dataclasses import dataclass
@@ -17,57 +17,55 @@ from tasks.core.encoders.images import Images, check_images, standardise
 
 
 @dataclass(frozen=True)
-class Scale:
-    """One size of structure: filters of one width on images coarsened by one factor."""
+class FilterScale:
+    """One size of structure: filters of one width, on images coarsened by one factor."""
 
     coarsen: int
-    """Pixels along one side that are averaged first."""
+    """Factor of coarsening: pixels along one side that are averaged first."""
     width: int
     """Pixels along one side of a filter, after coarsening."""
     share: float
-    """Of all filters."""
+    """Share of all filters."""
 
 
-SCALES = (Scale(1, 3, 0.375), Scale(2, 3, 0.375), Scale(4, 3, 0.25))
-WINDOWS = 20_000  # cut from the sample to estimate the whitening
-FLOOR = 0.1  # added to the eigenvalues in whitening, as a share of their mean: noise is not blown up
-PIXELS = (
-    32_768  # at a time, of all images together: the responses of 192 filters, 25 MB, are pooled while near the cache
-)
+SCALES = (FilterScale(1, 3, 0.375), FilterScale(2, 3, 0.375), FilterScale(4, 3, 0.25))
+WINDOWS = 20_000  # windows cut from the sample to estimate the whitening
+FLOOR = 0.1  # share of the mean eigenvalue that whitening adds to each, so that noise is not amplified
+PIXELS = 32_768  # pixels of all images computed at a time: the responses of 192 filters, 25 MB, stay near the cache
 
 
 @dataclass(frozen=True)
 class RandomConvolutionalFeatures:
-    """The fitted `rcf` encoder, for images of at least 16 pixels of any resolution.
+    """A fitted `rcf` encoder, for images of at least 12 pixels of any resolution.
 
-    Reflectance is standardised per band. Nodata takes the mean of its image and band; where a whole band is
+    Reflectance is standardised per band. Nodata gets the mean of its image and band, or where the whole band is
     missing, the mean of the fitted sample.
     """
 
     bands: tuple[str, ...]
-    """The bands it takes, in order."""
+    """The bands that it takes, in order."""
     mean: NDArray[np.float32]
-    """Of each band in the sample, (band,)."""
+    """Mean of each band in the sample, (band,)."""
     std: NDArray[np.float32]
-    """Of each band in the sample, (band,)."""
+    """Standard deviation of each band in the sample, (band,)."""
     filters: tuple[NDArray[np.float32], ...]
-    """For each scale (filter, band, width, width), for standardised images."""
+    """Filters of each scale, (filter, band, width, width), for standardised images."""
     thresholds: tuple[NDArray[np.float32], ...]
-    """For each scale (filter,), in standard deviations of the response."""
+    """Thresholds of each scale, (filter,), in standard deviations of the response."""
     coarsen: tuple[int, ...]
-    """For each scale, the pixels along one side that are averaged first."""
+    """Factor of coarsening of each scale."""
     name: str = "rcf"
     resolution_m: float | None = None
     normalisation: str = "each band to mean 0 and deviation 1 of the sample; nodata to its band's mean in the image"
 
     @property
     def dim(self) -> int:
-        """Two features per filter: above and below its threshold."""
+        """Returns the number of features: two per filter, above and below its threshold."""
         return 2 * sum(len(threshold) for threshold in self.thresholds)
 
     @torch.no_grad()
     def encode(self, reflectance: Images) -> NDArray[np.float32]:
-        """(n, band, y, x) reflectance, NaN where there is none, to (n, dim)."""
+        """Encodes (n, band, y, x) reflectance, NaN for nodata, as (n, dim)."""
         check_images(reflectance, self.bands)
         out = np.empty((len(reflectance), self.dim), np.float32)
         batch = max(1, PIXELS // (reflectance.shape[2] * reflectance.shape[3]))
@@ -89,14 +87,14 @@ class RandomConvolutionalFeatures:
         return features
 
     def arrays(self) -> dict[str, NDArray]:
-        """Everything that was fitted, by name."""
+        """Returns everything that was fitted, by name."""
         scales = {f"filters{i}": a for i, a in enumerate(self.filters)}
         scales |= {f"thresholds{i}": a for i, a in enumerate(self.thresholds)}
         return {"mean": self.mean, "std": self.std, "coarsen": np.array(self.coarsen, np.int64), **scales}
 
 
 def respond(images: Tensor, filters: Tensor, coarsen: int) -> Tensor:
-    """Responses of filters to images, (n, filter, place); bands lie together in memory, which is fastest here."""
+    """Returns responses of filters to images, (n, filter, place); channels-last memory is fastest here."""
     if coarsen > 1:
         images = functional.avg_pool2d(images, coarsen)
     layout = torch.channels_last
@@ -108,15 +106,15 @@ def fit_rcf(
     bands: tuple[str, ...],
     dim: int = 1024,
     seed: int = 0,
-    scales: tuple[Scale, ...] = SCALES,
+    scales: tuple[FilterScale, ...] = SCALES,
 ) -> RandomConvolutionalFeatures:
     """Fits random convolutional features to a sample of images.
 
     Args:
-        sample: (n, band, y, x) reflectance, NaN where there is none; some hundred images or more.
+        sample: (n, band, y, x) reflectance, NaN for nodata; some hundred images or more.
         bands: Names of the bands.
         dim: Length of a feature vector; even.
-        seed: Of the choice of windows and thresholds; the same seed and sample give the same encoder.
+        seed: Seed of windows and thresholds. The same seed and sample give the same encoder.
         scales: Sizes of structure.
     """
     check_images(sample, bands)
@@ -134,7 +132,7 @@ def fit_rcf(
     )
 
 
-def _check_size(sample: Images, scales: tuple[Scale, ...]) -> None:
+def _check_size(sample: Images, scales: tuple[FilterScale, ...]) -> None:
     least = max(scale.coarsen * scale.width for scale in scales)
     if min(sample.shape[2:]) < least:
         raise ValueError(
@@ -144,13 +142,13 @@ def _check_size(sample: Images, scales: tuple[Scale, ...]) -> None:
 
 
 def _shares(shares: list[float], total: int) -> list[int]:
-    """Whole numbers in the proportion of `shares` that sum to `total`."""
+    """Returns whole numbers in the proportion of `shares` that sum to `total`."""
     edges = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
     return np.diff(edges, prepend=0).tolist()
 
 
 def _fit_scale(
-    images: Tensor, scale: Scale, count: int, rng: np.random.Generator
+    images: Tensor, scale: FilterScale, count: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     coarse = functional.avg_pool2d(images, scale.coarsen) if scale.coarsen > 1 else images
     windows = _windows(coarse.numpy(), scale.width, max(WINDOWS, count), rng)
@@ -167,7 +165,7 @@ def _fit_scale(
 
 
 def _windows(images: Images, width: int, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Windows at random places of random images, (count, band * width * width)."""
+    """Cuts windows at random places of random images, (count, band * width * width)."""
     n, _, rows, columns = images.shape
     which = rng.integers(n, size=count)
     y, x = rng.integers(rows - width + 1, size=count), rng.integers(columns - width + 1, size=count)
@@ -176,7 +174,7 @@ def _windows(images: Images, width: int, count: int, rng: np.random.Generator) -
 
 
 def load_rcf(arrays: dict[str, NDArray], bands: tuple[str, ...]) -> RandomConvolutionalFeatures:
-    """The encoder from its `arrays`."""
+    """Rebuilds an encoder from its `arrays`."""
     coarsen = tuple(int(c) for c in arrays["coarsen"])
     return RandomConvolutionalFeatures(
         tuple(bands),

@@ -1,4 +1,4 @@
-"""The image encoders by name.
+"""Finds the image encoders by name.
 
 ================== ============================ ====== ================================================
 name               bands                        dim    weights
@@ -8,11 +8,11 @@ satclip-vit16      the 12 of L2A, B10 zero      384    a SatCLIP checkpoint's `m
 satclip-resnet18   the 12 of L2A, B10 zero      512    as above
 satclip-resnet50   the 12 of L2A, B10 zero      2048   as above
 satmae             B04, B03, B02                1024   SatMAE ViT-L, pretrained on fMoW RGB
-module:function    what it states               its    what it reads
+module:function    its own                      its own its own
 ================== ============================ ====== ================================================
 
-A tower takes the middle 224 x 224 pixels of an image, as SatCLIP and the published RANGE database do; smaller
-images are first enlarged.
+The satclip and satmae encoders take the middle 224 x 224 pixels of an image, as SatCLIP and the published RANGE
+database do. Smaller images are enlarged first.
 """
 
 import ast
@@ -38,12 +38,12 @@ Arrays = dict[str, NDArray]
 Fit = Callable[[Images, tuple[str, ...], int, int], ImageEncoder]
 Load = Callable[[Arrays, tuple[str, ...]], ImageEncoder]
 
-BATCH = 16  # images at a time: the tokens of a ViT-L, 13 MB a layer, stay small
+BATCH = 16  # images encoded at a time: the tokens of a ViT-L take 13 MB a layer
 SENTINEL2 = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
-ABSENT = {"B10"}  # of L1C, the cirrus band: L2A has none, and SatCLIP was trained with zeros in its place
-TRUE_COLOUR = 0.2  # reflectance that is white in the L2A true colour image, which SatMAE was shown for RANGE
+ABSENT = {"B10"}  # the cirrus band, which L2A lacks; SatCLIP was trained with zeros in its place
+TRUE_COLOUR = 0.2  # reflectance that is white in the L2A true colour image, SatMAE's input in RANGE
 MARKING = "decorate it with image_encoder_builder, in the module that defines it"
-IMAGENET = (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225]))  # mean and deviation, RGB in 0 to 1
+IMAGENET = (np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225]))  # mean and deviation of RGB in 0 to 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,32 +51,32 @@ class TorchEncoder:
     """An image encoder that is a PyTorch module, for images of any size."""
 
     name: str
-    """Under which `load_encoder` finds it."""
+    """Name by which `load_encoder` finds it."""
     module: nn.Module
-    """(n, channel, size, size) to (n, dim)."""
+    """Network from (n, channel, size, size) to (n, dim)."""
     channels: tuple[str, ...]
-    """Bands that the module takes, in order; those that L2A does not have are zero."""
+    """Bands that the module takes, in order; bands that L2A lacks are zero."""
     dim: int
     """Length of a feature vector."""
     mean: tuple[float, ...] = (0.0,)
-    """Taken from the reflectance of each channel."""
+    """Subtracted from the reflectance, per channel or for all."""
     std: tuple[float, ...] = (1.0,)
-    """By which it is then divided."""
+    """Divisor of the difference, per channel or for all."""
     brightest: float = 1.0
-    """Reflectance above which all is the same."""
+    """Reflectance that higher values are clipped to."""
     size: int = 224
-    """Pixels along one side that the module takes."""
+    """Side of the module's input in pixels."""
     resolution_m: float | None = 10.0
     """Pixel size in metres that it was trained on."""
 
     @property
     def bands(self) -> tuple[str, ...]:
-        """The bands it takes from images, in order."""
+        """Returns the bands that it takes from images, in order."""
         return tuple(band for band in self.channels if band not in ABSENT)
 
     @property
     def normalisation(self) -> str:
-        """What it does to reflectance and to nodata, in words."""
+        """Tells in words what it does to reflectance and to nodata."""
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return (
             f"at most {self.brightest:g}, less ({mean}), divided by ({std}); nodata to its band's mean in the image; "
@@ -85,7 +85,7 @@ class TorchEncoder:
 
     @torch.no_grad()
     def encode(self, reflectance: Images) -> NDArray[np.float32]:
-        """(n, band, y, x) reflectance, NaN where there is none, to (n, dim)."""
+        """Encodes (n, band, y, x) reflectance, NaN for nodata, as (n, dim)."""
         check_images(reflectance, self.bands)
         self.module.eval()
         parts = [self._encode(reflectance[i : i + BATCH]) for i in range(0, len(reflectance), BATCH)]
@@ -106,12 +106,12 @@ class TorchEncoder:
         return out
 
     def arrays(self) -> Arrays:
-        """The weights."""
+        """Returns the weights by name."""
         return {name: tensor.cpu().numpy() for name, tensor in self.module.state_dict().items()}
 
 
 def middle(images: Tensor, size: int) -> Tensor:
-    """The middle `size` x `size` pixels of (n, band, y, x); smaller images are enlarged bilinearly first."""
+    """Returns the middle `size` x `size` pixels of (n, band, y, x); smaller images are enlarged bilinearly first."""
     smallest = min(images.shape[2:])
     if smallest < size:
         rows, columns = (round(side * size / smallest) for side in images.shape[2:])
@@ -122,20 +122,20 @@ def middle(images: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Tower:
-    """A published architecture: what `load_tower` needs beside the weights."""
+    """A published image encoder: what `load_tower` needs beside its weights."""
 
     network: Callable[[int], nn.Module]
-    """From the number of channels."""
+    """Makes the network for a number of channels."""
     channels: tuple[str, ...]
-    """That it takes."""
+    """Bands that the network takes, in order."""
     dim: int
-    """Of its features."""
+    """Length of a feature vector."""
     mean: tuple[float, ...] = (0.0,)
-    """Of `TorchEncoder`."""
+    """As in `TorchEncoder`."""
     std: tuple[float, ...] = (1.0,)
-    """Of `TorchEncoder`."""
+    """As in `TorchEncoder`."""
     brightest: float = 1.0
-    """Of `TorchEncoder`."""
+    """As in `TorchEncoder`."""
 
 
 TOWERS = {
@@ -154,18 +154,20 @@ TOWERS = {
 
 
 def load_tower(name: str, arrays: Arrays, bands: tuple[str, ...] = ()) -> TorchEncoder:
-    """A published tower from weights with timm's names; others among them, such as a decoder's, are left out.
+    """Builds a published image encoder from weights with timm's names.
+
+    Other weights among them, such as those of a decoder, are left out.
 
     Args:
         name: One of `TOWERS`.
         arrays: The weights.
-        bands: Not looked at: the tower has its own.
+        bands: Ignored, since the encoder has its own.
 
     Raises:
         ValueError: A weight is missing, has another shape or is not finite.
     """
     tower = TOWERS[name]
-    with torch.device("meta"):  # no memory and no random numbers: all is loaded over
+    with torch.device("meta"):  # takes no memory and no random numbers: all weights are replaced
         module = tower.network(len(tower.channels))
     weights = {key: _weight(name, key, like, arrays) for key, like in module.state_dict().items()}
     module.load_state_dict(weights, assign=True)
@@ -174,7 +176,7 @@ def load_tower(name: str, arrays: Arrays, bands: tuple[str, ...] = ()) -> TorchE
 
 
 def _weight(name: str, key: str, like: Tensor, arrays: Arrays) -> Tensor:
-    if key.endswith("num_batches_tracked"):  # of training only, and some files leave it out
+    if key.endswith("num_batches_tracked"):  # used in training only; some files lack it
         return torch.zeros((), dtype=torch.int64)
     if key not in arrays:
         raise ValueError(f"the weights of {name} lack {key}: give those of the published tower, with timm's names")
@@ -193,20 +195,21 @@ LOADED: dict[str, Load] = {"rcf": load_rcf} | {name: partial(load_tower, name) f
 def image_encoder_builder(function: Load) -> Load:
     """Marks `function(arrays, bands)` as one that `load_encoder("module:function", …)` may call.
 
-    It is called with the arrays of a file first, and with the `arrays()` of what it returned ever after.
+    The first call gets the arrays of a file of weights. Every later call gets the `arrays()` of the encoder that the
+    function returned.
 
-    A checkpoint's card names its encoder and may come from anyone, so what is not marked is not called; and no module
-    is imported before the mark was seen in its source, as a decorator above the function.
+    A checkpoint's card names its encoder, and a checkpoint may come from anyone. So no function without the mark is
+    called, and no module is imported before the mark was seen in its source, as a decorator above the function.
     """
     function.builds_image_encoder = True  # type: ignore[attr-defined]
     return function
 
 
 def fit_encoder(name: str, sample: Images, bands: tuple[str, ...], dim: int, seed: int) -> ImageEncoder:
-    """A named encoder that needs no weights, fitted to a sample of images.
+    """Fits a named encoder that needs no weights to a sample of images.
 
     Raises:
-        ValueError: The name is unknown, or needs weights.
+        ValueError: The name is unknown, or its encoder needs weights.
     """
     if name in FITTED:
         return FITTED[name](sample, bands, dim, seed)
@@ -215,15 +218,15 @@ def fit_encoder(name: str, sample: Images, bands: tuple[str, ...], dim: int, see
 
 
 def load_encoder(name: str, arrays: Arrays, bands: tuple[str, ...]) -> ImageEncoder:
-    """A named encoder from its stored arrays, or from published weights.
+    """Builds a named encoder from its stored arrays, or from published weights.
 
     Args:
         name: One of the table above, or `package.module:function` of a marked function.
-        arrays: By name: of a file of weights, or what the encoder's own `arrays()` gave.
-        bands: Of the images; an encoder with bands of its own does not look at them.
+        arrays: Arrays by name, from a file of weights or from the encoder's own `arrays()`.
+        bands: Bands of the images; ignored by an encoder that has its own.
 
     Raises:
-        ValueError: The name is unknown, or the arrays are not its own.
+        ValueError: The name is unknown, or the arrays do not fit its encoder.
     """
     build = _builder(name)
     try:
@@ -255,10 +258,10 @@ def _builder(name: str) -> Load:
 
 
 def _source(name: str, module: str) -> ast.Module:
-    """Parses the source of an installed module; neither the module nor a package above it is imported.
+    """Parses the source of an installed module, and imports neither the module nor a package above it.
 
     Raises:
-        ValueError: There is no such module, or it is not of Python source.
+        ValueError: There is no such module, or it has no Python source.
     """
     spec, folders, parts = None, None, module.split(".")
     for i in range(len(parts)):
@@ -278,12 +281,12 @@ def _found(module: str, folders: Any) -> ModuleSpec | None:
     found = (finder.find_spec(module, folders) for finder in sys.meta_path if hasattr(finder, "find_spec"))
     try:
         return next((one for one in found if one), None)
-    except KeyError:  # of packages without __init__.py within each other, whose parents would have to be imported
+    except KeyError:  # nested packages without __init__.py: their parents would have to be imported
         raise ValueError(f"{module} is in a package without __init__.py: give it one, and the packages above") from None
 
 
 def _is_marked(source: ast.Module, function: str) -> bool:
-    """Whether a function is defined in a source with the mark above it.
+    """Tells whether a source defines a function with the mark above it.
 
     Raises:
         ValueError: There is no such function.

@@ -1,14 +1,14 @@
-"""Image networks in plain PyTorch: ViT and ResNet up to their pooled features.
+"""Defines image networks in plain PyTorch: ViT and ResNet up to their pooled features.
 
-Modules and parameters have timm's names and timm's order of operations, so published weights fit as they are;
-the last layer (`head`, `fc`) is not here: for a contrastive model it is the projection.
+Modules and parameters have timm's names and timm's order of operations, so published weights fit as they are. The last
+layer (`head`, `fc`) is left out: in a contrastive model it is the projection.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-EPSILON = 1e-6  # of a ViT's layer norms; PyTorch's own default is 1e-5
+EPSILON = 1e-6  # epsilon of a ViT's layer norms; PyTorch's default is 1e-5
 
 
 class Attention(nn.Module):
@@ -21,7 +21,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(n, token, dim) to the same."""
+        """Maps (n, token, dim) to the same shape."""
         n, length, dim = tokens.shape
         split = self.qkv(tokens).reshape(n, length, 3, self.heads, dim // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
@@ -38,7 +38,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(n, token, dim) to the same."""
+        """Maps (n, token, dim) to the same shape."""
         return self.fc2(functional.gelu(self.fc1(tokens)))
 
 
@@ -53,20 +53,20 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(n, token, dim) to the same."""
+        """Maps (n, token, dim) to the same shape."""
         tokens = tokens + self.attn(self.norm1(tokens))
         return tokens + self.mlp(self.norm2(tokens))
 
 
 class PatchEmbed(nn.Module):
-    """Squares of the image as tokens."""
+    """The layer that makes tokens of the squares of an image."""
 
     def __init__(self, channels: int, dim: int, patch: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, channel, y, x) to (n, token, dim)."""
+        """Maps (n, channel, y, x) to (n, token, dim)."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
@@ -76,17 +76,17 @@ class VisionTransformer(nn.Module):
     def __init__(
         self, channels: int, dim: int, depth: int, heads: int, patch: int = 16, size: int = 224, mean: bool = False
     ) -> None:
-        """Random weights, to be loaded over.
+        """Makes random weights, to be replaced by published ones.
 
         Args:
-            channels: Of the image.
+            channels: Channels of the image.
             dim: Length of a token, and of the features.
             depth: Number of blocks.
             heads: Number of attention heads.
             patch: Pixels along one side of a token's square.
             size: Pixels along one side of an image.
-            mean: Whether the features are the mean of the squares' tokens, as of a masked autoencoder, or
-                the class token.
+            mean: Whether the features are the mean of the squares' tokens, as in a masked autoencoder, or the class
+                token.
         """
         super().__init__()
         self.mean = mean
@@ -97,7 +97,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=EPSILON)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, channel, size, size) to (n, dim)."""
+        """Maps (n, channel, size, size) to (n, dim)."""
         tokens = self.patch_embed(images)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], 1) + self.pos_embed
         tokens = self.norm(self.blocks(tokens))
@@ -118,7 +118,7 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(inputs, width, stride)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, inputs, y, x) to (n, width, y / stride, x / stride)."""
+        """Maps (n, inputs, y, x) to (n, width, y / stride, x / stride)."""
         out = functional.relu(self.bn1(self.conv1(images)))
         return functional.relu(self.bn2(self.conv2(out)) + self.downsample(images))
 
@@ -139,14 +139,14 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(inputs, 4 * width, stride)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, inputs, y, x) to (n, 4 * width, y / stride, x / stride)."""
+        """Maps (n, inputs, y, x) to (n, 4 * width, y / stride, x / stride)."""
         out = functional.relu(self.bn1(self.conv1(images)))
         out = functional.relu(self.bn2(self.conv2(out)))
         return functional.relu(self.bn3(self.conv3(out)) + self.downsample(images))
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """The identity where shapes agree, else a 1 x 1 convolution."""
+    """Returns the identity where shapes agree, else a 1 x 1 convolution."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -156,10 +156,10 @@ class ResNet(nn.Module):
     """A ResNet (He et al. 2016) without its last layer."""
 
     def __init__(self, channels: int, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...]) -> None:
-        """Random weights, to be loaded over.
+        """Makes random weights, to be replaced by published ones.
 
         Args:
-            channels: Of the image.
+            channels: Channels of the image.
             block: The kind of block.
             depths: Blocks at each of the four sizes.
         """
@@ -176,7 +176,7 @@ class ResNet(nn.Module):
         self.sizes = len(depths)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, channel, y, x) to (n, feature)."""
+        """Maps (n, channel, y, x) to (n, feature)."""
         out = functional.max_pool2d(functional.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
         for i in range(self.sizes):
             out = self.get_submodule(f"layer{i + 1}")(out)
@@ -184,20 +184,20 @@ class ResNet(nn.Module):
 
 
 def vit_small(channels: int) -> VisionTransformer:
-    """ViT-S/16: 384 features."""
+    """Makes a ViT-S/16 with 384 features."""
     return VisionTransformer(channels, dim=384, depth=12, heads=6)
 
 
 def vit_large_mean(channels: int) -> VisionTransformer:
-    """ViT-L/16, mean of the squares' tokens: 1024 features."""
+    """Makes a ViT-L/16 with 1024 features, the mean of the squares' tokens."""
     return VisionTransformer(channels, dim=1024, depth=24, heads=16, mean=True)
 
 
 def resnet18(channels: int) -> ResNet:
-    """ResNet-18: 512 features."""
+    """Makes a ResNet-18 with 512 features."""
     return ResNet(channels, BasicBlock, (2, 2, 2, 2))
 
 
 def resnet50(channels: int) -> ResNet:
-    """ResNet-50: 2048 features."""
+    """Makes a ResNet-50 with 2048 features."""
     return ResNet(channels, Bottleneck, (3, 4, 6, 3))

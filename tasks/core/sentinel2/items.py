@@ -1,4 +1,4 @@
-"""What a STAC item of Sentinel-2 L2A says of itself, whichever provider wrote it.
+"""Reads what a STAC item of Sentinel-2 L2A says of itself, whichever provider wrote it.
 
 Items are plain dictionaries here. Earth Search names bands by colour (`red`), Planetary Computer by number (`B04`),
 Copernicus by number and pixel size (`B04_10m`); baseline, tile and acquisition stand in properties or only in a name.
@@ -30,22 +30,22 @@ PRODUCT_KEYS = ("s2:product_uri", "s2:datatake_id", "sentinel:product_id", "s2:p
 TILE = re.compile(r"(?<![0-9A-Z])T?(\d{1,2})([C-HJ-NP-X][A-HJ-NP-Z]{2})(?![0-9A-Z])")
 SENSED = re.compile(r"(S2[A-Z])_(?:MSIL2A_)?(\d{8}T\d{6})")
 SIZED = re.compile(r"(\w+)_(\d+)m")
-TEST_BASELINE = (99, 99)  # what Sen2Cor writes at a user's own run: it tells nothing of the format
+TEST_BASELINE = (99, 99)  # written by Sen2Cor in a user's own run; says nothing of the format
 
 
 def properties(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The item's properties; empty where they are no mapping."""
+    """Returns the item's properties; empty where they are no mapping."""
     found = item.get("properties")
     return found if isinstance(found, Mapping) else {}
 
 
 def _names(item: Mapping[str, Any]) -> list[str]:
-    """The product's names, the most telling first, the item's id last."""
+    """Returns the names of the product, the most informative first, the item's id last."""
     return [str(properties(item).get(key, "")) for key in PRODUCT_KEYS] + [str(item.get("id", ""))]
 
 
 def baselines(item: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Every processing baseline that the properties and the product's names tell, in that order."""
+    """Returns every processing baseline in the properties and then in the product's names."""
     stated = [str(properties(item).get(key, "")) for key in BASELINE_KEYS]
     found = [re.fullmatch(r"(\d\d)\.?(\d\d)", text) for text in stated]
     found += [re.search(r"_N(\d\d)\.?(\d\d)(?:_|\.SAFE|$)", name) for name in _names(item)]
@@ -54,12 +54,12 @@ def baselines(item: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def baseline(item: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The processing baseline from a property, else from the product's name, else nothing."""
+    """Returns the processing baseline from a property, else from the product's name, else None."""
     return next(iter(baselines(item)), None)
 
 
 def tile(item: Mapping[str, Any]) -> str:
-    """The MGRS tile, as `06VVN`; the item's id where nothing tells it."""
+    """Returns the MGRS tile, such as `06VVN`, or the item's id where none is stated."""
     stated = [str(properties(item).get(key, "")) for key in ("s2:mgrs_tile", "grid:code")]
     for text in [*stated, *(name.replace("_", " ") for name in _names(item))]:
         if match := TILE.search(text):
@@ -68,9 +68,9 @@ def tile(item: Mapping[str, Any]) -> str:
 
 
 def acquisition(item: Mapping[str, Any]) -> str:
-    """Which overpass and tile: the same for every processing of one acquisition, at every provider.
+    """Returns the overpass and tile as text, the same for every processing of an acquisition at every provider.
 
-    The datatake's own id will not do: it ends in the baseline.
+    The datatake's own id will not do, since it ends in the baseline.
     """
     for name in _names(item):
         if match := SENSED.search(name):
@@ -80,7 +80,10 @@ def acquisition(item: Mapping[str, Any]) -> str:
 
 
 def band_assets(item: Mapping[str, Any]) -> dict[str, str]:
-    """Asset key by band name (`B04`) and `SCL`: by key, by common name, or by what the asset says of its band."""
+    """Returns asset keys by band name, `B04` or `SCL`.
+
+    A band is recognised by the key, by its common name, or by what the asset says of its bands.
+    """
     listed = item.get("assets")
     best: dict[str, tuple[int, str]] = {}
     for key, asset in (listed if isinstance(listed, Mapping) else {}).items():
@@ -91,7 +94,7 @@ def band_assets(item: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _fit(key: str, asset: Mapping[str, Any]) -> tuple[str, int] | None:
-    """The band of an asset, and how sure that is: the exact key, the common name, then the finest pixels first."""
+    """Returns the band of an asset and a rank: 0 for the exact key, then the common name, then the finest pixels."""
     if key in NAMES:
         return key, 0
     if band := _band(key):
@@ -105,7 +108,7 @@ def _fit(key: str, asset: Mapping[str, Any]) -> tuple[str, int] | None:
 
 
 def _band(name: str) -> str | None:
-    """The band of this name in whatever case, or of this common name."""
+    """Returns the band of a name, in any case, or of a common name."""
     return name.upper() if name.upper() in NAMES else COMMON.get(name.lower())
 
 
@@ -114,7 +117,7 @@ def _pixel(asset: Mapping[str, Any]) -> int:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or nothing: JSON can hold true, NaN and integers beyond any float."""
+    """Returns a finite number, or None: JSON can hold true, NaN and integers beyond any float."""
     try:
         found = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -123,7 +126,7 @@ def number(value: Any) -> float | None:
 
 
 def entries(asset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What an asset says of its bands, in STAC 1.0's `eo:bands` and `raster:bands` and in STAC 1.1's `bands`."""
+    """Yields what an asset says of its bands, in STAC 1.0's `eo:bands` and `raster:bands`, and STAC 1.1's `bands`."""
     for key in ("eo:bands", "raster:bands", "bands"):
         listed = asset.get(key)
         yield from (entry for entry in (listed if isinstance(listed, list) else []) if isinstance(entry, Mapping))

@@ -17,6 +17,8 @@ from prefect.testing.utilities import prefect_test_harness
 from infra import sandbox as sandbox_module
 from infra.sandbox import servers
 from infra.sandbox.planet import PlanetSpec
+from tasks.core.sentinel2.items import NAMES
+from tests import providers
 
 settings.register_profile("rangegrid", deadline=None, derandomize=True)
 settings.load_profile("rangegrid")
@@ -104,7 +106,7 @@ PROVIDERS = {  # by a sign in the items' hrefs; the first that fits counts
 
 
 @pytest.fixture(scope="session")
-def real_items(fixtures_dir):
+def recorded_items(fixtures_dir):
     """Every real item of Sentinel-2 of the handled archives, by provider; one item can be in several files."""
     found = {name: [] for name in PROVIDERS.values()}
     for path in sorted(fixtures_dir.rglob("*.json")):
@@ -116,6 +118,33 @@ def real_items(fixtures_dir):
         for item in stac_geoparquet.arrow.stac_table_to_items(pyarrow.parquet.read_table(path)):
             found[_provider(item)].append(item)
     return found
+
+
+@pytest.fixture(scope="session", params=["made up", "recorded"])
+def items(request):
+    """Items by provider: those made up in each one's form always, and the recorded ones where they are there."""
+    return request.getfixturevalue("recorded_items") if request.param == "recorded" else providers.made_up()
+
+
+@pytest.fixture(scope="session", params=["made up", "recorded"])
+def colorado(request):
+    """Planetary Computer's items of 2024 around Colorado, each once: made up, and the recorded ones where they are."""
+    if request.param == "made up":
+        return providers.month()
+    recorded = request.getfixturevalue("recorded_items")["Planetary Computer"]
+    found = {item["id"]: item for item in recorded if item["properties"]["datetime"] > "2024"}
+    assert len(found) == 1080
+    return list(found.values())
+
+
+@pytest.fixture(scope="session", params=["made up", "recorded"])
+def whole_scene(request, tmp_path_factory):
+    """One scene of thirteen files: made up, and the recorded one where it is there."""
+    if request.param == "made up":
+        return providers.made_scene(tmp_path_factory.mktemp("scene"))
+    folder = request.getfixturevalue("fixtures_dir") / "s2_scene_29RKH"
+    item = json.loads((folder / "S2A_29RKH_20200219_0_L2A.json").read_text())
+    return providers.whole_scene(item, {band: str(folder / f"{band}.tif") for band in NAMES})
 
 
 def _provider(item):

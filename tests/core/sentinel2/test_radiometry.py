@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from tasks.core.sentinel2.items import acquisition, band_assets, baseline, tile
 from tasks.core.sentinel2.radiometry import check_numbers, decide, to_reflectance
 from tasks.params import BANDS
+from tests import providers
+from tests.providers import FORMS
 
 
 def item(version=None, declared=None, applied=None, name="x"):
@@ -218,11 +220,28 @@ def test_a_users_own_processing_tells_no_baseline():
     assert decide(item("99.99", -0.1)).offset == -1000
 
 
-# Every real item
+# Items in each archive's form, and every recorded one
 
 
-def test_the_real_items_of_each_provider(real_items):
-    assert {name: len(items) for name, items in real_items.items()} == {
+@pytest.mark.parametrize("name", FORMS)
+def test_the_offset_in_each_archives_form(name):
+    """ESA puts it in from baseline 04.00 on, and Earth Search alone takes it off again, and says so."""
+    form, all_taken = FORMS[name]
+    for taken in all_taken:
+        found, shifted, taken_off = decide(form(taken)), taken.baseline >= "04.00", name == "Earth Search"
+        assert not found.quarantined
+        assert found.offset == (-1000 if shifted and not taken_off else 0)
+        assert found.already_applied == (shifted and taken_off)
+
+
+@pytest.mark.parametrize("taken", [providers.OLD, providers.NEW])
+def test_earth_search_that_took_nothing_off(taken):
+    found = decide(providers.earth_search(taken, applied=False))
+    assert (found.offset, found.already_applied) == (-1000 if taken is providers.NEW else 0, False)
+
+
+def test_the_recorded_items_of_each_provider(recorded_items):
+    assert {name: len(items) for name, items in recorded_items.items()} == {
         "Digital Earth Africa": 1,
         "Planetary Computer": 1137,
         "Earth Search, Collection 1": 10,
@@ -230,7 +249,7 @@ def test_the_real_items_of_each_provider(real_items):
     }
     table = {
         (name, f"{baseline(i)[0]:02d}.{baseline(i)[1]:02d}", *astuple(decide(i))[:2], decide(i).quarantined)
-        for name, items in real_items.items()
+        for name, items in recorded_items.items()
         for i in items
     }
     assert table == {
@@ -244,28 +263,23 @@ def test_the_real_items_of_each_provider(real_items):
     }
 
 
-def test_every_band_of_every_real_item_has_its_asset(real_items):
+def test_every_band_of_every_item_has_its_asset(items):
     """Against the file that the asset names, which ends in the band's own name at every provider."""
-    seen = 0
-    for items in real_items.values():
-        for real in items:
-            keys = band_assets(real)
-            assert list(keys) == [*BANDS, "SCL"]
-            for band, key in keys.items():
-                assert re.search(rf"[/_]{band}(_\d\dm)?\.tif$", real["assets"][key]["href"]), (real["id"], band, key)
-            seen += 1
-    assert seen == 1152
+    for real in itertools.chain.from_iterable(items.values()):
+        keys = band_assets(real)
+        assert list(keys) == [*BANDS, "SCL"]
+        for band, key in keys.items():
+            assert re.search(rf"[/_]{band}(_\d\dm)?\.(tif|jp2)$", real["assets"][key]["href"]), (real["id"], band, key)
 
 
-def test_tile_and_acquisition_of_every_real_item(real_items):
+def test_tile_and_acquisition_of_every_item(items):
     """Against the product's own name, which each provider keeps somewhere."""
-    for items in real_items.values():
-        for real in items:
-            properties = real["properties"]
-            name = properties.get("s2:product_uri") or properties.get("sentinel:product_id")
-            satellite, _, sensed, _, _, square, *_ = name.split("_")
-            assert tile(real) == square[1:]
-            assert acquisition(real) == f"{satellite} {sensed} {square[1:]}"
+    for real in itertools.chain.from_iterable(items.values()):
+        properties = real["properties"]
+        name = properties.get("s2:product_uri") or properties.get("sentinel:product_id") or real["id"]
+        satellite, _, sensed, _, _, square, *_ = name.split("_")
+        assert tile(real) == square[1:]
+        assert acquisition(real) == f"{satellite} {sensed} {square[1:]}"
 
 
 # The numbers themselves
@@ -304,11 +318,41 @@ def test_no_numbers_tell_nothing():
 
 DARK = ["511198", "526850", "502692", "322265", "275979", "566084", "25630", "286743"]
 BRIGHT = ["252161", "57755"]  # nothing in them is dark
+SURFACES = {  # reflectance in blue, green, red and near infrared
+    "forest": (0.025, 0.045, 0.03, 0.3),
+    "lake": (0.035, 0.03, 0.015, 0.008),
+    "town": (0.11, 0.12, 0.13, 0.2),
+    "sand": (0.16, 0.25, 0.35, 0.42),
+    "cloud": (0.6, 0.6, 0.6, 0.65),
+}
 
 
-def real_patch(fixtures_dir, name):
-    with rasterio.open(fixtures_dir / "s2_patches" / f"patch_{name}.tif") as source:
-        return source.read()
+def numbers(surfaces, side=64):
+    """Numbers without the offset, (band, y, x): surfaces in blocks of 8 pixels, with noise and the sun on slopes."""
+    rng = np.random.default_rng(len(surfaces))
+    blocks = rng.integers(len(surfaces), size=(side // 8, side // 8)).repeat(8, 0).repeat(8, 1)
+    blocks[:8, :8] = 0  # at least one block is of the first
+    reflectance = np.array([SURFACES[name] for name in surfaces])[blocks].transpose(2, 0, 1)
+    lit = rng.normal(1, 0.05, (side, side)) * reflectance + rng.normal(0, 0.002, reflectance.shape)
+    return np.clip(lit * 10_000, 1, None).astype(np.uint16)
+
+
+def patches(request, made, recorded):
+    """Numbers without the offset: made up, or the recorded patches of these names."""
+    if request.param == "made up":
+        return {"-".join(surfaces): numbers(surfaces) for surfaces in made}
+    folder = request.getfixturevalue("fixtures_dir") / "s2_patches"
+    return {name: rasterio.open(folder / f"patch_{name}.tif").read() for name in recorded}
+
+
+@pytest.fixture(params=["made up", "recorded"])
+def dark(request):
+    return patches(request, [("forest",), ("lake",), ("forest", "town"), ("lake", "sand", "cloud")], DARK)
+
+
+@pytest.fixture(params=["made up", "recorded"])
+def bright(request):
+    return patches(request, [("sand",), ("cloud",), ("sand", "cloud")], BRIGHT)
 
 
 def with_offset(numbers):
@@ -316,42 +360,52 @@ def with_offset(numbers):
     return np.where(numbers > 0, numbers + np.uint16(1000), 0).astype(np.uint16)
 
 
-@pytest.mark.parametrize("name", DARK)
-def test_a_wrong_decision_on_a_real_patch_is_denied_and_a_right_one_is_not(fixtures_dir, name):
-    patch = real_patch(fixtures_dir, name)
-    assert check_numbers(patch, 0, 0.5)[1] == "agree"
-    assert check_numbers(patch, -1000, 0.5)[1] == "deny"
-    assert check_numbers(with_offset(patch), -1000, 0.5)[1] == "agree"
-    assert check_numbers(with_offset(patch), 0, 0.5)[1] == "deny"
+def test_a_wrong_decision_on_a_dark_patch_is_denied_and_a_right_one_is_not(dark):
+    for name, patch in dark.items():
+        assert check_numbers(patch, 0, 0.5)[1] == "agree", name
+        assert check_numbers(patch, -1000, 0.5)[1] == "deny", name
+        assert check_numbers(with_offset(patch), -1000, 0.5)[1] == "agree", name
+        assert check_numbers(with_offset(patch), 0, 0.5)[1] == "deny", name
 
 
-@pytest.mark.parametrize("name", DARK)
-def test_without_vegetation_and_water_only_too_dark_numbers_speak(fixtures_dir, name):
-    patch = real_patch(fixtures_dir, name)
-    assert check_numbers(patch, -1000, 0.0)[1] == "deny"
-    assert check_numbers(with_offset(patch), -1000, 0.0)[1] == "silent"
-    assert check_numbers(with_offset(patch), 0, 0.0)[1] == "silent"
+def test_without_vegetation_and_water_only_too_dark_numbers_speak(dark):
+    for name, patch in dark.items():
+        assert check_numbers(patch, -1000, 0.0)[1] == "deny", name
+        assert check_numbers(with_offset(patch), -1000, 0.0)[1] == "silent", name
+        assert check_numbers(with_offset(patch), 0, 0.0)[1] == "silent", name
 
 
-@pytest.mark.parametrize("name", BRIGHT)
-def test_a_bright_patch_tells_nothing(fixtures_dir, name):
-    patch = real_patch(fixtures_dir, name)
-    for numbers in (patch, with_offset(patch)):
-        assert {check_numbers(numbers, offset, 0.0)[1] for offset in (0, -1000)} == {"silent"}
+def test_a_bright_patch_tells_nothing(bright):
+    for name, patch in bright.items():
+        for written in (patch, with_offset(patch)):
+            told = {check_numbers(written, offset, 0.0)[1] for offset in (0, -1000)}
+            assert told == {"silent"}, name
 
 
-def test_no_window_of_a_real_desert_scene_says_the_opposite(fixtures_dir):
-    """The scene is of baseline 02.14, so 0 is right as it is, and -1000 once the offset is put in."""
-    scene = fixtures_dir / "s2_scene_29RKH"
-    classes = rasterio.open(scene / "SCL.tif").read(1).repeat(2, 0).repeat(2, 1)
-    bands = np.stack([rasterio.open(scene / f"{name}.tif").read(1) for name in ("B02", "B03", "B04", "B08")])
-    told = Counter()
-    for row, column in itertools.product(range(0, 1098 - 60, 61), repeat=2):
+@pytest.fixture(params=["made up", "recorded"])
+def desert(request):
+    """Numbers without the offset of a desert with some green and water, and its classification at the same pixels."""
+    if request.param == "recorded":
+        folder = request.getfixturevalue("fixtures_dir") / "s2_scene_29RKH"  # of baseline 02.14
+        classes = rasterio.open(folder / "SCL.tif").read(1).repeat(2, 0).repeat(2, 1)
+        return np.stack([rasterio.open(folder / f"{b}.tif").read(1) for b in ("B02", "B03", "B04", "B08")]), classes
+    scene, classes = numbers(["sand"], 488), np.full((488, 488), 5)
+    for row, column, surface, scl in [(70, 130, "forest", 4), (250, 260, "lake", 6), (400, 30, "lake", 6)]:
+        scene[:, row : row + 64, column : column + 64] = numbers([surface])
+        classes[row : row + 64, column : column + 64] = scl
+    return scene, classes
+
+
+def test_no_window_of_a_desert_says_the_opposite(desert):
+    """Without the offset 0 is right, and -1000 once the offset is put in."""
+    scene, classes = desert
+    told, starts = Counter(), range(0, scene.shape[1] - 60, 61)
+    for row, column in itertools.product(starts, repeat=2):
         window = np.s_[row : row + 61, column : column + 61]
-        numbers, share = bands[:, *window], float(np.isin(classes[window], (4, 6)).mean())
-        for truth, written in ((0, numbers), (-1000, with_offset(numbers))):
+        plain, share = scene[:, *window], float(np.isin(classes[window], (4, 6)).mean())
+        for truth, written in ((0, plain), (-1000, with_offset(plain))):
             for decision in (0, -1000):
                 told[truth == decision, check_numbers(written, decision, share)[1]] += 1
     assert told[True, "deny"] == told[False, "agree"] == 0
     assert told[False, "deny"] == told[True, "agree"] > 0
-    assert told.total() == 4 * 18**2
+    assert told.total() == 4 * len(starts) ** 2

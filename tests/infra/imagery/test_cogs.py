@@ -98,32 +98,26 @@ def test_an_unknown_scheme_is_refused():
         read_windows("gs://bucket/a.tif?sig=x", place(LEFT, TOP), 16, 10)
 
 
-def test_a_whole_real_scene_reads_as_rasterio_reads_it(fixtures_dir):
-    """Twelve bands and the classification (here ten times as coarse), against rasterio's read of the whole asset."""
-    paths = {path.stem: path for path in (fixtures_dir / "s2_scene_29RKH").glob("[BS]*.tif")}
-    with rasterio.open(paths["B04"]) as source:
-        x, y = source.transform @ (np.array([130, 512, 900]), np.array([900, 512, 140]))
-        places = np.column_stack(Transformer.from_crs(source.crs, 4326, always_xy=True).transform(x, y))
-    found = read_scene({name: str(path) for name, path in paths.items()}, places, 256, 100)
+def test_a_whole_scene_reads_as_rasterio_reads_it(whole_scene):
+    """Twelve bands and the classification, against rasterio's read of the whole asset."""
+    corners = [(130, 900), (512, 512), (900, 140)]
+    found = read_scene(whole_scene.files, whole_scene.places(corners), 256, 100)
     assert len(found) == 13
     for name, windows in found.items():
-        with rasterio.open(paths[name]) as source:
+        with rasterio.open(whole_scene.files[name]) as source:
             factor = 1098 // source.width
             fine = source.read(1).repeat(factor, axis=0).repeat(factor, axis=1)
-        for window, (column, row) in zip(windows, [(130, 900), (512, 512), (900, 140)], strict=True):
+        for window, (column, row) in zip(windows, corners, strict=True):
             np.testing.assert_array_equal(window, fine[row - 128 : row + 128, column - 128 : column + 128])
 
 
-def test_the_bands_of_a_real_scene_register(fixtures_dir):
-    """10, 20 and 60 m bands (here ten times as coarse) around one place, against rasterio at each pixel's centre."""
-    folder = fixtures_dir / "s2_scene_29RKH"
-    with rasterio.open(folder / "B04.tif") as source:
-        corner, crs = (source.bounds.left, source.bounds.top), source.crs
-        x, y = corner[0] + 51_300, corner[1] - 40_700
-    centre = np.array([Transformer.from_crs(crs, 4326, always_xy=True).transform(x, y)])
+def test_the_bands_of_a_scene_register(whole_scene):
+    """Around one place, against rasterio at each pixel's centre."""
+    with rasterio.open(whole_scene.files["B04"]) as source:
+        x, y = source.transform @ (513, 407)
     for band in ("B04", "B08", "B05", "B12", "B01", "B09", "SCL"):
-        with rasterio.open(folder / f"{band}.tif") as source:
-            (window,) = read_windows(str(folder / f"{band}.tif"), centre, 64, 100)
+        (window,) = read_windows(whole_scene.files[band], whole_scene.places([(513, 407)]), 64, 100)
+        with rasterio.open(whole_scene.files[band]) as source:
             for row, column in [(0, 0), (63, 63), (17, 40), (40, 17)]:
                 at = (x + (column - 32 + 0.5) * 100, y - (row - 32 + 0.5) * 100)
                 assert window[row, column] == next(source.sample([at]))[0], band
@@ -162,9 +156,23 @@ def test_a_truncated_asset_is_unreadable(tmp_path, data):
         read_windows(str(path), place(LEFT + 1500, TOP - 1900), 16, 10)
 
 
-def test_real_patches_read_as_rasterio_reads_them(fixtures_dir, tmp_path):
-    """All ten patches in all twelve bands, each band a COG of its own as in the archive."""
-    for path in sorted((fixtures_dir / "s2_patches").glob("*.tif")):
+@pytest.fixture(params=["made up", "recorded"])
+def patch_files(request, tmp_path):
+    """Files of twelve bands, in several zones on both hemispheres."""
+    if request.param == "recorded":
+        return sorted((request.getfixturevalue("fixtures_dir") / "s2_patches").glob("*.tif"))
+    rng, paths = np.random.default_rng(4), []
+    for epsg in (32601, 32660, 32733):
+        profile = PROFILE | {"count": 12, "crs": epsg, "width": 256, "height": 256}
+        with rasterio.open(tmp_path / f"patch_{epsg}.tif", "w", **profile) as target:
+            target.write(rng.integers(0, 9000, (12, 256, 256), dtype=np.uint16))
+        paths.append(tmp_path / f"patch_{epsg}.tif")
+    return paths
+
+
+def test_patches_read_as_rasterio_reads_them(patch_files, tmp_path):
+    """In all twelve bands, each band a COG of its own as in the archive."""
+    for path in patch_files:
         with rasterio.open(path) as source:
             bands, profile = source.read(), source.profile | {"count": 1, "driver": "COG"}
             x, y = source.transform @ (source.width / 2, source.height / 2)

@@ -1,4 +1,4 @@
-"""Searches of catalogs: files, and a real STAC server over the real items, with faults put in between."""
+"""Searches of catalogs: files, and a real STAC server over items in an archive's form, with faults put in between."""
 
 import json
 from contextlib import contextmanager, nullcontext
@@ -12,6 +12,7 @@ import pytest
 import shapely
 from hypothesis import given
 from hypothesis import strategies as st
+from stac_geoparquet.arrow import parse_stac_items_to_arrow
 from urllib3 import Retry
 
 from infra import retries, storage
@@ -77,14 +78,6 @@ def collection_of(name):
     return pystac.Collection(name, name, extent).to_dict()
 
 
-@pytest.fixture(scope="module")
-def real(real_items):
-    """The real items of Planetary Computer of 2024, each once."""
-    items = {i["id"]: i for i in real_items["Planetary Computer"] if i["properties"]["datetime"] > "2024"}
-    assert len(items) == 1080
-    return list(items.values())
-
-
 @contextmanager
 def serving(collection, items):
     """rustac over an item-collection file."""
@@ -138,20 +131,23 @@ def test_an_api_and_a_file_answer_alike(server, collection_file, served, cloud, 
     assert ids(collection_file.as_uri(), cloud=cloud, interval=interval) == wanted
 
 
-def test_real_items_are_found_by_an_api_and_in_a_file(fixtures_dir, real, tmp_path):
-    (tmp_path / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": real}))
-    collection = json.loads((fixtures_dir / "stac_items/odc-stac/sentinel-2-l2a.collection.json").read_text())
-    wanted = expected(real)
-    assert len(wanted) > 100
-    assert ids(tmp_path / "items.json") == wanted
-    with serving(collection, tmp_path / "items.json") as url:
+def test_an_archives_items_are_found_by_an_api_and_in_files(colorado, tmp_path):
+    """As JSON and as stac-geoparquet."""
+    wanted = expected(colorado)
+    assert wanted
+    (tmp_path / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": colorado}))
+    pyarrow.parquet.write_table(parse_stac_items_to_arrow(colorado).read_all(), tmp_path / "items.parquet")
+    assert ids(tmp_path / "items.json") == ids(tmp_path / "items.parquet") == wanted
+    with serving(collection_of(PC), tmp_path / "items.json") as url:
         assert ids(url) == wanted
 
 
-def test_stac_geoparquet_as_it_comes(fixtures_dir, real):
+def test_recorded_stac_geoparquet_as_it_comes(fixtures_dir, recorded_items):
     file = fixtures_dir / "stac_items/rustac/1000-sentinel-2-items.parquet"
     held = set(pyarrow.parquet.read_table(file, columns=["id"])["id"].to_pylist())
-    wanted = expected([i for i in real if i["id"] in held])
+    wanted = expected(
+        [i for i in {i["id"]: i for i in recorded_items["Planetary Computer"]}.values() if i["id"] in held]
+    )
     assert ids(file) == wanted
     assert len(wanted) > 50
 

@@ -14,6 +14,7 @@ from stac_geoparquet.arrow import parse_stac_items_to_arrow, stac_table_to_items
 from infra.errors import CatalogUnavailable, UserError
 from infra.stac import files as stac_files
 from infra.stac.catalogs import Catalog, collection_title, search
+from tests import providers
 from tests.infra.stac.stac_server import PLACE, StacServer, made
 
 YEAR = "2021-01-01/2021-12-31"
@@ -125,7 +126,12 @@ def test_a_rows_feature_is_what_stac_geoparquet_makes_of_it(tmp_path):
     check_features(tmp_path / "items.parquet")
 
 
-def test_real_rows_are_what_stac_geoparquet_makes_of_them(fixtures_dir):
+def test_an_archives_rows_are_what_stac_geoparquet_makes_of_them(tmp_path):
+    pq.write_table(table(providers.month()[:20]), tmp_path / "items.parquet")
+    check_features(tmp_path / "items.parquet")
+
+
+def test_recorded_rows_are_what_stac_geoparquet_makes_of_them(fixtures_dir):
     check_features(fixtures_dir / "stac_items/rustac/100-sentinel-2-items.parquet")
 
 

@@ -3,15 +3,15 @@
 import datetime
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pystac
 import pytest
-import rasterio.warp
+import rasterio
 import shapely
 from hypothesis import given
 from hypothesis import strategies as st
+from rasterio.windows import Window
 
 from infra.errors import UserError
 from infra.imagery.cogs import read_windows
@@ -124,9 +124,9 @@ def test_a_scene_across_180_holds_places_on_both_sides(unsplit):
         assert (scene is not None) == held, lon
 
 
-def test_a_place_in_six_tiles_is_not_six_times_as_likely(real_items):
-    """Places by area over the real footprints of a month: those in more tiles are taken as often as their area."""
-    month = {i["id"]: i for i in real_items["Planetary Computer"] if i["properties"]["datetime"][:7] == "2024-08"}
+def test_a_place_in_six_tiles_is_not_six_times_as_likely(colorado):
+    """Places by area over the footprints of a month: those in more tiles are taken as often as their area."""
+    month = {i["id"]: i for i in colorado if i["properties"]["datetime"][:7] == "2024-08"}
     items = [pystac.Item.from_dict(i) for i in month.values()]
     rng = np.random.default_rng(0)
     lonlat = rng.uniform((-109.5, 36.5), (-101.5, 41.5), (1500, 2))  # by degrees: enough in this narrow band
@@ -147,10 +147,10 @@ def test_a_place_in_six_tiles_is_not_six_times_as_likely(real_items):
     assert ratio == pytest.approx(tiles[often].mean(), rel=0.3), "S2-100K's rule, for comparison"
 
 
-def test_every_real_item_is_explained_as_it_is_chosen(real_items, tmp_path):
+def test_every_item_is_explained_as_it_is_chosen(items, tmp_path):
     """The command reads the file as it comes, the sample an item of pystac's: both decide alike."""
-    for items in real_items.values():
-        for real in items[:: max(1, len(items) // 60)]:
+    for listed in items.values():
+        for real in listed[:: max(1, len(listed) // 60)]:
             (tmp_path / "item.json").write_text(json.dumps(real))
             found = explain(str(tmp_path / "item.json"))
             assert set(found) == {"offset", "already_applied", "reasons", "quarantined", "scale", "nodata"}
@@ -158,24 +158,19 @@ def test_every_real_item_is_explained_as_it_is_chosen(real_items, tmp_path):
             assert found == asdict(decide(real))
 
 
-def test_a_real_scene_is_found_offline_and_read(fixtures_dir, tmp_path, monkeypatch):
-    """The one real scene beside its item, as an item collection; its pixels are ten times as coarse as real ones."""
-    folder = fixtures_dir / "s2_scene_29RKH"
-    real = json.loads((folder / "S2A_29RKH_20200219_0_L2A.json").read_text())
-    for asset in real["assets"].values():
-        asset["href"] = str(folder / Path(asset["href"]).name)
-    (tmp_path / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": [real]}))
+def test_a_scene_is_found_offline_and_read(whole_scene, tmp_path, monkeypatch):
+    """The files of one scene beside its item, as an item collection."""
+    (tmp_path / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": [whole_scene.item]}))
     monkeypatch.setenv("RANGEGRID_STAC_URL", str(tmp_path / "items.json"))
     monkeypatch.setenv("RANGEGRID_COLLECTION", "sentinel-2-l2a")
-    params = SampleParams(datetime="2020-02-19", resolution_m=100, patch_pixels=32)
-    place = np.array([[-11.4, 24.8]])
-    scene, _ = choose(find_items(place, params), candidates(lon=-11.4, lat=24.8), params)[0]
+    day = whole_scene.item["properties"]["datetime"][:10]
+    params = SampleParams(datetime=day, resolution_m=100, patch_pixels=32)
+    place = whole_scene.places([[512, 400]])
+    (lon, lat), *_ = place
+    scene, _ = choose(find_items(place, params), candidates(lon=lon, lat=lat), params)[0]
     (window,) = read_windows(scene.assets[asset_keys(scene)["B04"]].href, place, 32, 100)
-    with rasterio.open(folder / "B04.tif") as source:
-        ((x,), (y,)) = rasterio.warp.transform(4326, source.crs, *place.T)
-        left, top = source.bounds.left, source.bounds.top
-        corner = np.rint([(x - left) / 100 - 16, (top - y) / 100 - 16]).astype(int)
-        np.testing.assert_array_equal(window, source.read(1, window=rasterio.windows.Window(*corner, 32, 32)))
+    with rasterio.open(whole_scene.files["B04"]) as source:
+        np.testing.assert_array_equal(window, source.read(1, window=Window(512 - 16, 400 - 16, 32, 32)))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"type": "Feature"}', "\x00"])

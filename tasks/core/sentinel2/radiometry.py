@@ -6,7 +6,7 @@ each other; every decision keeps its reasons, and a contradiction that no rule r
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,18 @@ class Radiometry:
     """The DN that means no data."""
 
 
+@dataclass(frozen=True)
+class Signal:
+    """What one source tells of an item's offset."""
+
+    value: bool | None
+    """The answer; none where the source tells nothing, or nothing clear."""
+    said: tuple[str, ...]
+    """What it tells, in words."""
+    against: tuple[str, ...]
+    """Why it cannot be believed; empty where it can."""
+
+
 def decide(item: Mapping[str, Any]) -> Radiometry:
     """Decides an item's offset from all signals.
 
@@ -61,99 +73,105 @@ def decide(item: Mapping[str, Any]) -> Radiometry:
         The decision with its reasons; `quarantined` where the signals cannot be reconciled.
     """
     assets = [item["assets"][key] for band, key in band_assets(item).items() if band != "SCL"]
-    said: list[str] = []
-    against: list[str] = []
-    shifted = _by_baseline(item, said, against)
-    declared = _by_bands(item, assets, said, against)
-    applied = _by_flag(item, said, against)
-    provider = _provider(assets, said, against)
-    _compare(shifted, declared, applied, provider, against)
+    shifted, declared, applied = ask_baseline(item), ask_bands(item, assets), ask_flag(item)
+    signals = (shifted, declared, applied, ask_provider(assets))
+    said = tuple(text for signal in signals for text in signal.said)
+    against = tuple(text for signal in signals for text in signal.against)
+    against += tuple(_conflicts(*(signal.value for signal in signals)))
+    if not (against or applied.value) and shifted.value is None and declared.value is None:
+        against = ("neither baseline nor bands tell the offset",)
     if against:
         return Radiometry(0, False, (*said, *against), quarantined=True)
-    if applied:
+    if applied.value:
         return Radiometry(0, True, (*said, "taken off already: a declared offset would be taken off twice"))
-    if shifted or declared:
+    if shifted.value or declared.value:
         return Radiometry(OFFSET, False, (*said, "the offset is still in the numbers"))
     return Radiometry(0, False, (*said, "no offset in the numbers"))
 
 
-def _by_baseline(item: Mapping[str, Any], said: list[str], against: list[str]) -> bool | None:
-    """Whether ESA's processing added the offset."""
+def _conflicts(
+    shifted: bool | None, declared: bool | None, applied: bool | None, never_applied: bool | None
+) -> Iterator[str]:
+    """Yields what no documented rule reconciles."""
+    if applied and shifted is False:
+        yield "it was never in the numbers, and cannot have been taken off"
+    if applied and never_applied:
+        yield "the provider never takes it off"
+    if not applied and {shifted, declared} == {True, False}:
+        yield "baseline and bands contradict each other"
+
+
+def ask_baseline(item: Mapping[str, Any]) -> Signal:
+    """Returns whether ESA's processing added the offset."""
     versions = baselines(item)
+    if not versions:
+        return Signal(None, (), ())
     told = ", ".join(dict.fromkeys(f"{major:02d}.{minor:02d}" for major, minor in versions))
-    said += [f"processing baseline {told}"] * bool(told)
+    said = (f"processing baseline {told}",)
     shifted = {version >= BASELINE_WITH_OFFSET for version in versions}
-    against += ["the baselines are from before and after the offset"] * (len(shifted) > 1)
-    return shifted.pop() if len(shifted) == 1 else None
+    if len(shifted) > 1:
+        return Signal(None, said, ("the baselines are from before and after the offset",))
+    return Signal(shifted.pop(), said, ())
 
 
-def _by_bands(
-    item: Mapping[str, Any], assets: list[Mapping[str, Any]], said: list[str], against: list[str]
-) -> bool | None:
-    """Whether the bands declare that the offset is to be added.
+def ask_bands(item: Mapping[str, Any], assets: list[Mapping[str, Any]]) -> Signal:
+    """Returns whether the bands declare that the offset is to be added.
 
     Only the assets that are read count: Earth Search's original JPEG 2000 files beside them are not shifted.
     """
     pairs = [pair for asset in assets for pair in _declarations(asset, properties(item))]
     declared = {_dn(scale, offset) for scale, offset in pairs if offset is not None}
-    told = ", ".join(sorted("no number" if offset is None else str(offset) for offset in declared))
-    said += [f"the bands declare an offset of {told}"] * bool(told)
-    odd = bool(declared - {0, OFFSET}) or len(declared) > 1
-    against += ["the bands contradict each other or the format"] * odd
-    return OFFSET in declared if declared and not odd else None
+    if not declared:
+        return Signal(None, (), ())
+    told = sorted("no number" if offset is None else str(offset) for offset in declared)
+    said = (f"the bands declare an offset of {', '.join(told)}",)
+    if declared not in ({0}, {OFFSET}):
+        return Signal(None, said, ("the bands contradict each other or the format",))
+    return Signal(declared == {OFFSET}, said, ())
 
 
 def _declarations(asset: Mapping[str, Any], item: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """Scale and offset as declared for each band of an asset, else for the asset, else for the whole item."""
+    """Returns scale and offset as declared for each band of an asset, else for the asset, else for the whole item."""
     listed = [entry for entry in entries(asset) if {"offset", "raster:offset"} & set(entry)]
     return [(_told("scale", e, asset, item), _told("offset", e, asset, item)) for e in listed or [{}]]
 
 
 def _told(name: str, band: Mapping[str, Any], *wider: Mapping[str, Any]) -> Any:
-    """A value of the raster extension: `offset` in STAC 1.0's bands, `raster:offset` everywhere in STAC 1.1."""
+    """Returns a value of the raster extension: STAC 1.0's bands call it `offset`, STAC 1.1 `raster:offset`."""
     values = (band.get(name), *(place.get(f"raster:{name}") for place in (band, *wider)))
     return next((value for value in values if value is not None), None)
 
 
 def _dn(scale: Any, offset: Any) -> int | None:
-    """An offset of reflectance in DN; nothing where scale or offset is not the format's. An untold scale is."""
+    """Returns an offset of reflectance in DN; none where scale or offset is not the format's. An untold scale is."""
     per_dn, told = SCALE if scale is None else number(scale), number(offset)
-    return round(told / SCALE) if per_dn and told is not None and math.isclose(per_dn, SCALE) else None
+    if not per_dn or told is None or not math.isclose(per_dn, SCALE):
+        return None
+    return round(told / SCALE)
 
 
-def _by_flag(item: Mapping[str, Any], said: list[str], against: list[str]) -> bool | None:
-    """Whether the provider says that the offset is taken off."""
+def ask_flag(item: Mapping[str, Any]) -> Signal:
+    """Returns whether the provider says that the offset is taken off."""
     told = {key: properties(item)[key] for key in APPLIED_KEYS if properties(item).get(key) is not None}
-    said += [f"{key} is {str(value).lower()}" for key, value in told.items()]
-    odd = any(not isinstance(value, bool) for value in told.values()) or len(set(map(str, told.values()))) > 1
-    against += ["boa_offset_applied is neither true nor false"] * odd
-    return next(iter(told.values()), None) if not odd else None
+    said = tuple(f"{key} is {str(value).lower()}" for key, value in told.items())
+    values = list(told.values())
+    if any(not isinstance(value, bool) for value in values) or len(set(values)) > 1:
+        return Signal(None, said, ("boa_offset_applied is neither true nor false",))
+    return Signal(values[0] if values else None, said, ())
 
 
-def _provider(assets: list[Mapping[str, Any]], said: list[str], against: list[str]) -> str:
-    """The provider whose files the bands are, known by their address."""
+def ask_provider(assets: list[Mapping[str, Any]]) -> Signal:
+    """Returns whether the provider, known by the address of the files, never takes the offset off."""
     hrefs = [str(asset.get("href", "")) for asset in assets]
-    found = [name for name in PROVIDERS if any(name in href for href in hrefs)]
-    said += [PROVIDERS[name] for name in found]
-    against += ["the bands are files of several providers"] * (len(found) > 1)
-    return found[0] if len(found) == 1 else ""
-
-
-def _compare(
-    shifted: bool | None, declared: bool | None, applied: bool | None, provider: str, against: list[str]
-) -> None:
-    """Adds what no documented rule reconciles."""
-    if applied:
-        against += ["it was never in the numbers, and cannot have been taken off"] * (shifted is False)
-        against += ["the provider never takes it off"] * (provider == NEVER_APPLIES)
-    elif shifted is None and declared is None and not against:
-        against.append("neither baseline nor bands tell the offset")
-    elif None not in (shifted, declared) and shifted != declared:
-        against.append("baseline and bands contradict each other")
+    providers = [name for name in PROVIDERS if any(name in href for href in hrefs)]
+    said = tuple(PROVIDERS[name] for name in providers)
+    if len(providers) > 1:
+        return Signal(None, said, ("the bands are files of several providers",))
+    return Signal(providers == [NEVER_APPLIES], said, ())
 
 
 def to_reflectance(dn: NDArray[np.uint16], offset: NDArray[np.int64] | int) -> NDArray[np.float32]:
-    """Reflectance of raw numbers; nodata, and numbers that the format has not, become NaN.
+    """Returns the reflectance of raw numbers; nodata, and numbers that the format has not, become NaN.
 
     Args:
         dn: Raw numbers, first axis one patch each.
@@ -173,7 +191,7 @@ def beyond_format(dn: NDArray[np.uint16]) -> bool:
 
 
 def check_numbers(dn: NDArray[np.uint16], offset: int, dark_share: float) -> tuple[float, str]:
-    """Whether a patch's numbers deny the decided offset.
+    """Returns whether a patch's numbers deny the decided offset.
 
     With the offset still in the numbers nothing is darker than about 1000; without it, the darkest pixels of
     vegetation and water are well below that in some band. Bright ground and haze tell nothing. A number that the format
@@ -201,7 +219,9 @@ def check_numbers(dn: NDArray[np.uint16], offset: int, dark_share: float) -> tup
 
 
 def _looks_shifted(dark: float, dark_share: float) -> bool | None:
-    """Whether the dark end of the numbers has the offset in it; nothing where it does not tell."""
+    """Returns whether the dark end of the numbers has the offset in it; none where it does not tell."""
     if dark < -OFFSET - TOLERANCE:
         return False
-    return True if dark_share >= DARK_SHARE and -OFFSET <= dark < HAZY else None
+    if dark_share >= DARK_SHARE and -OFFSET <= dark < HAZY:
+        return True
+    return None

@@ -55,6 +55,7 @@ OPENED = 5  # scenes of which one must have bands that can be read: a single one
 SCREENED = ["row_id", "item_id", "reason", "round", "cell"]  # what the run keeps in memory of each place tried
 PLANNED = ["position", "row_id", "round", "cell"]  # leads a unit back to the verdict
 READ = [*store.MANIFEST, "position", "reason"]
+FIRST_CLEAR, LEAST_CLEAR = 0.8, 0.05  # shares of candidates taken to be clear: before any is tried, and at least
 
 
 def sample_patches(client: Client, params: SampleParams) -> str:
@@ -81,16 +82,14 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     source = attribution()
     check(client, params, planned)
     store.create(url, *shape(params))
-    run = Run(client, url, params, siblings(made_of))
-    rows = run.read()
+    units, lost = Units(client, url, params, siblings(made_of)), Counter[str]()
+    places = ClearPlaces(units)
+    rows = read_patches(units, places, lost)
     digest = store.write_manifest(url, rows)
     picture = sample_map(rows[["lon", "lat"]].to_numpy(), f"{len(rows):,} patches, {PLACES[params.places]}", source)
     keep_picture(storage.join(url, "samples.png"), picture, "sample-map", "Where the patches were taken")
-    actual = run.cost()
-    took = ", ".join(f"{name} {value}" for name, value in actual.lines().items())
-    log().info("took: %s; %s", took, counts(run.rejected))
-    table = beside(planned, actual, run.rejected)
-    keep_table(storage.join(url, "run.md"), table, "sample-run", "Planned and actual cost")
+    rejected = places.rejected + lost
+    tell_cost(url, planned, cost(units, places.screened), rejected)
     storage.delete(storage.join(url, "held"))
     write_card(
         url,
@@ -100,12 +99,19 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         line=params.line,
         manifest_sha256=digest,
         attribution=source,
-        tried=len(run.screened),
-        rejected=run.rejected,
-        passed_over=run.passed_over,
+        tried=len(places.screened),
+        rejected=rejected,
+        passed_over=places.passed_over,
         offset_checks=rows["offset_check"].value_counts().to_dict(),
     )
     return url
+
+
+def tell_cost(url: str, planned: Cost, actual: Cost, rejected: Mapping[str, int]) -> None:
+    """Tells what the run took, beside what was planned."""
+    took = ", ".join(f"{name} {value}" for name, value in actual.lines().items())
+    log().info("took: %s; %s", took, counts(rejected))
+    keep_table(storage.join(url, "run.md"), beside(planned, actual, rejected), "sample-run", "Planned and actual cost")
 
 
 def check(client: Client, params: SampleParams, planned: Cost) -> None:
@@ -207,8 +213,8 @@ def attribution() -> str:
 
 
 @dataclass
-class Run:
-    """A run as far as it has come: all of it is read from the parts, so it may have begun in another process."""
+class Units:
+    """Runs the units of a sample on Dask, and reads the parts that they store: these may be of another process."""
 
     client: Client
     """The Dask cluster."""
@@ -216,118 +222,147 @@ class Run:
     """The patch store."""
     params: SampleParams
     """Where, when and how many."""
-    sources: list[str] = field(default_factory=list)
+    sources: list[str]
     """Other samples of the same parameters, whose places are not read again."""
-    screened: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=SCREENED))
-    """The verdict on each place tried."""
-    searches: int = 0
-    """Rounds of screening."""
-    taken: int = 0
-    """Clear places that are planned to be read."""
-    lost: Counter[str] = field(default_factory=Counter)
-    """Of these, those that could not be read, by reason."""
-    passed_over: Counter[str] = field(default_factory=Counter)
-    """Scenes that were tried in vain for some place, by reason; another may have served it."""
     costs: list[dict[str, Any]] = field(default_factory=list)
     """What each unit took."""
 
-    def read(self) -> pd.DataFrame:
-        """Reads every patch, in rounds: each replaces what the one before could not read.
+    def there(self, kind: str, number: int) -> set[int]:
+        """Returns which parts of a round are stored."""
+        return {int(name.partition(".")[0]) for name in storage.names(storage.join(self.url, kind, str(number)))}
 
-        Returns:
-            The good rows, in the store's order.
-        """
-        known = places_read(self.sources)
-        plan = assign(self.take(self.params.patches)).join(known, on="row_id")
-        if len(known):
-            there = int(plan["source"].notna().sum())
-            log().info("%d of %d places were read for %s: they are copied", there, len(plan), ", ".join(self.sources))
-        rounds: list[pd.DataFrame] = []
-        while len(plan):
-            found = self.read_round(len(rounds), plan)
-            bad = found[found["reason"] != ""]
-            rounds.append(found[found["reason"] == ""])
-            if len(bad):
-                self.lost.update(bad["reason"])
-                log().warning("%d patches are replaced: %s", len(bad), counts(Counter(bad["reason"])))
-            plan = self.take(len(bad)).assign(position=bad["position"].to_numpy()).join(known, on="row_id")
-        return pd.concat(rounds).sort_values("position", ignore_index=True)
+    def run(self, function: Callable, units: list, label: str, there: int, named: str) -> None:
+        """Runs a function on units (round, cell or shard, ...), which store their parts."""
+        run_units(
+            self.client,
+            partial(function, self.url, self.params),
+            units,
+            label=label,
+            there=there,
+            name=lambda unit: f"{named} {unit[1]}",
+            max_failed_fraction=self.params.max_failed_fraction,
+        )
 
-    def read_round(self, number: int, plan: pd.DataFrame) -> pd.DataFrame:
-        """Reads the places of a plan, shard by shard; what was found, in the order of positions."""
-        shard = plan["position"] // self.params.shard_patches
-        shards = np.unique(shard).tolist()
-        there = self._there("parts", number)
-        left = [(number, i) for i in shards if i not in there]
-        for _, i in left:
-            store.create_part(self.url, "plan", number, i, plan.loc[shard == i, [*PLANNED, *WHERE]])
-        self._do(read_shard, left, "read patches", len(there), lambda unit: f"shard {unit[1]}")
-        return self._collect("parts", number, shards, READ).sort_values("position")
+    def collect(self, kind: str, number: int, parts: list[int], columns: list[str]) -> pd.DataFrame:
+        """Returns the rows of a round's parts, and keeps what they cost."""
+        tables = store.read_parts(self.url, kind, number, parts, columns)
+        self.costs += [dict(table.attrs) for table in tables]  # type: ignore[arg-type]
+        return pd.concat(tables, ignore_index=True)
 
-    def take(self, count: int) -> pd.DataFrame:
-        """The next clear places of the stream.
+
+@dataclass
+class ClearPlaces:
+    """The clear places of the seed's stream, which is screened as far as they are asked for."""
+
+    units: Units
+    """What does the screening."""
+    screened: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=SCREENED))
+    """The verdict on each place tried."""
+    rounds: int = 0
+    """Rounds of screening."""
+    taken: int = 0
+    """Clear places that were given out."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Scenes that were tried in vain for some place, by reason; another may have served it."""
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Places screened in vain, by reason."""
+        return Counter(self.screened.loc[self.screened["reason"] != "", "reason"])
+
+    def take(self, count: int, lost: Counter[str]) -> pd.DataFrame:
+        """Returns the next clear places of the stream.
+
+        Args:
+            count: How many.
+            lost: Those taken before that could not be read, by reason, for the message.
 
         Raises:
             UserError: The tries are spent, or the list is at its end.
         """
-        wanted = self.taken + count
+        wanted, params = self.taken + count, self.units.params
         while len(clear := self.screened[self.screened["reason"] == ""]) < wanted:
-            if not self.screen(len(clear), wanted):
+            candidates = self.more(len(clear), wanted)
+            if not len(candidates):
                 raise UserError(
-                    f"only {self.params.patches - wanted + len(clear)} of {self.params.patches} patches were found "
-                    f"among {len(self.screened)} places ({counts(self.rejected)}): widen --datetime, raise "
+                    f"only {params.patches - wanted + len(clear)} of {params.patches} patches were found among "
+                    f"{len(self.screened)} places ({counts(self.rejected + lost)}): widen --datetime, raise "
                     "--max-cloud-percent or --max-tries, or ask for fewer"
                 )
+            self.screen(candidates)
         self.taken = wanted
         return clear.sort_values("row_id").iloc[wanted - count : wanted]
 
-    def screen(self, clear: int, wanted: int) -> bool:
-        """Screens about as many more candidates as are wanted, cell by cell; tells whether there were any."""
-        tried, most = len(self.screened), int(self.params.patches * self.params.max_tries)
-        rate = max(clear / tried, 0.05) if tried else 0.8
-        more = draw(min(most, tried + int((wanted - clear) / rate * 1.1) + 16), self.params)[tried:]
-        if not len(more):
-            return False
-        cells, number = grid_zone(more[:, 1:3]), self.searches
-        there = self._there("screen", number)
-        units = np.unique(cells).tolist()
-        left = [(number, cell, more[cells == cell]) for cell in units if cell not in there]
-        self._do(
-            partial(screen_cell, sources=self.sources),
-            left,
-            "search and screen",
-            len(there),
-            lambda unit: f"cell {unit[1]}",
-        )
-        scenes = self._collect("screen", number, units, SCREENED)
+    def more(self, clear: int, wanted: int) -> NDArray[np.float64]:
+        """Returns the next candidates, about as many as are needed; none where the tries are spent."""
+        tried, params = len(self.screened), self.units.params
+        rate = max(clear / tried, LEAST_CLEAR) if tried else FIRST_CLEAR
+        needed = int((wanted - clear) / rate * 1.1) + 16
+        most = int(params.patches * params.max_tries)
+        return draw(min(most, tried + needed), params)[tried:]
+
+    def screen(self, candidates: NDArray[np.float64]) -> None:
+        """Screens candidates, cell by cell."""
+        cells, number = grid_zone(candidates[:, 1:3]), self.rounds
+        every = np.unique(cells).tolist()
+        there = self.units.there("screen", number)
+        left = [(number, cell, candidates[cells == cell]) for cell in every if cell not in there]
+        screening = partial(screen_cell, sources=self.units.sources)
+        self.units.run(screening, left, "search and screen", len(there), "cell")
+        scenes = self.units.collect("screen", number, every, SCREENED)
         self.screened = pd.concat([self.screened, by_place(scenes)])
         self.passed_over.update(scenes.loc[~scenes["reason"].isin(["", UNTRIED]), "reason"])
-        self.searches += 1
-        return True
+        self.rounds += 1
 
-    @property
-    def rejected(self) -> Counter[str]:
-        """Places tried in vain, by reason."""
-        return Counter(self.screened.loc[self.screened["reason"] != "", "reason"]) + self.lost
 
-    def cost(self) -> Cost:
-        """What the run took."""
-        cells = len(self.screened[["round", "cell"]].drop_duplicates())
-        stored = storage.size(storage.join(self.url, "patches.zarr"))
-        return spent(self.costs, cells, self.screened, stored)
+def read_patches(units: Units, places: ClearPlaces, lost: Counter[str]) -> pd.DataFrame:
+    """Reads every patch, in rounds: each replaces what the one before could not read.
 
-    def _there(self, kind: str, number: int) -> set[int]:
-        return {int(name.partition(".")[0]) for name in storage.names(storage.join(self.url, kind, str(number)))}
+    Args:
+        units: What does the reading.
+        places: Where patches are taken.
+        lost: Counts the places that could not be read, by reason.
 
-    def _do(self, function: Callable, units: list, label: str, there: int, name: Callable[[Any], str]) -> None:
-        bound = self.params.max_failed_fraction
-        unit = partial(function, self.url, self.params)
-        run_units(self.client, unit, units, label=label, there=there, name=name, max_failed_fraction=bound)
+    Returns:
+        The good rows, in the store's order.
+    """
+    known = places_read(units.sources)
+    rounds: list[pd.DataFrame] = []
+    plan = assign(places.take(units.params.patches, lost)).join(known, on="row_id")
+    if len(known):
+        there = int(plan["source"].notna().sum())
+        log().info("%d of %d places were read for %s: they are copied", there, len(plan), ", ".join(units.sources))
+    missing = len(plan)
+    while missing:
+        rows = read_round(units, len(rounds), plan)
+        is_good = rows["reason"] == ""
+        rounds.append(rows[is_good])
+        bad = rows[~is_good]
+        missing = len(bad)
+        if missing:
+            lost.update(bad["reason"])
+            log().warning("%d patches are replaced: %s", missing, counts(Counter(bad["reason"])))
+            plan = places.take(missing, lost).assign(position=bad["position"].to_numpy()).join(known, on="row_id")
+    return pd.concat(rounds).sort_values("position", ignore_index=True)
 
-    def _collect(self, kind: str, number: int, units: list[int], columns: list[str]) -> pd.DataFrame:
-        tables = store.read_parts(self.url, kind, number, units, columns)
-        self.costs += [dict(table.attrs) for table in tables]  # type: ignore[arg-type]
-        return pd.concat(tables, ignore_index=True)
+
+def read_round(units: Units, number: int, plan: pd.DataFrame) -> pd.DataFrame:
+    """Reads the places of a plan, shard by shard; returns their rows in the order of positions."""
+    shard = plan["position"] // units.params.shard_patches
+    shards = np.unique(shard).tolist()
+    there = units.there("parts", number)
+    left = [(number, i) for i in shards if i not in there]
+    for _, i in left:
+        store.create_part(units.url, "plan", number, i, plan.loc[shard == i, [*PLANNED, *WHERE]])
+    units.run(read_shard, left, "read patches", len(there), "shard")
+    return units.collect("parts", number, shards, READ).sort_values("position")
+
+
+def cost(units: Units, screened: pd.DataFrame) -> Cost:
+    """Returns what the run took."""
+    cells = len(screened[["round", "cell"]].drop_duplicates())
+    stored = storage.size(storage.join(units.url, "patches.zarr"))
+    return spent(units.costs, cells, screened, stored)
 
 
 def assign(chosen: pd.DataFrame) -> pd.DataFrame:

@@ -127,52 +127,62 @@ def embed_cells(
     """
     places, cells = cells.lonlat, cells.cropped
     location = encoder.embed(places)
-    visual, report = _interpolated(encoder, index, cells, method, tolerance) if tolerance else (None, None)
-    if visual is None:
-        spent = report.evaluated if report else 0
-        visual, report = index.retrieve(location, places, method), Report(len(places), spent + len(places), 0, 0.0)
-    assert report is not None  # for the type checker: it comes with every visual part
-    return np.concatenate([visual, location], axis=1), report
+    spent = 0
+    if tolerance:
+        visual, report = _interpolated(encoder, index, cells, method, tolerance)
+        if visual is not None:
+            return np.concatenate([visual, location], axis=1), report
+        spent = report.evaluated
+    visual = index.retrieve(location, places, method)
+    return np.concatenate([visual, location], axis=1), Report(len(places), spent + len(places), 0, 0.0)
 
 
 def _interpolated(
     encoder: Encodes, index: RetrievalIndex, cells: Cells, method: Method, tolerance: float
 ) -> tuple[NDArray[np.float32] | None, Report]:
-    """The visual part, or none where as many nodes as pay do not reach the tolerance."""
+    """Returns the visual part, or none where as many nodes as pay do not reach the tolerance."""
     places, goal, count = cells.lonlat, MARGIN * tolerance, int(cells.wanted.sum())
     checks = np.random.default_rng(0).permutation(count)[:CHECKS]
     rows, columns = (along[checks] for along in np.nonzero(cells.wanted))
-    exact = np.empty((0, 0), np.float32)
-    spent, tried = len(checks), [(0, np.inf)]
-    while spent + (n := _more(tried, goal)) ** 2 <= count * WORTH:
+    exact: NDArray[np.float32] | None = None
+    spent, tried, n = len(checks), [], FIRST_NODES
+    while spent + n**2 <= count * WORTH:
         nodes = _Nodes.over(cells, n)
         if not np.isfinite(nodes.places).all():  # the tile reaches beyond the plane's domain
             break
-        known = _visual(encoder, index, places[checks[len(exact) :]], nodes.places, method)
-        exact, known = np.concatenate([exact.reshape(-1, known.shape[1]), known[: -(n**2)]]), known[-(n**2) :]
+        if exact is None:  # with the first nodes: a pass over the database costs the same for some more places
+            both = _visual(encoder, index, np.concatenate([places[checks], nodes.places]), method)
+            exact, known = both[: len(checks)], both[len(checks) :]
+        else:
+            known = _visual(encoder, index, nodes.places, method)
         spent += n**2
         error = float(relative_error(nodes.at(known, rows, columns), exact).max())
         if error <= goal:
-            found = nodes.everywhere(known)[cells.wanted]
-            error = max(error, beyond(nodes.tail(known)[cells.wanted], found) * MARGIN)
-        if error <= goal:
-            return found, Report(count, spent, n, error)
+            visual = nodes.everywhere(known)[cells.wanted]
+            error = max(error, beyond(nodes.tail(known)[cells.wanted], visual) * MARGIN)
+            if error <= goal:
+                return visual, Report(count, spent, n, error)
         tried.append((n, error))
-    return None, Report(0, spent if len(exact) else 0, 0, 0.0)
+        n = _more(tried, goal)
+    return None, Report(0, spent if tried else 0, 0, 0.0)
 
 
-def _visual(
-    encoder: Encodes, index: RetrievalIndex, checks: Float, nodes: Float, method: Method
-) -> NDArray[np.float32]:
-    """Checks (if any are left to do) and nodes together: a pass over the database costs the same for few places."""
-    places = np.concatenate([checks, nodes])
+def _visual(encoder: Encodes, index: RetrievalIndex, places: Float, method: Method) -> NDArray[np.float32]:
     return index.retrieve(encoder.embed(places), places, method)
 
 
 def _more(tried: list[tuple[int, float]], goal: float) -> int:
-    """Nodes to try next: where the errors, falling exponentially, will meet the goal; twice as many at most."""
-    if len(tried) < 3:
-        return FIRST_NODES if len(tried) == 1 else FIRST_NODES * 3 // 2
+    """Returns how many nodes to try next: where the errors, falling exponentially, will meet the goal.
+
+    Args:
+        tried: Nodes and their errors, so far.
+        goal: The error to reach.
+
+    Returns:
+        Twice as many as the last at most.
+    """
+    if len(tried) == 1:
+        return FIRST_NODES * 3 // 2
     (before, worse), (nodes, error) = tried[-2:]
     rate = np.log(worse / error) / (nodes - before)
     needed = np.ceil(np.log(error / goal) / rate) if rate > 0 else np.inf

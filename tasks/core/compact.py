@@ -57,10 +57,6 @@ class Projection:
         """Returns the values in the compact space, (n, dims)."""
         return np.concatenate([(block - self.mean) @ self.components for block in _blocks(values)])
 
-    def restore(self, compact: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns compact values in the original space, (n, v)."""
-        return compact @ self.components.T + self.mean
-
 
 def _covariance(values: Rows, mean: NDArray[np.float64]) -> NDArray[np.float64]:
     total = np.zeros((len(mean), len(mean)))

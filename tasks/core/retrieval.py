@@ -17,6 +17,7 @@ Source: RANGE (CVPR 2025), arXiv 2502.19781, and its released code.
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Literal, Protocol
@@ -176,14 +177,15 @@ class RetrievalIndex:
         if method.name not in ("range", "range+"):
             raise ValueError(f"{method.name} selects no weights: only range and range+ have halves")
         self._check(queries, lonlat)
-        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
-        geodesic = self._geodesic(lonlat, method.geodesic_temperature) if method.has_geodesic else None
-        return Halves(self.by_likeness(queries, method.semantic), geodesic)
+        with _tf32(self.precision == "tf32"):
+            geodesic = self._geodesic(lonlat, method.geodesic_temperature) if method.has_geodesic else None
+            return Halves(self.by_likeness(queries, method.semantic), geodesic)
 
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
         """Cosines and rows of the `k` most similar keys (all, if there are fewer), best first, each (m, k)."""
         g = torch.as_tensor(queries, dtype=self.dtype, device=self.device)
-        tiles = [self._nearest(g[rows], min(k, len(self))) for rows in _tiles(len(g), self.query_tile)]
+        with _tf32(self.precision == "tf32"):
+            tiles = [self._nearest(g[rows], min(k, len(self))) for rows in _tiles(len(g), self.query_tile)]
         empty = [(g.new_empty(0, k), g.new_empty(0, k, dtype=torch.long))]
         cosines, rows = zip(*(tiles or empty), strict=True)
         return torch.cat(cosines), torch.cat(rows)
@@ -258,6 +260,17 @@ class RetrievalIndex:
         return sums
 
 
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Lets CUDA round the factors of products to 11 bits within, or not; the flag is the whole process's."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def tile_sizes(device: str, images: int) -> tuple[int, int]:
     """Queries and keys of a tile of weights: on a CPU what stays in the cache, on a GPU a share of what is free."""
     if not device.startswith("cuda"):
@@ -286,11 +299,3 @@ def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], 
     """
     queries = encoder.embed(lonlat)
     return np.concatenate([index.retrieve(queries, lonlat, method), queries], axis=1)
-
-
-def embed_stream(
-    encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], method: Method
-) -> Iterator[NDArray[np.float32]]:
-    """The embeddings of any number of places, batch by batch in their order: memory stays that of one batch."""
-    for rows in _tiles(len(lonlat), BATCH):
-        yield embed(encoder, index, lonlat[rows], method)

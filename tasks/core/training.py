@@ -74,25 +74,6 @@ class Features(Protocol):
 
 
 @dataclass(frozen=True)
-class FeatureArray:
-    """Features in memory."""
-
-    values: NDArray[np.float32]
-    """(view, image, feature)."""
-    run: int = 1
-    """Neighbours that are read together: in memory, one is as cheap as many."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Returns (view, image, feature)."""
-        return self.values.shape
-
-    def take(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Returns features of images, each in the view at the same position, (n, feature)."""
-        return self.values[views, rows]
-
-
-@dataclass(frozen=True)
 class Pairs:
     """The pairs to align: places, and the features of the images taken there."""
 

@@ -35,7 +35,7 @@ from tasks.core.encoders.location import LocationEncoder
 from tasks.core.encoders.rcf import Scale, fit_rcf
 from tasks.core.probes import SEED, Kind, Split, block_of, score
 from tasks.core.retrieval import Method, RetrievalIndex
-from tasks.core.training import FeatureArray, Pairs, hold_out, train
+from tasks.core.training import Pairs, hold_out, train
 from tasks.evaluation.geoclip import embed_geoclip
 from tasks.evaluation.labels import demo_labels
 from tasks.model.features import RUN, RUNS, view_of
@@ -45,6 +45,7 @@ from tasks.plots.charts import score_chart
 from tasks.plots.style import INK, SECOND
 from tasks.sample import sample_patches
 from tasks.train import BLOCK_DEGREES, new_trainer
+from tests.core.feature_array import FeatureArray
 
 SANDBOX = Path(".sandbox")
 HOME = SANDBOX / "study"

@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from tasks.core.contrastive import ImageProjection, info_nce
 from tasks.core.encoders.location import LocationEncoder
-from tasks.core.training import FeatureArray, Features, Pairs, Precision, Schedule, Trainer, train
+from tasks.core.training import Features, Pairs, Precision, Schedule, Trainer, train
 from tasks.model.features import StoredFeatures
 from tests.benchmarks.retrieval import machine, places, seconds
+from tests.core.feature_array import FeatureArray
 
 DIM, FEATURES, HIDDEN = 256, 1024, 512
 BATCHES = (1024, 4096, 8192)

@@ -16,7 +16,6 @@ from tasks.core.contrastive import ImageProjection, info_nce, near_pairs
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.training import (
     Batches,
-    FeatureArray,
     Pairs,
     Progress,
     Schedule,
@@ -26,6 +25,7 @@ from tasks.core.training import (
     retrieval_accuracy,
     train,
 )
+from tests.core.feature_array import FeatureArray
 
 
 def unit(n, dim, seed):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tasks.core import retrieval
 from tasks.core.earth.sphere import unit_vectors
 from tasks.core.encoders.location import LocationEncoder
-from tasks.core.retrieval import Method, RetrievalIndex, embed, embed_stream
+from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.core.sums import Halves, updated
 from tasks.model.checkpoint import save_checkpoint
 from tasks.model.satclip import export_satclip
@@ -255,13 +255,6 @@ def test_no_places_give_no_embeddings(method):
     width = 0 if method.name == "none" else 8
     index = RetrievalIndex(*database(4))
     assert index.retrieve(np.empty((0, 16), np.float32), np.empty((0, 2)), method).shape == (0, width)
-
-
-def test_a_stream_is_the_whole_in_parts():
-    index, lonlat = RetrievalIndex(*database(10)), places(9001)
-    parts = list(embed_stream(Constant(), index, lonlat, Method()))
-    assert max(map(len, parts)) <= retrieval.BATCH
-    np.testing.assert_array_equal(np.concatenate(parts), embed(Constant(), index, lonlat, Method()))
 
 
 class Constant:

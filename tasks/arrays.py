@@ -6,15 +6,17 @@ none: they are read without a check, and `unchecked` names them.
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.errors import ContainsArrayError
 
 from infra import storage
 from infra.addresses import is_web, shown
@@ -124,6 +126,62 @@ class Rows:
 
     def __getitem__(self, rows: slice) -> NDArray:
         return read(self.array, rows)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A stored array of rows that workers write side by side, each a whole object: a shard, or a chunk without shards.
+
+    Where an array has further axes before its rows, a position along these goes before the rows.
+    """
+
+    url: str
+    """Of the array: `<Zarr>/<name>`."""
+
+    def create(self, shape: tuple[int, ...], **options: Any) -> None:
+        """Writes the metadata of the empty array and of its group, unless they are there.
+
+        Args:
+            shape: Of all rows.
+            options: As `zarr.create_array` takes them.
+
+        Raises:
+            UserError: One of another shape is there.
+        """
+        home, _, name = self.url.rpartition("/")
+        group = zarr.open_group(storage.zarr_store(home), mode="a")
+        with suppress(ContainsArrayError):  # of an earlier run, or of one at the same time: the same
+            group.create_array(name, shape=shape, **{"compressors": packed()} | options)
+        if (there := self.open().shape) != shape:
+            raise UserError(f"{self.url} is of an unfinished product of shape {there}, not {shape}: delete it, or name another")
+
+    def open(self, mode: Literal["r", "r+"] = "r") -> zarr.Array:
+        """Opens the array."""
+        return zarr.open_array(storage.zarr_store(self.url), mode=mode)
+
+    def read(self, *index: Any) -> NDArray:
+        """Reads a part of the array, as the module's `read` does."""
+        return read(self.open(), index if len(index) > 1 else index[0])
+
+    def write(self, start: int, rows: NDArray, *before: int) -> None:
+        """Writes one whole object.
+
+        Raises:
+            UserError: The rows are not one whole object.
+        """
+        array, axis = self.open("r+"), len(before)
+        whole, total = (array.shards or array.chunks)[axis], array.shape[axis]
+        stop = start + len(rows)
+        if start % whole or stop != min(start + whole, total):
+            raise UserError(
+                f"rows {start} to {stop} of {self.url} are not one whole shard of {whole}: two workers could write the "
+                "same shard"
+            )
+        array[(*before, slice(start, stop))] = rows
+
+    def written(self, *before: int) -> set[int]:
+        """Returns the numbers of the objects that are there."""
+        return storage.shards(storage.join(self.url, "c", *map(str, before)))
 
 
 def _told(array: zarr.Array, where: "Chunk", error: Exception) -> Damaged:

@@ -30,6 +30,7 @@ from tasks.cards import read_card, write_card
 
 READ_ROWS = 1024  # at a time: all at once, what is in flight would take a quarter of the database besides
 NAMES = ("keys", "values", "locations", "row_ids")
+MISSING = {"f4": math.nan, "f8": math.nan, "i8": -1}  # what an array has where nothing is written
 UNIT_TOLERANCE = 1e-4
 
 
@@ -59,35 +60,16 @@ def create_database(url: str, images: int, key: int, value: int, rows: int) -> N
         value: Length of a value.
         rows: Images per shard, the unit of work.
     """
-    group = zarr.open_group(storage.zarr_store(storage.join(url, "database.zarr")), mode="a")
     shapes: dict[str, tuple[tuple[int, ...], str]]
     shapes = {"keys": ((images, key), "f4"), "values": ((images, value), "f4")}
     shapes |= {"locations": ((images, 2), "f8"), "row_ids": ((images,), "i8")}
     for name, (shape, dtype) in shapes.items():
-        if name in group:
-            _same_shape(group[name].shape, shape, url)
-        else:
-            group.create_array(
-                name,
-                shape=shape,
-                dtype=dtype,
-                chunks=(min(rows, images), *shape[1:]),
-                compressors=arrays.packed(),
-                fill_value=_missing(dtype),
-            )
+        chunks = (min(rows, images), *shape[1:])
+        _table(url, name).create(shape, dtype=dtype, chunks=chunks, fill_value=MISSING[dtype])
 
 
-def _same_shape(there: tuple[int, ...], shape: tuple[int, ...], url: str) -> None:
-    if there != shape:
-        raise UserError(f"{url} holds an unfinished database of shape {there}, not {shape}: delete it, or name another")
-
-
-def _missing(dtype: str) -> float | int:
-    return -1 if dtype == "i8" else math.nan
-
-
-def _array(url: str, name: str, mode: Any) -> zarr.Array:
-    return zarr.open_array(storage.zarr_store(storage.join(url, "database.zarr", name)), mode=mode)
+def _table(url: str, name: str) -> arrays.Table:
+    return arrays.Table(storage.join(url, "database.zarr", name))
 
 
 def write_rows(url: str, start: int, data: dict[str, NDArray]) -> None:
@@ -97,20 +79,12 @@ def write_rows(url: str, start: int, data: dict[str, NDArray]) -> None:
         UserError: The rows are not one whole shard.
     """
     for name in reversed(NAMES):
-        target = _array(url, name, "r+")
-        rows, total = target.chunks[0], target.shape[0]
-        stop = start + len(data[name])
-        if start % rows or stop != min(start + rows, total):
-            raise UserError(
-                f"images {start} to {stop} are not one whole shard of {rows}: two workers could write "
-                "the same shard. Write whole shards"
-            )
-        target[start:stop] = data[name]
+        _table(url, name).write(start, data[name])
 
 
 def written_shards(url: str) -> set[int]:
     """Numbers of the shards that are there."""
-    return storage.shards(storage.join(url, "database.zarr", "keys", "c"))
+    return _table(url, "keys").written()
 
 
 def finish_database(url: str, **card: Any) -> dict[str, Any]:
@@ -140,13 +114,13 @@ def open_database(url: str) -> Database:
 def read_rows(url: str, rows: slice | list[int]) -> Database:
     """Reads some images of a finished database into memory: a worker's part of a large one, or chosen rows."""
     card = _card(url)
-    return Database(**{name: arrays.read(_array(url, name, "r"), rows) for name in NAMES}, card=card)
+    return Database(**{name: _table(url, name).read(rows) for name in NAMES}, card=card)
 
 
 def read_blocks(url: str, size: int) -> Iterator[Database]:
     """A finished database, `size` images at a time."""
     card = _card(url)
-    stored = {name: _array(url, name, "r") for name in NAMES}
+    stored = {name: _table(url, name).open() for name in NAMES}
     for start in range(0, card["images"], size):
         rows = slice(start, start + size)
         yield Database(**{name: arrays.read(array, rows) for name, array in stored.items()}, card=card)
@@ -155,7 +129,7 @@ def read_blocks(url: str, size: int) -> Iterator[Database]:
 def _card(url: str) -> dict[str, Any]:
     """The card, unless the arrays claim more than their objects can hold: memory is given by what they claim."""
     card = read_card(url, "database")
-    claimed = sum(_array(url, name, "r").nbytes for name in NAMES)
+    claimed = sum(_table(url, name).open().nbytes for name in NAMES)
     if claimed > EXPANSION * (stored := storage.size(storage.join(url, "database.zarr"))):
         raise UserError(
             f"{url} claims {claimed:,} bytes and stores {stored:,}: it is damaged or forged. Encode the patches again, "
@@ -166,11 +140,11 @@ def _card(url: str) -> dict[str, Any]:
 
 def stored_values(url: str) -> arrays.Rows:
     """The values of a database, (n, v), to be read in blocks."""
-    return arrays.Rows(_array(url, "values", "r"))
+    return arrays.Rows(_table(url, "values").open())
 
 
 def _read(url: str) -> dict[str, NDArray]:
-    return {name: _whole(_array(url, name, "r")) for name in NAMES}
+    return {name: _whole(_table(url, name).open()) for name in NAMES}
 
 
 def _whole(array: zarr.Array) -> NDArray:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from distributed import Client
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -72,9 +71,15 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
     _prepare(url, patches, params)
     encoder = open_encoder(url, patches, params.name)
     _try(encoder, patches, views)
-    _create(url, views, images, encoder.dim)
+    _table(url).create(
+        (views, images, encoder.dim),
+        dtype="f4",
+        chunks=(1, min(SHARD, images), encoder.dim),
+        fill_value=np.nan,
+        dimension_names=("view", "image", "feature"),
+    )
     units = [(view, shard) for view in range(views) for shard in range(-(-images // SHARD))]
-    done = {(view, shard) for view in range(views) for shard in _written(url, view)}
+    done = {(view, shard) for view in range(views) for shard in _table(url).written(view)}
     run_units(
         client,
         partial(encode_shard, url, patches, params.name),
@@ -86,10 +91,6 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
         url, "features", fingerprint=fingerprint(made_of), made_of=made_of, images=images, encoder=describe(encoder)
     )
     return url
-
-
-def _written(url: str, view: int) -> set[int]:
-    return storage.shards(storage.join(url, "features.zarr", "features", "c", str(view)))
 
 
 def _try(encoder: ImageEncoder, patches: str, views: int) -> None:
@@ -196,20 +197,6 @@ def _sample(source: Patches) -> NDArray[np.float32]:
     return np.concatenate([source.reflectance(slice(i, i + RUN)) for i in starts])
 
 
-def _create(url: str, views: int, images: int, dim: int) -> None:
-    group = zarr.open_group(storage.zarr_store(storage.join(url, "features.zarr")), mode="a")
-    if "features" not in group:
-        group.create_array(
-            "features",
-            shape=(views, images, dim),
-            dtype="f4",
-            chunks=(1, min(SHARD, images), dim),
-            compressors=arrays.packed(),
-            fill_value=np.nan,
-            dimension_names=("view", "image", "feature"),
-        )
-
-
 @lru_cache(maxsize=2)
 def open_store(patches: str) -> Patches:
     """The patches, opened once per worker process; a finished store never changes."""
@@ -254,16 +241,16 @@ def encode_shard(url: str, patches: str, name: str, unit: tuple[int, int]) -> No
     images = len(open_store(patches).manifest)
     rows = slice(shard * SHARD, min((shard + 1) * SHARD, images))
     values = encode_rows(open_encoder(url, patches, name), open_store(patches), rows, view)
-    _array(url, "r+")[view, rows] = values
+    _table(url).write(rows.start, values, view)
 
 
-def _array(url: str, mode: Any) -> zarr.Array:
-    return zarr.open_array(storage.zarr_store(storage.join(url, "features.zarr", "features")), mode=mode)
+def _table(url: str) -> arrays.Table:
+    return arrays.Table(storage.join(url, "features.zarr", "features"))
 
 
 def read_features(url: str, rows: slice = slice(None)) -> NDArray[np.float32]:
     """Rows of the features of the untouched images, (n, feature)."""
-    return arrays.read(_array(url, "r"), (0, rows))
+    return _table(url).read(0, rows)
 
 
 class StoredFeatures:
@@ -271,7 +258,7 @@ class StoredFeatures:
 
     def __init__(self, url: str, images: int) -> None:
         """Opens them, to keep two windows of `images`: a batch can span the end of one and the start of the next."""
-        self._stored = _array(url, "r")
+        self._stored = _table(url).open()
         self.shape: tuple[int, int, int] = self._stored.shape
         self.run = self._stored.chunks[1]
         self._shard = lru_cache(maxsize=2 * -(-images // self.run))(self._read)

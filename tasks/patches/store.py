@@ -13,7 +13,6 @@ shard's patches (of later rounds: of those that replace), `parts/<round>/<shard>
 import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,6 @@ import pyarrow as pa
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
-from zarr.errors import ContainsArrayError
 
 from infra import storage
 from infra.bounds import open_parquet
@@ -74,7 +72,7 @@ class Patches:
     @property
     def shape(self) -> tuple[int, ...]:
         """(n, band, y, x) of all of them."""
-        return storage.patiently(lambda: _array(self.url, "r").shape, self.url)
+        return _pixels(self.url).open().shape
 
     def pixels(self, rows: slice) -> NDArray[np.uint16]:
         """Raw numbers (n, band, y, x)."""
@@ -100,7 +98,7 @@ def open_patches(url: str) -> Patches:
     except UserError as error:
         raise UserError(f"{place} claims more rows than it can hold: {FORGED}") from error
     try:
-        array = _array(url, "r")
+        array = _pixels(url).open()
     except (KeyError, TypeError, ValueError) as error:  # Zarr's own, of metadata that contradict themselves
         raise UserError(f"{url} has no readable pixels ({error}): {FORGED}") from error
     bands = tuple(array.attrs.get("bands", ()))
@@ -124,24 +122,17 @@ def _sound(array: zarr.Array, rows: int, bands: int) -> bool:
 
 def create(url: str, patches: int, bands: tuple[str, ...], pixels: int, resolution_m: float, shard: int) -> None:
     """Writes the empty store's metadata unless it is there."""
-    if not storage.exists(storage.join(url, "patches.zarr/pixels/zarr.json")):
-        storage.patiently(lambda: _create(url, patches, bands, pixels, resolution_m, shard), url)
-
-
-def _create(url: str, patches: int, bands: tuple[str, ...], pixels: int, resolution_m: float, shard: int) -> None:
-    group = zarr.open_group(storage.zarr_store(storage.join(url, "patches.zarr")), mode="a")
-    with suppress(ContainsArrayError):  # another run was faster, and wrote the same
-        group.create_array(
-            "pixels",
-            shape=(patches, len(bands), pixels, pixels),
-            dtype="uint16",
-            chunks=(1, len(bands), pixels, pixels),
-            shards=(shard, len(bands), pixels, pixels),
-            fill_value=NODATA,
-            compressors=arrays.packed(ZstdCodec(level=3)),
-            dimension_names=("patch", "band", "y", "x"),
-            attributes={"bands": list(bands), "resolution_m": resolution_m},
-        )
+    patch = (len(bands), pixels, pixels)
+    _pixels(url).create(
+        (patches, *patch),
+        dtype="uint16",
+        chunks=(1, *patch),
+        shards=(shard, *patch),
+        fill_value=NODATA,
+        compressors=arrays.packed(ZstdCodec(level=3)),
+        dimension_names=("patch", "band", "y", "x"),
+        attributes={"bands": list(bands), "resolution_m": resolution_m},
+    )
 
 
 def write_shard(url: str, start: int, pixels: NDArray[np.uint16]) -> None:
@@ -150,19 +141,12 @@ def write_shard(url: str, start: int, pixels: NDArray[np.uint16]) -> None:
     Raises:
         UserError: The rows are not one whole shard, or the storage is full, forbidden or unreachable.
     """
-    array = storage.patiently(lambda: _array(url, "r+"), url)
-    shard = array.shards[0]
-    stop = start + len(pixels)
-    if start % shard or len(pixels) != min(shard, array.shape[0] - start):
-        raise UserError(
-            f"rows {start} to {stop} are not one whole shard of {shard} patches: two workers could write the same shard"
-        )
-    storage.patiently(lambda: array.__setitem__(slice(start, stop), pixels), url)
+    _pixels(url).write(start, pixels)
 
 
 def read_rows(url: str, rows: slice) -> NDArray[np.uint16]:
-    """Raw numbers (n, band, y, x) of a store that may be unfinished."""
-    return storage.patiently(lambda: arrays.read(_array(url, "r"), rows), url)
+    """Returns raw numbers (n, band, y, x) of a store that may be unfinished."""
+    return _pixels(url).read(rows)
 
 
 def digest(patch: NDArray[np.uint16]) -> str:
@@ -223,5 +207,5 @@ def _parquet(table: pd.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def _array(url: str, mode: Any) -> zarr.Array:
-    return zarr.open_array(storage.zarr_store(storage.join(url, "patches.zarr/pixels")), mode=mode)
+def _pixels(url: str) -> arrays.Table:
+    return arrays.Table(storage.join(url, "patches.zarr/pixels"))

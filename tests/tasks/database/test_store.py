@@ -171,7 +171,7 @@ def test_nothing_good_is_overwritten(home, space, tmp_path):
 def test_an_unfinished_database_of_another_shape_is_refused(home, space, tmp_path):
     create_database(f"{home}/database", N + 1, DIM, VALUES, rows=10)
     np.savez(tmp_path / "db.npz", **arrays())
-    with pytest.raises(UserError, match=r"unfinished database of shape \(26, 8\), not \(25, 8\): delete it"):
+    with pytest.raises(UserError, match=r"unfinished product of shape \(26, 8\), not \(25, 8\): delete it"):
         import_npz(tmp_path / "db.npz", f"{home}/database", space)
 
 

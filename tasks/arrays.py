@@ -153,7 +153,9 @@ class Table:
         with suppress(ContainsArrayError):  # of an earlier run, or of one at the same time: the same
             group.create_array(name, shape=shape, **{"compressors": packed()} | options)
         if (there := self.open().shape) != shape:
-            raise UserError(f"{self.url} is of an unfinished product of shape {there}, not {shape}: delete it, or name another")
+            raise UserError(
+                f"{self.url} is of an unfinished product of shape {there}, not {shape}: delete it, or name another"
+            )
 
     def open(self, mode: Literal["r", "r+"] = "r") -> zarr.Array:
         """Opens the array."""

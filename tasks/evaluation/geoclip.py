@@ -6,8 +6,6 @@ Plain PyTorch, since the package itself imports an image tower; a test holds it 
 
 import math
 from collections.abc import Mapping
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,33 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from infra.errors import UserError
+from infra.packages import data_file
 from tasks.core.earth.sphere import equal_earth
 
 UNIT = 66.50336 / 180  # GeoCLIP's factor of the plane
+WEIGHTS = "geoclip/model/weights/location_encoder_weights.pth"  # of the package
 LAYERS = ("capsule.1", "capsule.3", "capsule.5")
 
 
 def embed_geoclip(lonlat: NDArray[np.float64], batch: int = 4096) -> NDArray[np.float32]:
     """GeoCLIP's embeddings of (n, 2) places in degrees (lon, lat; GeoCLIP itself takes lat, lon), (n, 512)."""
-    weights = torch.load(folder() / "model/weights/location_encoder_weights.pth", weights_only=True)
+    weights = torch.load(data_file("geoclip", WEIGHTS), weights_only=True)
     plane = torch.from_numpy(np.column_stack(equal_earth(*lonlat.T)) * UNIT).float()
     with torch.no_grad():
         return torch.cat([_embed(weights, part) for part in plane.split(batch)]).numpy()
-
-
-def folder() -> Path:
-    """Where the package `geoclip` is installed.
-
-    Raises:
-        UserError: It is not.
-    """
-    found = find_spec("geoclip")
-    if found is None or not found.submodule_search_locations:
-        raise UserError(
-            "the package geoclip, which has the weights, is not installed: uv pip install --no-deps geoclip"
-        )
-    return Path(next(iter(found.submodule_search_locations)))
 
 
 def _embed(weights: Mapping[str, Tensor], plane: Tensor) -> Tensor:

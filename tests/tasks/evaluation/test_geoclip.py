@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
+from infra.packages import data_file
 from tasks.core.probes import random_split, score
-from tasks.evaluation.geoclip import embed_geoclip, folder
+from tasks.evaluation.geoclip import WEIGHTS, embed_geoclip
 from tasks.evaluation.label_tables import read_labels
 from tasks.params import EvaluateParams
 
@@ -18,7 +19,7 @@ from tasks.params import EvaluateParams
 @pytest.fixture
 def published(monkeypatch):
     """The package's location encoder; its parents are stand-ins, since they import an image tower."""
-    home = folder()
+    home = data_file("geoclip", WEIGHTS).parents[2]
     for name, path in (("geoclip", home), ("geoclip.model", home / "model")):
         parent = ModuleType(name)
         parent.__path__ = [str(path)]

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 
 Float = NDArray[np.float64]
 
 LEAST_ROWS = 64  # below that, chance and a relation cannot be told apart
 MOST_ROWS = 4000  # looked at, evenly spread over the table
 COMPONENTS = 48  # principal components of each table
+LEAST_DEVIATION = (
+    1e-3  # of a component; `whiten` has no such bound, and makes rounding errors a component of variance 1
+)
 RIDGE = 0.1  # as a share of the rows
 RUNS = 16  # of rows in order, each of which must belong together too
 SIGMAS = 5.0  # above the shuffled mean, in its standard errors
@@ -67,11 +72,10 @@ def alignment(source: NDArray, target: NDArray, seed: int = 0) -> Alignment:
 
 def components(table: NDArray) -> Float:
     """The leading principal components of standardised columns, each of variance 1."""
-    x = np.asarray(table, np.float64)
-    x = (x - x.mean(0)) / x.std(0).clip(1e-9)
-    values, vectors = np.linalg.eigh(x.T @ x / len(x))
-    kept = slice(None, -1 - min(COMPONENTS, len(x) // 8), -1)
-    return x @ vectors[:, kept] / np.sqrt(values[kept].clip(1e-6))
+    x = StandardScaler().fit_transform(np.asarray(table, np.float64))
+    pca = PCA(min(COMPONENTS, len(x) // 8, x.shape[1]), svd_solver="covariance_eigh")
+    found = pca.fit_transform(x)
+    return found / (pca.singular_values_ / np.sqrt(len(x))).clip(LEAST_DEVIATION)
 
 
 def _cross_predicted(x: Float, y: Float, half: NDArray) -> Float:

@@ -56,6 +56,18 @@ def test_components_are_uncorrelated_and_of_variance_1():
     np.testing.assert_allclose(parts.T @ parts / 1000, np.eye(parts.shape[1]), atol=1e-8)
 
 
+@pytest.mark.parametrize("rank", [3, 30])
+def test_components_are_those_of_a_singular_value_decomposition(rank):
+    """Columns that depend on others add none."""
+    table = pair(1000, 1.0, 0)[0]
+    table = table[:, :rank] @ np.random.default_rng(1).normal(size=(rank, 30)) if rank < 30 else table
+    left, _, _ = np.linalg.svd((table - table.mean(0)) / table.std(0), full_matrices=False)
+    found = components(table)
+    expected = left * np.sqrt(1000) * np.sign((left * found).sum(0))
+    np.testing.assert_allclose(found[:, :rank], expected[:, :rank], atol=1e-8)
+    assert np.abs(found[:, rank:]).max(initial=0) < 1e-6 * found.std(0).max()
+
+
 def test_constant_columns_do_no_harm_and_few_rows_cannot_tell():
     x, y = pair(200, 0.5, 0)
     assert alignment(np.c_[x, np.ones(200)], np.c_[np.zeros(200), y]).aligned

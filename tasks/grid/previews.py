@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from infra import storage
 from tasks.artifacts import keep_picture
 from tasks.cards import GRID
+from tasks.core.compact import Projection
 from tasks.core.earth.grid import CHUNK_CELLS, GridSpec, Tile
 from tasks.core.earth.land import land_mask
 from tasks.grid import store
 from tasks.grid.tiles import Job, land_tiles
-from tasks.plots.maps import geotiff, layer_map, principal_axes, principal_colours, world_map
+from tasks.plots.maps import geotiff, layer_map, principal_colours, world_map
 from tasks.units import run_units
 
 MOST_DRAWN = 500_000  # cells: as many as the picture has pixels
@@ -109,7 +110,8 @@ def axes_of(job: Job) -> NDArray[np.float32]:
     blocks = np.unique(np.column_stack([rows, columns]) // side, axis=0)
     picked = np.random.default_rng(0).permutation(len(blocks))[:BLOCKS]
     windows = [(slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)) for i, j in blocks[np.sort(picked)]]
-    return principal_axes(np.concatenate([vectors[(slice(None), *window)][:, land[window]].T for window in windows]))
+    sample = np.concatenate([vectors[(slice(None), *window)][:, land[window]].T for window in windows])
+    return Projection.fit(sample, 3).components
 
 
 def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:

@@ -91,12 +91,6 @@ def geotiff(colours: NDArray[np.float32], spec: GridSpec) -> bytes:
         return bytes(memory.getbuffer())
 
 
-def principal_axes(sample: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The first three principal axes of some vectors, (n, dim) to (dim, 3); their signs are arbitrary."""
-    centred = sample - sample.mean(0, dtype="f8")
-    return np.linalg.eigh(centred.T @ centred)[1][:, :-4:-1].astype(np.float32)
-
-
 def principal_colours(components: NDArray[np.float32]) -> NDArray[np.float32]:
     """(y, x, 4) colours: ranks of three components, (3, y, x), transparent where there are no data.
 

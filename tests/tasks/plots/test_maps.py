@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
+from tasks.core.compact import Projection
 from tasks.core.earth.grid import GridSpec
 from tasks.grid.previews import MOST_DRAWN, Drawn
-from tasks.plots.maps import principal_axes, principal_colours
+from tasks.plots.maps import principal_colours
 
 
 def test_colours_are_ranks_of_the_principal_components():
@@ -14,7 +15,7 @@ def test_colours_are_ranks_of_the_principal_components():
     vectors = (rng.normal(size=(6, 67, 9)) * np.array([9, 5, 3, 1, 1, 1])[:, None, None]).astype(np.float32)
     vectors[:, rng.random(vectors.shape[1:]) < 0.4] = np.nan
     known = np.isfinite(vectors[0])
-    axes = principal_axes(vectors[:, known].T)
+    axes = Projection.fit(vectors[:, known].T, 3).components
     colours = principal_colours(np.tensordot(axes.T, vectors, 1))
     np.testing.assert_array_equal(colours[..., 3], known)
     expected = PCA(3).fit_transform(vectors[:, known].T.astype("f8"))

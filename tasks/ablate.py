@@ -1,14 +1,14 @@
-"""Ablations: what one choice in retrieval is worth, everything else as it is.
+"""Runs ablations: measures what one choice of the retrieval is worth, with everything else unchanged.
 
 ========= ================================================================================
 choice    what is varied
 ========= ================================================================================
 strategy  no retrieval, the best image, the mean of the 10 best, RANGE, RANGE+
-k         images that are averaged
-temperature  of RANGE's softmax
+k         number of images that are averaged
+temperature  temperature of RANGE's softmax
 beta      share of the semantic half in RANGE+
-size      images of the database, drawn at random
-values    databases of the same checkpoint with other value encoders (`--databases`)
+size      number of images of the database, drawn at random
+values    databases of the same checkpoint with other image encoders for the values (`--databases`)
 variants  RANGE+ in full, as int8, and its visual part in 64 principal components
 ========= ================================================================================
 """
@@ -29,7 +29,7 @@ from tasks.core.encoders.location import LocationEncoder
 from tasks.core.quantize import Scale
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.database.store import read_pair
-from tasks.evaluation.embedders import Lonlat, Named, Vectors
+from tasks.evaluation.embedders import Embeddings, Lonlat, Named
 from tasks.evaluation.label_tables import label_sets
 from tasks.evaluation.scoring import digest, keep_scores, score_all
 from tasks.grid.tiles import load
@@ -43,7 +43,7 @@ STEPS: dict[str, tuple[float, ...]] = {
     "beta": (0, 0.25, 0.5, 0.75, 1),
     "size": (100, 300, 1000, 3000, 10_000, 30_000),
 }
-FIT: dict[str, tuple[float, float, bool]] = {  # least, most, and whether in whole numbers
+FIT: dict[str, tuple[float, float, bool]] = {  # least, most, and whether steps are whole numbers
     "k": (1, 1e7, True),
     "temperature": (1e-6, 1e6, False),
     "beta": (0, 1, False),
@@ -56,17 +56,17 @@ METHODS = {
     "RANGE": Method("range"),
     "RANGE+": Method("range+"),
 }
-COMPACT_DIMS = 64
+COMPACT_DIMS = 64  # principal components of the compact variants
 
 
 def ablate_database(choice: Choice, checkpoint: str, database: str, params: AblateParams) -> str:
     """Scores the variants of one choice on every task, and stores the report.
 
     Args:
-        choice: What is varied.
+        choice: The choice to vary.
         checkpoint: URL of the checkpoint.
         database: URL of the database encoded with it.
-        params: Which steps, labels and splits.
+        params: Which variants, labels and splits.
 
     Returns:
         The URL of the report: `ablation.json`, `.md`, `.csv` and `.png`.
@@ -94,7 +94,7 @@ def ablate_database(choice: Choice, checkpoint: str, database: str, params: Abla
 
 
 def variants_of(choice: Choice, checkpoint: str, database: str, params: AblateParams) -> Iterator[Named]:
-    """The embedders to compare; what is missing is refused here, before the work."""
+    """Yields the embedders to compare; refuses missing inputs before the work."""
     _check_steps(choice, params.steps)
     encoder, index = load(checkpoint, database)
     if choice == "values":
@@ -141,8 +141,8 @@ def _named(name: str, encoder: LocationEncoder, index: RetrievalIndex, method: M
     return Named(name, lambda lonlat: embed(encoder, index, lonlat, method))
 
 
-def _of_part(encoder: LocationEncoder, index: RetrievalIndex, rows: NDArray[np.int64], lonlat: Lonlat) -> Vectors:
-    """RANGE+ from some images of the database."""
+def _of_part(encoder: LocationEncoder, index: RetrievalIndex, rows: NDArray[np.int64], lonlat: Lonlat) -> Embeddings:
+    """Embeds places by RANGE+ from some images of the database."""
     keys, values = index.keys[rows].numpy(), index.values[rows].numpy()
     return embed(encoder, RetrievalIndex(keys, values, index.locations[rows], queries=len(lonlat)), lonlat, Method())
 
@@ -174,7 +174,10 @@ def _variants(encoder: LocationEncoder, index: RetrievalIndex) -> Iterator[Named
     yield Named(f"{dims} components, int8", lambda lonlat: int8(small(lonlat), dims))
 
 
-def int8(vectors: Vectors, visual: int) -> Vectors:
-    """Vectors as a grid of int8 gives them back: the visual part and the location part each on one scale of its own."""
-    parts = np.split(vectors, [visual], axis=1)
-    return np.concatenate([(scale := Scale.fit(part)).decode(scale.encode(part)) for part in parts], axis=1)
+def int8(vectors: Embeddings, visual: int) -> Embeddings:
+    """Returns vectors as a grid of int8 gives them back, with one scale each for the visual and the location part."""
+    stored = []
+    for part in np.split(vectors, [visual], axis=1):
+        scale = Scale.fit(part)
+        stored.append(scale.decode(scale.encode(part)))
+    return np.concatenate(stored, axis=1)

@@ -1,4 +1,4 @@
-"""The evaluate step: the paper's comparison for a database, for a grid or for any encoder, and where it fails."""
+"""Runs the evaluate step: the paper's comparison for a database, a grid or any encoder, and where they fail."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +29,7 @@ from tasks.release.stac import ITEM, write_item
 from tasks.units import log, progress
 
 CAPTION = "Linear probes; wide pale bars: random split; narrow full bars: whole blocks held out, deviation over folds."
-PRODUCTS = ("grid", "RANGE+", "RANGE", "location encoder")  # the first that is scored is what the card is of
+PRODUCTS = ("grid", "RANGE+", "RANGE", "location encoder")  # the score card is about the first of these that is scored
 
 
 def evaluate_database(
@@ -38,18 +38,18 @@ def evaluate_database(
     """Scores every embedder on every task, and stores the report.
 
     Args:
-        checkpoint: URL of the checkpoint; none, where only other encoders or grids are evaluated.
+        checkpoint: URL of the checkpoint. None: only other encoders or grids are evaluated.
         database: URL of the database encoded with it.
         params: Which labels, embedders and splits.
-        grid: URL of the grid that is published from them: it is scored too, its score card stored beside it, and named
-            by its STAC item.
+        grid: URL of the grid published from them. It is scored too; its score card is stored beside it and named by its
+            STAC item.
 
     Returns:
-        The URL of the report: `scorecard.json`, `scores.json`, `scores.md`, `scores.csv`, `scores.png`, and of the
+        The URL of the report: `scorecard.json`, `scores.json`, `scores.md`, `scores.csv`, `scores.png`, and for the
         product `failures.csv`, `failures.md`, `bias.png` and `errors-TASK.png`.
 
     Raises:
-        UserError: Labels, embedders or products are not there or do not fit.
+        UserError: Labels, embedders or products do not exist or do not fit.
     """
     card = read_inputs(checkpoint, database)
     if grid:
@@ -76,14 +76,14 @@ def evaluate_database(
         places["score card beside the grid"] = beside = storage.join(home, CARD)
         storage.copy(places["score card"], beside)
         if storage.exists(storage.join(home, ITEM)):
-            write_item(home)  # again: it names the score card now
+            write_item(home)  # again, since it names the score card now
     opens = opening("pandas as pd", "scores = pd.read_csv", storage.join(url, "scores.csv"))
     show_places(places, opens, "score-card", "The score card, and the table of scores")
     return url
 
 
 def read_inputs(checkpoint: str | None, database: str | None) -> dict[str, Any]:
-    """The database's card, or nothing where there is none.
+    """Returns the database's card; empty where no database is evaluated.
 
     Raises:
         UserError: Only one of the two is given, or they do not belong together.
@@ -105,7 +105,7 @@ def check_grid(grid: str) -> None:
 def made_from(
     card: dict[str, Any], found: list[Named], sets: list[LabelSet], params: EvaluateParams, grid: str | None
 ) -> dict[str, Any]:
-    """Everything that decides the scores; labels and weights by their content, wherever they were read from."""
+    """Returns everything that decides the scores, with labels and weights by their content."""
     return {
         **params.model_dump(mode="json", exclude={"labels", "embedder"}),
         "database": card.get("fingerprint"),
@@ -129,13 +129,13 @@ def report(url: str, scored: Scored, caption: str) -> None:
 
 
 def product_of(table: pd.DataFrame) -> str:
-    """The embedder whose card this is: ours if one is in the table, else the last that was scored."""
+    """Returns the embedder that the score card is about: one of ours, else the last that was scored."""
     there = table.loc[table["blocked"].notna(), "embedder"].unique()
     return next((name for name in PRODUCTS if name in there), str(there[-1]))
 
 
 def distances(checkpoint: str | None, database: str | None) -> Callable[[Lonlat], NDArray[np.float64]] | None:
-    """Distance in km of places to the nearest image of the database, if there is one."""
+    """Returns a function from places to the distance in km to the database's nearest image; None without a database."""
     return partial(distance_km, load(checkpoint, database)[1]) if checkpoint and database else None
 
 
@@ -146,7 +146,7 @@ def explain(
     distance: Callable[[Lonlat], NDArray[np.float64]] | None,
     attribution: str,
 ) -> dict[str, float]:
-    """Stores where the product fails; returns its geographic bias by task."""
+    """Stores where the product fails, and returns its geographic bias by task."""
     table = where_it_fails(scored, product, distance)
     storage.write(storage.join(url, "failures.csv"), table.to_csv(index=False).encode())
     keep_table(storage.join(url, "failures.md"), _pivot(table), "failures", f"Where {product} fails")
@@ -169,7 +169,7 @@ def _error_map(url: str, name: str, lonlat: NDArray[np.float64], lost: NDArray, 
 
 
 def _pivot(table: Any) -> str:
-    """A Markdown table: groups by tasks, the score and the number of places."""
+    """Returns a Markdown table of groups by tasks, with scores and numbers of places."""
     tasks = list(table["task"].unique())
     lines = ["| group | " + " | ".join(map(cell, tasks)) + " |", "|---" * (len(tasks) + 1) + "|"]
     for (by, group), rows in table.groupby(["by", "group"], sort=False):

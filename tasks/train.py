@@ -1,4 +1,4 @@
-"""The train step: image features once, then the contrastive location encoder, in one process or in several."""
+"""Runs the train step: computes image features once, then trains the location encoder, in one process or several."""
 
 import os
 import time
@@ -26,14 +26,14 @@ from tasks.params import TrainParams
 from tasks.plots.charts import loss_curve
 from tasks.units import log, progress
 
-BLOCK_DEGREES = 10
-REPORTS = 20  # points of the loss curve; patience counts in them
-PATIENCE = timedelta(days=7)  # of processes that wait for the first, which encodes the features
-NOT_CONTENT = {"device", "save_every"}  # parameters that decide nothing but where and how safely
+BLOCK_DEGREES = 10  # side of the blocks that are held out
+REPORTS = 20  # measurements over the run: points of the loss curve, and the unit of patience
+PATIENCE = timedelta(days=7)  # how long the other processes wait for the first, which encodes the features
+NOT_CONTENT = {"device", "save_every"}  # parameters that do not change the result
 
 
 def schedule(params: TrainParams) -> Schedule:
-    """The core's schedule, with a tenth of the steps, at most 100, as warm-up."""
+    """Returns the training schedule, with a tenth of the steps, at most 100, as warm-up."""
     return Schedule(
         params.steps,
         params.batch,
@@ -49,14 +49,14 @@ def schedule(params: TrainParams) -> Schedule:
 
 
 def train_model(client: Client | None, patches: str, params: TrainParams) -> str:
-    """Trains the location encoder against the images of a patch store, resuming where a run stopped.
+    """Trains the location encoder against the images of a patch store, and resumes where a run stopped.
 
-    Under torchrun every process calls this; the first one does all but its share of the training too.
+    Under torchrun every process calls this. The first one also encodes the images and stores the checkpoint.
 
     Args:
-        client: The Dask cluster that encodes the images; the first process's.
+        client: The Dask cluster that encodes the images; None in all processes but the first.
         patches: URL of the patches.
-        params: Architecture and schedule.
+        params: Architecture and training schedule.
 
     Returns:
         The URL of the checkpoint.
@@ -71,7 +71,7 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
     url = product_url("checkpoints", made_of)
     state = storage.join(url, "training.pt")
     if is_finished(url):
-        storage.delete(state)  # of a run that ended between its card and this
+        storage.delete(state)  # left by a run that was killed after its card
         inherit(url, "checkpoint", patches)
         return url
     with processes(params.device) as device:
@@ -95,7 +95,7 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
 
 
 def _save(url: str, trainer: Trainer, encoder: Any, source: dict[str, Any], made_of: dict[str, Any]) -> None:
-    """Stores the curve and the checkpoint; its card comes last, since a rerun looks for no more than that."""
+    """Stores the loss curve and the checkpoint, with its card last, as completion marker."""
     history, attribution = [vars(now) for now in trainer.history], source.get("attribution", "")
     picture = loss_curve(history, "Contrastive training", attribution)
     keep_picture(storage.join(url, "loss.png"), picture, "loss-curve", "Loss and held-out retrieval accuracy")
@@ -115,7 +115,7 @@ def _save(url: str, trainer: Trainer, encoder: Any, source: dict[str, Any], made
 
 @contextmanager
 def processes(name: str) -> Iterator[str]:
-    """The device to train on; under torchrun in its process group, which is left at the end.
+    """Yields the device to train on; under torchrun joins the process group, and leaves it at the end.
 
     Raises:
         UserError: This machine has no such device.
@@ -135,16 +135,18 @@ def processes(name: str) -> Iterator[str]:
 
 
 def choose_device(name: str) -> str:
-    """`auto` or a device's name as the device to train on.
+    """Returns the device to train on, for `auto` or a device's name.
 
     Raises:
         UserError: This machine has no such device.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    found = [device for device in there if there[device]]
-    if name != "auto" and name not in found:
-        raise UserError(f"the device {name!r} is not on this machine: use auto or one of {', '.join(found)}")
-    return found[0] if name == "auto" else name
+    available = [device for device in there if there[device]]
+    if name == "auto":
+        return available[0]
+    if name not in available:
+        raise UserError(f"the device {name!r} is not on this machine: use auto or one of {', '.join(available)}")
+    return name
 
 
 def _wait() -> None:
@@ -153,10 +155,10 @@ def _wait() -> None:
 
 
 def split(patches: str, params: TrainParams) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Places of the patches, and which of them are held out.
+    """Returns the places of the patches, and which of them are held out.
 
     Raises:
-        UserError: What is left is less than one batch, or nothing is held out where patience needs it.
+        UserError: Fewer pairs than one batch are left to train on, or patience lacks held-out pairs.
     """
     lonlat = open_store(patches).manifest[["lon", "lat"]].to_numpy("f8")
     held_out = hold_out(lonlat, BLOCK_DEGREES, params.held_out_share, params.seed)
@@ -173,7 +175,7 @@ def split(patches: str, params: TrainParams) -> tuple[NDArray[np.float64], NDArr
 
 
 def new_trainer(pairs: Pairs, params: TrainParams, device: str = "cpu") -> Trainer:
-    """A trainer with initial weights from the seed."""
+    """Makes a trainer with initial weights from the seed."""
     torch.manual_seed(params.seed)
     location = LocationEncoder(
         params.degree, params.hidden, dim=params.dim, dropout=params.dropout, smoothness=params.smoothness
@@ -186,7 +188,10 @@ def new_trainer(pairs: Pairs, params: TrainParams, device: str = "cpu") -> Train
 
 
 def fit(trainer: Trainer, pairs: Pairs, state: str, save_every: int) -> None:
-    """Trains to the end; `state` is the URL of what a killed run goes on from, stored each `save_every` steps."""
+    """Trains to the end, and stores the training state at the URL `state` every `save_every` steps.
+
+    A run that was killed resumes from this state.
+    """
     _resume(trainer, state)
     steps, first = trainer.schedule.steps, process()[0] == 0
     with progress("train", steps, trainer.step_number) if first else nullcontext(_silent) as advance:
@@ -202,11 +207,11 @@ def fit(trainer: Trainer, pairs: Pairs, state: str, save_every: int) -> None:
 
 
 def _silent(*_: Any) -> None:
-    """Progress is shown by the first process."""
+    """Shows nothing: the first process shows the progress."""
 
 
 def _throughput(trainer: Trainer) -> Callable[[], float]:
-    """Pairs per second since the last call."""
+    """Returns a function that gives the pairs per second since its last call."""
     last = [trainer.step_number, time.perf_counter()]
 
     def rate() -> float:

@@ -1,8 +1,8 @@
-"""The audit of a database: are its numbers sound, and do key, value and place of a row belong to one image?
+"""Audits a database: are its numbers sound, and do key, value and place of a row belong to one image?
 
-With the patches and the checkpoint a random sample is encoded again and compared. Without them, as for an imported
-database, statistics tell. The same comparison of a shuffled sample must fail: a check that cannot fail
-tells nothing.
+With the patches and the checkpoint, a random sample is encoded again and compared. Without them, as for an imported
+database, statistics are used. The same comparison with a shuffled sample must fail: a check that cannot fail tells
+nothing.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from tasks.findings import Finding
 from tasks.model.checkpoint import keys_of
 from tasks.model.features import encode_rows, image_encoder, load, open_encoder, open_store
 
-TOLERANCE = 1e-3  # relative length of a difference: float32 in batches of another size, on another machine
-DEGREE = 12  # of the harmonics that stand for a place
+TOLERANCE = 1e-3  # largest relative difference: float32 in batches of another size, on another machine
+DEGREE = 12  # degrees of harmonics that represent a place
 
 
 def audit_database(
@@ -31,23 +31,23 @@ def audit_database(
 
     Args:
         database: URL of the database.
-        patches: URL of the patches that it was encoded from; then `checkpoint` is needed too.
-        checkpoint: URL of the checkpoint whose space its keys live in.
-        sample: Images to encode again.
-        seed: Of the sample.
+        patches: URL of the patches that it was encoded from; needs `checkpoint` too.
+        checkpoint: URL of the checkpoint that made its keys.
+        sample: Number of images to encode again.
+        seed: Seed of the sample.
 
     Returns:
-        What was found, in order.
+        The findings, in order.
 
     Raises:
-        UserError: One of the products is not there, or patches are given without a checkpoint.
+        UserError: One of the products does not exist, or patches are given without a checkpoint.
     """
     if patches is not None and checkpoint is None:
         raise UserError("patches are encoded again by a checkpoint: give --checkpoint too")
     data = open_database(database)
     findings = [*numbers(data, database), fingerprint_of(data, "checkpoint", checkpoint)]
     findings.append(fingerprint_of(data, "patches", patches))
-    if patches is None or checkpoint is None or (data.row_ids < 0).all():  # or no row leads back to an image
+    if patches is None or checkpoint is None or (data.row_ids < 0).all():  # imported: no row leads back to an image
         return [*findings, *by_statistics(data, seed)]
     if any(finding.passed is False for finding in findings):
         return [*findings, Finding("images", None, "none encoded again: first mend what failed")]
@@ -55,7 +55,7 @@ def audit_database(
 
 
 def numbers(data: Database, database: str) -> Iterator[Finding]:
-    """Whether the arrays are of the kind that retrieval takes."""
+    """Checks that retrieval can use the arrays, and that no image is there twice."""
     try:
         check(data.keys, data.values, data.locations, database)
         length = float(np.abs(np.linalg.norm(data.keys, axis=1) - 1).max())
@@ -67,7 +67,7 @@ def numbers(data: Database, database: str) -> Iterator[Finding]:
 
 
 def fingerprint_of(data: Database, kind: str, url: str | None) -> Finding:
-    """Whether the database was made of the product at `url`."""
+    """Checks that the database was made from the product at `url`."""
     recorded = data.card.get(kind)
     if url is None or recorded is None:
         return Finding(kind, None, f"not given; the card says {recorded}" if recorded else "the card names none")
@@ -76,7 +76,7 @@ def fingerprint_of(data: Database, kind: str, url: str | None) -> Finding:
 
 
 def by_encoding(data: Database, patches: str, checkpoint: str, sample: int, seed: int) -> Iterator[Finding]:
-    """A random sample encoded again, and the same sample shuffled."""
+    """Checks a random sample by encoding it again, and that the same sample shuffled fails."""
     manifest = open_store(patches).manifest
     same = np.array_equal(data.row_ids, manifest["row_id"]) if len(manifest) == len(data.row_ids) else False
     yield Finding("row ids", same, f"{len(data.row_ids)} in the database, {len(manifest)} in the manifest")
@@ -94,7 +94,7 @@ def by_encoding(data: Database, patches: str, checkpoint: str, sample: int, seed
 
 
 def encode_again(data: Database, patches: str, checkpoint: str, rows: NDArray) -> tuple[NDArray, NDArray]:
-    """Keys and values of some patches by the encoders that the database's card names."""
+    """Returns keys and values of some patches, by the encoders that the database's card names."""
     source, model = open_store(patches), load(checkpoint)
     encoder = image_encoder(model, patches)
     other = values_encoder(data, patches)
@@ -107,10 +107,10 @@ def encode_again(data: Database, patches: str, checkpoint: str, rows: NDArray) -
 
 
 def values_encoder(data: Database, patches: str) -> ImageEncoder | None:
-    """The encoder of the values; none where it is the checkpoint's own.
+    """Returns the encoder of the values, or None where it is the checkpoint's own.
 
     Raises:
-        UserError: It is no longer where the card says.
+        UserError: The features are no longer where the card says.
     """
     made = data.card.get("values", {})
     if not made.get("features"):
@@ -120,14 +120,14 @@ def values_encoder(data: Database, patches: str) -> ImageEncoder | None:
 
 
 def compare(stored: NDArray, again: NDArray) -> tuple[bool, str]:
-    """Whether rows are the same up to rounding, and how many are."""
+    """Tells whether all rows are the same up to rounding, and how many are."""
     apart = np.linalg.norm(stored - again, axis=1) / np.linalg.norm(again, axis=1).clip(1e-12)
     good = int((apart < TOLERANCE).sum())
     return good == len(apart), f"{good} of {len(apart)} the same; largest relative difference {apart.max():.1g}"
 
 
 def by_statistics(data: Database, seed: int) -> Iterator[Finding]:
-    """Whether keys, values and places go together, without any image; and whether that could have failed."""
+    """Checks without images that keys, values and places go together, and that these checks can fail."""
     if len(data.keys) and np.isfinite(data.values).all():
         places = spherical_harmonics(data.locations, DEGREE)
         yield from together("values and keys", data.values, data.keys, seed)
@@ -136,7 +136,7 @@ def by_statistics(data: Database, seed: int) -> Iterator[Finding]:
 
 
 def together(name: str, source: NDArray, target: NDArray, seed: int) -> Iterator[Finding]:
-    """Whether two tables belong together row by row, and the same of one of them shuffled."""
+    """Checks that two tables belong together row by row, and that they do not once one is shuffled."""
     try:
         found = alignment(source, target, seed)
         rng = np.random.default_rng((seed, len(target)))  # not the generator that may have shuffled the table

@@ -1,4 +1,4 @@
-"""The published layout of a database, one `.npz`: imported without executing anything, and exported."""
+"""Imports and exports databases in their published layout, one `.npz`. Nothing in a file is executed."""
 
 import hashlib
 import io
@@ -23,23 +23,23 @@ from tasks.database.store import (
 from tasks.foreign import check_free, read_file, write_file
 
 FOREIGN = ("locs", "satclip_embeddings", "image_embeddings")
-IMPORTED_ROWS = 1024  # per shard of an imported database, so that parts of it can be read
+IMPORTED_ROWS = 1024  # images per shard of an imported database, so that parts of it can be read
 
 
 def import_npz(source: str | Path, url: str, checkpoint: str) -> dict[str, Any]:
-    """Imports a database in the published layout; nothing in the file is executed.
+    """Imports a database in the published layout. Nothing in the file is executed.
 
     Args:
         source: Path or URL of a `range_db_*.npz` with `locs` (lon, lat in degrees), `satclip_embeddings`,
             `image_embeddings`.
         url: Directory of the new database.
-        checkpoint: URL of the checkpoint whose space the keys live in.
+        checkpoint: URL of the checkpoint that made the keys.
 
     Returns:
         The new database's card, or that of an earlier import of the same file.
 
     Raises:
-        UserError: The file is no such database, its numbers cannot be right, or another product is at `url`.
+        UserError: The file is no such database or has unsound numbers, or another product is at `url`.
     """
     space, data = read_card(checkpoint, "checkpoint"), read_file(source, "a range_db_*.npz")
     name, digest = name_of(as_url(source)), hashlib.sha256(data).hexdigest()
@@ -96,7 +96,7 @@ def export_npz(url: str, target: str | Path, overwrite: bool = False) -> str:
     Args:
         url: The database.
         target: Path or URL of the file to write.
-        overwrite: Whether a file that is there is replaced.
+        overwrite: Whether to replace a file that exists.
 
     Returns:
         The file's URL.

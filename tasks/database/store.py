@@ -1,16 +1,16 @@
-"""The two-resolution database: what retrieval reads.
+"""Stores the two-resolution database that retrieval reads.
 
 ========== ============= ======= =====================================================================
 array      dims          dtype   meaning
 ========== ============= ======= =====================================================================
 keys       image, key    float32 unit vectors in the location encoder's space
-values     image, value  float32 raw features of the image encoder, as they come
+values     image, value  float32 features of the image encoder, not normalised
 locations  image, 2      float64 longitude and latitude in degrees
 row_ids    image         int64   row of the patches' manifest; -1 in an imported database
 ========== ============= ======= =====================================================================
 
-`database.zarr` holds the arrays, one object per `rows_per_shard` images and array; `card.json` says which
-checkpoint's space the keys live in.
+`database.zarr` holds the arrays, with one object per array and shard of images. `card.json` names the checkpoint that
+made the keys.
 """
 
 import math
@@ -28,10 +28,10 @@ from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import read_card, write_card
 
-READ_ROWS = 1024  # at a time: all at once, what is in flight would take a quarter of the database besides
+READ_ROWS = 1024  # rows read at a time: reading all at once takes a quarter more memory than the database
 NAMES = ("keys", "values", "locations", "row_ids")
 MISSING = {"f4": math.nan, "f8": math.nan, "i8": -1}  # what an array has where nothing is written
-UNIT_TOLERANCE = 1e-4
+UNIT_TOLERANCE = 1e-4  # largest deviation of a key's length from 1
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class Database:
     row_ids: NDArray[np.int64]
     """(n,) rows of the patches' manifest."""
     card: dict[str, Any]
-    """What it is and how it was made."""
+    """What the database is and how it was made."""
 
 
 def create_database(url: str, images: int, key: int, value: int, rows: int) -> None:
-    """Writes the metadata of an empty database, unless it is there.
+    """Writes the metadata of an empty database, unless it exists.
 
     Args:
         url: Directory of the database.
         images: Number of images.
         key: Length of a key.
         value: Length of a value.
-        rows: Images per shard, the unit of work.
+        rows: Images per shard, which is one unit of work.
     """
     shapes: dict[str, tuple[tuple[int, ...], str]]
     shapes = {"keys": ((images, key), "f4"), "values": ((images, value), "f4")}
@@ -73,7 +73,7 @@ def _table(url: str, name: str) -> arrays.Table:
 
 
 def write_rows(url: str, start: int, data: dict[str, NDArray]) -> None:
-    """Writes one shard of every array, from image `start`; the keys last, as the mark that it is done.
+    """Writes one shard of every array, from image `start`, with the keys last as completion marker.
 
     Raises:
         UserError: The rows are not one whole shard.
@@ -83,12 +83,12 @@ def write_rows(url: str, start: int, data: dict[str, NDArray]) -> None:
 
 
 def written_shards(url: str) -> set[int]:
-    """Numbers of the shards that are there."""
+    """Returns the numbers of the shards that were written."""
     return _table(url, "keys").written()
 
 
 def finish_database(url: str, **card: Any) -> dict[str, Any]:
-    """Checks the whole database and writes its card; returns the card."""
+    """Checks the whole database, writes its card, and returns the card."""
     data = _read(url)
     check(data["keys"], data["values"], data["locations"], url)
     return write_card(
@@ -105,20 +105,20 @@ def open_database(url: str) -> Database:
     """Reads a finished database into memory.
 
     Raises:
-        UserError: None is there, or it claims to be more than is stored.
+        UserError: There is no database, or its metadata claims more than its stored bytes can hold.
     """
     card = _card(url)
     return Database(**_read(url), card=card)
 
 
 def read_rows(url: str, rows: slice | list[int]) -> Database:
-    """Reads some images of a finished database into memory: a worker's part of a large one, or chosen rows."""
+    """Reads some images of a finished database into memory: a part of a large one, or chosen rows."""
     card = _card(url)
     return Database(**{name: _table(url, name).read(rows) for name in NAMES}, card=card)
 
 
 def read_blocks(url: str, size: int) -> Iterator[Database]:
-    """A finished database, `size` images at a time."""
+    """Yields a finished database, `size` images at a time."""
     card = _card(url)
     stored = {name: _table(url, name).open() for name in NAMES}
     for start in range(0, card["images"], size):
@@ -127,7 +127,7 @@ def read_blocks(url: str, size: int) -> Iterator[Database]:
 
 
 def _card(url: str) -> dict[str, Any]:
-    """The card, unless the arrays claim more than their objects can hold: memory is given by what they claim."""
+    """Returns the card, and refuses arrays that claim more than their objects can hold, since memory follows claims."""
     card = read_card(url, "database")
     claimed = sum(_table(url, name).open().nbytes for name in NAMES)
     if claimed > EXPANSION * (stored := storage.size(storage.join(url, "database.zarr"))):
@@ -139,7 +139,7 @@ def _card(url: str) -> dict[str, Any]:
 
 
 def stored_values(url: str) -> arrays.Rows:
-    """The values of a database, (n, v), to be read in blocks."""
+    """Returns the values of a database, (n, v), to be read in blocks."""
     return arrays.Rows(_table(url, "values").open())
 
 
@@ -148,18 +148,18 @@ def _read(url: str) -> dict[str, NDArray]:
 
 
 def _whole(array: zarr.Array) -> NDArray:
-    """All of an array, some whole shards at a time."""
-    found, rows = np.empty(array.shape, array.dtype), max(1, READ_ROWS // array.chunks[0]) * array.chunks[0]
-    for start in range(0, len(found), rows):
-        found[start : start + rows] = arrays.read(array, slice(start, start + rows))
-    return found
+    """Reads all of an array, some whole shards at a time."""
+    data, rows = np.empty(array.shape, array.dtype), max(1, READ_ROWS // array.chunks[0]) * array.chunks[0]
+    for start in range(0, len(data), rows):
+        data[start : start + rows] = arrays.read(array, slice(start, start + rows))
+    return data
 
 
 def check(keys: NDArray, values: NDArray, locations: NDArray, source: str) -> None:
-    """Refuses arrays that retrieval would silently take for good ones.
+    """Refuses unsound arrays, which retrieval would use without a sign of it.
 
     Raises:
-        UserError: Lengths differ, a value is not finite, a place is not on Earth, or a key has no direction.
+        UserError: Lengths differ, a value is not finite, a place is not on Earth, or a key has length zero.
     """
     if keys.ndim != 2 or values.ndim != 2 or locations.shape[1:] != (2,) or not keys.size or not values.size:
         raise UserError(
@@ -179,12 +179,13 @@ def check(keys: NDArray, values: NDArray, locations: NDArray, source: str) -> No
 
 
 def refuse_rows(wrong: NDArray[np.bool_], source: str, what: str) -> None:
+    """Refuses a source with any wrong row; the message has the number of wrong rows and the first."""
     if wrong.any():
         raise UserError(f"{source} has {wrong.sum()} {what} (first in row {wrong.argmax()}): mend the file")
 
 
 def repeated(locations: NDArray, values: NDArray) -> NDArray[np.bool_]:
-    """Which images are there already in an earlier row, with the same place and value."""
+    """Tells which images are in an earlier row already, with the same place and value, (n,)."""
     rows = np.column_stack([locations, values]).view(f"V{8 * (2 + values.shape[1])}").ravel()
     _, first = np.unique(rows, return_index=True)
     again = np.ones(len(rows), bool)
@@ -193,7 +194,7 @@ def repeated(locations: NDArray, values: NDArray) -> NDArray[np.bool_]:
 
 
 def read_pair(checkpoint: str, database: str) -> dict[str, Any]:
-    """The database's card, after checking that its keys live in the checkpoint's space."""
+    """Returns the database's card, after a check that its keys were made by the checkpoint."""
     ours = read_card(checkpoint, "checkpoint")["fingerprint"]
     card = read_card(database, "database")
     if card["checkpoint"] != ours:

@@ -1,17 +1,17 @@
-"""Embedders by name: places in, vectors out.
+"""Finds embedders by name: functions from places to vectors.
 
 ==================== ==========================================================================
-name                 what it is
+name                 embedding
 ==================== ==========================================================================
 coordinates          longitude and latitude in degrees
 unit vectors         points of the unit sphere
 wrap, theory         `tasks.core.encoders.encodings`
 spherical harmonics  the fixed features below the location encoder
 geoclip              the weights in the package `geoclip`
-satclip, sinr, csp   NAME=PATH, or =URL, of the published weights; without them shown as not given
-location encoder     ours, without retrieval
-range, range+        the product
-URL of a grid        what its readers get
+satclip, sinr, csp   published weights, as NAME=PATH or NAME=URL; without them, shown as not given
+location encoder     our location encoder, without retrieval
+range, range+        retrieval from our database
+URL of a grid        the vectors of a published grid
 ==================== ==========================================================================
 """
 
@@ -47,9 +47,9 @@ from tasks.params import EmbedderParams
 from tasks.points.sample_grid import sample_grid
 
 Lonlat = NDArray[np.float64]
-Vectors = NDArray[np.float32]
+Embeddings = NDArray[np.float32]
 
-DEGREE = 20  # of the spherical harmonics where no checkpoint says another
+DEGREE = 20  # degrees of the spherical harmonics where no checkpoint says another number
 FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
     "coordinates": np.asarray,
     "unit vectors": unit_vectors,
@@ -59,58 +59,56 @@ FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
 BY_PATH = ("satclip", "sinr", "csp")
 OURS = {"location encoder": Method("none"), "range": Method("range"), "range+": Method("range+")}
 NAMES = (*FIXED, "spherical harmonics", "geoclip", *BY_PATH, *OURS)
-STORED = "grid's vectors, "  # before the dtype that they are scored in
+STORED = "grid's vectors, "  # prefix of the names of a grid's vectors at exact places, before their dtype
 NOT_GIVEN = "weights not given"
 
 
 class Embedder(Protocol):
-    """Places to vectors."""
+    """A function from places to vectors."""
 
-    def __call__(self, lonlat: Lonlat, /) -> Vectors:
-        """(n, 2) degrees (lon, lat) to (n, d); NaN where there is none."""
+    def __call__(self, lonlat: Lonlat, /) -> Embeddings:
+        """Maps (n, 2) degrees (lon, lat) to (n, d); NaN where there is no vector."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """One line of the table."""
+    """An embedder as a row of the table of scores."""
 
     name: str
-    """As the table shows it."""
+    """Name in the table."""
     embed: Embedder | None
-    """None: its weights were not given."""
+    """The embedder; None where its weights were not given."""
     version: str = ""
-    """What changes when the weights do."""
+    """A text that changes when the weights do."""
     partial: bool = False
-    """Whether it has no vector for some places."""
+    """Whether it lacks vectors for some places."""
 
 
 def embedders(checkpoint: str | None, database: str | None, grid: str | None, params: EmbedderParams) -> list[Named]:
-    """The embedders that were asked for, or all, in the order of the table.
+    """Returns the embedders that were asked for, or all, in the order of the table.
 
     Args:
         checkpoint: URL of our location encoder.
-        database: URL of its database.
-        grid: URL of the published grid that is scored.
-        params: Which.
+        database: URL of the database encoded with it.
+        grid: URL of a published grid to score.
+        params: Names of the embedders.
 
     Raises:
-        UserError: A name is unknown, or what it needs is not given.
+        UserError: A name is unknown, or an embedder lacks its weights or products.
     """
     asked = params.embedder or tuple(name for name in NAMES if name not in OURS or (checkpoint and database))
-    found = [_named(spec, checkpoint, database, params) for spec in asked]
-    if not grid:
-        return found
-    return [
-        *found,
-        _grid("grid", grid, params),
-        *(_stored(grid, checkpoint, database) if checkpoint and database else []),
-    ]
+    chosen = [_named(spec, checkpoint, database, params) for spec in asked]
+    if grid:
+        chosen.append(_grid("grid", grid, params))
+        if checkpoint and database:
+            chosen += _stored(grid, checkpoint, database)
+    return chosen
 
 
 def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
-    """A grid's vectors at the places themselves, as they are and as its dtype keeps them; nothing for float32.
+    """Returns embedders of a grid's vectors at the exact places, in float32 and in the grid's dtype; none for float32.
 
-    What the dtype costs is what the two differ by: cells and their size have no part in it.
+    Their difference is the cost of the dtype alone: the size of the cells has no part in it.
     """
     attrs = zarr.open_group(storage.zarr_store(as_url(grid)), mode="r").attrs
     made, dtype = attrs.get("rangegrid:made_of"), attrs["geoemb:data_type"]
@@ -119,7 +117,7 @@ def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
     method, kept = Method(made["method"], made["beta"]), storing(as_url(grid))
     projection = read_projection(as_url(grid)) if made.get("compact_dims") else None
 
-    def exact(lonlat: Lonlat) -> Vectors:
+    def exact(lonlat: Lonlat) -> Embeddings:
         encoder, index = load(checkpoint, database)
         visual, location = np.split(embed_ours(encoder, index, lonlat, method), [index.values.shape[1]], axis=1)
         return np.concatenate([projection.apply(visual) if projection else visual, location], axis=1)
@@ -128,7 +126,7 @@ def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
 
 
 def dtype_costs(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the dtype of a grid costs each task: the scores of its vectors in float32, and as they are stored."""
+    """Returns the cost of a grid's dtype in each task: the scores of its vectors in float32, and as stored."""
     rows = [row for row in scores if row["embedder"].startswith(STORED)]
     pairs = [(a, b) for a, b in pairwise(rows) if a["task"] == b["task"]]
     return [
@@ -161,13 +159,13 @@ def _ours(name: str, checkpoint: str | None, database: str | None) -> Named:
         raise UserError(f"the embedder {name!r} is ours: name the checkpoint and the database to evaluate")
     shown = name.upper() if name.startswith("range") else name
 
-    def ours(lonlat: Lonlat) -> Vectors:
+    def ours(lonlat: Lonlat) -> Embeddings:
         return embed_ours(*load(checkpoint, database), lonlat, OURS[name])
 
     return Named(shown, ours)
 
 
-def _harmonics(degree: int, lonlat: Lonlat) -> Vectors:
+def _harmonics(degree: int, lonlat: Lonlat) -> Embeddings:
     return spherical_harmonics(lonlat, degree).astype(np.float32)
 
 
@@ -194,13 +192,13 @@ def _by_path(name: str, path: str) -> Named:
 
 
 def load_satclip(path: str) -> Embedder:
-    """SatCLIP's location encoder from a `satclip-*.ckpt`; its vectors as they come, not normalised, as in the paper."""
+    """Loads SatCLIP's location encoder from a `satclip-*.ckpt`; its vectors are not normalised, as in the paper."""
     with TemporaryDirectory() as scratch:
         url = Path(scratch, "checkpoint").as_uri()
         import_satclip(path, url)
         location = load_checkpoint(url).location
 
-    def satclip(lonlat: Lonlat) -> Vectors:
+    def satclip(lonlat: Lonlat) -> Embeddings:
         parts = [
             location(lonlat[start : start + 4096]).detach().float().numpy() for start in range(0, len(lonlat), 4096)
         ]
@@ -210,13 +208,13 @@ def load_satclip(path: str) -> Embedder:
 
 
 def load_sinr(path: str) -> Embedder:
-    """SINR's encoder from a `.pt` (its training script's) or a `.safetensors`."""
+    """Loads SINR's encoder from a `.pt` of its training script, or a `.safetensors`."""
     content = load_foreign(path, "SINR's weights, a .pt or .safetensors")
     return _checked(path, "SINR", partial(embed_sinr, content.get("state_dict", content)))
 
 
 def load_csp(path: str) -> Embedder:
-    """CSP's encoder from a `.pth.tar` as published."""
+    """Loads CSP's encoder from a published `.pth.tar`."""
     content = load_foreign(path, "CSP's weights, a .pth.tar")
     state: Mapping[str, Tensor] = content.get("state_dict", {})
     weights = {name.rpartition("spa_enc.ffn.")[2]: tensor for name, tensor in state.items() if "spa_enc.ffn." in name}
@@ -224,7 +222,7 @@ def load_csp(path: str) -> Embedder:
 
 
 def _checked(path: str, name: str, embedder: Any) -> Embedder:
-    """The embedder, after embedding one place: a wrong file is refused before the work."""
+    """Returns the embedder after it embedded one place, so that a wrong file is refused before the work."""
     try:
         embedder(np.zeros((1, 2)))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

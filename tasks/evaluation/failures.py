@@ -1,7 +1,7 @@
-"""Where a product fails: errors of its blocked probes by continent, by latitude and by distance to the database.
+"""Tells where a product fails: errors of its blocked probes by continent, latitude and distance to the database.
 
-The score of a group is comparable with that of the whole: accuracy, or 1 - mean squared error / variance of all labels,
-so that the whole's is the groups' mean, weighted by their places.
+The score of a group is accuracy, or 1 - mean squared error / variance of all labels. So the score of the whole is the
+mean over the groups, weighted by their numbers of places.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from tasks.evaluation.labels import natural_earth
 from tasks.evaluation.scoring import Scored, Trial
 
-BANDS = (-90.0, -60.0, -30.0, 0.0, 30.0, 60.0, 90.0)  # degrees of latitude
-DISTANCES = (0.0, 25.0, 50.0, 100.0, 200.0, 500.0, np.inf)  # km
-FEWEST = 20  # places of a group that is told
+BANDS = (-90.0, -60.0, -30.0, 0.0, 30.0, 60.0, 90.0)  # degrees of latitude between groups
+DISTANCES = (0.0, 25.0, 50.0, 100.0, 200.0, 500.0, np.inf)  # km to the nearest image between groups
+FEWEST = 20  # places of a group, below which its score is too uncertain to show
 COLUMNS = ["task", "by", "group", "n", "score", "std"]
 
 Lonlat = NDArray[np.float64]
 
 
 def losses(made: Trial, predicted: NDArray) -> NDArray[np.float64]:
-    """Per place 1 for a wrong class and 0 for a right one, or the squared error over the variance of the labels."""
+    """Returns the loss at each place: 1 for a wrong class, or the squared error over the variance of the labels."""
     if made.labels.kind == "classification":
         return (predicted != made.labels.labels).astype(np.float64)
     return (predicted - made.labels.labels) ** 2 / made.labels.labels.var()
@@ -32,12 +32,12 @@ def losses(made: Trial, predicted: NDArray) -> NDArray[np.float64]:
 def where_it_fails(
     scored: Scored, product: str, distance_km: Callable[[Lonlat], NDArray[np.float64]] | None
 ) -> pd.DataFrame:
-    """Scores by group of places: columns task, by, group, n, score, std (its standard error).
+    """Returns scores by group of places: columns task, by, group, n, score, and std, the standard error of the score.
 
     Args:
         scored: The scores.
-        product: Which embedder's.
-        distance_km: Distance of places to the nearest image of the database; none, where there is no database.
+        product: Name of the embedder.
+        distance_km: Gives the distance of places to the nearest image of the database; None without a database.
     """
     parts = []
     for made in scored.trials:
@@ -52,7 +52,7 @@ def where_it_fails(
 def groupings(
     lonlat: Lonlat, distance_km: Callable[[Lonlat], NDArray[np.float64]] | None
 ) -> dict[str, NDArray | pd.Categorical]:
-    """The groups of places, by what they are made."""
+    """Returns the group of each place, by criterion."""
     continents = natural_earth(lonlat, "continent")
     found: dict[str, NDArray | pd.Categorical] = {
         "continent": np.where(continents == "", "islands", continents),
@@ -69,6 +69,6 @@ def _cut(values: NDArray[np.float64], edges: tuple[float, ...], unit: str) -> pd
 
 
 def spread(failures: pd.DataFrame) -> dict[str, float]:
-    """By task, the score on the best continent minus that on the worst: its geographic bias."""
+    """Returns the geographic bias of each task: the score on its best continent minus the score on its worst."""
     by_continent = failures[failures["by"] == "continent"].groupby("task", sort=False)["score"]
     return {str(task): round(float(scores.max() - scores.min()), 4) for task, scores in by_continent}

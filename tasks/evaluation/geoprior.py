@@ -1,8 +1,8 @@
-"""The geographic prior: what places add to an image classifier, as on iNaturalist.
+"""Measures the geographic prior: what places add to an image classifier, as on iNaturalist.
 
 By Bayes with equally likely classes, log P(class | image, place) = log P(class | image) + log P(class | place) + const
-(Mac Aodha et al. 2019). The image's part comes as an array; the place's is the paper's probe on an embedding: a ridge
-regression on ±1 estimates 2 P - 1.
+(Mac Aodha et al. 2019). The term of the image comes as an array. The term of the place is the paper's probe on an
+embedding: a ridge regression on ±1 estimates 2 P - 1.
 
 The file is an `.npz` of plain arrays:
 
@@ -11,7 +11,7 @@ array     dims          meaning
 ========= ============= =================================================================
 lonlat    n, 2          degrees (lon, lat) of all photographs
 labels    n             class of each, a column of log_probs
-train     n             true: the probe is fitted on it; false: it is scored
+train     n             whether the probe is fitted on a photograph (true) or scored on it
 log_probs m, classes    of the m scored photographs, in their order
 ========= ============= =================================================================
 """
@@ -28,33 +28,33 @@ from sklearn.preprocessing import MinMaxScaler
 
 from infra.errors import UserError
 from tasks.core.probes import GramRidgeClassifierCV
-from tasks.evaluation.embedders import NOT_GIVEN, Named, Vectors
+from tasks.evaluation.embedders import NOT_GIVEN, Embeddings, Named
 from tasks.foreign import read_file
 
-FOLDS = 5  # of the paper's code for this task
-FLOOR = 1e-3  # probability that a class keeps wherever the place is
-TOP = (1, 3, 5)
+FOLDS = 5  # folds of the paper's code for this task
+FLOOR = 1e-3  # smallest probability of a class at any place
+TOP = (1, 3, 5)  # values of k of top-k accuracy
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """What is classified."""
+    """Photographs to classify."""
 
     lonlat: NDArray[np.float64]
     """(n, 2) in degrees."""
     labels: NDArray[np.int64]
     """(n,) columns of `log_probs`."""
     train: NDArray[np.bool_]
-    """(n,) whether the probe may see it."""
+    """(n,) whether the probe is fitted on a photograph."""
     log_probs: NDArray[np.float64]
-    """(m, classes) of those it may not."""
+    """(m, classes) log-probabilities of the others, from the image alone."""
 
 
 def read_photographs(source: str) -> Photographs:
-    """Reads the arrays; nothing in the file is executed.
+    """Reads the arrays of photographs. Nothing in the file is executed.
 
     Raises:
-        UserError: It is not there, lacks an array, or they do not fit together.
+        UserError: The file does not exist or lacks an array, or the arrays do not fit together.
     """
     try:
         with np.load(io.BytesIO(read_file(source, "an .npz of photographs")), allow_pickle=False) as file:
@@ -84,11 +84,11 @@ def _check(found: Photographs, source: str) -> None:
 
 
 def geo_prior(found: Photographs, embedders: list[Named]) -> pd.DataFrame:
-    """Top-1, top-3 and top-5 accuracy of the images alone, and with each embedder's prior.
+    """Returns top-1, top-3 and top-5 accuracy of the images alone, and with each embedder's prior.
 
     Args:
         found: The photographs.
-        embedders: Whose places.
+        embedders: The embedders.
 
     Returns:
         Columns embedder, top-1, top-3, top-5, note.
@@ -106,8 +106,8 @@ def geo_prior(found: Photographs, embedders: list[Named]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def log_prior(found: Photographs, vectors: Vectors) -> NDArray[np.float64]:
-    """Log P(class | place) of the scored photographs, (m, classes), by a probe fitted on the others."""
+def log_prior(found: Photographs, vectors: Embeddings) -> NDArray[np.float64]:
+    """Returns log P(class | place) of the scored photographs, (m, classes), by a probe fitted on the others."""
     probe = make_pipeline(MinMaxScaler(), GramRidgeClassifierCV(cv=FOLDS))
     probe.fit(vectors[found.train].astype("f8"), found.labels[found.train])
     share = np.full(found.log_probs.shape, FLOOR)
@@ -116,6 +116,6 @@ def log_prior(found: Photographs, vectors: Vectors) -> NDArray[np.float64]:
 
 
 def _top(scores: NDArray[np.float64], told: NDArray[np.int64]) -> dict[str, float]:
-    """Share of rows whose class is among the k best."""
+    """Returns the share of rows whose class is among the k best, for each k."""
     rank = (scores > scores[np.arange(len(told)), told][:, None]).sum(1)
     return {f"top-{k}": round(float((rank < k).mean()), 4) for k in TOP}

@@ -1,4 +1,4 @@
-"""Labels from tables (`tasks.tables.files`), of points or of polygons to draw points in.
+"""Reads labels from tables (`tasks.tables.files`) of points, or of polygons to draw points in.
 
 The paper's tables are recognised by the columns that its loaders read:
 
@@ -14,8 +14,8 @@ population   population        lon, lat               regression, log(1 + label)
 housing      median_house_value longitude, latitude   regression, blocks of 1°
 ============ ================= ====================== ==========================
 
-Any other column is named. What has no label or no place is left out; the order of the rows stays, since the paper's
-split depends on it.
+Any other column is named by the user. Rows without a label or a place are left out. The order of the rows stays, since
+the paper's split depends on it.
 """
 
 from dataclasses import dataclass, replace
@@ -35,29 +35,29 @@ from tasks.tables.files import Place, Table, open_table, settled
 from tasks.tables.places import find_place, lonlat_of, remedy_of, shapes_of
 from tasks.units import log
 
-IN_POLYGONS = 10_000  # places that are drawn where no number is asked for
-FEWEST = 50  # labelled places of a task
-DRAWS, TRIES = 20_000, 500  # places at a time, and times, until polygons have enough of them
-NO_LABEL = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")  # what tables write for none
-DEMO_POINTS, BLOCK_DEGREES = 2500, 10.0
+IN_POLYGONS = 10_000  # places drawn in polygons where no number is asked for
+FEWEST = 50  # fewest labelled places of a task
+DRAWS, TRIES = 20_000, 500  # places drawn at a time, and most draws, until polygons hold enough places
+NO_LABEL = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")  # texts that mean no label
+DEMO_POINTS, BLOCK_DEGREES = 2500, 10.0  # places of a demo task, and side of its blocks
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a task is in a table."""
+    """The columns of a task in a table."""
 
     name: str
-    """Task."""
+    """Name of the task."""
     label: str
     """Column of the labels."""
     kind: Kind
-    """Classes or numbers."""
+    """Whether labels are classes or numbers."""
     lonlat: tuple[str, str] | None
-    """Columns of the coordinates; none where a geometry has them."""
+    """Columns of longitudes and latitudes; None where a geometry has them."""
     log1p: bool = False
-    """Whether log(1 + label) is the label."""
+    """Whether log(1 + label) is predicted in place of the label."""
     block_degrees: float = 10.0
-    """Side of the blocks that are held out."""
+    """Side of the blocks that are held out, in degrees."""
 
 
 PAPER = (
@@ -88,9 +88,9 @@ def read_labels(params: EvaluateParams) -> list[LabelSet]:
 
 
 def recognise(table: Table, params: EvaluateParams) -> list[Columns]:
-    """Returns where the tasks are in a table: as named, or the paper's by its columns.
+    """Returns the tasks of a table: the one that is named, or the paper's tasks by their columns.
 
-    A task of the paper whose columns of coordinates have other names is taken where none has its own.
+    A task whose columns of coordinates have other names than in the paper is taken only where no task has its own.
     """
     names = set(table.names)
     if params.label and params.kind:
@@ -108,7 +108,7 @@ def recognise(table: Table, params: EvaluateParams) -> list[Columns]:
 
 
 def make_labels(table: Table, columns: Columns, params: EvaluateParams) -> LabelSet:
-    """Returns the labels of one task, checked, and drawn from where there are more than asked for."""
+    """Returns the labels of one task after checks, at most as many as asked for."""
     lonlat, labels = _labelled_places(table, columns, params)
     labels = _typed(labels, columns, table.source)
     _check(lonlat, labels, columns, table.source)
@@ -118,7 +118,7 @@ def make_labels(table: Table, columns: Columns, params: EvaluateParams) -> Label
 
 
 def _draw(count: int, params: EvaluateParams) -> NDArray[np.int64]:
-    """Rows in their order: all, or as many as asked for at random."""
+    """Returns rows in their order: all, or as many as asked for, drawn at random."""
     if params.points is None or count <= params.points:
         return np.arange(count)
     return np.sort(np.random.default_rng(params.seed).choice(count, params.points, replace=False))
@@ -139,7 +139,7 @@ def _labelled_places(table: Table, columns: Columns, params: EvaluateParams) -> 
     frame = frame[labelled & ~(frame.geometry.is_empty | frame.geometry.isna())]
     kinds = set(frame.geom_type)
     if kinds <= {"Point", "MultiPoint"}:
-        frame = gpd.GeoDataFrame(frame.explode())  # every point of several has their label
+        frame = gpd.GeoDataFrame(frame.explode())  # each point of a multipoint gets the row's label
         lonlat = np.column_stack([frame.geometry.x, frame.geometry.y])
         return _known(lonlat, frame["label"], np.ones(len(frame), bool))
     if not kinds <= {"Polygon", "MultiPolygon"}:
@@ -168,7 +168,7 @@ def _known(
 def draw_in_polygons(
     polygons: gpd.GeoDataFrame, count: int, seed: int, source: str
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Places uniform by area in polygons, (count, 2), and the polygon of each, the first where several hold it.
+    """Draws places uniform by area in polygons, (count, 2); returns also the polygon of each, the first that holds it.
 
     Raises:
         UserError: The polygons cover so little of their bounds that no place falls into them.
@@ -218,7 +218,7 @@ def _check(lonlat: NDArray[np.float64], labels: NDArray, columns: Columns, sourc
 
 
 def label_sets(params: EvaluateParams) -> list[LabelSet]:
-    """The tasks of the tables that are named, or the demo's."""
+    """Returns the tasks of the tables that are named, or the demo's tasks."""
     if params.labels:
         return read_labels(params)
     return demo_labels(params.points or DEMO_POINTS, params.seed, params.block_degrees or BLOCK_DEGREES)

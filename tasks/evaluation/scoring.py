@@ -1,4 +1,4 @@
-"""The table of scores: every embedder on every task, on the paper's split and on blocks held out."""
+"""Scores every embedder on every task, on the paper's split and on held-out blocks."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from tasks.core.probes import (
     predict,
     random_split,
 )
-from tasks.evaluation.embedders import NOT_GIVEN, Lonlat, Named, Vectors
+from tasks.evaluation.embedders import NOT_GIVEN, Embeddings, Lonlat, Named
 from tasks.evaluation.labels import LabelSet
 from tasks.params import EvaluateParams
 
@@ -35,7 +35,7 @@ SCORES = ("random", "random_std", "blocked", "blocked_std")
 
 @dataclass(frozen=True)
 class Trial:
-    """A task, its splits, and where its places are among all."""
+    """A task with its splits."""
 
     labels: LabelSet
     """The task."""
@@ -44,19 +44,19 @@ class Trial:
     random: list[Split]
     """Random splits, the paper's first."""
     blocked: list[Split]
-    """Folds of blocks, which score every place once."""
+    """Folds of whole blocks, which score every place once."""
     facts: dict[str, Any]
-    """What is the same for every embedder: counts, and what the splits leak."""
+    """Facts that are the same for every embedder: counts, and near-duplicates across the splits."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What came out."""
+    """Results of the scoring."""
 
     table: pd.DataFrame
     """One row per task and embedder."""
     predicted: dict[tuple[str, str], NDArray]
-    """By embedder and task, what the probes of the blocked folds say of each place."""
+    """Predictions of the blocked folds' probes for each place, by embedder and task."""
     trials: list[Trial]
     """The tasks."""
 
@@ -75,7 +75,7 @@ def score_all(
         advance: Called with 1 after every embedder.
 
     Raises:
-        UserError: A task has too few blocks.
+        UserError: A task has too few blocks, or classes that are too rare.
     """
     places, where = distinct(sets)
     partial = {one.name: one.embed(places) for one in embedders if one.embed and one.partial}
@@ -97,13 +97,13 @@ def score_all(
 
 
 def distinct(sets: list[LabelSet]) -> tuple[Lonlat, list[NDArray[np.int64]]]:
-    """The distinct places of all tasks, and the row of each task's places among them: each is embedded once."""
+    """Returns the distinct places of all tasks, each to be embedded once, and the row of each task's places in them."""
     places, which = np.unique(np.concatenate([s.lonlat for s in sets]), axis=0, return_inverse=True)
     return places, np.split(which.ravel(), np.cumsum([len(s.lonlat) for s in sets])[:-1])
 
 
 def trial(labels: LabelSet, rows: NDArray[np.int64], known: NDArray[np.bool_], params: EvaluateParams) -> Trial:
-    """A task on the places that every embedder knows, with its splits and what they leak."""
+    """Returns a task on the places that every embedder knows, with its splits and their near-duplicates."""
     kept = LabelSet(
         labels.name, labels.kind, labels.lonlat[known], labels.labels[known], labels.source, labels.block_degrees
     )
@@ -127,7 +127,7 @@ def trial(labels: LabelSet, rows: NDArray[np.int64], known: NDArray[np.bool_], p
 
 
 def _check_classes(labels: LabelSet, splits: list[Split]) -> None:
-    """Refuses classes that are all too rare for the folds in which the probe chooses its penalty."""
+    """Refuses a task whose classes are all too rare for the folds in which the probe chooses its penalty."""
     fewest = min(np.unique(labels.labels[split.train], return_counts=True)[1].max() for split in splits)
     if fewest < CLASS_FOLDS:
         raise UserError(
@@ -137,7 +137,7 @@ def _check_classes(labels: LabelSet, splits: list[Split]) -> None:
 
 
 def digest(labels: LabelSet) -> str:
-    """What changes when a place or a label does."""
+    """Returns a fingerprint of places and labels."""
     return fingerprint([labels.lonlat.round(6).tolist(), labels.labels.tolist()])
 
 
@@ -145,11 +145,11 @@ def keep_scores(url: str, name: str, table: pd.DataFrame, key: str, description:
     """Stores a table of scores as JSON, CSV and Markdown, and shows it as the run's artifacts.
 
     Args:
-        url: Directory.
-        name: Of the files, without their suffix.
+        url: Directory of the files.
+        name: Name of the files, without their suffix.
         table: The scores.
-        key: Of the artifacts, lower-case.
-        description: What they show.
+        key: Lower-case name of the artifacts.
+        description: What the artifacts show.
     """
     rows = records(table)
     storage.write_json(storage.join(url, f"{name}.json"), rows)
@@ -159,13 +159,13 @@ def keep_scores(url: str, name: str, table: pd.DataFrame, key: str, description:
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows as JSON has them: what is missing is null."""
+    """Returns the rows for JSON, with null for missing values."""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     return [{str(name): value for name, value in row.items()} for row in rows]
 
 
-def _score(name: str, vectors: Vectors | None, made: Trial) -> tuple[dict[str, Any], NDArray | None]:
-    """One embedder's row on one task, and what its blocked probes say of every place."""
+def _score(name: str, vectors: Embeddings | None, made: Trial) -> tuple[dict[str, Any], NDArray | None]:
+    """Returns one embedder's row for one task, and its blocked probes' predictions for every place."""
     row = {"task": made.labels.name, "metric": METRICS[made.labels.kind], "embedder": name}
     if vectors is None:
         return row | dict.fromkeys(SCORES) | {"dims": None, **made.facts, "note": NOT_GIVEN}, None
@@ -187,13 +187,13 @@ def _score(name: str, vectors: Vectors | None, made: Trial) -> tuple[dict[str, A
 
 
 def _parallel(jobs: list[tuple[Any, ...]]) -> Iterator[NDArray]:
-    """Probes side by side, one core each: their matrices are too small for a product to share cores well."""
+    """Fits probes side by side, one core each: their matrices are too small for one product to use several cores."""
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(lambda job: predict(*job), jobs)
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Embedders by tasks, `random / blocked`; the best blocked score of a task in bold."""
+    """Returns a table of embedders by tasks, `random / blocked`, with the best blocked score of a task in bold."""
     tasks = list(table["task"].unique())
     metric = table.groupby("task")["metric"].first()
     best = table.groupby("task")["blocked"].max()

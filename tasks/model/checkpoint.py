@@ -1,16 +1,16 @@
-"""The checkpoint: the trained location encoder, the image projection and the image encoder of one space.
+"""Reads and writes checkpoints: the location encoder, image projection and image encoder of one embedding space.
 
 ============================ ======================================================================
 object                       content
 ============================ ======================================================================
 model.safetensors            `location.*`: the location encoder's weights; `projection.*`: the
                              image projection; `encoder.*`: the fitted arrays of the image encoder
-card.json                    architecture, image encoder, fingerprint (of the weights), data,
+card.json                    architecture, image encoder, fingerprint of the weights, data,
                              metrics, history
 ============================ ======================================================================
 
-An imported SatCLIP checkpoint has all three where its image tower is a published one; else the location part
-alone: it can embed and retrieve, but encode no images.
+An imported SatCLIP checkpoint has all three where its image encoder is a published one. Otherwise it has the location
+encoder alone, which embeds places and queries a database but encodes no images.
 """
 
 import hashlib
@@ -37,21 +37,21 @@ from tasks.core.encoders.images import ImageEncoder
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.encoders.registry import load_encoder
 
-ZIP, DIGEST = b"PK\x03\x04", 32  # what `torch.save` begins with; bytes of the SHA-256 before it
+ZIP, DIGEST = b"PK\x03\x04", 32  # first bytes of a `torch.save`; length in bytes of the SHA-256 before it
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One space of embeddings."""
+    """The models of one embedding space."""
 
     location: LocationEncoder
-    """Places into the space."""
+    """Maps places into the space."""
     projection: ImageProjection | None
-    """Image features into the space; none where only the location part was imported."""
+    """Maps image features into the space; None where only the location encoder was imported."""
     encoder: ImageEncoder | None
-    """Images to features; none where only the location part was imported."""
+    """Maps images to features; None where only the location encoder was imported."""
     card: dict[str, Any]
-    """What it is and how it was made."""
+    """What the checkpoint is and how it was made."""
 
 
 def save_checkpoint(
@@ -61,14 +61,14 @@ def save_checkpoint(
     encoder: ImageEncoder | None = None,
     **card: Any,
 ) -> dict[str, Any]:
-    """Writes a checkpoint, the card last; returns the card.
+    """Writes a checkpoint, its card last, and returns the card.
 
     Args:
         url: Directory of the checkpoint.
         location: The location encoder.
-        projection: The image projection, with `encoder`.
+        projection: The image projection; given together with `encoder`.
         encoder: The image encoder that the projection was trained on.
-        **card: More to record: data, metrics, history.
+        **card: More entries of the card, such as data, metrics and history.
     """
     tensors = named("location", location.state_dict())
     if projection is not None and encoder is not None:
@@ -87,7 +87,7 @@ def save_checkpoint(
 
 
 def describe(encoder: ImageEncoder) -> dict[str, Any]:
-    """What an image encoder states, for a card."""
+    """Returns what an image encoder states, for a card."""
     return {
         "name": encoder.name,
         "bands": list(encoder.bands),
@@ -98,6 +98,7 @@ def describe(encoder: ImageEncoder) -> dict[str, Any]:
 
 
 def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors with a prefix before their names."""
     return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -105,7 +106,7 @@ def load_checkpoint(url: str) -> Checkpoint:
     """Reads a checkpoint, in evaluation mode.
 
     Raises:
-        UserError: None is there, or its weights are not those that its card describes.
+        UserError: There is no checkpoint, or its weights do not match its card.
     """
     card = read_card(url, "checkpoint")
     data = storage.read(storage.join(url, "model.safetensors"))
@@ -128,22 +129,23 @@ def load_checkpoint(url: str) -> Checkpoint:
 
 
 def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names have a prefix, without the prefix."""
     start = prefix + "."
     return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 
 def dump_state(state: dict[str, Any]) -> bytes:
-    """A training state as bytes, behind their SHA-256."""
+    """Returns a training state as bytes, after their SHA-256."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
 
 
 def parse_state(data: bytes, place: str) -> dict[str, Any]:
-    """The training state from its bytes; nothing in them is executed. Those of before have no digest.
+    """Reads a training state from its bytes. Nothing in them is executed; those of earlier versions have no digest.
 
     Raises:
-        Damaged: They are not those that were written.
+        Damaged: The bytes are not those that were written.
     """
     if not data.startswith(ZIP):
         digest, data = data[:DIGEST], data[DIGEST:]
@@ -156,15 +158,15 @@ def parse_state(data: bytes, place: str) -> dict[str, Any]:
 
 
 def pack(tensors: dict[str, Tensor]) -> bytes:
-    """Tensors as a .safetensors that tells their digest."""
+    """Returns tensors as a .safetensors file that holds their digest."""
     return serialise(tensors, {"sha256": _digest(tensors)})
 
 
 def unpack(data: bytes, place: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors of ours, as they were written; those of before tell no digest.
+    """Reads the tensors of a .safetensors file of ours, and checks their digest; earlier versions wrote none.
 
     Raises:
-        Damaged: They are others.
+        Damaged: The tensors are not those that were written.
     """
     try:
         tensors = parse(data)
@@ -177,7 +179,7 @@ def unpack(data: bytes, place: str) -> dict[str, Tensor]:
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, types and numbers."""
+    """Returns the SHA-256 of names, shapes, types and numbers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -186,10 +188,10 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def keys_of(checkpoint: Checkpoint, features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Database keys of image features, (n, dim) unit vectors.
+    """Returns the database keys of image features, (n, dim) unit vectors.
 
     Raises:
-        UserError: The checkpoint has no image side.
+        UserError: The checkpoint has no image projection.
     """
     if checkpoint.projection is None:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Image features, computed once: training reads them and the database keeps them as values.
+"""Computes image features once: training reads them, and the database stores them as values.
 
 `features/<id>/` holds `encoder.safetensors` (the image encoder, fitted to a sample of the patches),
 `features.zarr` (an array `features` (view, image, feature) float32, one object per view and shard of images) and
-`card.json`. View 0 is the image itself; the others are what training may see in its place.
+`card.json`. View 0 is the image itself. The others are augmented views for training.
 """
 
 import hashlib
@@ -32,15 +32,15 @@ from tasks.params import EncoderParams
 from tasks.patches.store import Patches, open_patches
 from tasks.units import log, run_units
 
-SHARD = 512  # images: 2 MB of features, some seconds of work
-SYMMETRIES = 8  # of the square
-PIECE = 1 << 25  # numbers of images at a time, of 2 to 14 bytes each: a shard of 512 whole ones would take gigabytes
-READERS = 8  # shards that are read at a time
-RUNS, RUN = 40, 50  # images that an encoder is fitted to: runs of neighbours, spread over the whole store
+SHARD = 512  # images in a shard of features: 2 MB, some seconds of work
+SYMMETRIES = 8  # rotations and reflections of a square
+PIECE = 1 << 25  # pixel values encoded at a time, 2 to 14 bytes each: a shard of large images would take gigabytes
+READERS = 8  # shards read at a time
+RUNS, RUN = 40, 50  # runs, and images in a run, that an encoder is fitted to; runs are spread over the whole store
 
 
 def features_url(patches: str, params: EncoderParams, views: int) -> str:
-    """Where the features of the patches by an encoder are, or will be."""
+    """Returns the URL of the features of the patches by an encoder, whether they exist or not."""
     return product_url("features", _made_of(patches, params, views))
 
 
@@ -49,7 +49,7 @@ def _made_of(patches: str, params: EncoderParams, views: int) -> dict[str, Any]:
 
 
 def encode_features(client: Client, patches: str, params: EncoderParams, views: int = 1) -> str:
-    """Encodes all views of all patches by one encoder, resuming what an earlier run began.
+    """Encodes all views of all patches by one encoder, and resumes what an earlier run began.
 
     Args:
         client: The Dask cluster.
@@ -61,7 +61,7 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
         The URL of the features.
 
     Raises:
-        UserError: The encoder does not take the patches, or one could not be encoded.
+        UserError: The encoder does not take the patches, or a patch could not be encoded.
     """
     made_of = _made_of(patches, params, views)
     url = product_url("features", made_of)
@@ -94,7 +94,7 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
 
 
 def _try(encoder: ImageEncoder, patches: str, views: int) -> None:
-    """Encodes one image in its last view, the smallest, so that what the encoder cannot do is told before the work."""
+    """Encodes one image in its last, smallest view, so that an unfit encoder is refused before the work."""
     source, view = open_store(patches), views - 1
     try:
         encode_rows(encoder, source, slice(0, 1), view)
@@ -106,7 +106,7 @@ def _try(encoder: ImageEncoder, patches: str, views: int) -> None:
 
 
 def identity(params: EncoderParams) -> dict[str, Any]:
-    """What decides an encoder: its parameters, with the digest of its weights in place of where they are."""
+    """Returns what determines an encoder: its parameters, with the digest of its weights in place of their path."""
     if params.weights is None:
         return params.model_dump()
     digest = hashlib.sha256(read_file(_weights_file(params.weights), "a .safetensors")).hexdigest()
@@ -114,24 +114,24 @@ def identity(params: EncoderParams) -> dict[str, Any]:
 
 
 def _weights_file(place: str) -> str:
-    """The .safetensors itself, where a checkpoint's directory was given."""
+    """Returns the URL of a .safetensors file, in the directory of a checkpoint where that was given."""
     url = as_url(place)
     if name_of(url).endswith(".safetensors"):
         return url
     inside = storage.join(url, "model.safetensors")
-    with suppress(Refused):  # of a signed URL, which is that of one file
+    with suppress(Refused):  # a signed URL serves one file only
         return inside if storage.exists(inside) else url
     return url
 
 
 def read_weights(place: str) -> dict[str, NDArray]:
-    """Weights of an image encoder, by name.
+    """Returns the weights of an image encoder, by name.
 
     Args:
-        place: Path or URL of a .safetensors, or of a checkpoint, whose image encoder is taken.
+        place: Path or URL of a .safetensors file, or of a checkpoint with an image encoder.
 
     Raises:
-        UserError: None is there, or it is no such file.
+        UserError: There is no such file, or it is no .safetensors.
     """
     file = _weights_file(place)
     try:
@@ -162,7 +162,7 @@ def _prepare(url: str, patches: str, params: EncoderParams) -> None:
 
 
 def check_takes(encoder: ImageEncoder, source: Patches, taker: str) -> None:
-    """Refuses patches without a band that the encoder takes, and warns of another resolution than its own.
+    """Refuses patches that lack a band of the encoder, and warns where their resolution is not the encoder's.
 
     Raises:
         UserError: A band is missing.
@@ -179,7 +179,7 @@ def check_takes(encoder: ImageEncoder, source: Patches, taker: str) -> None:
 
 
 def encode_rows(encoder: ImageEncoder, source: Patches, rows: slice, view: int = 0) -> NDArray[np.float32]:
-    """Features of a view of some patches, (n, feature), from the bands that the encoder takes; `PIECE` at a time."""
+    """Returns features of a view of some patches, (n, feature), from the encoder's bands, `PIECE` values at a time."""
     step = max(1, PIECE // math.prod(source.shape[1:]))
     pieces = [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
     return np.concatenate([_encode_piece(encoder, source, piece, view) for piece in pieces])
@@ -199,13 +199,13 @@ def _sample(source: Patches) -> NDArray[np.float32]:
 
 @lru_cache(maxsize=2)
 def open_store(patches: str) -> Patches:
-    """The patches, opened once per worker process; a finished store never changes."""
+    """Opens patches, once per worker process, since a finished store never changes."""
     return open_patches(patches)
 
 
 @lru_cache(maxsize=2)
 def open_encoder(url: str, patches: str, name: str) -> ImageEncoder:
-    """The fitted encoder of the features at `url`, loaded once per worker process."""
+    """Loads the fitted encoder of the features at `url`, once per worker process."""
     where = storage.join(url, "encoder.safetensors")
     tensors = unpack(storage.read(where), where)
     fitted = {key: tensor.numpy() for key, tensor in tensors.items()}
@@ -213,10 +213,10 @@ def open_encoder(url: str, patches: str, name: str) -> ImageEncoder:
 
 
 def view_of(images: NDArray[np.float32], view: int) -> NDArray[np.float32]:
-    """A view of images, (n, band, y, x).
+    """Returns a view of images, (n, band, y, x).
 
-    Views 0 to 7 are the symmetries of the square, view 0 the images themselves: from above no side is up. Views 8
-    to 15 are those of a corner of three quarters of the side, another one for each quarter turn.
+    Views 0 to 7 are rotations and reflections, since from above no side is up; view 0 is the images themselves. Views 8
+    to 15 are the same of a corner of three quarters of the side, with another corner for each rotation.
     """
     turn, mirrored, cropped = view % 4, view // 4 % 2, view // SYMMETRIES
     if cropped:
@@ -236,7 +236,7 @@ def _corner(images: NDArray[np.float32], corner: int) -> NDArray[np.float32]:
 
 
 def encode_shard(url: str, patches: str, name: str, unit: tuple[int, int]) -> None:
-    """Encodes one view of one shard of patches and writes it as one object."""
+    """Encodes one view of one shard of patches, and writes it as one object."""
     view, shard = unit
     images = len(open_store(patches).manifest)
     rows = slice(shard * SHARD, min((shard + 1) * SHARD, images))
@@ -249,15 +249,15 @@ def _table(url: str) -> arrays.Table:
 
 
 def read_features(url: str, rows: slice = slice(None)) -> NDArray[np.float32]:
-    """Rows of the features of the untouched images, (n, feature)."""
+    """Returns features of the images without augmentation, (n, feature)."""
     return _table(url).read(0, rows)
 
 
 class StoredFeatures:
-    """The features at a URL as training reads them: whole shards, of which the last used stay in memory."""
+    """The features at a URL as training reads them: in whole shards, with the last used kept in memory."""
 
     def __init__(self, url: str, images: int) -> None:
-        """Opens them, to keep two windows of `images`: a batch can span the end of one and the start of the next."""
+        """Opens the features, to keep two windows of `images` in memory, since a batch can span two windows."""
         self._stored = _table(url).open()
         self.shape: tuple[int, int, int] = self._stored.shape
         self.run = self._stored.chunks[1]
@@ -269,7 +269,7 @@ class StoredFeatures:
         return arrays.read(self._stored, (view, slice(shard * self.run, (shard + 1) * self.run)))
 
     def take(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Features of images, each in the view of the same index, (n, feature)."""
+        """Returns features of images, each in the view at the same position, (n, feature)."""
         numbers, which = np.unique(views * -(-self.shape[1] // self.run) + rows // self.run, return_inverse=True)
         out = np.empty((len(rows), self.shape[2]), np.float32)
         for i, shard in enumerate(self._readers.map(self._shard, numbers.tolist())):
@@ -280,15 +280,15 @@ class StoredFeatures:
 
 @lru_cache(maxsize=2)
 def load(checkpoint: str) -> Checkpoint:
-    """The checkpoint, loaded once per worker process."""
+    """Loads a checkpoint, once per worker process."""
     return load_checkpoint(checkpoint)
 
 
 def image_encoder(model: Checkpoint, patches: str) -> ImageEncoder:
-    """The checkpoint's image encoder, after checking that it takes the bands of the patches.
+    """Returns the checkpoint's image encoder, after a check that the patches have its bands.
 
     Raises:
-        UserError: One is missing, or the checkpoint has no image side.
+        UserError: A band is missing, or the checkpoint has no image encoder.
     """
     if model.encoder is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""SatCLIP's Lightning checkpoints: imported without executing anything, and exported."""
+"""Imports SatCLIP's Lightning checkpoints without executing anything in them, and exports to their format."""
 
 import argparse
 import hashlib
@@ -22,7 +22,7 @@ from tasks.core.encoders.registry import load_tower
 from tasks.foreign import check_free, read_file, write_file
 from tasks.model.checkpoint import Checkpoint, load_checkpoint, named, part_of, save_checkpoint
 
-ALLOWED: list[Any] = [argparse.Namespace]  # what Lightning puts beside plain containers and tensors
+ALLOWED: list[Any] = [argparse.Namespace]  # Lightning stores this beside plain containers and tensors
 FOREIGN_LOCATION = "model.location.nnet"
 LARGEST = {"legendre_polys": 100, "capacity": 4096, "num_hidden_layers": 16, "embed_dim": 4096}
 VISION = {  # SatCLIP's vision_layers: our encoder, and the name of its last layer
@@ -34,21 +34,20 @@ FOREIGN_BASIS: dict[str, Basis] = {"analytic": "analytic", "closed-form": "ortho
 
 
 def import_satclip(source: str | Path, url: str) -> dict[str, Any]:
-    """Imports a SatCLIP Lightning checkpoint; nothing in the file is executed.
+    """Imports a SatCLIP Lightning checkpoint. Nothing in the file is executed.
 
-    Both towers come along where the image one is of a kind that SatCLIP published: its pooled features are the
-    image encoder, its last layer the projection. Other image towers are left out, and the card says so.
+    The image tower is imported where SatCLIP published its architecture: the tower up to its pooled features becomes
+    the image encoder, its last layer the projection. Another image tower is left out, and the card says so.
 
     Args:
-        source: Path or URL of a `satclip-*.ckpt`, as microsoft/satclip and rangegeo read it.
+        source: Path or URL of a `satclip-*.ckpt`, as used by microsoft/satclip and rangegeo.
         url: Directory of the new checkpoint.
 
     Returns:
         The new checkpoint's card, or that of an earlier import of the same file.
 
     Raises:
-        UserError: The file is not such a checkpoint or has parts that this project does not have, or another
-            product is at `url`.
+        UserError: The file is no such checkpoint or has an unsupported architecture, or another product is at `url`.
     """
     data = read_file(source, "a satclip-*.ckpt")
     made_of = {"file": name_of(as_url(source)), "sha256": hashlib.sha256(data).hexdigest()}
@@ -70,14 +69,14 @@ def import_satclip(source: str | Path, url: str) -> dict[str, Any]:
 
 
 def load_foreign(source: str | Path, kind: str) -> dict[str, Any]:
-    """Weights of another project, a `.safetensors` or what `torch.save` wrote; nothing in the file is executed.
+    """Reads weights of another project, a `.safetensors` or `torch.save` file. Nothing in the file is executed.
 
     Args:
         source: Path or URL.
         kind: What is wanted, for the message.
 
     Raises:
-        UserError: The file is not there, or cannot be read without running code from it.
+        UserError: The file does not exist, or cannot be read without running code from it.
     """
     data = read_file(source, kind)
     if name_of(as_url(source)).endswith(".safetensors"):
@@ -122,7 +121,7 @@ def _location_of(settings: dict[str, Any], weights: dict[str, Tensor]) -> Locati
 
 
 def _size(settings: dict[str, Any], name: str) -> int:
-    """A size that the file claims, before memory is taken for it."""
+    """Returns a size that the file claims, after a check of its bounds, before memory is taken for it."""
     value = settings[name]
     if not isinstance(value, int) or not 1 <= value <= LARGEST[name]:
         raise UserError(f"the checkpoint's {name} is {value!r}: only 1 to {LARGEST[name]} can be imported")
@@ -139,7 +138,7 @@ def _floats(name: str, tensor: Tensor) -> Tensor:
 def _image_side_of(
     settings: dict[str, Any], visual: dict[str, Tensor], dim: int
 ) -> tuple[ImageEncoder | None, ImageProjection | None, dict[str, Any]]:
-    """Image encoder and projection, or neither and a note of why."""
+    """Returns image encoder and projection, or neither and a note that tells why."""
     kind = settings.get("vision_layers")
     if not visual or str(kind) not in VISION:
         why = f"vision_layers {kind!r} is none of {', '.join(VISION)}" if visual else "the file has no model.visual"
@@ -165,7 +164,7 @@ def _their_name(name: str, layers: int) -> str:
 
 
 def _signs(degree: int) -> Tensor:
-    """(-1)^m of each harmonic: the published closed form has the Condon-Shortley sign, ours has not."""
+    """Returns (-1)^m of each harmonic: SatCLIP's closed form has the Condon-Shortley sign, ours has not."""
     orders = np.concatenate([np.arange(-n, n + 1) for n in range(degree)])
     return torch.from_numpy(np.where(orders % 2, -1.0, 1.0)).float()
 
@@ -173,14 +172,14 @@ def _signs(degree: int) -> Tensor:
 def export_satclip(url: str, target: str | Path, overwrite: bool = False) -> str:
     """Writes a SatCLIP checkpoint that rangegeo reads.
 
-    Weights of the orthonormal basis are written for their `closed-form` harmonics, which are stable; their
-    `analytic` ones are wrong by up to 8 % near the poles. A SatCLIP image tower is written too, with the
-    projection as its last layer; any other image encoder has no place in the format.
+    Weights of the orthonormal basis are written for SatCLIP's `closed-form` harmonics, which are stable; its `analytic`
+    ones are wrong by up to 8 % near the poles. A SatCLIP image tower is written too, with the projection as its last
+    layer. The format has no place for any other image encoder.
 
     Args:
         url: The checkpoint.
         target: Path or URL of the file to write.
-        overwrite: Whether a file that is there is replaced.
+        overwrite: Whether to replace a file that exists.
 
     Returns:
         The file's URL.
@@ -204,7 +203,7 @@ def _their_location(location: LocationEncoder) -> dict[str, Tensor]:
 
 
 def _visual_of(model: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The image side in SatCLIP's terms, standardisation folded into the last layer; nothing if it has none."""
+    """Returns the image tower as SatCLIP has it, with standardisation folded into the last layer; empty if none."""
     kinds = {name: (kind, head) for kind, (name, head) in VISION.items()}
     if model.encoder is None or model.projection is None or model.encoder.name not in kinds:
         return {}, {}
@@ -224,7 +223,7 @@ def _settings_of(location: LocationEncoder) -> dict[str, Any]:
         "pe_type": "siren",
         "harmonics_calculation": foreign[location.basis],
         **dict(sizes),
-        "min_radius": 1,  # of other encodings; read by their constructor
+        "min_radius": 1,  # parameters of other encodings, which SatCLIP's constructor reads too
         "max_radius": 360,
         "frequency_num": 10,
     }

@@ -1,4 +1,4 @@
-"""Charts of training and of scores: loss, probes, geographic bias, ablations."""
+"""Draws charts of training and of scores: loss, probes, geographic bias, ablations."""
 
 from textwrap import fill
 from typing import Any
@@ -11,18 +11,18 @@ from matplotlib.figure import Figure
 from tasks.plots.style import ACCENT, FAINT, INK, SECOND, canvas, plain, png
 
 COLOURS = (ACCENT, SECOND, "#6a8f3c", "#8a5fa8", "#b8912b", "#4a6fa5", "#b5524b", "#5c9a94")
-COLUMNS = 5  # panels in a row, at most
-WRAP = 14  # letters of a line above a panel
+COLUMNS = 5  # most panels in a row
+WRAP = 14  # letters of a line of a panel's title
 LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out retrieval accuracy"}
 
 
 def bias_chart(failures: pd.DataFrame, title: str, caption: str) -> bytes:
-    """Scores by continent, by latitude and by distance, a line per task, with standard errors.
+    """Draws scores by continent, latitude and distance, with a line per task and standard errors; returns a PNG.
 
     Args:
-        failures: As `where_it_fails` gives them.
-        title: Above the chart.
-        caption: Below it.
+        failures: Scores by group, from `where_it_fails`.
+        title: Text above the chart.
+        caption: Text below the chart.
     """
     kinds = list(failures["by"].unique())
     figure, panels = _panels(len(kinds), title, caption, height=4.4)
@@ -40,12 +40,12 @@ def bias_chart(failures: pd.DataFrame, title: str, caption: str) -> bytes:
 
 
 def ablation_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:
-    """A panel per task: scores on blocks held out, and on random splits pale, with their deviation.
+    """Draws a panel per task: scores on held-out blocks, and pale on random splits, with deviations; returns a PNG.
 
     Args:
         table: Columns task, metric, embedder, random, random_std, blocked, blocked_std.
-        title: Above the chart.
-        caption: Below it.
+        title: Text above the chart.
+        caption: Text below the chart.
     """
     tasks = list(table["task"].unique())
     figure, panels = _panels(len(tasks), title, caption)
@@ -87,7 +87,7 @@ def _first_number(group: str) -> float:
 
 
 def loss_curve(history: list[dict[str, Any]], title: str, caption: str) -> bytes:
-    """Loss and held-out accuracy by step."""
+    """Draws loss and held-out recall by step; returns a PNG."""
     figure, axes = canvas(9, 4.8, title, caption)
     axes.set_axis_on()
     axes.set_aspect("auto")
@@ -103,12 +103,12 @@ def loss_curve(history: list[dict[str, Any]], title: str, caption: str) -> bytes
 
 
 def score_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:
-    """Bars by task and embedder: random split pale, blocked split full, with its deviation where there is one.
+    """Draws bars by task and embedder, pale for the random split, full for blocks with their deviation; returns a PNG.
 
     Args:
-        table: Columns task, metric, embedder, random, blocked, and perhaps blocked_std; NaN: not scored.
-        title: Above the chart.
-        caption: Below it.
+        table: Columns task, metric, embedder, random, blocked, and perhaps blocked_std; NaN where not scored.
+        title: Text above the chart.
+        caption: Text below the chart.
     """
     tasks, embedders = list(table["task"].unique()), list(table["embedder"].unique())
     height = 1.8 + 0.28 * max(10, len(embedders))

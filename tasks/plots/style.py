@@ -1,4 +1,4 @@
-"""What all pictures have alike: colours, canvas, and PNG bytes without a global state of matplotlib."""
+"""Gives all pictures one style: colours, canvas, and PNG bytes without a global state of matplotlib."""
 
 import io
 from typing import Literal
@@ -11,7 +11,7 @@ INK, FAINT, OCEAN, ACCENT, SECOND = "#1d2733", "#8a95a1", "#eef2f5", "#0b6e99", 
 
 
 def plain(axes: Axes, grid: Literal["x", "y"]) -> None:
-    """No frame, and faint lines to read values from one axis."""
+    """Removes the frame, and adds faint lines to read values from one axis."""
     axes.grid(axis=grid, color="#e3e8ec", lw=0.8)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
@@ -19,7 +19,7 @@ def plain(axes: Axes, grid: Literal["x", "y"]) -> None:
 
 
 def canvas(width: float, height: float, title: str, caption: str) -> tuple[Figure, Axes]:
-    """A figure with a title and a caption, and its axes."""
+    """Makes a figure with a title and a caption, and its axes."""
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(0.02, 0.945, title, color=INK, fontsize=16, fontweight="bold")
     figure.text(0.02, 0.025, caption, color=FAINT, fontsize=9)
@@ -30,7 +30,7 @@ def canvas(width: float, height: float, title: str, caption: str) -> tuple[Figur
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG."""
+    """Returns the figure as a PNG."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

@@ -1,4 +1,4 @@
-"""Embeddings of any list of points, from a file to a file: streamed, so that its length does not matter.
+"""Embeds the points of a table, and writes them to a file, streamed so that the length does not matter.
 
 =================== ======================= ==========================================================
 column              type                    meaning
@@ -6,9 +6,9 @@ column              type                    meaning
 lon, lat, ...       as they came            every column of the points (in Zarr: lon and lat)
 embedding           float32, fixed length   visual part, then location part
 effective_images    float32                 with evidence: exp of the entropy of the weights
-largest_weight      float32                 with evidence: 1 where a single image decides
+largest_weight      float32                 with evidence: 1 where one image has all the weight
 distance_km         float64                 with evidence: to the nearest image of the database
-image_ids           int64, fixed length     with top_images: row ids of the images that weigh most
+image_ids           int64, fixed length     with top_images: row ids of the images with the largest weights
 =================== ======================= ==========================================================
 """
 
@@ -47,22 +47,22 @@ EVIDENCE = ("effective_images", "largest_weight", "distance_km")
 
 
 @dataclass(frozen=True)
-class Embedder:
-    """Points to columns, with everything loaded."""
+class PointEmbedder:
+    """Everything that embeds points, loaded."""
 
     encoder: LocationEncoder
     """The location encoder."""
     index: RetrievalIndex
-    """The database, perhaps projected."""
+    """The database, projected where compact_dims asks for it."""
     row_ids: NDArray[np.int64]
-    """Of the database's images."""
+    """Row ids of the database's images."""
     params: EmbedParams
     """What to compute."""
     attrs: dict[str, Any]
     """Provenance, for the output."""
 
     def columns(self, lonlat: NDArray[np.float64]) -> dict[str, NDArray]:
-        """The new columns of a batch of points."""
+        """Returns the new columns of a batch of points, by name."""
         params, method = self.params, _method(self.params)
         queries = self.encoder.embed(lonlat)
         visual = self.index.retrieve(queries, lonlat, method)
@@ -85,7 +85,7 @@ def embed_points(
         lonlat: (n, 2) longitude and latitude in degrees.
         checkpoint: Directory or URL of the checkpoint, or a SatCLIP `.ckpt`.
         database: Directory or URL of the database, or a `range_db_*.npz`.
-        params: How; RANGE+ if unset.
+        params: How to embed; by default RANGE+.
 
     Returns:
         (n, visual + location) float32.
@@ -106,23 +106,23 @@ def embed_file(
     lon: str | None = None,
     lat: str | None = None,
 ) -> str | Path:
-    """Embeds the points of a table into another, which appears when it is whole.
+    """Embeds the points of a table into a new table, which appears when it is whole.
 
     Args:
         points: Path or URL of a table of points (`tasks.tables.files`).
         checkpoint: Directory or URL of the checkpoint, or a SatCLIP `.ckpt`.
         database: Directory or URL of the database, or a `range_db_*.npz`.
         output: Path or URL of the .parquet or .zarr to write.
-        params: How.
-        overwrite: Whether an output that is there is replaced.
-        lon: Column of the longitudes; none: by its name.
-        lat: Column of the latitudes; none: by its name.
+        params: How to embed.
+        overwrite: Whether to replace an output that exists.
+        lon: Column of longitudes. None: recognised by its name.
+        lat: Column of latitudes. None: recognised by its name.
 
     Returns:
         The output, as it was given.
 
     Raises:
-        UserError: Anything is wrong with the input; found before the work begins.
+        UserError: Anything is wrong with the input. It is found before the work begins.
     """
     suffix = check_output(output, overwrite)
     _check_evidence(params)
@@ -137,11 +137,11 @@ def embed_file(
     return output
 
 
-def open_embedder(checkpoint: str, database: str, params: EmbedParams, points: int) -> Embedder:
-    """Loads what embeds `points` places.
+def open_embedder(checkpoint: str, database: str, params: EmbedParams, points: int) -> PointEmbedder:
+    """Loads checkpoint and database to embed a number of points.
 
     Raises:
-        UserError: One of the two is not there, or they do not belong together.
+        UserError: One of the two does not exist, or they do not belong together.
     """
     _check_device(params.device)
     with tempfile.TemporaryDirectory() as scratch:
@@ -167,11 +167,11 @@ def open_embedder(checkpoint: str, database: str, params: EmbedParams, points: i
     index = RetrievalIndex(
         data.keys, values, data.locations, queries=points, device=params.device, precision=params.precision
     )
-    return Embedder(encoder, index, data.row_ids, params, attrs)
+    return PointEmbedder(encoder, index, data.row_ids, params, attrs)
 
 
 def _imported(source: str, suffix: str, read: Callable[[str, str], Any], scratch: str) -> str:
-    """URL of a product: where it is, or where a foreign file was imported to."""
+    """Returns the URL of a product, after import to `scratch` where the source is another project's file."""
     if name_of(as_url(source)).endswith(suffix):
         read(source, url := Path(scratch).as_uri())
         return url
@@ -202,7 +202,7 @@ def _check_evidence(params: EmbedParams) -> None:
         raise UserError("without retrieval an embedding rests on no image: drop --evidence and --top-images")
 
 
-def _write_parquet(path: Path, embedder: Embedder, rows: Rows, total: int, advance: Callable[[int], None]) -> None:
+def _write_parquet(path: Path, embedder: PointEmbedder, rows: Rows, total: int, advance: Callable[[int], None]) -> None:
     def embedded() -> Iterator[pa.Table]:
         for table, lonlat in rows:
             for name, array in embedder.columns(lonlat).items():
@@ -213,7 +213,7 @@ def _write_parquet(path: Path, embedder: Embedder, rows: Rows, total: int, advan
     write_table(path, embedded(), embedder.attrs)
 
 
-def _write_zarr(path: Path, embedder: Embedder, rows: Rows, total: int, advance: Callable[[int], None]) -> None:
+def _write_zarr(path: Path, embedder: PointEmbedder, rows: Rows, total: int, advance: Callable[[int], None]) -> None:
     store = storage.zarr_store(path.absolute().as_uri())
     group = zarr.create_group(store, attributes=embedder.attrs)
     start = 0
@@ -236,6 +236,6 @@ def _create(group: zarr.Group, name: str, array: NDArray, total: int) -> None:
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
-    found = group[name]
-    assert isinstance(found, zarr.Array)  # for the type checker: _create made it
-    return found
+    array = group[name]
+    assert isinstance(array, zarr.Array)  # for the type checker: _create made it
+    return array

@@ -1,4 +1,4 @@
-"""Files of vectors: an output is whole or not there, and never replaces another unasked."""
+"""Writes tables of vectors: an output appears whole or not at all, and never replaces another unasked."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ def check_output(output: str | Path, overwrite: bool, kinds: tuple[str, ...] = O
     """Returns the suffix of an output that can be written.
 
     Raises:
-        UserError: It is of another kind, has no directory, is on the web, or is there and not to be replaced.
+        UserError: The output is of another kind, has no directory, is on the web, or exists and is not to be replaced.
     """
     url = as_url(output)
     suffix = Path(name_of(url)).suffix
@@ -54,9 +54,9 @@ def _taken(output: str | Path) -> UserError:
 
 @contextmanager
 def whole(output: str | Path) -> Iterator[Path]:
-    """Yields a name to write to, which becomes `output` if nothing goes wrong, and else nothing.
+    """Yields a path to write to, which becomes `output` if nothing goes wrong.
 
-    What was there stays until then: a file is replaced in one step, a directory set aside until the new one is there.
+    A former output stays until then: a file is replaced in one step, a directory set aside until the new one is there.
     """
     url = as_url(output)
     if not url.startswith("file:"):
@@ -71,7 +71,7 @@ def whole(output: str | Path) -> Iterator[Path]:
 
 
 def _publish(partial: Path, url: str) -> None:
-    """Uploads an output; of a directory that was there, what the new one has not goes last."""
+    """Uploads an output, and last deletes the objects of a former output that the new one does not have."""
     former = set(storage.paths(url + "/"))
     storage.upload(partial, url)
     for name in former - {file.relative_to(partial).as_posix() for file in partial.rglob("*")}:
@@ -79,7 +79,7 @@ def _publish(partial: Path, url: str) -> None:
 
 
 def _replace(partial: Path, path: Path, former: Path) -> None:
-    """Moves an output into place; what was there is moved back where this fails."""
+    """Moves an output into place, and moves a former output back where this fails."""
     if not (partial.is_dir() or path.is_dir()):
         partial.replace(path)
         return
@@ -97,9 +97,9 @@ def write_table(path: Path, tables: Iterator[pa.Table], about: dict[str, Any]) -
     """Writes tables of the same columns as one Parquet file.
 
     Args:
-        path: Where.
-        tables: The rows, in their order; one table at least.
-        about: What the file says of itself, beside what the tables say.
+        path: Path of the file.
+        tables: The rows in order, in one table at least.
+        about: Metadata of the file, beside the metadata of the tables.
     """
     first = next(tables)
     schema = first.schema.with_metadata((first.schema.metadata or {}) | {b"rangegrid": json.dumps(about).encode()})

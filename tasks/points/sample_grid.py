@@ -1,16 +1,16 @@
-"""Vectors of a published grid at any points: whole chunks are read, each once, and memory does not grow with them.
+"""Samples a published grid at any points: each chunk is read once, and memory does not grow with the points.
 
-The same as xarray's `sel(method="nearest")` and `interp`, but ordered by chunk: scattered points asked one by one
-would read a chunk as often as there are points in it. Vectors wait for their rows' turn on disk, beside the output.
+Gives what xarray's `sel(method="nearest")` and `interp` give, but in the order of chunks: scattered points taken one by
+one would read a chunk as often as it has points. Vectors wait on disk, beside the output, until their rows are written.
 
 =============== ====================================================================================
-status          why a point has a vector or has none
+status          meaning
 =============== ====================================================================================
-vector          it has one
-sea             its cell is not land, and the grid has land alone
-outside         it is outside of the grid's box, or its CRS has no such place
-no data         its cell is land without a vector
-never published its cell is land, in a tile that the grid does not have
+vector          the point has a vector
+sea             the cell of the point is not land, and the grid has vectors on land alone
+outside         the point is outside the grid's box, or the grid's CRS has no such place
+no data         the cell of the point is land without a vector
+never published the cell of the point is land, in a tile that was never published
 =============== ====================================================================================
 """
 
@@ -41,9 +41,9 @@ from tasks.tables.files import Place, Table
 from tasks.tables.points import check_names, check_points, open_points, rows_of
 from tasks.units import log, progress
 
-POINTS = 50_000  # rows that are written at a time: 1,280 dimensions of them take 256 MB
-TOGETHER = 1_000_000  # points whose chunks are read once: some 100 MB, and 5 GB on disk of 1,280 dimensions
-READERS = 8  # blocks of chunks that are read at a time, of some MB each
+POINTS = 50_000  # rows written at a time: 256 MB of vectors with 1,280 dimensions
+TOGETHER = 1_000_000  # points that share reads of chunks: 100 MB of memory, and 5 GB of disk for 1,280 dimensions
+READERS = 8  # blocks of chunks read at a time, of some MB each
 STATUSES = ("vector", "sea", "outside", "no data", "never published")
 VECTOR, SEA, OUTSIDE, NO_DATA, NEVER = range(len(STATUSES))
 
@@ -58,30 +58,30 @@ class Grid:
     """An open grid."""
 
     url: str
-    """Of its Zarr."""
+    """URL of the grid's Zarr."""
     vectors: Vectors
-    """Its embeddings."""
+    """The embeddings."""
     spec: GridSpec
-    """Its cells."""
+    """The cells."""
 
     @property
     def dims(self) -> int:
-        """Length of a vector."""
+        """Returns the length of a vector."""
         return self.vectors.shape[0]
 
 
 @dataclass(frozen=True)
 class Corners:
-    """The cells that points ask for: (n,) nearest ones, or (n, 4) with weights."""
+    """The k cells that each point needs: its nearest one, or the four around it."""
 
     points: Index
-    """(n,): which points."""
+    """(n,) numbers of the points."""
     rows: Index
-    """(n, k)."""
+    """(n, k) rows of the cells."""
     columns: Index
-    """(n, k)."""
+    """(n, k) columns of the cells."""
     weights: NDArray[np.float32]
-    """(n, k)."""
+    """(n, k) weights of the cells."""
 
 
 def sample_grid(url: str, lonlat: ArrayLike, method: Sampling = "nearest") -> NDArray[np.float32]:
@@ -89,11 +89,11 @@ def sample_grid(url: str, lonlat: ArrayLike, method: Sampling = "nearest") -> ND
 
     Args:
         url: URL of the grid's Zarr.
-        lonlat: (n, 2) longitude and latitude in degrees, whatever the grid's CRS; any longitude, a turn or more on.
-        method: The cell that holds the point, or the weighted mean of those of the four cells around it that have data.
+        lonlat: (n, 2) longitude and latitude in degrees, whatever the grid's CRS. Longitudes may be beyond 180.
+        method: The cell that holds the point, or the weighted mean of the four cells around it that have data.
 
     Returns:
-        (n, dim) float32, NaN where the grid has no data, and outside of its box.
+        (n, dim) float32, NaN where the grid has no data and outside its box.
     """
     points = np.asarray(lonlat, np.float64).reshape(-1, 2)
     grid = open_grid(url)
@@ -112,14 +112,14 @@ def sample_into(
     method: Sampling,
     advance: Callable[[int], None] = lambda _: None,
 ) -> NDArray[np.int8]:
-    """Writes the vectors at points into an array, perhaps one on disk; returns the status of each.
+    """Writes the vectors at points into an array, which may be on disk, and returns the status of each point.
 
     Args:
         found: (n, dim); rows without a vector are left as they are.
         grid: The grid.
         lonlat: (n, 2) degrees.
         method: How to sample.
-        advance: Called with how many points have their vectors, as they come.
+        advance: Called with the number of points that were finished since the last call.
     """
     inside, row, column = _places(grid.spec, lonlat)
     corners = _corners(grid.spec, np.flatnonzero(inside), row, column, method)
@@ -136,7 +136,7 @@ def sample_into(
 
 
 def _places(spec: GridSpec, points: Float) -> tuple[NDArray[np.bool_], Float, Float]:
-    """Which points are in the grid's box, and rows and columns of those as numbers: 0 is the middle of a first cell."""
+    """Tells which points are in the grid's box, with their rows and columns; 0.0 is the centre of the first cell."""
     (rows, columns), (wide, high) = spec.shape, spec.sides
     west, _, _, north = spec.box
     x, y = np.moveaxis(spec.plane.xy(points), -1, 0)
@@ -165,16 +165,16 @@ def _gather(
     corners: Corners,
     advance: Callable[[int], None],
 ) -> None:
-    """Adds up the vectors of the corners, block after block of chunks, each read once; then divides by their weight.
+    """Adds up the vectors of the corners, block after block of chunks, each read once, and divides by their weight.
 
-    Corners without data count for nothing, and the weight of a point of such alone stays 0.
+    Corners without data are left out. Where all corners of a point lack data, its weight stays 0.
     """
     height, width = vectors.arrays[0].chunks[1:]
     across = vectors.shape[2] // width + 1
     blocks = corners.rows // height * across + corners.columns // width
-    last = blocks.max(axis=1, initial=0)  # that a point waits for, in the order of reading
+    last = blocks.max(axis=1, initial=0)  # last block that a point needs, in the order of reading
     first = [c == 0 or (blocks[:, :c] != blocks[:, c : c + 1]).all(1) for c in range(blocks.shape[1])]
-    used = [np.flatnonzero(np.broadcast_to(new, len(blocks))) for new in first]  # each point once a block
+    used = [np.flatnonzero(np.broadcast_to(new, len(blocks))) for new in first]  # each point once per block
     which = np.concatenate(used)
     owner = np.concatenate([blocks[rows, c] for c, rows in enumerate(used)])
     order = np.argsort(owner, kind="stable")
@@ -211,7 +211,7 @@ def _add(
 
 
 def _several(function: Callable[[T], R], items: list[T]) -> Iterator[R]:
-    """Yields what a function makes of items, in order; some are at work at a time, and no more are held."""
+    """Yields a function's results for items, in order, with READERS calls under way at a time."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting: deque[Future[R]] = deque()
         for item in items:
@@ -238,10 +238,10 @@ def _why_none(grid: Grid, rows: Index, columns: Index) -> NDArray[np.int8]:
 
 
 def _has_shard(grid: Grid, i: int, j: int) -> bool:
-    """Whether a tile was published: the variable that is written last has its shard."""
+    """Tells whether a tile was published: the variable that is written last has its shard."""
     try:
         return storage.exists(storage.join(grid.url, grid.vectors.arrays[-1].basename, "c", "0", str(i), str(j)))
-    except Refused:  # a bucket that may not be listed says so of what is not there; the grid itself was served
+    except Refused:  # a bucket that may not be listed refuses what is not there; the grid itself was served
         return False
 
 
@@ -249,7 +249,7 @@ def open_grid(url: str) -> Grid:
     """Opens the grid at a path or URL.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no grid.
     """
     try:
         return Grid(as_url(url), open_vectors(as_url(url)), open_spec(as_url(url)))
@@ -268,22 +268,24 @@ def sample_file(
     lon: str | None = None,
     lat: str | None = None,
 ) -> str | Path:
-    """Adds a grid's vectors to the points of a table, which appears when it is whole; tells how many have none.
+    """Adds a grid's vectors to the points of a table, as a new table that appears when it is whole.
+
+    The log tells how many points have no vector.
 
     Args:
         points: Path or URL of a table of points (`tasks.tables.files`).
         url: Path or URL of the grid's Zarr.
         output: Path or URL of the .parquet to write: the columns of the points, `embedding` and `status`.
         method: How to sample.
-        overwrite: Whether an output that is there is replaced.
-        lon: Column of the longitudes; none: by its name.
-        lat: Column of the latitudes; none: by its name.
+        overwrite: Whether to replace an output that exists.
+        lon: Column of longitudes. None: recognised by its name.
+        lat: Column of latitudes. None: recognised by its name.
 
     Returns:
         The output, as it was given.
 
     Raises:
-        UserError: Anything is wrong with the input; found before the work begins.
+        UserError: Anything is wrong with the input. It is found before the work begins.
     """
     check_output(output, overwrite, (".parquet",))
     grid, counts = open_grid(url), np.zeros(len(STATUSES), int)
@@ -306,7 +308,7 @@ def _sampled(
     counts: NDArray[np.int_],
     advance: Callable[[int], None],
 ) -> Iterator[pa.Table]:
-    """Yields the rows with their vectors, and counts their statuses."""
+    """Yields the rows with their vectors, and adds up their statuses in `counts`."""
     rows = rows_of(table, place, POINTS)
     for _, lonlat in rows_of(table, place, max(1, TOGETHER // POINTS) * POINTS, place.columns):
         with _on_disk(folder, len(lonlat), grid.dims) as (found, release):
@@ -331,7 +333,7 @@ def _with_vectors(rows: pa.Table, found: NDArray[np.float32], status: NDArray[np
 
 @contextmanager
 def _on_disk(folder: Path, count: int, dims: int) -> Iterator[tuple[NDArray[np.float32], Callable[[], None]]]:
-    """Yields vectors that lie in a file without a name, and what frees the memory that mirrors it."""
+    """Yields vectors that lie in an unnamed file, and a function that frees the memory that maps it."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.truncate(count * dims * 4)
         mapped = mmap.mmap(file.fileno(), count * dims * 4)

@@ -1,12 +1,12 @@
-"""Tables that people have, read in one way and in batches: CSV, Parquet, GeoJSON and what else GDAL reads.
+"""Reads users' tables in batches: CSV, Parquet, GeoJSON, and other formats that GDAL reads.
 
-Where a row is, is told by columns or by a geometry, looked for in this order:
+The place of a row comes from columns or from a geometry, looked for in this order:
 
-1. `lon` and `lat`, or other words for them in any case: longitude, lng, long, decimalLatitude, `lat (deg)`
+1. `lon` and `lat`, or other names for them in any case: longitude, lng, long, decimalLatitude, `lat (deg)`
 2. the geometry of a GeoParquet or of GDAL, in any CRS; or a text column of WKT, in degrees
 3. `x` and `y`
 
-Memory does not grow with the table, but for formats that GDAL reads whole.
+Memory does not grow with the table, except for formats that GDAL reads whole.
 """
 
 import csv
@@ -30,39 +30,50 @@ from infra.errors import UserError
 
 T = TypeVar("T")
 
-TEXT = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}  # by the delimiter that wins where several would do
+TEXT = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}  # delimiter that wins where several fit, by suffix
 PARQUET = (".parquet", ".geoparquet", ".pq")
 SHAPES = (".geojson", ".json", ".shp", ".zip", ".gpkg", ".fgb")
 READABLE = ", ".join((".csv", ".tsv", ".txt", ".parquet", *SHAPES))
 DELIMITERS = ",;\t|"
-BATCH = 65_536  # rows that are read at a time
-BLOCK = 16 << 20  # bytes of a CSV at a time
-HEAD = 1 << 16  # bytes by which delimiter and decimal comma are told
+BATCH = 65_536  # rows of a Parquet or GDAL file read at a time
+BLOCK = 16 << 20  # bytes of a CSV read at a time
+HEAD = 1 << 16  # first bytes of a CSV, in which delimiter and decimal mark are recognised
 COMMA, POINT = re.compile(r"\s*[-+]?\d+,\d+\s*"), re.compile(r"\s*[-+]?\d+\.\d+\s*")
 CONVERSION = re.compile(r"In CSV column #(\d+): .*CSV conversion error to (\w+)", re.S)
-WIDER = {"null": pa.int64(), "int64": pa.float64()}  # the type of a column, after its first block taught another
+WIDER = {"null": pa.int64(), "int64": pa.float64()}  # next wider type of a column whose first block had a narrower one
 DEGREES = "OGC:CRS84"
 LON, LAT = {"lon", "long", "lng", "longitude"}, {"lat", "latitude"}
-NOISE = {"decimal", "deg", "degree", "degrees", "dd", "wgs84", "east", "north", "e", "n"}  # around a name
+NOISE = {
+    "decimal",
+    "deg",
+    "degree",
+    "degrees",
+    "dd",
+    "wgs84",
+    "east",
+    "north",
+    "e",
+    "n",
+}  # words that units add to a name
 GEOMETRIES = {"geometry", "geom", "wkt", "the_geom", "wkb_geometry"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which columns tell where a row is."""
+    """The columns that hold the place of a row."""
 
     lon: str = ""
-    """Column of the longitudes in degrees; none where a geometry tells."""
+    """Column of longitudes in degrees; empty where there is a geometry."""
     lat: str = ""
-    """Column of the latitudes."""
+    """Column of latitudes in degrees."""
     geometry: str = ""
     """Column of WKB, of WKT, or of points as (x, y)."""
     crs: str = DEGREES
-    """That the geometry is in, as pyproj reads it."""
+    """CRS of the geometry, as pyproj reads it."""
 
     @property
     def columns(self) -> list[str]:
-        """Their names."""
+        """Returns the names of the columns."""
         return [self.geometry] if self.geometry else [self.lon, self.lat]
 
 
@@ -71,24 +82,24 @@ class Table:
     """An open table."""
 
     source: str
-    """As it was named."""
+    """Path or URL, as it was given."""
     kind: str
-    """What it is of: "points"."""
+    """What the rows are, for messages, such as "points"."""
     names: tuple[str, ...]
-    """Its columns, in order."""
+    """Names of the columns, in order."""
     geometry: Place | None
-    """Its column of geometries, if its format has such."""
+    """Column of geometries, if the format has one."""
     read: Callable[[list[str] | None], Iterator[pa.RecordBatch]]
-    """Some of its columns, or all, in batches; begins anew with each call."""
+    """Yields some columns, or all, in batches; each call begins at the first row."""
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Yields the rows in batches; columns of a CSV can turn out to be of another type (`settled`)."""
+        """Yields the rows in batches. A column of a CSV may turn out to have a wider type: see `settled`."""
         with told(self.source, self.kind):
             yield from self.read(None if columns is None else list(dict.fromkeys(columns)))
 
     @property
     def is_text(self) -> bool:
-        """Whether the types of its columns are learnt by reading."""
+        """Tells whether the types of the columns are known only after reading."""
         return _suffix(name_of(as_url(self.source))) in TEXT
 
     def refused(self, why: str) -> UserError:
@@ -97,11 +108,11 @@ class Table:
 
 
 class Widened(Exception):
-    """A column of a CSV is of another type than its first block told; a new reading knows."""
+    """A column of a CSV has a wider type than its first block showed. The next reading knows it."""
 
 
 def settled(work: Callable[[], T]) -> T:
-    """Returns what some work on a table comes to, begun anew when a column turns out to be of another type."""
+    """Returns the result of some work on a table, done again when a column turns out to have a wider type."""
     while True:
         try:
             return work()
@@ -111,7 +122,7 @@ def settled(work: Callable[[], T]) -> T:
 
 @contextmanager
 def told(source: str, kind: str) -> Iterator[None]:
-    """Makes what readers raise one sentence that names the table."""
+    """Turns the errors of readers into one sentence that names the table."""
     try:
         yield
     except (UserError, Widened):
@@ -128,11 +139,11 @@ def open_table(source: str, kind: str = "points") -> Iterator[Table]:
     """Opens a table by path or URL.
 
     Args:
-        source: A CSV (perhaps .gz; of commas, semicolons, tabs or bars), a Parquet, or a file that GDAL reads.
-        kind: What it is a table of, for messages.
+        source: A CSV (with commas, semicolons, tabs or bars; also .gz), a Parquet file, or a file that GDAL reads.
+        kind: What the rows are, for messages.
 
     Raises:
-        UserError: It is not there, of no kind that can be read, or damaged.
+        UserError: The table does not exist, has an unknown format, or is damaged.
     """
     url, source = as_url(source), shown(source)
     suffix = _suffix(name_of(url))
@@ -146,11 +157,11 @@ def open_table(source: str, kind: str = "points") -> Iterator[Table]:
             path = stack.enter_context(storage.as_file(url))
             _check_content(path, suffix, source, kind)
             table = opening(path, source, kind)
-        yield table  # what goes wrong from here on is no fault of the table
+        yield table  # outside `told`: errors from here on are not the table's
 
 
 def _check_content(path: Path, suffix: str, source: str, kind: str) -> None:
-    """Refuses a file that is empty, or by its content no Parquet though it is named so, or the reverse."""
+    """Refuses a file that is empty, or whose name says Parquet where its content does not, or the reverse."""
     with path.open("rb") as file:
         start = file.read(4)
     if not start:
@@ -161,7 +172,7 @@ def _check_content(path: Path, suffix: str, source: str, kind: str) -> None:
 
 
 def _suffix(name: str) -> str:
-    """The suffix in lower case, without that of gzip."""
+    """Returns the suffix in lower case, leaving out .gz."""
     return Path(name.lower().removesuffix(".gz")).suffix
 
 
@@ -169,7 +180,7 @@ def _suffix(name: str) -> str:
 
 
 class _Checked:
-    """Bytes of a text, which are refused where they are no UTF-8."""
+    """A stream of a text's bytes that refuses UTF-16 and NUL bytes."""
 
     closed = False
 
@@ -198,7 +209,7 @@ class _Checked:
         return False
 
     def flush(self) -> None:
-        """Nothing is written."""
+        """Does nothing, since nothing is written."""
 
     def close(self) -> None:
         self.file.close()
@@ -235,13 +246,13 @@ def _open_text(path: Path, source: str, kind: str) -> Table:
 
 
 def _delimiter(header: str, suffix: str) -> str:
-    """What parts a header into the most names; of equals, the one that the suffix tells."""
+    """Returns the delimiter that splits a header into the most names; of equals, the one of the suffix."""
     order = TEXT[suffix] + DELIMITERS
     return max(DELIMITERS, key=lambda mark: (len(next(csv.reader([header], delimiter=mark))), -order.index(mark)))
 
 
 def _decimal(rows: list[list[str]]) -> str:
-    """The decimal mark: a comma where numbers have one, and none has a point."""
+    """Returns the decimal mark: a comma where some number has one and none has a point."""
     cells = [cell for row in rows[:-1] or rows for cell in row]
     commas = any(COMMA.fullmatch(cell) for cell in cells)
     return "," if commas and not any(POINT.fullmatch(cell) for cell in cells) else "."
@@ -276,13 +287,13 @@ def _read_text(
 
 
 def _header(path: Path, options: dict[str, Any]) -> list[str]:
-    """The names as the reader has them."""
+    """Returns the names of the columns as the reader has them."""
     with pa.PythonFile(_Checked(path), mode="r") as stream:
         return pa.csv.open_csv(stream, **options).schema.names
 
 
 def _refuse_bytes(batch: pa.RecordBatch) -> None:
-    """A column is of bytes where its text is no UTF-8."""
+    """Refuses a column that was read as bytes, since its text is no UTF-8."""
     for field in batch.schema:
         if pa.types.is_binary(field.type):
             raise UserError(f"the column {field.name!r} is no UTF-8: save the file as UTF-8")
@@ -302,13 +313,13 @@ def _open_parquet(path: Path, source: str, kind: str) -> Table:
 
 
 def _geometry_of(schema: pa.Schema, source: str) -> Place | None:
-    """The primary geometry of a GeoParquet."""
+    """Returns the primary geometry of a GeoParquet, or None."""
     geo = (schema.metadata or {}).get(b"geo")
     if geo is None:
         return None
     about = json.loads(geo)
     name = about["primary_column"]
-    crs = about["columns"][name].get("crs", DEGREES)  # left out it is this one, and null is none
+    crs = about["columns"][name].get("crs", DEGREES)  # no entry means this CRS; null means unknown
     if name not in schema.names:
         raise UserError(f"{source} lacks its geometry {name!r}: write it anew, with its geometry")
     return Place(geometry=name, crs=_crs(crs, source))
@@ -325,7 +336,7 @@ def _open_shapes(path: Path, source: str, kind: str) -> Table:
 
     try:
         about = pyogrio.read_info(path)
-    except pyogrio.errors.DataSourceError:  # its own words are about drivers, and name a copy of the file
+    except pyogrio.errors.DataSourceError:  # its message is about drivers, and names a copy of the file
         raise UserError(
             f"{source} cannot be read as a table of {kind} (it is no GeoJSON, nor another format of features): give "
             f"{READABLE}"
@@ -366,7 +377,7 @@ def _as_geoparquet(schema: pa.Schema, geometry: str, crs: str) -> pa.Schema:
 
 
 def in_tables(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
-    """Yields the same rows in tables of `size` rows, whatever the source's blocks are; the last may have fewer."""
+    """Yields the rows of batches in tables of `size` rows; the last may have fewer."""
     held: list[pa.RecordBatch] = []
     rows = 0
     for batch in batches:
@@ -382,11 +393,12 @@ def in_tables(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[pa.Table
 
 
 def word_of(name: str) -> str:
-    """A column's name as it is compared: lower case, without spaces and units around it."""
+    """Returns a column's name for comparison: in lower case, without spaces, units and words such as decimal."""
     text = re.sub(r"[(\[].*?[)\]]", " ", name.lower().replace("decimal", " "))
     words = [word for word in re.split(r"[^a-z0-9]+", text) if word]
     return "".join(word for word in words if word not in NOISE) or "".join(words)
 
 
 def tells_place(name: str) -> bool:
+    """Tells whether a column of this name may hold coordinates or a geometry."""
     return word_of(name) in LON | LAT | {"x", "y"} or name.strip().lower() in GEOMETRIES

@@ -1,4 +1,4 @@
-"""Where the rows of a table are: found by its columns' names, read as degrees, and checked."""
+"""Finds the places of a table's rows by the names of its columns, reads them as degrees, and checks them."""
 
 import re
 from functools import partial
@@ -17,15 +17,15 @@ NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.ty
 
 
 def find_place(table: Table, lon: str | None = None, lat: str | None = None) -> Place:
-    """Returns which columns tell where a row is.
+    """Returns the columns that hold the place of a row.
 
     Args:
         table: The table.
-        lon: Column of the longitudes; none: by its name.
-        lat: Column of the latitudes; none: by its name.
+        lon: Column of longitudes. None: recognised by its name.
+        lat: Column of latitudes. None: recognised by its name.
 
     Raises:
-        UserError: There is none, or more than one could be meant.
+        UserError: No column fits, or several do.
     """
     _refuse_twice(table)
     if lon and lat:
@@ -66,7 +66,7 @@ def _geometry(table: Table) -> Place | None:
 
 
 def _one(table: Table, short: str, words: set[str]) -> str:
-    """The one column of some words; one that is named as our own tables are wins."""
+    """Returns the one column whose name is among some words; the `short` name, as in our own tables, wins."""
     found = [name for name in table.names if word_of(name) in words]
     if short in found:
         return short
@@ -80,13 +80,13 @@ def _one(table: Table, short: str, words: set[str]) -> str:
 
 
 def lonlat_of(batch: pa.RecordBatch | pa.Table, place: Place, table: Table, start: int = 0) -> NDArray[np.float64]:
-    """Returns where rows are, (n, 2) degrees; NaN where a row tells nothing.
+    """Returns the places of rows, (n, 2) in degrees; NaN where a row has none.
 
     Args:
         batch: Rows, with the columns of `place`.
-        place: Which columns tell it.
-        table: Theirs, for messages.
-        start: Rows of the table before these.
+        place: The columns that hold the places.
+        table: The table of the rows, for messages.
+        start: Number of rows of the table before these.
 
     Raises:
         UserError: A value is no number, or a geometry is no point.
@@ -109,7 +109,7 @@ def _numbers(column: Any, name: str, table: Table, start: int) -> NDArray[np.flo
 
 
 def _parsed(column: Any, name: str, table: Table, start: int) -> Any:
-    """Numbers of texts, with a decimal comma or point; what is empty, or says that there is none, is null."""
+    """Returns texts as numbers, with a decimal comma or point; empty texts, and words such as NaN, are null."""
     text = pc.replace_substring(pc.utf8_trim_whitespace(column), ",", ".")
     none = pc.is_in(pc.utf8_lower(text), pa.array(["", "na", "n/a", "#n/a", "nan", "null", "none", "-"], text.type))
     text = pc.if_else(none, None, text)
@@ -131,7 +131,7 @@ def _is_number(text: str) -> bool:
 
 
 def shapes_of(column: Any, place: Place, table: Table) -> NDArray[np.object_]:
-    """Returns geometries of shapely, in degrees; None where there is none.
+    """Returns shapely geometries in degrees; None where a row has none.
 
     Raises:
         UserError: The column holds no geometries.
@@ -155,7 +155,7 @@ def shapes_of(column: Any, place: Place, table: Table) -> NDArray[np.object_]:
 
 
 def _shapes(values: NDArray[np.object_]) -> NDArray[np.object_]:
-    """Of WKB, of its hexadecimal digits as PostGIS has them, or of WKT."""
+    """Returns geometries from WKB, from its hexadecimal digits as in PostGIS, or from WKT."""
     import shapely
 
     texts = [value for value in values if isinstance(value, str) and value.strip()]
@@ -189,7 +189,7 @@ def _points(shapes: NDArray[np.object_], table: Table, start: int) -> NDArray[np
 
 
 def check_degrees(lonlat: NDArray[np.float64], table: Table, start: int = 0) -> None:
-    """Refuses a place that is none, in the words of what may be wrong with it.
+    """Refuses coordinates that are no place, and tells what may be wrong with them.
 
     Raises:
         UserError: A longitude is not within -180 and 360, or a latitude not within -90 and 90.
@@ -203,7 +203,7 @@ def check_degrees(lonlat: NDArray[np.float64], table: Table, start: int = 0) -> 
 
 
 def remedy_of(lon: float, lat: float) -> str:
-    """Returns what may mend a place that is none."""
+    """Returns a remedy for coordinates that are no place."""
     if np.isnan(lon) or np.isnan(lat):
         return "Leave out rows without a place, or fill them in"
     if abs(lon) <= 90 < abs(lat) <= 360:
@@ -214,7 +214,7 @@ def remedy_of(lon: float, lat: float) -> str:
 
 
 def with_degrees(batch: pa.Table, place: Place, lonlat: NDArray[np.float64]) -> pa.Table:
-    """Returns rows whose columns of coordinates, where these were text, are numbers."""
+    """Returns rows in which columns of coordinates that were text are numbers."""
     for name, values in zip(place.columns, lonlat.T, strict=True) if not place.geometry else ():
         if pa.types.is_string(batch.schema.field(name).type):
             batch = batch.set_column(batch.column_names.index(name), name, pa.array(values))

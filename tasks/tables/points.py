@@ -1,4 +1,4 @@
-"""Tables of points, read in blocks after one look at every row."""
+"""Reads tables of points in blocks, after a check of every row."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,26 +18,26 @@ Rows = Iterator[tuple[pa.Table, NDArray[np.float64]]]
 
 @contextmanager
 def open_points(points: str | Path, lon: str | None = None, lat: str | None = None) -> Iterator[tuple[Table, Place]]:
-    """Opens a table of points, and finds where in it the places are.
+    """Opens a table of points, and finds the columns of their places.
 
     Raises:
-        UserError: The table is not there, not readable, or lacks a place.
+        UserError: The table does not exist, is not readable, or has no places.
     """
     with open_table(str(points)) as table:
         yield table, find_place(table, lon, lat)
 
 
 def check_names(table: Table, added: Sequence[str]) -> None:
-    """Refuses a table with a column that the output would add."""
+    """Refuses a table that already has a column which the output would add."""
     if taken := set(added) & set(table.names):
         raise table.refused(f"has a column {min(taken)!r} already, which the output would add: rename it")
 
 
 def check_points(table: Table, place: Place) -> int:
-    """Returns the number of points, after one look at every one of them.
+    """Returns the number of points, after a check of each.
 
     Raises:
-        UserError: There is none, or one that is nowhere.
+        UserError: The table has no points, or one without a place on Earth.
     """
     count = settled(partial(_count, table, place))
     if not count:
@@ -54,7 +54,7 @@ def _count(table: Table, place: Place) -> int:
 
 
 def rows_of(table: Table, place: Place, size: int, columns: Sequence[str] | None = None) -> Rows:
-    """Yields the rows in tables of `size`, the last of perhaps fewer, and where they are, (n, 2) degrees."""
+    """Yields the rows in tables of `size`, the last perhaps smaller, with their places, (n, 2) in degrees."""
     for rows in in_tables(table.batches(columns), size):
         lonlat = lonlat_of(rows, place, table)
         yield with_degrees(rows, place, lonlat), lonlat

@@ -1,29 +1,36 @@
 """Holds what differs where a flow runs as a deployment: it reports its product and starts other deployments."""
 
 import inspect
+import logging
+from functools import partial
 from typing import Any
 
 from prefect import Flow
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.runtime import deployment
 from prefect.states import Completed
-from rich.console import Console
 
 from infra import storage
 from infra.errors import UserError
 from tasks.cards import home_of
-from tasks.units import in_run
+from tasks.units import Screen, in_run
 
 HOUR = 3600.0  # seconds; timeouts of flows end runs that hang, and are a few times what the largest run should take
 
 
-def be_quiet(console: Console) -> None:
-    """Silences a run's output that nobody reads any more, since its worker died: rich itself would end the run."""
-    console.quiet = True
+def _outlive_worker() -> None:
+    """Lets this process go on where the worker that reads its log dies: rich would end it at the next line.
+
+    Prefect 3.8 makes the console of its log itself, so that rich's own way, a subclass, is open to ours alone.
+    """
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler):
+            handler.console.on_broken_pipe = partial(Screen.on_broken_pipe, handler.console)
 
 
-Console.on_broken_pipe = be_quiet  # type: ignore[assignment,method-assign]
+_outlive_worker()
 
 
 def in_deployment() -> bool:

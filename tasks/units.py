@@ -33,6 +33,13 @@ EVERY = 60.0  # seconds between the lines that tell where no terminal shows prog
 ARTIFACT_STEPS = 50  # updates of a progress artifact in one run: each costs a request to the server
 
 
+class Screen(Console):
+    """The terminal or the log of a run: silent once nobody reads it any more, where rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 @dataclass
 class Work:
     """A part of a run's work, for the run's report: what was planned, and what was done."""
@@ -194,7 +201,7 @@ def progress(label: str, total: int, there: int = 0) -> Iterator[Callable[..., N
         A function to call with the number of units just done and, where there is more to tell, a short note.
     """
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    artifact, console = _Artifact(label, total, there), Console(stderr=True)
+    artifact, console = _Artifact(label, total, there), Screen(stderr=True)
     bars = _Noted(*columns, console=console, disable=not console.is_terminal)
     with bars, counted(Work(label, total, there)) as part, _lines(part, console):
         bar = bars.add_task(label, total=total, completed=there, note="")
@@ -219,9 +226,9 @@ def _lines(part: Work, console: Console) -> Iterator[None]:
     began, ended = time.monotonic(), threading.Event()
 
     def tell() -> None:
-        print(so_far(part, time.monotonic() - began), file=sys.stderr, flush=True)
+        console.out(so_far(part, time.monotonic() - began), highlight=False)
         while not ended.wait(EVERY):
-            print(so_far(part, time.monotonic() - began), file=sys.stderr, flush=True)
+            console.out(so_far(part, time.monotonic() - began), highlight=False)
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -230,7 +237,7 @@ def _lines(part: Work, console: Console) -> Iterator[None]:
     finally:
         ended.set()
         teller.join()
-        print(so_far(part, time.monotonic() - began), file=sys.stderr, flush=True)
+        console.out(so_far(part, time.monotonic() - began), highlight=False)
 
 
 def so_far(part: Work, seconds: float) -> str:

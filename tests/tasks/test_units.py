@@ -3,8 +3,11 @@
 import math
 import os
 import re
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from prefect import flow
@@ -159,3 +162,28 @@ def test_rate_and_time_left_are_of_what_this_run_does():
 )
 def test_bytes_are_told_in_words(count, words):
     assert in_words(count) == words
+
+
+UNREAD = """
+import os
+from {module} import {name}
+read, write = os.pipe()
+os.dup2(write, 2)
+os.close(write)
+os.close(read)
+{work}
+print("done")
+"""
+WRITERS = {
+    "lines": ("tasks.units", "progress", "with progress('work', 2) as advance: advance(1)"),
+    "log": ("flows.deployed", "logging", "[logging.getLogger('prefect').warning(text) for text in 'ab']"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_work_goes_on_where_nobody_reads_what_it_tells(writer):
+    """As after the death of a run's worker, which reads what the run writes."""
+    module, name, work = WRITERS[writer]
+    code = UNREAD.format(module=module, name=name, work=work)
+    ran = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert (ran.returncode, ran.stdout) == (0, "done\n")

@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pystac
 from distributed import Client
 from numpy.typing import NDArray
 
 from infra import storage, workers
-from infra.addresses import unsigned
+from infra.addresses import shown
 from infra.errors import Unavailable, UserError
 from infra.imagery.cogs import RefusedAsset, UnreadableAsset, read_scene
 from infra.settings import settings
 from infra.stac.catalogs import ask, catalogs, collection_title
+from infra.stac.items import UsableItem
 from tasks.artifacts import keep_picture, keep_table
 from tasks.cards import fingerprint, is_finished, product_url, write_card
 from tasks.core.earth.sampling import grid_zone
@@ -38,9 +38,10 @@ from tasks.patches import store
 from tasks.patches.estimate import Cost, beside, estimate, spent
 from tasks.patches.places import draw, source_digest
 from tasks.patches.reading import read_shard, shape
+from tasks.patches.reasons import Reason
 from tasks.patches.reuse import WHERE, places_read, siblings
 from tasks.patches.scenes import asset_keys, find_items
-from tasks.patches.screening import UNTRIED, by_place, hrefs, screen_cell
+from tasks.patches.screening import by_place, hrefs, screen_cell
 from tasks.plots.maps import sample_map
 from tasks.units import log, run_units
 
@@ -71,7 +72,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     Raises:
         UserError: The catalog does not answer, has nothing that fits, or storage cannot be written.
     """
-    sources = [[unsigned(c.url), c.collection] for c in catalogs()]
+    sources = [[shown(c.url), c.collection] for c in catalogs()]
     made_of = {"catalogs": sources, **params.model_dump(exclude={"line"}), **source_digest(params)}
     url = product_url("patches", made_of)
     if is_finished(url):
@@ -166,7 +167,7 @@ def check_bands(params: SampleParams, places: NDArray[np.float64]) -> None:
         raise _unreadable(list(problems.values()))
 
 
-def _wanted(items: list[pystac.Item], params: SampleParams) -> list[str]:
+def _wanted(items: list[UsableItem], params: SampleParams) -> list[str]:
     """The bands that are read of each scene, after checking that some item has each.
 
     Raises:
@@ -190,7 +191,7 @@ def _wanted(items: list[pystac.Item], params: SampleParams) -> list[str]:
     return wanted
 
 
-def _open_bands(item: pystac.Item, params: SampleParams) -> None:
+def _open_bands(item: UsableItem, params: SampleParams) -> None:
     """Reads the headers of a scene's bands and scene classification."""
     full = hrefs(item)
     wanted = {band: full[band] for band in (*params.bands, "SCL")}
@@ -311,7 +312,7 @@ class ClearPlaces:
         self.units.run(screening, left, "search and screen", len(there), "cell")
         scenes = self.units.collect("screen", number, every, SCREENED)
         self.screened = pd.concat([self.screened, by_place(scenes)])
-        self.passed_over.update(scenes.loc[~scenes["reason"].isin(["", UNTRIED]), "reason"])
+        self.passed_over.update(scenes.loc[~scenes["reason"].isin(["", Reason.UNTRIED]), "reason"])
         self.rounds += 1
 
 

@@ -7,11 +7,9 @@ stands in while the first does not answer.
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,22 +19,19 @@ import shapely
 from numpy.typing import NDArray
 
 from infra import storage
-from infra.addresses import absolute, may_read, unsigned
+from infra.addresses import absolute, may_read, shown
 from infra.errors import CatalogUnavailable, UserError
 from infra.intervals import Interval
 from infra.settings import settings
 from infra.stac.api import Features, open_api, search_api
 from infra.stac.files import is_file, open_file, search_file
+from infra.stac.items import BROKEN, UsableItem
 
 T = TypeVar("T")
 
 POINTS = 150  # in one request: as a GET it stays below the 8 kB that servers take
 WIDEST = 9.0  # degrees of longitude: a scene at 84 degrees of latitude
 REST = 600.0  # seconds for which a catalog that did not answer is passed over where another stands in
-BROKEN = (  # what JSON that is no item raises
-    *(KeyError, TypeError, ValueError, AttributeError, OverflowError),
-    *(pystac.STACError, pystac.STACTypeError, shapely.errors.ShapelyError),
-)
 
 log = logging.getLogger("rangegrid")
 _rests: dict["Catalog", float] = {}  # until when, on the monotonic clock
@@ -75,7 +70,7 @@ def ask(question: Callable[[Catalog], T]) -> T:
             return question(catalog)
         except CatalogUnavailable as error:
             _rests[catalog] = time.monotonic() + REST
-            log.warning("%s. %s stands in", error, unsigned(last.url))
+            log.warning("%s. %s stands in", error, shown(last.url))
     return question(last)
 
 
@@ -90,13 +85,13 @@ def collection_title(catalog: Catalog) -> str:
     known = set(open_file(catalog.url).collections)
     if known and not {"", catalog.collection} & known:
         raise UserError(
-            f"{unsigned(catalog.url)} has no items of {catalog.collection!r}: set RANGEGRID_COLLECTION to one of "
+            f"{shown(catalog.url)} has no items of {catalog.collection!r}: set RANGEGRID_COLLECTION to one of "
             f"{', '.join(sorted(known))}"
         )
     return ""
 
 
-def search(catalog: Catalog, interval: str, lonlat: NDArray[np.float64], max_cloud_percent: float) -> list[pystac.Item]:
+def search(catalog: Catalog, interval: str, lonlat: NDArray[np.float64], max_cloud_percent: float) -> list[UsableItem]:
     """Items of a collection that hold any of the points, each once, in a stable order.
 
     What a server does not filter is filtered here. Items that cannot be used (no place, no time, no assets) are
@@ -121,7 +116,7 @@ def search(catalog: Catalog, interval: str, lonlat: NDArray[np.float64], max_clo
             found.add(search_api(catalog.url, catalog.collection, window, points, max_cloud_percent).all())
         features = found.all()
     ours = [feature for feature in features if _collection_of(feature) in (None, catalog.collection)]
-    items: dict[str, pystac.Item] = {}
+    items: dict[str, UsableItem] = {}
     for item in _usable(catalog, ours):
         if _fits(item, window, lonlat, max_cloud_percent):
             items[item.id] = _newer(items.get(item.id, item), item)
@@ -132,7 +127,7 @@ def _collection_of(feature: Any) -> Any:
     return feature.get("collection") if isinstance(feature, dict) else None
 
 
-def _newer(one: pystac.Item, other: pystac.Item) -> pystac.Item:
+def _newer(one: UsableItem, other: UsableItem) -> UsableItem:
     """Of two items with one id that which was updated last, else always the same one, in whatever order they come."""
     if one is other:
         return one
@@ -157,77 +152,33 @@ def _chunks(lonlat: NDArray[np.float64]) -> list[NDArray[np.float64]]:
     return [asked[start : start + POINTS] for start in range(0, len(asked), POINTS)]
 
 
-def _fits(item: pystac.Item, window: Interval, lonlat: NDArray[np.float64], max_cloud_percent: float) -> bool:
+def _fits(item: UsableItem, window: Interval, lonlat: NDArray[np.float64], max_cloud_percent: float) -> bool:
     cloud = item.properties.get("eo:cloud_cover")
     return (
-        window.meets(*_times(item))
+        window.meets(item.begin, item.end)
         and (cloud is None or cloud <= max_cloud_percent)
-        and bool(shapely.intersects_xy(footprint(item.geometry), *lonlat.T).any())
+        and bool(shapely.intersects_xy(item.shape, *lonlat.T).any())
     )
 
 
-def _times(item: pystac.Item) -> tuple[datetime, datetime]:
-    """When the item begins and ends."""
-    known = item.common_metadata
-    first, last = known.start_datetime or item.datetime, known.end_datetime or item.datetime
-    ends = [time if time.tzinfo else time.replace(tzinfo=UTC) for time in (first, last or first) if time]
-    return ends[0], ends[-1]
-
-
-def _usable(catalog: Catalog, features: Iterable[Any]) -> list[pystac.Item]:
+def _usable(catalog: Catalog, features: Iterable[Any]) -> list[UsableItem]:
     """Items with a place, a time and assets that may be read; what is passed over is counted in the log."""
     items, broken, refused, hosts = [], 0, 0, settings().asset_hosts
     for feature in features:
         try:
-            item = _item(feature, catalog)
+            item = UsableItem.parse(feature)
             refused += _resolve(item, catalog, hosts)
-            items.append(item)
-        except BROKEN as error:
-            if isinstance(error, UserError):
-                raise
+        except BROKEN:
             broken += 1
+            continue
+        item.extra_fields["catalog"] = shown(catalog.url)
+        items.append(item)
     if broken or refused:
         log.warning(
             "%s: passed over %d items without place, time or assets, and %d assets at refused addresses",
-            *(unsigned(catalog.url), broken, refused),
+            *(shown(catalog.url), broken, refused),
         )
     return items
-
-
-def _item(feature: Any, catalog: Catalog) -> pystac.Item:
-    item = pystac.Item.from_dict(feature, preserve_dict=False, migrate=False)  # migration copies all, for nothing here
-    cloud = item.properties.get("eo:cloud_cover")
-    item.properties["eo:cloud_cover"] = None if cloud is None or math.isnan(float(cloud)) else float(cloud)
-    if item.datetime is None:  # the manifest tells when an image begins
-        item.datetime, item.properties["datetime"] = _times(item)[0], item.properties["start_datetime"]
-    if not item.assets or footprint(item.geometry).is_empty or not _times(item):
-        raise ValueError("the item has no place or no assets")
-    item.extra_fields["catalog"] = unsigned(catalog.url)
-    return item
-
-
-def footprint(geometry: Any) -> shapely.Geometry:
-    """The shape of a GeoJSON geometry between -180 and 180 degrees, split where it crosses the antimeridian.
-
-    A polygon wider than half the Earth is one that crosses and was written unsplit; longitudes beyond 180 are another
-    way to write the same.
-
-    Args:
-        geometry: GeoJSON in lon, lat.
-    """
-    parts = shapely.get_parts(shapely.force_2d(shapely.geometry.shape(geometry)))
-    return shapely.union_all([piece for part in parts for piece in _split(part)])
-
-
-def _split(part: shapely.Geometry) -> list[shapely.Geometry]:
-    west, _, east, _ = part.bounds
-    if east - west > 180:
-        part = shapely.make_valid(shapely.transform(part, lambda xy: xy + [360, 0] * (xy[:, :1] < 0)))
-        west, _, east, _ = part.bounds
-    if west >= -180 and east <= 180:
-        return [part]
-    worlds = [(turn, shapely.box(turn - 180, -90, turn + 180, 90)) for turn in (-360, 0, 360)]
-    return [shapely.transform(part & world, lambda xy, turn=turn: xy - [turn, 0]) for turn, world in worlds]
 
 
 def _resolve(item: pystac.Item, catalog: Catalog, hosts: tuple[str, ...]) -> int:

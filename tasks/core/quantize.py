@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 DType = Literal["float32", "float16", "int8"]
 CODES = 127  # largest code; codes are clipped to [-CODES, CODES]
-NODATA = -128  # code of no value, beyond the clipped codes
+NODATA_CODE = -128  # code of no value, beyond the clipped codes
 MARGIN = 0.1  # share of a sample's range, added at either end for values beyond the sample
 DIGITS = 3  # significant digits of scale and offset: later ones depend on the machine, and a rerun must agree
 
@@ -36,14 +36,14 @@ class Scale:
         return cls(_rounded(reach / CODES, up=True) or 1.0, offset)
 
     def encode(self, values: NDArray[np.float32]) -> NDArray[np.int8]:
-        """Returns the codes of values, NODATA where they are NaN; a value beyond the scale gets the nearest code."""
+        """Returns codes of values, NODATA_CODE where they are NaN; a value beyond the scale gets the nearest code."""
         codes = np.clip(np.rint((values - self.offset) / self.factor), -CODES, CODES)
-        return np.where(np.isnan(codes), NODATA, codes).astype(np.int8)
+        return np.where(np.isnan(codes), NODATA_CODE, codes).astype(np.int8)
 
     def decode(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
-        """Returns the values of codes, NaN where they are NODATA."""
+        """Returns the values of codes, NaN where they are NODATA_CODE."""
         values = codes.astype(np.float32) * np.float32(self.factor) + np.float32(self.offset)
-        return np.where(codes == NODATA, np.float32(np.nan), values)
+        return np.where(codes == NODATA_CODE, np.float32(np.nan), values)
 
 
 def _rounded(value: float, up: bool = False) -> float:

@@ -52,7 +52,7 @@ from tasks import arrays
 from tasks.cards import GRID, home_of
 from tasks.core.compact import Projection
 from tasks.core.earth.grid import CHUNK_CELLS, GridSpec, Tile, check_tile
-from tasks.core.quantize import NODATA, DType, Scale, half
+from tasks.core.quantize import NODATA_CODE, DType, Scale, half
 from tasks.grid import conventions
 
 VARIABLE = "embedding"
@@ -129,7 +129,7 @@ def _embedding(spec: GridSpec, content: Content) -> xr.Dataset:
                 "dtype": "int8",
                 "scale_factor": scale.factor,
                 "add_offset": scale.offset,
-                "_FillValue": np.int8(NODATA),
+                "_FillValue": np.int8(NODATA_CODE),
             }
         return xr.merge(parts, compat="override")
     found = _empty(spec, VARIABLE, "embedding_dim", sum(sizes.values()), {"long_name": "RANGE embedding"} | about)

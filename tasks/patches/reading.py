@@ -18,11 +18,11 @@ from tasks.core.sentinel2 import radiometry
 from tasks.params import SampleParams
 from tasks.patches import reuse, store
 from tasks.patches.estimate import THREADS, Meter
+from tasks.patches.reasons import Reason
 from tasks.patches.scenes import find_items
-from tasks.patches.screening import EDGE, JUDGED, NODATA, REFUSED, UNREADABLE, UNTRIED, hrefs, judge, settle
+from tasks.patches.screening import JUDGED, hrefs, judge, settle
 from tasks.units import log
 
-BEYOND = "numbers beyond the format"
 FOUND = ["sha256", "nodata_fraction", "dark_dn", "offset_check"]  # columns that a read adds
 
 
@@ -74,7 +74,7 @@ def _planned(url: str, number: int, shard: int) -> pd.DataFrame:
     plan = store.read_part(url, "plan", number, shard)
     parts = np.unique(plan[["round", "cell"]], axis=0).tolist()
     screened = pd.concat([store.read_part(url, "screen", *part) for part in parts])
-    scenes = screened[screened["reason"].isin(["", UNTRIED])]
+    scenes = screened[screened["reason"].isin(["", Reason.UNTRIED])]
     return plan[["position", "row_id"]].merge(scenes, on="row_id")
 
 
@@ -161,7 +161,7 @@ class Reader:
     def _read_scene(self, group: pd.DataFrame, full: dict[str, str]) -> pd.DataFrame:
         """The verdict on the places of one scene; those that were not screened are so first."""
         verdict = group[JUDGED].copy()
-        untried = group[group["reason"] == UNTRIED]
+        untried = group[group["reason"] == Reason.UNTRIED]
         if len(untried):
             verdict.loc[untried.index] = judge(untried, full, self.params, self.traffic, self.refused)
         clear = group[verdict["reason"] == ""]
@@ -173,29 +173,29 @@ class Reader:
         """Why there is no patch of each place, or nothing where there is one."""
         places, params = group[["lon", "lat"]].to_numpy(), self.params
         if not set(params.bands) <= set(full):
-            return [UNREADABLE] * len(group)
+            return [Reason.UNREADABLE] * len(group)
         bands = {band: full[band] for band in params.bands}
         try:
             layers = read_scene(bands, places, params.patch_pixels, params.resolution_m, self.traffic)
         except UnreadableAsset as error:
             log().warning("%s; its %d patches are read elsewhere", error, len(group))
-            return [UNREADABLE] * len(group)
+            return [Reason.UNREADABLE] * len(group)
         except RefusedAsset as error:
             self.refused.append(error)
-            return [REFUSED] * len(group)
+            return [Reason.REFUSED] * len(group)
         windows = zip(*layers.values(), strict=True)
         return [self._keep(position, patch) for position, patch in zip(group["position"], windows, strict=True)]
 
     def _keep(self, position: int, windows: tuple[NDArray | None, ...]) -> str:
         """Puts the bands' windows into the patch's row of `pixels`, or tells why not."""
         if any(window is None for window in windows):
-            return EDGE
+            return Reason.EDGE
         patch = np.stack(windows)  # type: ignore[arg-type]
         if nodata_fraction(patch) > self.params.max_nodata_fraction:
-            return NODATA
+            return Reason.NODATA
         if radiometry.beyond_format(patch):
             if position in self.doubtful:
-                return BEYOND
+                return Reason.BEYOND_FORMAT
             self.doubtful.add(position)
         else:
             self.doubtful.discard(position)
@@ -210,7 +210,7 @@ def _known(assets: dict[str, str | None]) -> dict[str, str]:
 
 def nodata_fraction(patch: NDArray[np.uint16]) -> float:
     """Share of the pixels of a (band, y, x) patch without data in some band."""
-    return float((patch == radiometry.NODATA).any(0).mean())
+    return float((patch == radiometry.NODATA_DN).any(0).mean())
 
 
 def _numbers(row: pd.Series, patch: NDArray[np.uint16]) -> list[Any]:

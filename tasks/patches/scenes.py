@@ -7,38 +7,39 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
-import pystac
 import shapely
 from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
-from infra.stac.catalogs import ask, footprint, search
+from infra.stac.catalogs import ask, search
+from infra.stac.items import UsableItem
 from tasks.core.earth.sampling import TILES
 from tasks.core.earth.sphere import KM_PER_DEGREE
 from tasks.core.sentinel2.items import acquisition, band_assets, baseline, tile
 from tasks.core.sentinel2.radiometry import decide
 from tasks.params import SampleParams
+from tasks.patches.reasons import Reason
 
 MOST_SCENES = 12  # tried for one place: each costs two requests for its scene classification
 SEASON = {month: month % 12 // 3 for month in range(1, 13)}  # 0 December to February, 3 September to November
 
 
-def find_items(lonlat: NDArray[np.float64], params: SampleParams) -> list[pystac.Item]:
+def find_items(lonlat: NDArray[np.float64], params: SampleParams) -> list[UsableItem]:
     """The items that hold any of the places, from the first catalog that answers."""
     return ask(lambda catalog: search(catalog, params.datetime, lonlat, params.max_cloud_percent))
 
 
 def choose(
-    items: list[pystac.Item], candidates: NDArray[np.float64], params: SampleParams
-) -> list[tuple[pystac.Item | None, str]]:
+    items: list[UsableItem], candidates: NDArray[np.float64], params: SampleParams
+) -> list[tuple[UsableItem | None, str]]:
     """Returns for each candidate the item that is read first, or none and why; see `rank_scenes`."""
     return [(next(iter(ranked), None), reason) for ranked, reason in rank_scenes(items, candidates, params)]
 
 
 def rank_scenes(
-    items: list[pystac.Item], candidates: NDArray[np.float64], params: SampleParams
-) -> list[tuple[list[pystac.Item], str]]:
+    items: list[UsableItem], candidates: NDArray[np.float64], params: SampleParams
+) -> list[tuple[list[UsableItem], str]]:
     """Returns for each candidate the items that may be read, in the order of preference, or why there is none.
 
     Those of the newest baselines come first, then older processings of the same acquisitions, then what lacks a band.
@@ -61,7 +62,7 @@ def rank_scenes(
 class Scene(NamedTuple):
     """An item, and what decides whether it is chosen."""
 
-    item: pystac.Item
+    item: UsableItem
     """The item."""
     tile: str
     """MGRS tile."""
@@ -79,7 +80,7 @@ class Scene(NamedTuple):
     """Bands that it has, and SCL."""
 
 
-def describe(item: pystac.Item) -> Scene:
+def describe(item: UsableItem) -> Scene:
     """What decides whether an item is chosen."""
     facts, told = _facts(item), item.properties.get("eo:cloud_cover")
     return Scene(
@@ -87,22 +88,22 @@ def describe(item: pystac.Item) -> Scene:
         tile=tile(facts),
         overpass=acquisition(facts),
         version=baseline(facts) or (0, 0),
-        day=_day(item),
+        day=item.begin.date(),
         cloud=100.0 if told is None else float(told),
         quarantined=decide(facts).quarantined,
         bands=frozenset(band_assets(facts)),
     )
 
 
-def _rank(scenes: list[Scene], candidate: NDArray[np.float64], params: SampleParams) -> tuple[list[pystac.Item], str]:
+def _rank(scenes: list[Scene], candidate: NDArray[np.float64], params: SampleParams) -> tuple[list[UsableItem], str]:
     tiles = {scene.tile for scene in scenes}
     if params.places == "tile" and tiles and candidate[4] * TILES >= len(tiles):
-        return [], "passed over for equal tiles"
+        return [], Reason.THINNED
     if params.scene == "seasons":
         scenes = [scene for scene in scenes if SEASON[scene.day.month] == candidate[3]]
     known = [scene for scene in scenes if not scene.quarantined]
     if not known:
-        return [], "radiometry quarantined" if scenes else "no scene"
+        return [], Reason.QUARANTINED if scenes else Reason.NO_SCENE
     return [scene.item for scene in ordered(known, params)[:MOST_SCENES]], ""
 
 
@@ -140,11 +141,10 @@ def newest(scenes: Iterable[Scene]) -> list[Scene]:
     return [scene for scene in found if scene.version == best[scene.overpass]]
 
 
-def _facts(item: pystac.Item) -> dict[str, Any]:
+def _facts(item: UsableItem) -> dict[str, Any]:
     """The item as a dictionary, without copying all of it."""
-    taken = {"datetime": item.properties.get("datetime") or _day(item)}
     assets = {key: {"href": asset.href, **asset.extra_fields} for key, asset in item.assets.items()}
-    return {"id": item.id, "properties": item.properties | taken, "assets": assets}
+    return {"id": item.id, "properties": item.properties, "assets": assets}
 
 
 def explain(place: str) -> dict[str, Any]:
@@ -165,13 +165,6 @@ def explain(place: str) -> dict[str, Any]:
     return asdict(decide(item))
 
 
-def _day(item: pystac.Item) -> datetime.date:
-    taken = item.datetime or item.common_metadata.start_datetime
-    if taken is None:
-        raise UserError(f"the item {item.id} has no datetime: the catalog is broken, use another collection")
-    return taken.date()
-
-
 def patch_corners(lonlat: NDArray[np.float64], side_m: float) -> NDArray[np.float64]:
     """Corners of the patches and their centres, (n, 5, 2) in degrees, a little outside for safety."""
     half = 0.5 * 1.1 * side_m / (1000 * KM_PER_DEGREE)
@@ -181,17 +174,16 @@ def patch_corners(lonlat: NDArray[np.float64], side_m: float) -> NDArray[np.floa
     return np.stack([(lon + 180) % 360 - 180, lat], axis=-1)
 
 
-def _holds(item: pystac.Item, corners: NDArray[np.float64]) -> NDArray[np.bool_]:
-    geometry = footprint(item.geometry)
-    shapely.prepare(geometry)
-    return shapely.intersects_xy(geometry, corners[..., 0], corners[..., 1]).all(1)
+def _holds(item: UsableItem, corners: NDArray[np.float64]) -> NDArray[np.bool_]:
+    shapely.prepare(item.shape)
+    return shapely.intersects_xy(item.shape, corners[..., 0], corners[..., 1]).all(1)
 
 
-def version(item: pystac.Item) -> tuple[int, int]:
+def version(item: UsableItem) -> tuple[int, int]:
     """The processing baseline, (0, 0) where nothing tells it."""
     return baseline(_facts(item)) or (0, 0)
 
 
-def asset_keys(item: pystac.Item) -> dict[str, str]:
+def asset_keys(item: UsableItem) -> dict[str, str]:
     """Asset key by band name (`B04`) and `SCL`."""
     return band_assets(_facts(item))

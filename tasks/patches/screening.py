@@ -10,24 +10,23 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pystac
 from numpy.typing import NDArray
 
 from infra import metrics
-from infra.addresses import unsigned
+from infra.addresses import shown
 from infra.imagery.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
 from infra.imagery.ranges import is_gone
 from infra.imagery.signing import signs
+from infra.stac.items import UsableItem
 from tasks.core.sentinel2.radiometry import decide
 from tasks.params import SampleParams
 from tasks.patches import reuse, store
 from tasks.patches.estimate import Meter
+from tasks.patches.reasons import Reason
 from tasks.patches.scenes import asset_keys, find_items, rank_scenes, version
 
 NO_DATA, SATURATED, DARK = (0,), (1,), (4, 6)  # SCL: no data; saturated or defective; vegetation, water
 CLOUDY = (0, 1, 3, 8, 9, 10)  # SCL: no data, saturated, shadow, cloud (medium, high), cirrus
-UNREADABLE, EDGE, NODATA = "unreadable", "crosses the scene's edge", "nodata"
-REFUSED, UNTRIED = "access refused", "not tried"
 JUDGED = ["reason", "clear_fraction", "saturated_fraction", "dark_share"]  # columns that a scene classification tells
 
 
@@ -65,22 +64,22 @@ def _screen(candidates: NDArray[np.float64], params: SampleParams, traffic: Traf
     return table
 
 
-def _rows(candidate: NDArray[np.float64], scenes: list[pystac.Item], reason: str) -> list[dict[str, Any]]:
+def _rows(candidate: NDArray[np.float64], scenes: list[UsableItem], reason: str) -> list[dict[str, Any]]:
     """A place's rows: one per scene, or one that says why it has none."""
     place = {"row_id": int(candidate[0]), "lon": candidate[1], "lat": candidate[2], "rank": 0, "item_id": ""}
     place |= {"reason": reason} | dict.fromkeys(JUDGED[1:], np.nan)
     return [place | {"rank": rank} | _facts(scene) for rank, scene in enumerate(scenes)] or [place]
 
 
-def _facts(scene: pystac.Item) -> dict[str, Any]:
+def _facts(scene: UsableItem) -> dict[str, Any]:
     found, number, full = decide(scene.to_dict(transform_hrefs=False)), version(scene), hrefs(scene)
     return {
         "item_id": scene.id,
-        "reason": UNTRIED,
+        "reason": Reason.UNTRIED,
         "catalog": scene.extra_fields.get("catalog", ""),
         "collection": scene.collection_id or "",
-        "assets": {band: unsigned(href) for band, href in full.items()} or None,  # Parquet has no empty mapping
-        "passing": any(unsigned(href) != href and not signs(href) for href in full.values()),
+        "assets": {band: shown(href) for band, href in full.items()} or None,  # Parquet has no empty mapping
+        "passing": any(shown(href) != href and not signs(href) for href in full.values()),
         "datetime": str(scene.properties.get("datetime")),
         "platform": str(scene.properties.get("platform", "")),
         "baseline": f"{number[0]:02d}.{number[1]:02d}",
@@ -89,7 +88,7 @@ def _facts(scene: pystac.Item) -> dict[str, Any]:
     }
 
 
-def hrefs(scene: pystac.Item) -> dict[str, str]:
+def hrefs(scene: UsableItem) -> dict[str, str]:
     """Returns the href of each band as the catalog gave it: its query may sign it, so it is stored nowhere."""
     return {band: scene.assets[key].href for band, key in asset_keys(scene).items()}
 
@@ -118,7 +117,7 @@ def judge_in_order(
     refused: list[RefusedAsset] = []
     for rank in range(int(table["rank"].max()) + 1):
         served = table.loc[table["reason"] == "", "row_id"]
-        turn = table[(table["rank"] == rank) & (table["reason"] == UNTRIED) & ~table["row_id"].isin(served)]
+        turn = table[(table["rank"] == rank) & (table["reason"] == Reason.UNTRIED) & ~table["row_id"].isin(served)]
         for item, group in turn.groupby("item_id"):
             table.loc[group.index, JUDGED] = judge(group, full[str(item)], params, traffic, refused)
     settle(refused)
@@ -134,18 +133,18 @@ def judge(
     verdict = group[JUDGED].copy()
     missing = [band for band in (*params.bands, "SCL") if band not in full]
     if missing:
-        return verdict.assign(reason=f"missing asset {missing[0]}")
+        return verdict.assign(reason=f"{Reason.MISSING_ASSET} {missing[0]}")
     places = group[["lon", "lat"]].to_numpy()
     try:
         found = read_scene({"SCL": full["SCL"]}, places, params.patch_pixels, params.resolution_m, traffic)
     except UnreadableAsset:
-        return verdict.assign(reason="unreadable scene classification")
+        return verdict.assign(reason=Reason.UNREADABLE_CLASSES)
     except RefusedAsset as error:
         refused.append(error)
-        return verdict.assign(reason=REFUSED)
+        return verdict.assign(reason=Reason.REFUSED)
     for i, window in zip(group.index, found["SCL"], strict=True):
         if window is None:
-            verdict.loc[i, "reason"] = EDGE
+            verdict.loc[i, "reason"] = Reason.EDGE
             continue
         clear, saturated = 1 - _share(window, CLOUDY), _share(window, SATURATED)
         reason = _reason(_share(window, NO_DATA), clear, saturated, params)
@@ -167,10 +166,10 @@ def settle(refused: list[RefusedAsset]) -> None:
 def _reason(nodata: float, clear: float, saturated: float, params: SampleParams) -> str:
     """Why a window of the scene classification with these shares is rejected; empty where it is good."""
     if nodata > params.max_nodata_fraction:
-        return NODATA
+        return Reason.NODATA
     if clear < params.min_clear_fraction:
-        return "not clear"
-    return "saturated" if saturated > params.max_saturated_fraction else ""
+        return Reason.NOT_CLEAR
+    return Reason.SATURATED if saturated > params.max_saturated_fraction else ""
 
 
 def _share(window: NDArray, classes: tuple[int, ...]) -> float:

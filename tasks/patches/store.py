@@ -29,7 +29,7 @@ from infra.bounds import open_parquet
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import read_card
-from tasks.core.sentinel2.radiometry import NODATA, to_reflectance
+from tasks.core.sentinel2.radiometry import NODATA_DN, to_reflectance
 
 READS = 16  # parts read at a time
 MOST_PATCHES, MOST_BANDS, MOST_PIXELS, MOST_SHARD = 10_000_000, 100, 2048, 100_000  # of a store that is read
@@ -128,7 +128,7 @@ def create(url: str, patches: int, bands: tuple[str, ...], pixels: int, resoluti
         dtype="uint16",
         chunks=(1, *patch),
         shards=(shard, *patch),
-        fill_value=NODATA,
+        fill_value=NODATA_DN,
         compressors=arrays.packed(ZstdCodec(level=3)),
         dimension_names=("patch", "band", "y", "x"),
         attributes={"bands": list(bands), "resolution_m": resolution_m},

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from tasks.core.quantize import NODATA, Scale
+from tasks.core.quantize import NODATA_CODE, Scale
 from tasks.grid.store import CHUNK_CELLS, CHUNK_DIMS
 from tests.benchmarks.retrieval import machine
 
@@ -36,7 +36,7 @@ def stored(values: NDArray[np.float32], blocks: list[int]) -> dict[str, tuple[ND
     return {
         "float32": (values, np.nan),
         "float16": (values.astype(np.float16), np.nan),
-        "int8": (np.concatenate(codes), NODATA),
+        "int8": (np.concatenate(codes), NODATA_CODE),
     }
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tasks.core.quantize import NODATA, Scale, half, loss
+from tasks.core.quantize import NODATA_CODE, Scale, half, loss
 
 VALUES = hnp.arrays(np.float32, (7, 3), elements=st.floats(-1000, 1000, width=32))
 
@@ -24,8 +24,8 @@ def test_what_a_scale_was_fitted_on_comes_back_to_half_a_step(values):
 def test_no_value_is_taken_for_nodata(values, other):
     scale = Scale.fit(values)
     codes = scale.encode(np.array([other, np.nan], np.float32))
-    assert codes[0] != NODATA
-    assert codes[1] == NODATA
+    assert codes[0] != NODATA_CODE
+    assert codes[1] == NODATA_CODE
     assert np.isnan(scale.decode(codes)).tolist() == [False, True]
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tasks.core.sentinel2.items import band_assets, baselines, entries, number, properties
 
-NODATA = 0  # before and after the shift: mask first, then shift
+NODATA_DN = 0  # before and after the shift: mask first, then shift
 MOST = 32_767  # ESA writes 15 bits; above are numbers that a provider took below zero, where they begin anew at 65,535
 OFFSET = -1000
 SCALE = 1e-4
@@ -47,7 +47,7 @@ class Radiometry:
     """Whether the signals contradict each other beyond any documented rule."""
     scale: float = SCALE
     """Reflectance per DN."""
-    nodata: int = NODATA
+    nodata: int = NODATA_DN
     """The DN that means no data."""
 
 
@@ -182,7 +182,7 @@ def to_reflectance(dn: NDArray[np.uint16], offset: NDArray[np.int64] | int) -> N
     """
     shift = np.reshape(offset, (-1,) + (1,) * (dn.ndim - 1)).astype(np.float32)
     values = np.clip((dn.astype(np.float32) + shift) * np.float32(SCALE), 0, 1)
-    return np.where((dn == NODATA) | (dn > MOST), np.float32(np.nan), values)
+    return np.where((dn == NODATA_DN) | (dn > MOST), np.float32(np.nan), values)
 
 
 def beyond_format(dn: NDArray[np.uint16]) -> bool:
@@ -205,7 +205,7 @@ def check_numbers(dn: NDArray[np.uint16], offset: int, dark_share: float) -> tup
     Returns:
         The first percentile of each pixel's darkest band, in DN, and `agree`, `deny` or `silent`.
     """
-    known = ((dn != NODATA) & (dn <= MOST)).all(0)
+    known = ((dn != NODATA_DN) & (dn <= MOST)).all(0)
     denied = beyond_format(dn)
     if not known.any():
         return float("nan"), "deny" if denied else "silent"

@@ -20,7 +20,8 @@ from infra.addresses import may_read
 from infra.errors import CatalogUnavailable, UserError
 from infra.sandbox import servers
 from infra.stac import api, catalogs
-from infra.stac.catalogs import Catalog, ask, collection_title, footprint, search
+from infra.stac.catalogs import Catalog, ask, collection_title, search
+from infra.stac.items import footprint
 from tests.infra.stac.stac_server import item as stac_item
 from tests.proxy import (
     Proxy,
@@ -321,6 +322,7 @@ def test_broken_items_are_passed_over_and_counted(proxy, served, tmp_path, caplo
         {"geometry": {"type": "Polygon", "coordinates": [[[0, 0]]]}},
         {"geometry": {"type": "Circle"}},
         {"properties": {"datetime": None}},
+        {"properties": {"datetime": None, "start_datetime": None, "end_datetime": None}},
         {"properties": None},
         {"assets": {}},
         {"assets": None},
@@ -340,7 +342,7 @@ def test_broken_items_are_passed_over_and_counted(proxy, served, tmp_path, caplo
     assert ids(url) == expected(served)
     told = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
     assert len(told) == 1
-    assert "passed over 9 items" in told[0]
+    assert "passed over 10 items" in told[0]
 
 
 # A second provider

@@ -15,6 +15,7 @@ from rasterio.windows import Window
 
 from infra.errors import UserError
 from infra.imagery.cogs import read_windows
+from infra.stac.items import UsableItem
 from tasks.core.earth.sampling import TILES, thin
 from tasks.core.sentinel2.radiometry import decide
 from tasks.params import SampleParams
@@ -26,7 +27,9 @@ BOX = shapely.box(0, 0, 1, 1)
 def item(name, day="2021-06-01", cloud=10.0, version="05.00", tile="31TAA", area=BOX):
     properties = {"eo:cloud_cover": cloud, "s2:processing_baseline": version, "s2:mgrs_tile": tile}
     taken = datetime.datetime.fromisoformat(day).replace(tzinfo=datetime.UTC)
-    return pystac.Item(name, shapely.geometry.mapping(area), list(area.bounds), taken, properties)
+    made = pystac.Item(name, shapely.geometry.mapping(area), list(area.bounds), taken, properties)
+    made.add_asset("visual", pystac.Asset("visual.tif"))
+    return UsableItem.parse(made.to_dict())
 
 
 def candidates(n=1, lon=0.5, lat=0.5, season=-1, u=0.0):
@@ -127,7 +130,7 @@ def test_a_scene_across_180_holds_places_on_both_sides(unsplit):
 def test_a_place_in_six_tiles_is_not_six_times_as_likely(colorado):
     """Places by area over the footprints of a month: those in more tiles are taken as often as their area."""
     month = {i["id"]: i for i in colorado if i["properties"]["datetime"][:7] == "2024-08"}
-    items = [pystac.Item.from_dict(i) for i in month.values()]
+    items = [UsableItem.parse(i) for i in month.values()]
     rng = np.random.default_rng(0)
     lonlat = rng.uniform((-109.5, 36.5), (-101.5, 41.5), (1500, 2))  # by degrees: enough in this narrow band
     table = np.column_stack([np.arange(1500), lonlat, np.full(1500, -1), rng.random(1500)])

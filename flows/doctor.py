@@ -13,7 +13,7 @@ from prefect.states import Completed, Failed
 
 from flows.deployed import HOUR
 from infra import clusters, storage
-from infra.addresses import unsigned
+from infra.addresses import shown
 from infra.errors import UserError
 from infra.settings import origin, settings
 from infra.stac.catalogs import catalogs, collection_title
@@ -89,7 +89,7 @@ def _storage() -> str:
 def _catalog() -> str:
     for catalog in catalogs():
         collection_title(catalog)
-    return " and ".join(f"{unsigned(catalog.url)} serves {catalog.collection}" for catalog in catalogs())
+    return " and ".join(f"{shown(catalog.url)} serves {catalog.collection}" for catalog in catalogs())
 
 
 def _cluster() -> str:

@@ -112,6 +112,21 @@ def may_read(href: str, local: bool, hosts: tuple[str, ...] = ()) -> bool:
     return local and parts.scheme == "file" and not host and not parts.path.startswith("/vsi")
 
 
+def may_lead(source: str, target: str, hosts: tuple[str, ...]) -> bool:
+    """Whether we may follow a server of the web from one address to another.
+
+    Args:
+        source: An address that we were given, or were led to.
+        target: Absolute address of a redirect or a link, which must be one of the web.
+        hosts: Patterns of the hosts that are allowed beside that of `source`; empty: all.
+    """
+    try:
+        same = urlsplit(target).hostname == urlsplit(source).hostname
+    except ValueError:
+        return False
+    return is_web(target) and may_read(target, local=False, hosts=() if same else hosts)
+
+
 @lru_cache(maxsize=1024)
 def _is_metadata(host: str) -> bool:
     try:
@@ -123,9 +138,3 @@ def _is_metadata(host: str) -> bool:
             return host.lower() in METADATA_HOSTS
     address = getattr(address, "ipv4_mapped", None) or address
     return any(address in network for network in METADATA_NETWORKS)
-
-
-def unsigned(href: str) -> str:
-    """A href without its query, which may hold a signature, and without a user: the form that is stored and logged."""
-    parts = urlsplit(href)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

@@ -26,6 +26,10 @@ class Refused(UserError):
     """A server lets us have one object not; whether it lets us have any, the caller knows."""
 
 
+class RefusedHop(UserError):
+    """A server leads to where nothing may be read from."""
+
+
 def may_pass(error: object) -> bool:
     """Returns whether an error may pass by itself: all but what a user must mend, so a lost worker or a bug too."""
     return error.passing if isinstance(error, UserError) else True

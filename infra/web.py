@@ -7,8 +7,8 @@ from pathlib import Path
 
 import httpx
 
-from infra.addresses import may_read, shown
-from infra.errors import Refused, UserError
+from infra.addresses import may_lead, may_read, shown
+from infra.errors import Refused, RefusedHop, UserError
 from infra.retries import retry_after
 from infra.settings import settings
 
@@ -44,9 +44,20 @@ def read(url: str, span: str | None = None) -> bytes:
 
 
 def version(url: str) -> str:
-    """Returns what changes when the object does; as `read`, but no more than the head of the answer is waited for."""
-    with _answer(url, {}) as answer:
-        return " ".join(answer.headers.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length"))
+    """Returns what changes when the object does, empty where the server does not tell; as `read`, but no body comes."""
+    try:
+        told = _headers(url, "HEAD")
+    except FileNotFoundError:
+        raise
+    except (OSError, Refused):  # a signature holds for one method, and some servers know GET alone
+        told = _headers(url, "GET")
+    etag, modified, size = (told.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length"))
+    return f"{etag} {modified} {size}" if etag or modified else ""
+
+
+def _headers(url: str, method: str) -> httpx.Headers:
+    with _answer(url, {}, method) as answer:
+        return answer.headers
 
 
 def download(url: str, path: Path) -> None:
@@ -57,20 +68,20 @@ def download(url: str, path: Path) -> None:
 
 
 @contextmanager
-def _answer(url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
-    """The answer to a GET, also where a HEAD would do: a signature holds for one method."""
+def _answer(url: str, headers: dict[str, str], method: str = "GET") -> Iterator[httpx.Response]:
+    """Yields the answer to a request, after all redirects."""
     try:
-        request: httpx.Request | None = _client().build_request("GET", url, headers=headers)
-        for hop in range(HOPS):
-            assert request is not None  # for the type checker: each hop that is none has returned
-            _check(str(request.url), redirected=hop > 0)
+        request = _client().build_request(method, url, headers=headers)
+        if not may_read(str(request.url), local=False):
+            raise UserError(f"{request.url.host} may not be asked: give another")
+        for _ in range(HOPS):
             answer = _client().send(request, stream=True)
             try:
                 if answer.next_request is None:
                     _refuse(answer, url)
                     yield answer
                     return
-                request = answer.next_request
+                request = _redirected(request, answer.next_request)
             finally:
                 answer.close()
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
@@ -82,18 +93,22 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
 
 def _refuse(answer: httpx.Response, url: str) -> None:
     if answer.status_code in (404, 410):
-        raise FileNotFoundError(shown(url))
+        raise FileNotFoundError(f"HTTP status {answer.status_code}")
     if answer.status_code in (401, 403):
         raise Refused(f"access to {shown(url)} is refused: download it, or give an address that needs no password")
     if answer.status_code not in (200, 206):
         raise Busy(answer.status_code, retry_after(answer.headers.get("Retry-After")))
 
 
-def _check(href: str, redirected: bool) -> None:
-    """Refuses an address that nothing may be read from; who is sent there must find it among the allowed hosts."""
-    if not may_read(href, local=False, hosts=settings().asset_hosts if redirected else ()):
-        why = "a redirect leads there, and RANGEGRID_ASSET_HOSTS does not allow it" if redirected else "give another"
-        raise UserError(f"{httpx.URL(href).host} may not be asked: {why}")
+def _redirected(request: httpx.Request, target: httpx.Request) -> httpx.Request:
+    """Returns the request that a redirect leads to, if it may lead there."""
+    if not may_lead(str(request.url), str(target.url), settings().asset_hosts):
+        host = target.url.host
+        raise RefusedHop(
+            f"{shown(str(request.url))} leads to {host}, and {host} may not be asked: give another address, or add the "
+            "host to RANGEGRID_ASSET_HOSTS if you trust it"
+        )
+    return target
 
 
 @lru_cache(maxsize=1)

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 import obstore
 from obstore.store import ObjectStore
+from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore as ZarrObjectStore
 
 from infra import web

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import zarr
+from numcodecs import Blosc
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 from zarr import codecs
+from zarr.abc.buffer import Buffer, NDBuffer
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, GzipCodec, ShardingCodec, ZstdCodec
 from zarr.core.array_spec import ArraySpec
-from zarr.core.buffer import Buffer, NDBuffer
 from zarr.registry import register_codec
 
 from infra import bounds
@@ -30,7 +31,10 @@ Bytes = NDArray[np.uint8]
 
 
 class _Bounded(BytesBytesCodec):
-    """A compressor that is told how many bytes may come out."""
+    """A compressor that is told how many bytes may come out.
+
+    `_decode_sync` is what Zarr's protocol for codecs, `zarr.abc.codec.SupportsSyncCodec`, wants to be overridden.
+    """
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
         packed = np.ascontiguousarray(chunk_bytes.as_numpy_array()).view(np.uint8)
@@ -92,7 +96,7 @@ class BoundedBlosc(_Bounded, BloscCodec):
 
     def _unpacked(self, packed: Bytes, most: int) -> Any:
         size = int.from_bytes(packed[4:8].tobytes(), "little")
-        return self._blosc_codec.decode(packed, np.empty(size, np.uint8)) if size <= most else None
+        return Blosc().decode(packed, np.empty(size, np.uint8)) if size <= most else None
 
 
 class VLenUTF8Codec(codecs.VLenUTF8Codec):

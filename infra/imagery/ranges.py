@@ -17,9 +17,9 @@ import aiohttp
 from yarl import URL
 
 from infra import retries
-from infra.addresses import unsigned
-from infra.errors import Unavailable, UserError
-from infra.imagery.signing import RefusedHop, forget, learn_region, redirected, signed
+from infra.addresses import shown
+from infra.errors import RefusedHop, Unavailable, UserError
+from infra.imagery.signing import forget, learn_region, redirected, signed
 from infra.metrics import Cause, count_retry
 from infra.retries import retry_after
 
@@ -91,7 +91,7 @@ class Ranges:
 
     def __init__(self, href: str, traffic: Traffic) -> None:
         if urlsplit(href).scheme not in SCHEMES:
-            raise UserError(f"the asset {unsigned(href)} is not one that is read: http, https, s3 and file are")
+            raise UserError(f"the asset {shown(href)} is not one that is read: http, https, s3 and file are")
         self.href, self.traffic = href, traffic
         self.size = 0
         self._url = ""  # signed: never shown

@@ -16,9 +16,9 @@ from planetary_computer.utils import parse_blob_url
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
-from infra.addresses import may_read, unsigned
+from infra.addresses import may_lead, shown
 from infra.buckets import s3_at
-from infra.errors import Unavailable, UserError
+from infra.errors import RefusedHop, Unavailable
 from infra.settings import settings
 
 BLOBS = ".blob.core.windows.net"  # Planetary Computer's storage
@@ -30,10 +30,6 @@ NOTHING = "rangegrid-no-such-prefix/"  # listing it tells whether a bucket is th
 
 _one_at_a_time = threading.Lock()
 _regions: dict[str, str] = {}  # by bucket, as AWS told them
-
-
-class RefusedHop(UserError):
-    """A redirect that leads where nothing may be read from."""
 
 
 def signs(href: str) -> bool:
@@ -60,7 +56,7 @@ def signed(href: str) -> str:
     if not signs(href):
         return href
     with _one_at_a_time:
-        return _token(*parse_blob_url(parts)).sign(unsigned(href)).href
+        return _token(*parse_blob_url(parts)).sign(shown(href)).href
 
 
 def forget(url: str) -> None:
@@ -78,10 +74,8 @@ def redirected(url: str, location: str) -> str:
         RefusedHop: Nothing may be read from there.
     """
     target = urljoin(url, location)
-    host = urlsplit(target).hostname
-    hosts = () if host == urlsplit(url).hostname else settings().asset_hosts
-    if urlsplit(target).scheme not in ("http", "https") or not may_read(target, False, hosts):
-        where = host or f"{urlsplit(target).scheme}:"
+    if not may_lead(url, target, settings().asset_hosts):
+        where = urlsplit(target).hostname or f"{urlsplit(target).scheme}:"
         raise RefusedHop(f"a redirect leads to {where}, where nothing may be read from; see RANGEGRID_ASSET_HOSTS")
     return target
 

@@ -27,7 +27,8 @@ from requests.exceptions import ConnectionError, InvalidURL, MissingSchema, Requ
 from urllib3 import Retry
 
 from infra import retries
-from infra.errors import CatalogUnavailable, UserError
+from infra.addresses import may_lead
+from infra.errors import CatalogUnavailable, RefusedHop, UserError
 from infra.intervals import Interval
 from infra.settings import settings
 
@@ -179,12 +180,9 @@ class CheckedIO(StacApiIO):
 
     def _check(self, href: str) -> None:
         """Refuses a hop that nothing may be read from, or that leaves the catalog for a host that is not allowed."""
-        from infra.addresses import may_read
-
-        parts = urlsplit(href)
-        hosts = () if parts.hostname == urlsplit(self.url).hostname else settings().asset_hosts
-        if parts.scheme not in ("http", "https") or not may_read(href, local=False, hosts=hosts):
-            raise UserError(
+        if not may_lead(self.url, href, settings().asset_hosts):
+            parts = urlsplit(href)
+            raise RefusedHop(
                 f"the catalog at {self.url} leads to {parts.hostname or parts.scheme}, which may not be asked: use "
                 "another catalog, or add the host to RANGEGRID_ASSET_HOSTS if you trust it"
             )

@@ -8,7 +8,8 @@ import copy
 import io
 import json
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -20,15 +21,13 @@ import numpy as np
 import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
-from pystac_client.exceptions import APIError
 
 from infra import storage
+from infra.addresses import is_web, shown
 from infra.bounds import open_parquet
-from infra.errors import CatalogUnavailable, UserError
-from infra.stac.api import CheckedIO
+from infra.errors import CatalogUnavailable, RefusedHop, UserError
 
 PARQUET, JSON = (".parquet", ".geoparquet"), (".json", ".geojson", ".ndjson", ".jsonl")
-WEB = ("http", "https")
 FRESH = 600.0  # seconds for which a file of the web is kept whose server does not tell when it changes
 TOP = ("type", "stac_version", "stac_extensions", "id", "bbox", "links", "assets", "collection")  # of an item
 NO_ITEMS = (pa.ArrowException, KeyError, ValueError, TypeError, AttributeError, shapely.errors.ShapelyError)
@@ -56,7 +55,7 @@ class Items(NamedTuple):
 
 def is_file(url: str) -> bool:
     """Whether a catalog is a file rather than an API."""
-    return urlsplit(url).scheme not in WEB or _kind(url) in PARQUET + JSON
+    return not is_web(url) or _kind(url) in PARQUET + JSON
 
 
 def _kind(url: str) -> str:
@@ -93,36 +92,31 @@ def open_file(url: str) -> Items:
         UserError: It holds no items.
     """
     place = storage.as_url(url)
+    with _reaching(place):
+        version = storage.version(place) or f"{time.monotonic() // FRESH:.0f}"
+    return _opened(place, version)
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """Makes it one sentence that there is no such file, or that it cannot be reached: another catalog may stand in."""
     try:
-        return _opened(place, _version(place))
-    except (FileNotFoundError, APIError) as error:
-        status = getattr(error, "status_code", None)
-        reason = f"HTTP status {status}" if status else error
+        yield
+    except RefusedHop:
+        raise
+    except (FileNotFoundError, UserError) as error:
         raise CatalogUnavailable(
-            f"no catalog can be read at {_shown(url)} ({reason}): check RANGEGRID_STAC_URL"
+            f"no catalog can be read at {shown(url)} ({error}): check RANGEGRID_STAC_URL"
         ) from None
-
-
-def _version(url: str) -> str:
-    """What changes when the file does."""
-    if urlsplit(url).scheme in WEB:
-        found: list[str] = []
-        with suppress(APIError):  # servers and signatures that know GET alone
-            told = CheckedIO(url).answer(url, "HEAD").headers
-            found = [told[name] for name in ("ETag", "Last-Modified") if name in told]
-        return " ".join(found) or f"{time.monotonic() // FRESH:.0f}"
-    try:
-        return storage.version(url)
-    except UserError as error:
-        raise CatalogUnavailable(f"no catalog can be read at {url} ({error}): check RANGEGRID_STAC_URL") from None
 
 
 @lru_cache(maxsize=2)
 def _opened(url: str, version: str) -> Items:
     if _kind(url) not in PARQUET + JSON:
         kinds = ", ".join(PARQUET + JSON)
-        raise UserError(f"{_shown(url)} is no catalog: give a file that ends in {kinds}, or an API's URL")
-    data = CheckedIO(url).answer(url).content if urlsplit(url).scheme in WEB else storage.read(url)
+        raise UserError(f"{shown(url)} is no catalog: give a file that ends in {kinds}, or an API's URL")
+    with _reaching(url):
+        data = storage.read(url)
     try:
         return _from_parquet(data) if _kind(url) in PARQUET else _from_json(data)
     except (UserError, *NO_ITEMS) as error:
@@ -132,14 +126,8 @@ def _opened(url: str, version: str) -> Items:
 def _refusal(url: str, error: Exception) -> UserError:
     reason = error if isinstance(error, UserError) else type(error).__name__
     return UserError(
-        f"{_shown(url)} is no catalog ({reason}): give stac-geoparquet, or a GeoJSON FeatureCollection of STAC items"
+        f"{shown(url)} is no catalog ({reason}): give stac-geoparquet, or a GeoJSON FeatureCollection of STAC items"
     )
-
-
-def _shown(url: str) -> str:
-    """The URL without what may be a secret in it."""
-    parts = urlsplit(url)
-    return url if parts.scheme not in WEB else parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
 def _from_parquet(data: bytes) -> Items:

@@ -121,7 +121,7 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(n, columns)."""
+        """Returns (n, columns)."""
         return self.array.shape
 
     def __getitem__(self, rows: slice) -> NDArray:

@@ -1,14 +1,14 @@
-"""The sample step: from a STAC catalog to a patch store.
+"""Runs the sample step: from a STAC catalog to a patch store.
 
 1. Places are drawn from the seed's stream: uniformly by area on land, or as `places` says.
-2. They are *screened*, one unit per grid-zone cell (`tasks.patches.screening`): search the catalog, choose a scene that
-   holds the patch, decide its radiometry, read the scene classification around it.
+2. Places are *screened*, one unit per grid-zone cell (`tasks.patches.screening`): search the catalog, choose a scene
+   that holds the patch, decide its radiometry, read the scene classification around it.
 3. Pixels are *read*, one unit per shard (`tasks.patches.reading`).
 4. A patch that cannot be read, or has no data, is replaced by the next clear place of the stream, in a further
-   round of reading, until all are there or the tries are spent.
+   round of reading, until all patches are read or the tries are spent.
 
-So the sample is the first good places of the stream. All that decides it is stored in parts that never change once
-they are there: a run that goes on, or two at a time, make the same store, also where the catalog has changed since.
+So the sample is the first good places of the stream. Everything that decides it is stored in files that never change
+once they are written. So a run that resumes, or two runs at a time, make the same store, even if the catalog changed.
 """
 
 from collections import Counter
@@ -51,16 +51,16 @@ PLACES = {
     "class": "by class in turn",
     "list": "from a list",
 }
-LOOKS = 32  # places looked at for scenes that tell the catalog's bands
-OPENED = 5  # scenes of which one must have bands that can be read: a single one may be gone
-SCREENED = ["row_id", "item_id", "reason", "round", "cell"]  # what the run keeps in memory of each place tried
-PLANNED = ["position", "row_id", "round", "cell"]  # leads a unit back to the verdict
+LOOKS = 32  # places at which scenes are looked for, to learn the catalog's bands
+OPENED = 5  # scenes opened until one is readable: a single one may be deleted or refused
+SCREENED = ["row_id", "item_id", "reason", "round", "cell"]  # columns kept in memory of each place tried
+PLANNED = ["position", "row_id", "round", "cell"]  # columns that lead a unit of reading to a place's verdict
 READ = [*store.MANIFEST, "position", "reason"]
 FIRST_CLEAR, LEAST_CLEAR = 0.8, 0.05  # shares of candidates taken to be clear: before any is tried, and at least
 
 
 def sample_patches(client: Client, params: SampleParams) -> str:
-    """Samples patches, resuming what an earlier run began.
+    """Samples patches, and resumes what an earlier run began.
 
     Args:
         client: The Dask cluster.
@@ -70,7 +70,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         The URL of the patch store.
 
     Raises:
-        UserError: The catalog does not answer, has nothing that fits, or storage cannot be written.
+        UserError: The catalog does not answer or has no fitting scenes, or the storage cannot be written.
     """
     sources = [[shown(c.url), c.collection] for c in catalogs()]
     made_of = {"catalogs": sources, **params.model_dump(exclude={"line"}), **source_digest(params)}
@@ -116,10 +116,10 @@ def tell_cost(url: str, planned: Cost, actual: Cost, rejected: Mapping[str, int]
 
 
 def check(client: Client, params: SampleParams, planned: Cost) -> None:
-    """Refuses, before any work, what cannot end well.
+    """Refuses, before any work, a run that cannot end well.
 
     Raises:
-        UserError: Too few places, too little memory, or storage or catalog that lack what is asked.
+        UserError: There are too few places, there is too little memory, or storage or catalog do not fit.
     """
     available = len(draw(params.patches, params))
     if available < params.patches:
@@ -135,18 +135,18 @@ def check(client: Client, params: SampleParams, planned: Cost) -> None:
         )
     storage.check_writable(settings().storage_url, planned.bytes_stored)
     places = draw(LOOKS, params)[:, 1:3]
-    client.submit(check_bands, params, places, pure=False).result()  # where they will be read
+    client.submit(check_bands, params, places, pure=False).result()  # on a worker, where scenes will be read
 
 
 def check_bands(params: SampleParams, places: NDArray[np.float64]) -> None:
     """Refuses bands that the catalog does not have or that cannot be read, by opening one file of each.
 
     Args:
-        params: What is asked for.
-        places: (n, 2) first places of the sample, where scenes are looked for.
+        params: The parameters, with the bands.
+        places: (n, 2) places, at which scenes are looked for.
 
     Raises:
-        UserError: A band is unknown to the catalog or unreadable in all scenes that were opened, or none answers.
+        UserError: A band is unknown to the catalog, or unreadable in all scenes that were opened.
     """
     problems: dict[str, UserError] = {}
     for place in places:
@@ -168,7 +168,7 @@ def check_bands(params: SampleParams, places: NDArray[np.float64]) -> None:
 
 
 def _wanted(items: list[UsableItem], params: SampleParams) -> list[str]:
-    """The bands that are read of each scene, after checking that some item has each.
+    """Returns the bands to read, after a check that some item has each.
 
     Raises:
         UserError: A band is unknown to the catalog.
@@ -192,14 +192,14 @@ def _wanted(items: list[UsableItem], params: SampleParams) -> list[str]:
 
 
 def _open_bands(item: UsableItem, params: SampleParams) -> None:
-    """Reads the headers of a scene's bands and scene classification."""
+    """Reads the headers of a scene's bands and of its scene classification."""
     full = hrefs(item)
     wanted = {band: full[band] for band in (*params.bands, "SCL")}
     read_scene(wanted, np.empty((0, 2)), params.patch_pixels, params.resolution_m)
 
 
 def _unreadable(problems: list[UserError]) -> UserError:
-    """What is said where no scene that was opened could be read: a refusal of all may pass."""
+    """Returns the error for scenes that all cannot be read; where all were refused, it may pass."""
     refused = all(isinstance(problem, RefusedAsset) for problem in problems)
     return (Unavailable if refused else UserError)(
         f"none of {len(problems)} scenes can be read: {problems[0]}. GeoTIFFs of one band of 8 or 16 bits are; set "
@@ -208,7 +208,7 @@ def _unreadable(problems: list[UserError]) -> UserError:
 
 
 def attribution() -> str:
-    """The source's line: the catalog's own where it is a stand-in, else Copernicus'; fails where no catalog answers."""
+    """Returns the attribution of the images: Copernicus', or the catalog's title where that says `standing in`."""
     title = ask(collection_title)
     return title if "standing in" in title else "Contains modified Copernicus Sentinel data"
 
@@ -224,16 +224,16 @@ class Units:
     params: SampleParams
     """Where, when and how many."""
     sources: list[str]
-    """Other samples of the same parameters, whose places are not read again."""
+    """URLs of other samples of the same parameters, from which places are copied."""
     costs: list[dict[str, Any]] = field(default_factory=list)
-    """What each unit took."""
+    """Cost of each unit."""
 
     def there(self, kind: str, number: int) -> set[int]:
         """Returns which parts of a round are stored."""
         return {int(name.partition(".")[0]) for name in storage.names(storage.join(self.url, kind, str(number)))}
 
     def run(self, function: Callable, units: list, label: str, there: int, named: str) -> None:
-        """Runs a function on units (round, cell or shard, ...), which store their parts."""
+        """Runs a function on units, (round, cell or shard, ...), each of which stores its part."""
         run_units(
             self.client,
             partial(function, self.url, self.params),
@@ -253,33 +253,33 @@ class Units:
 
 @dataclass
 class ClearPlaces:
-    """The clear places of the seed's stream, which is screened as far as they are asked for."""
+    """The clear places of the seed's stream, screened only as far as places are asked for."""
 
     units: Units
-    """What does the screening."""
+    """Runs the screening."""
     screened: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=SCREENED))
-    """The verdict on each place tried."""
+    """Verdict on each place tried; columns SCREENED."""
     rounds: int = 0
-    """Rounds of screening."""
+    """Number of rounds of screening."""
     taken: int = 0
-    """Clear places that were given out."""
+    """Number of clear places taken so far."""
     passed_over: Counter[str] = field(default_factory=Counter)
-    """Scenes that were tried in vain for some place, by reason; another may have served it."""
+    """Number of scenes rejected at a place, by reason; another scene may have served the place."""
 
     @property
     def rejected(self) -> Counter[str]:
-        """Places screened in vain, by reason."""
+        """Returns the numbers of places that were screened in vain, by reason."""
         return Counter(self.screened.loc[self.screened["reason"] != "", "reason"])
 
     def take(self, count: int, lost: Counter[str]) -> pd.DataFrame:
         """Returns the next clear places of the stream.
 
         Args:
-            count: How many.
-            lost: Those taken before that could not be read, by reason, for the message.
+            count: Number of places.
+            lost: Number of places taken before that could not be read, by reason, for the message.
 
         Raises:
-            UserError: The tries are spent, or the list is at its end.
+            UserError: The tries are spent, or the list has ended.
         """
         wanted, params = self.taken + count, self.units.params
         while len(clear := self.screened[self.screened["reason"] == ""]) < wanted:
@@ -317,15 +317,15 @@ class ClearPlaces:
 
 
 def read_patches(units: Units, places: ClearPlaces, lost: Counter[str]) -> pd.DataFrame:
-    """Reads every patch, in rounds: each replaces what the one before could not read.
+    """Reads every patch, in rounds: each round replaces the patches that the one before could not read.
 
     Args:
-        units: What does the reading.
-        places: Where patches are taken.
+        units: Runs the reading.
+        places: The clear places.
         lost: Counts the places that could not be read, by reason.
 
     Returns:
-        The good rows, in the store's order.
+        The rows of the patches, in the store's order.
     """
     known = places_read(units.sources)
     rounds: list[pd.DataFrame] = []
@@ -367,10 +367,10 @@ def cost(units: Units, screened: pd.DataFrame) -> Cost:
 
 
 def assign(chosen: pd.DataFrame) -> pd.DataFrame:
-    """Gives each place its position in the store: scene by scene, so that few scenes make a shard."""
+    """Gives each place its position in the store, scene by scene, so that a shard needs few scenes."""
     return chosen.sort_values(["cell", "item_id", "row_id"]).assign(position=np.arange(len(chosen)))
 
 
 def counts(rejected: Mapping[str, int]) -> str:
-    """`3 nodata, 1 unreadable`."""
+    """Returns counts in words, such as `3 nodata, 1 unreadable`."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items())) or "none rejected"

@@ -1,7 +1,7 @@
-"""The steps as Prefect tasks: plain functions first, seen in the UI second, where there is a server.
+"""Makes the steps Prefect tasks: plain functions first, shown in the UI where there is a server.
 
-They take and return URLs and parameters, never arrays. Nothing is cached by Prefect: every step derives what
-is left to do from what is stored, so a step that is tried again does only the rest.
+Steps take and return URLs and parameters, never arrays. Prefect caches nothing: every step derives what is left to do
+from what is stored, so a step that is retried does only the rest.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,19 @@ from tasks.units import Work, in_run, note
 
 R = TypeVar("R")
 
-RETRIES = 3
-BACKOFF = 30  # seconds before the first further attempt; each wait is twice the one before
-JITTER = 1.0  # of a wait, added at random: what failed together does not ask again together
+RETRIES = 3  # retries of a step, which outlive an outage of some minutes
+BACKOFF = 30  # seconds before the first retry; each wait is twice the one before
+JITTER = 1.0  # share of a wait that is added at random, so that steps that failed together do not retry together
 
 
 def may_mend(_: Task, __: TaskRun, state: State) -> bool:
-    """Whether a failed step is tried again: not what a user must mend, nor at a terminal, where the user decides."""
+    """Tells whether a failed step is retried: only in a deployment, and where the cause may pass without the user."""
     error = state.result(raise_on_failure=False)
     return deployment.id is not None and may_pass(error)
 
 
 def on_cluster(step: Callable[..., str]) -> Callable[..., str]:
-    """The step with the settings' cluster, connected anew at each attempt: so it outlives a scheduler."""
+    """Wraps a step so that it connects to the cluster at each attempt: a retry can use a new scheduler."""
 
     def attempt(*arguments: Any) -> str:
         with clusters.connect() as client:
@@ -59,7 +59,7 @@ _task: Any = partial(
 
 
 def _step(name: str, function: Callable[..., R]) -> Callable[..., R]:
-    """The function as a task of the run that calls it; where none does, since no server is set, the function."""
+    """Makes a function a task of the run that calls it; outside a run, since no server is set, it stays plain."""
     seen = _task(function, name=name)
 
     @wraps(function)

@@ -98,7 +98,7 @@ def _save(url: str, trainer: Trainer, encoder: Any, source: dict[str, Any], made
     """Stores the loss curve and the checkpoint, with its card last, as completion marker."""
     history, attribution = [vars(now) for now in trainer.history], source.get("attribution", "")
     picture = loss_curve(history, "Contrastive training", attribution)
-    keep_picture(storage.join(url, "loss.png"), picture, "loss-curve", "Loss and held-out retrieval accuracy")
+    keep_picture(storage.join(url, "loss.png"), picture, "loss-curve", "InfoNCE loss, and recall@1 % on held-out pairs")
     save_checkpoint(
         url,
         trainer.location.cpu(),

@@ -1,7 +1,7 @@
-"""One unit of work everywhere: a deterministic list, run on Dask, seen in the terminal and in Prefect.
+"""Runs units of work on Dask, and shows their progress in the terminal and in Prefect.
 
-A unit's output is one whole object or one whole Zarr shard, and rewriting it gives the same bytes. So Dask
-may run a unit twice when a worker dies, a rerun does only what is left, and two overlapping runs do no harm.
+A unit's output is one whole object or one whole Zarr shard, and rewriting it gives the same bytes. So Dask may run a
+unit twice when a worker dies, a rerun does only what is left, and two overlapping runs do no harm.
 """
 
 import logging
@@ -28,9 +28,9 @@ if TYPE_CHECKING:  # Dask and Prefect are slow to import, and most commands need
 T = TypeVar("T")
 R = TypeVar("R")
 
-RETRIES = 2  # of one unit, after an error or the death of its worker
-EVERY = 60.0  # seconds between the lines that tell where no terminal shows progress
-ARTIFACT_STEPS = 50  # updates of a progress artifact in one run: each costs a request to the server
+RETRIES = 2  # retries of a unit, after an error or the death of its worker
+EVERY = 60.0  # seconds between lines of progress, where there is no terminal
+ARTIFACT_STEPS = 50  # most updates of a progress artifact: each costs a request to the server
 
 
 class Screen(Console):
@@ -45,29 +45,29 @@ class Work:
     """A part of a run's work, for the run's report: what was planned, and what was done."""
 
     name: str
-    """What is counted."""
+    """Name of what is counted."""
     planned: int | None
-    """How many; none, where nobody planned it."""
+    """Planned number, those of earlier runs included; None where nothing was planned."""
     there: int = 0
-    """Of these, what earlier runs did."""
+    """Number that earlier runs did."""
     done: int = 0
-    """What this run did."""
+    """Number that this run did."""
     seconds: float = 0.0
-    """Time that it took."""
+    """Duration in seconds."""
     limit: int | None = None
-    """What there may be at most."""
+    """Largest number allowed; None where there is no limit."""
     bytes: bool = False
-    """Whether bytes are counted."""
+    """Whether the numbers are bytes."""
     note: str = ""
-    """What was last told of it, as a loss."""
+    """Last note on the work, such as a loss."""
 
 
-REPORTED: ContextVar[list[Work] | None] = ContextVar("reported", default=None)  # parts of the run that is reported
+REPORTED: ContextVar[list[Work] | None] = ContextVar("reported", default=None)  # parts of the run being reported
 
 
 @contextmanager
 def counted(part: Work) -> Iterator[Work]:
-    """Times a part of a run and adds it to the run's report, however it ends; who does the work counts `done`."""
+    """Times a part of a run and adds it to the run's report, however it ends. The caller counts `done`."""
     began = time.perf_counter()
     try:
         yield part
@@ -77,13 +77,13 @@ def counted(part: Work) -> Iterator[Work]:
 
 
 def note(part: Work) -> None:
-    """Adds a part to the report of the run that this code belongs to, if it is reported."""
+    """Adds a part to the report of the current run, if the run is being reported."""
     if (parts := REPORTED.get()) is not None:
         parts.append(part)
 
 
 class UnitsFailed(Unavailable):
-    """Units failed; what succeeded is stored and a rerun does only the rest."""
+    """Units failed. What succeeded is stored, and a rerun does only the rest."""
 
 
 def run_units(
@@ -98,20 +98,20 @@ def run_units(
 ) -> list[R]:
     """Runs `function` on every unit on Dask and returns their results, in order.
 
-    A unit that fails does not stop the others, until there are too many such.
+    A unit that fails does not stop the others, unless too many fail.
 
     Args:
         client: The Dask cluster that does the work.
         function: An idempotent module-level function (or a `functools.partial` of one).
-        units: What is left to do.
-        label: Names the step in the progress bar, the artifact and the run's report.
-        there: Further units, which earlier runs did.
-        name: Names a unit in the log.
-        max_failed_fraction: Share of the units that may fail before the others are given up.
+        units: The units that are left to do.
+        label: Name of the step in the progress bar, the artifact and the run's report.
+        there: Number of units that earlier runs did.
+        name: Returns the name of a unit for the log.
+        max_failed_fraction: Share of the units that may fail before the others are cancelled.
 
     Raises:
-        UnitsFailed: A unit failed; the message gives the first causes.
-        UserError: The same, where only the user can mend them all.
+        UnitsFailed: Units failed; the message has the first causes.
+        UserError: Units failed, and only the user can mend every cause.
     """
     futures = client.map(function, units, pure=False, retries=RETRIES, batch_size=256)
     bound = max_failed_fraction
@@ -128,19 +128,19 @@ def follow(
     name: Callable[[T], str] = str,
     max_failed_fraction: float = 0.0,
 ) -> list[Any]:
-    """The results of units that were submitted, one future each: as `run_units`, which does both."""
+    """Waits for units that were submitted, one future each, and returns their results; see `run_units`."""
     from distributed import as_completed
 
     results: dict[int, Any] = {}
     failures: list[Failure] = []
-    tell = log().debug if Console(stderr=True).is_terminal else log().info  # a terminal has the bar
+    tell = log().debug if Console(stderr=True).is_terminal else log().info  # a terminal shows the bar
     with progress(label, there + len(units), there) as advance:
         position = {future.key: i for i, future in enumerate(futures)}
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 i = position[future.key]
                 try:
-                    results[i] = future.result()  # waits again where a worker died with what it had finished
+                    results[i] = future.result()  # waits again where a worker died with a finished result
                 except Exception as error:  # the unit's own, whatever it is
                     failures.append(Failure(name(units[i]), error))
                     log().warning("%s: %s. A rerun does it again and keeps what succeeded", label, failures[-1])
@@ -163,12 +163,12 @@ class Failure:
     """A unit that failed."""
 
     unit: str
-    """Its name."""
+    """Name of the unit."""
     error: BaseException
-    """Why."""
+    """The cause."""
 
     def __str__(self) -> str:
-        """On one line: what we raise says what to do, and of another error the first line tells most."""
+        """Returns the failure on one line: our own errors whole, of other errors the type and the first line."""
         text = str(self.error).strip()
         if not isinstance(self.error, UserError):
             text = f"{type(self.error).__name__}: {text}".splitlines()[0]
@@ -176,7 +176,7 @@ class Failure:
 
     @property
     def lasts(self) -> bool:
-        """Whether a user must mend it."""
+        """Tells whether the user must mend the cause."""
         return not may_pass(self.error)
 
 
@@ -190,15 +190,15 @@ def _failed(label: str, failures: list[Failure], total: int) -> UserError:
 
 @contextmanager
 def progress(label: str, total: int, there: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar in the terminal, lines in a log; in a Prefect run an artifact, and a part of the run's report.
+    """Shows progress: a bar in the terminal, lines in a log, an artifact in a Prefect run, and a part of the report.
 
     Args:
-        label: What is done.
-        total: How many units of it there are.
-        there: Of these, what earlier runs did.
+        label: Name of the work.
+        total: Number of units.
+        there: Number of units that earlier runs did.
 
     Yields:
-        A function to call with the number of units just done and, where there is more to tell, a short note.
+        A function to call with the number of units just done and, optionally, a short note.
     """
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     artifact, console = _Artifact(label, total, there), Screen(stderr=True)
@@ -213,13 +213,13 @@ def progress(label: str, total: int, there: int = 0) -> Iterator[Callable[..., N
             artifact.advance(done, note)
 
         yield advance
-        bars.update(bar, completed=total)  # what ends early, as training may, has ended all the same
+        bars.update(bar, completed=total)  # also where the work ended early, as training may
     artifact.finish()
 
 
 @contextmanager
 def _lines(part: Work, console: Console) -> Iterator[None]:
-    """Where no terminal shows the bar, tells in lines how far a part of a run is: now, each minute, and at its end."""
+    """Prints lines of progress where no terminal shows the bar: at the start, each minute, and at the end."""
     if console.is_terminal:
         yield
         return
@@ -241,7 +241,7 @@ def _lines(part: Work, console: Console) -> Iterator[None]:
 
 
 def so_far(part: Work, seconds: float) -> str:
-    """How far a part of a run is after some seconds: `train: 120 of 648, 0.52 a second, 0:16:55 left; loss 0.31`."""
+    """Returns the progress of a part of a run: `train: 120 of 648, 0.52 a second, 0:16:55 left; loss 0.31`."""
     total = part.planned or 0
     told = f"{part.name}: {part.there + part.done:,} of {total:,}"
     if not part.done or not seconds:
@@ -252,7 +252,7 @@ def so_far(part: Work, seconds: float) -> str:
 
 
 class _Noted(Progress):
-    """Progress bars, each with its note on the line below: beside the bar a narrow terminal has no room for it."""
+    """Progress bars, each with its note on the line below, since a narrow terminal has no room beside the bar."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
@@ -260,7 +260,7 @@ class _Noted(Progress):
 
 
 class _Artifact:
-    """The Prefect side of a progress bar; does nothing outside a run."""
+    """A progress bar's artifact in Prefect; does nothing outside a run."""
 
     def __init__(self, label: str, total: int, there: int) -> None:
         self.label, self.note = label, ""
@@ -290,7 +290,7 @@ class _Artifact:
         if self.id is not None:
             from prefect.artifacts import update_progress_artifact
 
-            counted = f"{self.label}, {self.done:,} of {self.total:,}"  # the UI's cards show no more than this text
+            counted = f"{self.label}, {self.done:,} of {self.total:,}"  # the UI's cards show this text alone
             described = f"{counted}: {self.note}" if self.note else counted
             with shown():
                 update_progress_artifact(self.id, min(percent, 100.0), description=described)
@@ -298,21 +298,21 @@ class _Artifact:
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Logs what goes wrong within: the UI shows the work, and the work goes on where the UI does not answer."""
+    """Logs errors of the UI and goes on: a run does not depend on being shown."""
     try:
         yield
-    except Exception as error:  # of the Prefect API or of the way to it
+    except Exception as error:  # errors of the Prefect API, or of the way to it
         log().warning("the UI is not told of this run's work (%s): the work goes on", type(error).__name__)
 
 
 def in_words(count: float) -> str:
-    """Bytes as `1.50 GB`: decimal, with three digits or more."""
+    """Returns bytes in words, such as `1.50 GB`, in decimal units with two decimals."""
     power = min(4, int(math.log10(max(count, 1)) // 3))
     return f"{count / 1000**power:,.2f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def in_run() -> bool:
-    """Whether this code runs inside a Prefect flow or task."""
+    """Tells whether this code runs inside a Prefect flow or task."""
     if "prefect" not in sys.modules:
         return False
     from prefect.context import FlowRunContext, TaskRunContext
@@ -321,7 +321,7 @@ def in_run() -> bool:
 
 
 def log() -> logging.Logger | logging.LoggerAdapter:
-    """The run's logger inside a Prefect run, else the module's."""
+    """Returns the run's logger inside a Prefect run, else the logger `rangegrid`."""
     if not in_run():
         return logging.getLogger("rangegrid")
     from prefect.logging import get_run_logger

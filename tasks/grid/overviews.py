@@ -1,8 +1,8 @@
-"""Coarser levels of a grid: each cell the mean of the vectors of the land cells among the four that it covers.
+"""Makes coarser levels of a grid: each cell is the mean vector of the land cells among the four that it covers.
 
-A level is a Zarr beside the grid's, `x2.zarr`, `x4.zarr` and so on, each made from the one before, with the same
-variables, tiles and dtype; the directory that holds them is a Zarr group, whose attribute `multiscales` lists them. A
-mean of unit vectors is shorter than one: what the location part lacks in length tells how much its cells differ.
+A level is a Zarr beside the grid's, `x2.zarr`, `x4.zarr` and so on, made from the level before, with the same
+variables, tiles and dtype. The directory that holds them is a Zarr group, whose attribute `multiscales` lists them. A
+mean of unit vectors is shorter than one: the more its cells differ, the shorter is the location part.
 """
 
 from functools import partial
@@ -19,12 +19,12 @@ from tasks.units import run_units
 
 
 def publish_overviews(client: Client, job: Job, levels: int) -> None:
-    """Makes the coarser levels of a grid whose tiles are all there, resuming what an earlier run began.
+    """Makes the coarser levels of a grid whose tiles are complete, and resumes what an earlier run began.
 
     Args:
         client: The Dask cluster.
         job: The grid.
-        levels: How many, each with half the rows and columns of the one before.
+        levels: Number of levels, each with half the rows and columns of the one before.
     """
     spec, source = job.spec, job.grid
     known = land_mask(spec)
@@ -36,7 +36,7 @@ def publish_overviews(client: Client, job: Job, levels: int) -> None:
         left = [tile for tile in tiles if tile not in done]
         run_units(client, partial(average_tile, source, target), left, label=f"overview {2**level}")
         source = target
-    if levels and source in store.level_urls(job.grid):  # in grids of before, they lie within
+    if levels and source in store.level_urls(job.grid):  # in grids of earlier versions they lie within the grid
         store.create_tree(job.grid, levels)
 
 
@@ -47,7 +47,7 @@ def average_tile(source: str, target: str, tile: Tile) -> None:
 
 
 def averaged(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The mean of each two by two cells, (dim, rows, columns) to half of both; NaN counts as absent."""
+    """Returns the mean of each two by two cells, (dim, rows / 2, columns / 2); NaN cells are left out."""
     parts = np.stack([pooled(part) for part in vectors])
     known = np.isfinite(parts)
     count = known.sum((2, 4))
@@ -56,6 +56,6 @@ def averaged(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def pooled(cells: NDArray) -> NDArray:
-    """(rows, columns) as (rows / 2, 2, columns / 2, 2)."""
+    """Returns (rows, columns) as (rows / 2, 2, columns / 2, 2)."""
     rows, columns = cells.shape
     return cells.reshape(rows // 2, 2, columns // 2, 2)

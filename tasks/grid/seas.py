@@ -1,7 +1,7 @@
-"""Empty shards where a grid has no land, for readers of stores that answer 403, not 404, for what is not there.
+"""Writes empty shards where a grid has no land, for readers of stores that answer 403, not 404, for a missing object.
 
-A bucket that may be read and not listed answers so. A Zarr reader takes 404 alone for a chunk of fill values, so one
-such answer ends the read. An empty shard is its index: 16 bytes of ones for each chunk, and their checksum.
+A bucket that may be read but not listed answers so. A Zarr reader takes only 404 for a chunk of fill values, so a 403
+ends the read. An empty shard is its index: 16 bytes of ones for each chunk, and their checksum.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ import google_crc32c
 from infra import storage
 
 SHARDED = "sharding_indexed"
-WRITERS = 16  # empty shards that are written at a time
-INDEX = ["bytes", "crc32c"]  # codecs of the index that an empty shard is made of here
+WRITERS = 16  # empty shards written at a time
+INDEX = ["bytes", "crc32c"]  # codecs of the index of an empty shard
 
 
 def fill_seas(url: str) -> int:
-    """Writes an empty shard wherever a Zarr has none, once all that hold data are there; nothing is overwritten.
+    """Writes an empty shard wherever a Zarr has none; call it once all shards with data exist. Overwrites nothing.
 
     Args:
         url: URL of the Zarr, with consolidated metadata.
 
     Returns:
-        How many were written.
+        The number of empty shards written.
     """
     metadata = storage.read_json(storage.join(url, "zarr.json"))["consolidated_metadata"]["metadata"]
     sharded = {name: array for name, array in metadata.items() if _sharding(array)}
@@ -37,7 +37,7 @@ def fill_seas(url: str) -> int:
 
 
 def empty_shard(array: dict[str, Any]) -> bytes:
-    """Returns the bytes of a shard without chunks, by an array's metadata."""
+    """Returns the bytes of a shard without chunks, for an array's metadata."""
     sharding = _sharding(array)
     codecs = [codec["name"] for codec in sharding["index_codecs"]]
     if codecs != INDEX:
@@ -57,7 +57,7 @@ def _shard(array: dict[str, Any]) -> list[int]:
 
 
 def _missing(url: str, name: str, array: dict[str, Any]) -> Iterator[str]:
-    """Keys of the shards that are not there, below the array."""
+    """Yields the keys of the shards that do not exist, below the array."""
     there = {f"c/{path}" for path in storage.paths(storage.join(url, name, "c"))}
     counts = [-(-size // side) for size, side in zip(array["shape"], _shard(array), strict=True)]
     for place in product(*map(range, counts)):

@@ -1,4 +1,4 @@
-"""The stored grid: a sharded Zarr v3 that plain xarray opens. The template below is the contract.
+"""Stores the grid as a sharded Zarr v3 that plain xarray opens. The template below is the contract.
 
 ================ ===================== ======= ======================================================
 variable         dims                  dtype   meaning
@@ -8,14 +8,14 @@ embedding        embedding, lat, lon   float32 visual part (the retrieved values
 block            embedding             string  `visual` or `location`, of each dimension
 lat              lat                   float64 cell centres, degrees north, from north to south
 lon              lon                   float64 cell centres, degrees east, from west to east
-spatial_ref                            int64   nothing; its attributes are the CRS
+spatial_ref                            int64   no value; its attributes are the CRS
 effective_images lat, lon              float32 with evidence: exp of the entropy of the weights
-largest_weight   lat, lon              float32 with evidence: 1 where a single image decides
+largest_weight   lat, lon              float32 with evidence: 1 where one image has all the weight
 distance_km      lat, lon              float32 with evidence: to the nearest image of the database
 components       value, compact        float32 of a compact grid: orthonormal principal components, so that
                                                embedding[:compact] @ components.T + mean restores the values
-mean             value                 float32 of a compact grid: what was subtracted from the values; both are
-                                               coordinates, and variables in grids of before
+mean             value                 float32 of a compact grid: mean of the values. Both are coordinates;
+                                               in grids of earlier versions, variables
 ================ ===================== ======= ======================================================
 
 A grid in a projected CRS has the dimensions and coordinates `y` and `x`, in metres, in place of `lat` and `lon`.
@@ -23,12 +23,12 @@ A grid in a projected CRS has the dimensions and coordinates `y` and `x`, in met
 A grid of int8 has, in place of `embedding`, the two variables `visual` and `location`, each with its own
 `scale_factor` and `add_offset`, and -128 for no data: xarray decodes them by itself.
 
-Beside it, where they are kept for updates, `sums.zarr`: the same tiles of one variable `sums`, (sum, y, x) float32,
-of which each half of the retrieval has numerators, denominator and shift (`tasks.core.sums`).
+Where sums are kept for updates, `sums.zarr` lies beside the grid. It has the same tiles and one variable `sums`,
+(sum, y, x) float32: for each half of the retrieval numerators, denominator and shift (`tasks.core.sums`).
 
-One shard holds all dimensions of one tile and is written with one PUT. A land tile's shard is there: that is the record
-of its work; of several variables, that of the one which is written last. Where there is no land, an empty shard is
-written after all those (`tasks.grid.seas`); grids of before have none there.
+One shard holds all dimensions of one tile and is written with one PUT. The shard of a land tile is the completion
+marker of the tile. Where a tile has shards in several variables, the one written last is the marker. Where there is no
+land, an empty shard is written after all others (`tasks.grid.seas`); grids of earlier versions have no shard there.
 """
 
 import re
@@ -63,15 +63,16 @@ EVIDENCE = {
     "largest_weight": "largest weight of an image",
     "distance_km": "great-circle distance to the nearest image",
 }
-CHUNK_DIMS = 256  # of a chunk, 0.4 MB with its cells: of those measured the quickest for the reads in docs/grid.md
-SHARD_BYTES, TILE_CELLS, MOST_CELLS = 50e6, 60, 480  # at least, of a shard; a tile's side is a multiple; at most
-MOST_TILE = 1024  # cells along one side of a tile that may be asked for
-ROOT = "zarr.json"  # of the group, with the metadata of all arrays
+CHUNK_DIMS = 256  # dimensions of a chunk, 0.4 MB with its cells: measured quickest for the reads in docs/grid.md
+SHARD_BYTES = 50e6  # least bytes of a shard before compression, by which a tile's size is chosen
+TILE_CELLS, MOST_CELLS = 60, 480  # cells along a side: a chosen tile is a multiple of the first, at most the second
+MOST_TILE = 1024  # most cells along one side of a tile in a grid that is read
+ROOT = "zarr.json"  # object of a group's metadata, with that of all arrays
 
 
 @dataclass(frozen=True)
 class Content:
-    """What the variables of a grid are."""
+    """The variables of a grid."""
 
     visual: int
     """Dimensions of the retrieved part."""
@@ -80,13 +81,13 @@ class Content:
     dtype: DType = "float32"
     """How a number is stored."""
     scales: dict[str, Scale] = field(default_factory=dict)
-    """Of each block, for int8."""
+    """Scale of each block, for int8."""
     evidence: bool = False
-    """Whether there are the layers of evidence."""
+    """Whether the grid has the layers of evidence."""
 
 
 def tile_cells(dims: int, dtype: DType) -> int:
-    """Cells along one side of a tile whose shard has SHARD_BYTES or somewhat more, before it is compressed."""
+    """Returns the side in cells of a tile whose shard has SHARD_BYTES or somewhat more before compression."""
     side = np.sqrt(SHARD_BYTES / (dims * np.dtype(dtype).itemsize))
     return int(min(np.ceil(side / TILE_CELLS) * TILE_CELLS, MOST_CELLS))
 
@@ -94,13 +95,13 @@ def tile_cells(dims: int, dtype: DType) -> int:
 def template(
     spec: GridSpec, content: Content, attrs: dict[str, Any], projection: Projection | None = None
 ) -> xr.Dataset:
-    """The empty grid: coordinates, attributes and lazily empty variables.
+    """Returns the empty grid: coordinates, attributes and lazily empty variables.
 
     Args:
         spec: The grid.
-        content: What its variables are.
+        content: The variables.
         attrs: Attributes to add: provenance, attribution.
-        projection: What made the retrieved part compact.
+        projection: The projection of a compact grid.
     """
     dataset = xr.merge([_embedding(spec, content), *_evidence(spec, content)], compat="override")
     own = conventions.embedding(spec, content.visual, content.location, content.dtype)
@@ -110,7 +111,7 @@ def template(
             "components": (("value_dim", "compact_dim"), projection.components),
             "mean": ("value_dim", projection.mean),
         }
-        dataset = dataset.assign_coords(back)  # no variables: tools that clip or warp these want cells
+        dataset = dataset.assign_coords(back)  # not variables, which tools that clip or warp expect to have cells
         attrs["rangegrid:explained_variance"] = round(projection.explained, 6)
     return dataset.assign_attrs(attrs)
 
@@ -145,7 +146,7 @@ def _evidence(spec: GridSpec, content: Content) -> Iterator[xr.Dataset]:
 
 
 def level_url(grid: str, level: int) -> str:
-    """Returns the URL of a coarser level's Zarr: beside the grid's, or a group within it in grids of before."""
+    """Returns the URL of a coarser level's Zarr: beside the grid's, or in grids of earlier versions within it."""
     within = storage.join(grid, f"x{2**level}")
     return within if storage.exists(storage.join(within, ROOT)) else storage.join(home_of(grid), f"x{2**level}.zarr")
 
@@ -157,36 +158,37 @@ def level_urls(grid: str) -> list[str]:
 
 
 def create_levels(grid: str, spec: GridSpec, content: Content, attrs: dict[str, Any], levels: int) -> None:
-    """Writes the metadata of a grid's coarser levels: its embedding alone, and the same provenance."""
+    """Writes the metadata of a grid's coarser levels, with its embedding alone and the same provenance."""
     for level in range(1, levels + 1):
         spec = spec.coarser
         create(level_url(grid, level), spec, template(spec, replace(content, evidence=False), attrs))
 
 
 def create_tree(grid: str, levels: int) -> None:
-    """Makes a grid and its coarser levels the children of one Zarr group, the directory that they lie in.
+    """Makes a grid and its coarser levels children of one Zarr group, the directory that they lie in.
 
-    Side by side, since xarray asks of the dimensions of a child that they be those of its parent.
+    They lie side by side, since xarray requires a child to have the dimensions of its parent.
     """
     home, spec, names = home_of(grid), open_spec(grid), [GRID]
     names += [level_url(grid, level).rpartition("/")[2] for level in range(1, levels + 1)]
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for name in names:
         node = storage.read_json(storage.join(home, name, ROOT))
         inner = node.pop("consolidated_metadata")["metadata"]
-        found |= {name: node} | {f"{name}/{path}": array for path, array in inner.items()}
-    listed = {"kind": "inline", "must_understand": False, "metadata": found}
+        metadata[name] = node
+        metadata |= {f"{name}/{path}": array for path, array in inner.items()}
+    listed = {"kind": "inline", "must_understand": False, "metadata": metadata}
     root = {"zarr_format": 3, "node_type": "group", "attributes": conventions.multiscale(spec, names)}
     storage.write_json(storage.join(home, ROOT), root | {"consolidated_metadata": listed})
 
 
 def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any]) -> xr.Dataset:
-    """The empty sums of a grid: for each half the numerators, then denominator and shift."""
+    """Returns the empty sums of a grid: for each half the numerators, then denominator and shift."""
     return _empty(spec, SUMS, "sum", halves * (visual + 2), {}).assign_attrs(attrs)
 
 
 def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]) -> xr.Dataset:
-    """A variable of (dim, y, x), or of (y, x) where `dim` has no name."""
+    """Returns an empty variable of (dim, y, x), or of (y, x) where `dim` has no name."""
     dims, shape = ((dim, *spec.plane.dims), (size,)) if dim else (spec.plane.dims, ())
     import dask.array  # here, since what reads grids needs no Dask
 
@@ -198,9 +200,9 @@ def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]
 
 
 def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
-    """Writes the metadata and the coordinates of a template; no values of its cells.
+    """Writes the metadata and the coordinates of a template, but no values of cells.
 
-    Object by object, the root last: a run that overlaps writes the same bytes, and no shard is touched that it made.
+    Writes object by object, the root last. A run that overlaps writes the same bytes, and no shard is touched.
 
     Args:
         url: URL of the Zarr.
@@ -212,7 +214,7 @@ def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
     cells = {str(name): array for name, array in dataset.items() if spec.plane.dims[0] in array.dims}
     encoding: dict[str, Any] = {str(name): {"compressors": arrays.packed()} for name in dataset.variables}
     encoding |= {name: _stored(spec, array) for name, array in cells.items()}
-    every = zarr.config.set({"array.write_empty_chunks": True})  # of coordinates: to some readers, 403 is no fill value
+    every = zarr.config.set({"array.write_empty_chunks": True})  # coordinates whole: a 403 is no fill value to readers
     with warnings.catch_warnings(), every:
         warnings.filterwarnings("ignore", "Consolidated metadata")
         dataset.to_zarr(store, mode="w", compute=False, zarr_format=3, consolidated=False, encoding=encoding)
@@ -222,14 +224,14 @@ def create(url: str, spec: GridSpec, dataset: xr.Dataset) -> None:
 
 
 def _stored(spec: GridSpec, array: xr.DataArray) -> dict[str, Any]:
-    """How a variable is stored: chunks, shards, compression, and its nodata where no shard is."""
+    """Returns how a variable is stored: chunks, shards, compression, and the fill value of missing shards."""
     chunk = min(CHUNK_CELLS, spec.tile)
     try:
         check_tile(spec.tile)
     except ValueError as error:
         raise UserError(str(error)) from None
     missing = array.encoding.get("_FillValue", np.float32(np.nan))
-    packed = arrays.packed(BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"))  # docs/grid.md: what others would do
+    packed = arrays.packed(BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"))  # docs/grid.md compares others
     stored = {"compressors": packed, "_FillValue": missing, "fill_value": missing}
     if array.ndim == 2:
         return stored | {"chunks": (spec.tile, spec.tile), "shards": (spec.tile, spec.tile)}
@@ -243,7 +245,7 @@ def write_tile(url: str, tile: Tile, values: NDArray[np.float32], variable: str 
     """Writes one tile, (dim, rows, columns) or (rows, columns), as one whole shard of each variable that holds it.
 
     Raises:
-        UserError: The tile is not one whole shard of the stored grid, or its values are beyond what the grid stores.
+        UserError: The tile is not one whole shard of the stored grid, or a value is too large for the grid's dtype.
     """
     start = 0
     for array in _arrays(url, variable, "r+"):
@@ -264,7 +266,7 @@ def _check_whole(array: zarr.Array, tile: Tile) -> None:
 
 
 def _encoded(array: zarr.Array, values: NDArray[np.float32], tile: Tile) -> NDArray:
-    """The values as the array stores them."""
+    """Returns the values in the array's dtype."""
     if array.dtype == np.int8:
         return _scale(array).encode(values)
     try:
@@ -278,34 +280,34 @@ def _scale(array: zarr.Array) -> Scale:
 
 
 def _arrays(url: str, variable: str, mode: Any) -> list[zarr.Array]:
-    """What holds a variable: itself, or the blocks of an embedding in int8."""
+    """Opens the arrays that hold a variable: its own, or the two blocks of an embedding in int8."""
     group = zarr.open_group(storage.zarr_store(url), mode=mode)
     return [group[name] for name in ((variable,) if variable in group else BLOCKS)]
 
 
 def written(url: str, spec: GridSpec, tiles: list[Tile]) -> set[Tile]:
-    """The tiles whose shards are there."""
-    record = _arrays(url, VARIABLE, "r")[-1].basename
+    """Returns the tiles that were written, by their completion markers."""
+    marker = _arrays(url, VARIABLE, "r")[-1].basename
     rows: dict[int, set[str]] = {}
     for i in {tile.row // spec.tile for tile in tiles}:
-        rows[i] = set(storage.names(storage.join(url, record, "c", "0", str(i))))
+        rows[i] = set(storage.names(storage.join(url, marker, "c", "0", str(i))))
     return {tile for tile in tiles if str(tile.column // spec.tile) in rows[tile.row // spec.tile]}
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """The embeddings of a stored grid as one array, (dim, y, x) float32, whatever their dtype; read as asked."""
+    """The embeddings of a stored grid as one array, (dim, y, x) float32, whatever their dtype; read on access."""
 
     arrays: tuple[zarr.Array, ...]
-    """One, or one per block."""
+    """One array, or one per block."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(dim, y, x)."""
+        """Returns (dim, y, x)."""
         return sum(array.shape[0] for array in self.arrays), *self.arrays[0].shape[1:]
 
     def __getitem__(self, index: Any) -> NDArray[np.float32]:
-        """A part: one dimension, `vectors[0]`, or all of them of a window, `vectors[:, rows, columns]`."""
+        """Reads one dimension, `vectors[0]`, or all dimensions of a window, `vectors[:, rows, columns]`."""
         if isinstance(index, int | np.integer):
             for array in self.arrays[:-1]:
                 if index < array.shape[0]:
@@ -315,17 +317,17 @@ class Vectors:
         return np.concatenate([_decoded(array, index) for array in self.arrays])
 
     def at(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.float64]:
-        """The vectors of some cells, (n, dim)."""
+        """Reads the vectors of some cells, (n, dim)."""
         return np.stack([self[:, i, j] for i, j in zip(rows, columns, strict=True)]).astype(np.float64)
 
 
 def open_vectors(url: str) -> Vectors:
-    """The embeddings of the grid at `url`."""
+    """Opens the embeddings of the grid at `url`."""
     return Vectors(tuple(_arrays(url, VARIABLE, "r")))
 
 
 def open_spec(url: str) -> GridSpec:
-    """The cells of the grid at `url`, as its metadata tell them."""
+    """Returns the cells of the grid at `url`, from its metadata."""
     (array, *_), attrs = _arrays(url, VARIABLE, "r"), zarr.open_group(storage.zarr_store(url), mode="r").attrs
     if array.shards and max(array.shards[1:]) > MOST_TILE:
         raise UserError(
@@ -340,32 +342,30 @@ def _decoded(array: zarr.Array, index: Any) -> NDArray[np.float32]:
 
 
 def storing(url: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """What makes of vectors, (n, dim), what readers get of them once the grid at `url` stores them."""
-    found = _arrays(url, VARIABLE, "r")
-    edges = np.cumsum([array.shape[0] for array in found])[:-1]
+    """Returns a function from vectors, (n, dim), to what readers would get of them from the grid at `url`."""
+    stored = _arrays(url, VARIABLE, "r")
+    edges = np.cumsum([array.shape[0] for array in stored])[:-1]
 
     def kept(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        parts = zip(found, np.split(vectors, edges, axis=1), strict=True)
+        parts = zip(stored, np.split(vectors, edges, axis=1), strict=True)
         return np.concatenate([_kept(array, part) for array, part in parts], axis=1)
 
     return kept
 
 
 def _kept(array: zarr.Array, part: NDArray[np.float32]) -> NDArray[np.float32]:
-    return (
-        _scale(array).decode(_scale(array).encode(part))
-        if array.dtype == np.int8
-        else part.astype(array.dtype).astype("f4")
-    )
+    if array.dtype == np.int8:
+        return _scale(array).decode(_scale(array).encode(part))
+    return part.astype(array.dtype).astype("f4")
 
 
 def read_tile(url: str, tile: Tile, variable: str = VARIABLE) -> NDArray[np.float32]:
-    """One tile, (dim, rows, columns), or (rows, columns) of a layer of evidence."""
+    """Reads one tile, (dim, rows, columns), or (rows, columns) of a layer of evidence."""
     return Vectors(tuple(_arrays(url, variable, "r")))[(..., *tile.window)]
 
 
 def read_projection(url: str) -> Projection:
-    """What made the grid compact."""
+    """Reads the projection of a compact grid."""
     group = zarr.open_group(storage.zarr_store(url), mode="r")
     mean, components = (arrays.read(group[name], ...) for name in ("mean", "components"))
     return Projection(mean, components, group.attrs["rangegrid:explained_variance"])

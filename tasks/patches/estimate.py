@@ -1,4 +1,4 @@
-"""What a sampling run will ask of the catalog and the archive, before it runs, and what it did ask."""
+"""Estimates the cost of a sampling run before it runs, and adds up its actual cost."""
 
 import math
 import resource
@@ -22,63 +22,63 @@ from tasks.units import in_words
 THREADS = 8  # scenes read at a time in one unit: they wait for the network
 LATENCY = 0.1  # seconds of one request to an archive in another region
 RATE = 50e6  # bytes per second of one machine's network
-PROCESS_BYTES = 350e6  # of a Python process with the libraries that a unit needs
+PROCESS_BYTES = 350e6  # memory of a Python process with the libraries that a unit needs
 COARSENESS = {"B01": 6, "B09": 6, **dict.fromkeys(("B05", "B06", "B07", "B8A", "B11", "B12", "SCL"), 2)}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes, planned or actual."""
+    """Cost of a run, planned or actual."""
 
     places: int
     """Places tried."""
     cells: int
-    """Grid-zone cells searched for scenes, each by one request to the catalog or some pages."""
+    """Grid-zone cells searched for scenes, each by one or more pages of the catalog."""
     scenes: int
     """Scenes opened."""
     requests: int
-    """HTTP requests to the archive, repeated ones included."""
+    """HTTP requests to the archive, retries included."""
     bytes_read: int
     """Bytes fetched from the archive."""
     bytes_stored: int
     """Bytes of the stored pixels."""
     seconds: int
-    """Time during which units were at work."""
+    """Seconds during which units were at work."""
     worker_bytes: int
-    """Memory of a worker at its peak."""
+    """Peak memory of a worker in bytes."""
 
     def lines(self) -> dict[str, str]:
-        """Names and values to print."""
+        """Returns names and values to print."""
         values = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self)}
         return {name: in_words(value) if "bytes" in name else f"{value:,}" for name, value in values.items()}
 
 
 @dataclass(frozen=True)
 class Archive:
-    """How an archive is cut into scenes and files; the defaults are Sentinel-2's COGs."""
+    """Layout of an archive in scenes and files; the defaults are Sentinel-2's COGs."""
 
     scene: Callable[[NDArray[np.float64]], NDArray] = square
-    """The area of each (n, 2) place that one scene covers, by number."""
+    """Gives for (n, 2) places the number of the area that one scene covers."""
     accepted: float = 0.55
-    """Of the places tried: sea at the edge of the mask, clouds and scene edges take the others."""
+    """Share of the places tried that are accepted; the others are lost to sea, clouds and scene edges."""
     block: int = 512
     """Pixels along one side of a block."""
     pixel_bytes: float = 1.4
-    """Of a compressed uint16 pixel, in the archive as in the store."""
+    """Bytes of a compressed uint16 pixel, in the archive and in the store."""
     header_bytes: int = HEADER
-    """Read at an open."""
+    """Bytes read to open a file."""
     coarseness: Mapping[str, int] = field(default_factory=lambda: COARSENESS)
-    """Side of a band's pixels, in pixels of the finest band; 1 where it is not named."""
+    """Side of a band's pixels in pixels of the finest band; 1 for bands that are not named."""
     finest_m: float = 10.0
     """Pixel size of the finest band in metres."""
     scene_m: float = 109_800.0
     """Side of a scene in metres."""
 
     def touch(self, params: SampleParams, band: str, places: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Opens, further requests and blocks of one band under windows at (n, 2) places.
+        """Returns opens, further requests and blocks of one band under windows at (n, 2) places.
 
-        A window touches 1 + side / block blocks along each axis. Those side by side are neighbours in the file: a row
-        is one request. Windows of one scene share what they both touch.
+        A window touches 1 + side / block blocks along each axis. Blocks side by side are neighbours in the file, so a
+        row of them is one request. Windows of one scene share blocks.
         """
         pixel_m = self.coarseness.get(band, 1) * self.finest_m
         rows = 1 + params.patch_pixels * min(1.0, params.resolution_m / pixel_m) / self.block
@@ -90,12 +90,12 @@ class Archive:
 
 
 def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -> Cost:
-    """The cost of a run by arithmetic on its real places; the catalog is not asked.
+    """Estimates the cost of a run from its real places, without asking the catalog.
 
     Args:
-        params: The run.
-        workers: Dask worker processes.
-        archive: What is read from.
+        params: Parameters of the run.
+        workers: Number of Dask worker processes.
+        archive: Layout of the archive.
     """
     n = params.patches
     places = draw(min(math.ceil(n / archive.accepted), int(n * params.max_tries)), params)[:, 1:3]
@@ -120,14 +120,14 @@ def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -
 
 
 class Meter:
-    """Counts what one unit takes."""
+    """Counts the cost of one unit."""
 
     def __init__(self) -> None:
         self.began = time.time()
         self.traffic = Traffic()
 
     def stamp(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The table with the counts in its attributes, which Parquet keeps: so runs that go on count all."""
+        """Returns the table with the counts in its attributes, which Parquet keeps for a resumed run."""
         BYTES.inc(self.traffic.bytes)
         table.attrs = {
             "requests": self.traffic.requests,
@@ -140,13 +140,13 @@ class Meter:
 
 
 def spent(units: list[dict[str, Any]], cells: int, screened: pd.DataFrame, bytes_stored: int) -> Cost:
-    """What a run took: the sum of its units, those of earlier processes too; attempts that failed are not counted.
+    """Returns the actual cost of a run: the sum over its units, also of earlier processes, without failed attempts.
 
     Args:
-        units: What `Meter` stamped on each.
-        cells: Units of screening.
-        screened: The verdict on each place tried.
-        bytes_stored: Of the stored pixels.
+        units: The counts that `Meter` stamped on each unit.
+        cells: Number of grid-zone cells screened.
+        screened: Verdict on each place tried.
+        bytes_stored: Bytes of the stored pixels.
     """
     return Cost(
         places=len(screened),
@@ -161,7 +161,7 @@ def spent(units: list[dict[str, Any]], cells: int, screened: pd.DataFrame, bytes
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of spans of time: a pause between two runs is no work."""
+    """Returns the length of the union of time spans, since a pause between two runs is no work."""
     total, until = 0.0, 0.0
     for began, ended in sorted(spans):
         total += max(0.0, ended - max(began, until))
@@ -170,7 +170,7 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 def beside(plan: Cost, actual: Cost, rejected: Mapping[str, int]) -> str:
-    """A Markdown table of plan and actual, and of the places rejected."""
+    """Returns a Markdown table of planned and actual cost, and of rejected places."""
     found = actual.lines()
     rows = [f"| {name} | {value} | {found[name]} |" for name, value in plan.lines().items()]
     rows += [f"| rejected: {reason} | | {count:,} |" for reason, count in sorted(rejected.items())]

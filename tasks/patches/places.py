@@ -1,4 +1,4 @@
-"""Where to sample, in the order in which places are tried."""
+"""Draws the places to sample, in the order in which they are tried."""
 
 import hashlib
 
@@ -17,10 +17,10 @@ from tasks.tables.points import check_points, open_points, rows_of
 
 
 def draw(count: int, params: SampleParams) -> NDArray[np.float64]:
-    """The first candidates of the stream, at most `count`.
+    """Returns the first candidates of the stream, at most `count`.
 
     Returns:
-        (n, 5): row id, lon, lat, season (-1 any), and the number that thins by tile.
+        (n, 5): row id, lon, lat, season (-1: any), and the random number of `thin`.
     """
     repeats = 4 if params.scene == "seasons" else 1
     places = _places(-(-count // repeats), params)
@@ -42,7 +42,7 @@ def _places(count: int, params: SampleParams) -> NDArray[np.float64]:
 
 
 def source_digest(params: SampleParams) -> dict[str, str]:
-    """The hash of the list or raster, after checking that it can be read: another content is another sample."""
+    """Returns the hash of a list or raster, after a check that it can be read; other content makes another sample."""
     if params.places not in ("class", "list"):
         return {}
     draw(1, params)
@@ -53,7 +53,7 @@ def read_points(source: str) -> NDArray[np.float64]:
     """Returns the points of a table (`tasks.tables.files`), (n, 2) degrees, longitudes within -180 and 180.
 
     Raises:
-        UserError: There is no such table, or a point that is none, or where Sentinel-2's grid is not.
+        UserError: There is no such table, or a point is no place or outside Sentinel-2's grid.
     """
     with open_points(source) as (table, place):
         check_points(table, place)
@@ -68,7 +68,7 @@ def read_points(source: str) -> NDArray[np.float64]:
 
 
 def read_classes(url: str) -> tuple[NDArray[np.integer], tuple[float, float, float, float]]:
-    """A class raster, (lat, lon) north up with 0 where it has no data, and its bounds in degrees.
+    """Reads a class raster, (lat, lon) north up with 0 for nodata, and its bounds in degrees.
 
     Raises:
         UserError: There is no such raster, or it is not in longitude and latitude.

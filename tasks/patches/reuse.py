@@ -1,8 +1,8 @@
-"""Reuse: what a finished sample of the same parameters, of another size, has found is copied, not read again.
+"""Copies verdicts and pixels from finished samples of the same parameters but another size.
 
-A place's row in the stream is the same however many are asked for, and what is found there depends on no other place.
-So verdicts and pixels are the ones that reading would give, each patch held to its digest; what is not to be had from
-the other sample, as while it is deleted, is read from the archive. The other sample is never written to.
+A place's row in the stream does not depend on how many are asked for, nor its verdict and pixels on other places. So
+the copies are what reading would give; each patch is checked by its digest. What the other sample lacks, for example
+while it is being deleted, is read from the archive. The other sample is never written to.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,15 +19,15 @@ from infra.settings import settings
 from tasks.cards import fingerprint, read_card
 from tasks.patches import store
 
-SIZE = {"patches", "shard_patches", "max_tries", "max_failed_fraction"}  # parameters that decide nothing at a place
+SIZE = {"patches", "shard_patches", "max_tries", "max_failed_fraction"}  # parameters that change nothing at a place
 # Columns that the parts of another sample must have: earlier versions wrote fewer.
 SCREENED = {"row_id", "rank", "reason", "clear_fraction", "saturated_fraction", "dark_share"}
 READ = SCREENED | {"position", "href", "sha256", "nodata_fraction", "dark_dn", "offset_check"}
-WHERE = ["source", "part"]  # columns that lead to another sample, and to the part of it in which a place was read
+WHERE = ["source", "part"]  # columns: another sample, and the part of it that holds a place
 
 
 def siblings(made_of: Mapping[str, Any]) -> list[str]:
-    """Returns the URLs of finished samples that are made of the same but for their size, the largest first."""
+    """Returns the URLs of finished samples that differ only in their size, the largest first."""
     home, ours = storage.join(settings().storage_url, "patches"), _without_size(made_of)
     sizes: dict[str, int] = {}
     for name in storage.names(home):
@@ -48,8 +48,8 @@ def screened(sources: Sequence[str], cell: int, rows: NDArray[np.float64]) -> li
 
     Args:
         sources: The other samples.
-        cell: The grid-zone cell.
-        rows: The places, by their row ids.
+        cell: Number of the grid-zone cell.
+        rows: Row ids of the places.
     """
     found, left = [], set(rows.tolist())
     for table in _screens(sources, cell):
@@ -68,7 +68,7 @@ def _screens(sources: Sequence[str], cell: int) -> Iterator[pd.DataFrame]:
 
 
 def places_read(sources: Sequence[str]) -> pd.DataFrame:
-    """Returns where other samples have read places: `WHERE`, indexed by row id."""
+    """Returns the parts of other samples in which places were read: columns `WHERE`, indexed by row id."""
     tables = [pd.DataFrame(columns=["row_id", *WHERE])]
     for source in sources:
         for number in map(int, storage.names(storage.join(source, "parts"))):
@@ -82,17 +82,17 @@ def places_read(sources: Sequence[str]) -> pd.DataFrame:
 
 
 def copy(plan: pd.DataFrame, pixels: NDArray[np.uint16], start: int) -> pd.DataFrame:
-    """Copies what other samples read of the places of a shard.
+    """Copies patches of a shard from other samples.
 
     Args:
-        plan: Places with `position`, `row_id` and, where they were read elsewhere, `WHERE`.
+        plan: Places with `position`, `row_id` and, where another sample read them, `WHERE`.
         pixels: (patch, band, y, x), written where a patch is good.
         start: Position of the first patch.
 
     Returns:
-        Rows as `tasks.patches.reading` stores them, with their positions here, of the places that could be copied.
+        Rows of the places that could be copied, as `tasks.patches.reading` stores them, with their positions here.
     """
-    if "source" not in plan:  # of a run that an earlier version began
+    if "source" not in plan:  # the run was begun by an earlier version
         return plan[:0]
     groups = [(str(source), str(part), group) for (source, part), group in plan.groupby(WHERE)]
     tables = [
@@ -102,7 +102,7 @@ def copy(plan: pd.DataFrame, pixels: NDArray[np.uint16], start: int) -> pd.DataF
 
 
 def _copy(source: str, part: str, positions: pd.Series, pixels: NDArray[np.uint16], start: int) -> pd.DataFrame:
-    """Copies what one part of another sample tells; `positions` are ours by row id."""
+    """Copies places from one part of another sample; `positions` are their positions here, by row id."""
     try:
         table = store.read_table(part)
     except FileNotFoundError:
@@ -117,12 +117,12 @@ def _copy(source: str, part: str, positions: pd.Series, pixels: NDArray[np.uint1
 
 
 def _copied(source: str, position: int, patch: NDArray[np.uint16], digest: str) -> bool:
-    """Copies a patch (band, y, x); tells whether its pixels are those of which the digest was stored."""
+    """Copies a patch (band, y, x), and tells whether its pixels had the stored digest."""
     try:
-        found = store.read_rows(source, slice(position, position + 1))
+        pixels = store.read_rows(source, slice(position, position + 1))
     except (UserError, OSError):
         return False
-    if len(found) != 1 or store.digest(found[0]) != digest:
+    if len(pixels) != 1 or store.digest(pixels[0]) != digest:
         return False
-    patch[:] = found[0]
+    patch[:] = pixels[0]
     return True

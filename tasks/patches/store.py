@@ -1,13 +1,13 @@
-"""The patch store: image patches and their manifest. `create` below is the contract.
+"""Stores image patches and their manifest. `create` below is the contract.
 
-- `patches.zarr/pixels`: (patch, band, y, x) uint16, raw numbers in native UTM, 0 is nodata; one patch is one
-  chunk, `shard` patches are one shard and one unit of work. Attributes: `bands`, `resolution_m`.
+- `patches.zarr/pixels`: (patch, band, y, x) uint16, raw pixel values in native UTM, 0 is nodata. One patch is one
+  chunk; `shard` patches are one shard and one unit of work. Attributes: `bands`, `resolution_m`.
 - `manifest.parquet`: GeoParquet, one row per patch in the same order (`MANIFEST` below).
-- `card.json`: written last; what made the store and what was rejected.
+- `card.json`: written last, with what made the store and what was rejected.
 
-Beside them stays how it was made, in *parts* of one unit each, which are created once and never change:
-`screen/<round>/<cell>.parquet` is the verdict on each place tried, `plan/<round>/<shard>.parquet` the places of a
-shard's patches (of later rounds: of those that replace), `parts/<round>/<shard>.parquet` what was read of them.
+Beside them stays how the store was made, in *parts* of one unit each, which are created once and never change.
+`screen/<round>/<cell>.parquet` has the verdict on each place tried. `plan/<round>/<shard>.parquet` has the places of a
+shard's patches; those of later rounds replace others. `parts/<round>/<shard>.parquet` has the result of reading them.
 """
 
 import hashlib
@@ -32,16 +32,16 @@ from tasks.cards import read_card
 from tasks.core.sentinel2.radiometry import NODATA_DN, to_reflectance
 
 READS = 16  # parts read at a time
-MOST_PATCHES, MOST_BANDS, MOST_PIXELS, MOST_SHARD = 10_000_000, 100, 2048, 100_000  # of a store that is read
+MOST_PATCHES, MOST_BANDS, MOST_PIXELS, MOST_SHARD = 10_000_000, 100, 2048, 100_000  # bounds of a store that is read
 FORGED = "it is damaged or forged. Sample again, or restore it"
 MANIFEST = {
-    "row_id": "int64",  # index in the seed's stream of candidates: the same however many are asked for
+    "row_id": "int64",  # index in the seed's stream of candidates, whatever the size of the sample
     "lon": "float64",
     "lat": "float64",
     "item_id": "str",
-    "catalog": "str",  # that the item came from: the first, or the one that stood in for it
+    "catalog": "str",  # the catalog that the item came from: the first, or the fallback
     "collection": "str",
-    "href": "str",  # of the item's first band, without its signed query
+    "href": "str",  # URL of the item's first band, without its signed query
     "datetime": "str",
     "platform": "str",
     "baseline": "str",
@@ -51,8 +51,8 @@ MANIFEST = {
     "saturated_fraction": "float64",
     "nodata_fraction": "float64",
     "dark_dn": "float64",  # first percentile of each pixel's darkest band
-    "offset_check": "str",  # whether the numbers agree with the offset: agree, deny, silent
-    "sha256": "str",  # of the patch's raw numbers, little-endian
+    "offset_check": "str",  # whether the pixels agree with the offset: agree, deny, silent
+    "sha256": "str",  # digest of the patch's raw pixels, little-endian
 }
 
 
@@ -61,9 +61,9 @@ class Patches:
     """A finished patch store."""
 
     url: str
-    """Where it lives."""
+    """URL of the store."""
     card: dict[str, Any]
-    """What made it."""
+    """What the store is and how it was made."""
     manifest: gpd.GeoDataFrame
     """One row per patch."""
     bands: tuple[str, ...]
@@ -71,15 +71,15 @@ class Patches:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(n, band, y, x) of all of them."""
+        """Returns (n, band, y, x) of all patches."""
         return _pixels(self.url).open().shape
 
     def pixels(self, rows: slice) -> NDArray[np.uint16]:
-        """Raw numbers (n, band, y, x)."""
+        """Returns raw pixels, (n, band, y, x)."""
         return read_rows(self.url, rows)
 
     def reflectance(self, rows: slice) -> NDArray[np.float32]:
-        """Reflectance (n, band, y, x) in 0 to 1; NaN where there are no data."""
+        """Returns reflectance, (n, band, y, x) in 0 to 1; NaN for nodata."""
         return to_reflectance(self.pixels(rows), self.manifest["offset"].to_numpy()[rows])
 
 
@@ -87,7 +87,7 @@ def open_patches(url: str) -> Patches:
     """Opens a finished patch store.
 
     Raises:
-        UserError: There is none at `url`, or it is no such store: memory is given by what it claims to be.
+        UserError: There is no store at `url`, or its metadata cannot be true: memory is taken by what they claim.
     """
     card, place = read_card(url, "patches"), storage.join(url, "manifest.parquet")
     manifest = io.BytesIO(data := storage.read(place))
@@ -99,7 +99,7 @@ def open_patches(url: str) -> Patches:
         raise UserError(f"{place} claims more rows than it can hold: {FORGED}") from error
     try:
         array = _pixels(url).open()
-    except (KeyError, TypeError, ValueError) as error:  # Zarr's own, of metadata that contradict themselves
+    except (KeyError, TypeError, ValueError) as error:  # raised by Zarr for contradictory metadata
         raise UserError(f"{url} has no readable pixels ({error}): {FORGED}") from error
     bands = tuple(array.attrs.get("bands", ()))
     if not _sound(array, rows, len(bands)):
@@ -111,7 +111,7 @@ def open_patches(url: str) -> Patches:
 
 
 def _sound(array: zarr.Array, rows: int, bands: int) -> bool:
-    """Whether a store is as `create` makes it, within what `tasks.params.SampleParams` allow."""
+    """Tells whether a store is as `create` makes it, within the bounds of `tasks.params.SampleParams`."""
     if array.ndim != 4 or array.shards is None or array.dtype != np.uint16:
         return False
     patches, side = array.shape[0], array.shape[3]
@@ -121,7 +121,7 @@ def _sound(array: zarr.Array, rows: int, bands: int) -> bool:
 
 
 def create(url: str, patches: int, bands: tuple[str, ...], pixels: int, resolution_m: float, shard: int) -> None:
-    """Writes the empty store's metadata unless it is there."""
+    """Writes the metadata of an empty store, unless it exists."""
     patch = (len(bands), pixels, pixels)
     _pixels(url).create(
         (patches, *patch),
@@ -150,12 +150,12 @@ def read_rows(url: str, rows: slice) -> NDArray[np.uint16]:
 
 
 def digest(patch: NDArray[np.uint16]) -> str:
-    """The manifest's `sha256` of a patch (band, y, x)."""
+    """Returns the manifest's `sha256` of a patch (band, y, x)."""
     return hashlib.sha256(patch.astype("<u2").tobytes()).hexdigest()
 
 
 def write_manifest(url: str, rows: pd.DataFrame) -> str:
-    """Writes the manifest as GeoParquet; returns its SHA-256, for the card."""
+    """Writes the manifest as GeoParquet, and returns its SHA-256 for the card."""
     table = rows[list(MANIFEST)].astype(MANIFEST)
     places = gpd.points_from_xy(table.lon, table.lat, crs="EPSG:4326")
     storage.write(storage.join(url, "manifest.parquet"), data := _parquet(gpd.GeoDataFrame(table, geometry=places)))
@@ -163,30 +163,33 @@ def write_manifest(url: str, rows: pd.DataFrame) -> str:
 
 
 def part(url: str, kind: str, number: int, unit: int) -> str:
-    """Where the part of a unit lies: `kind` is `screen`, `plan` or `parts`, `number` the round."""
+    """Returns the URL of a unit's part; `kind` is `screen`, `plan` or `parts`, `number` the round."""
     return storage.join(url, kind, str(number), f"{unit:05d}.parquet")
 
 
 def held(url: str, number: int) -> str:
-    """Where the pixels of a round's incomplete shards wait: a patch store without manifest, deleted at the end."""
+    """Returns the URL where pixels of a round's incomplete shards wait: a patch store without manifest.
+
+    It is deleted at the end.
+    """
     return storage.join(url, "held", str(number))
 
 
 def create_part(url: str, kind: str, number: int, unit: int, table: pd.DataFrame) -> None:
-    """Stores a unit's part, unless another run has stored its own: the first one counts for both."""
+    """Stores a unit's part, unless another run has stored one: the first one counts for both."""
     storage.create(part(url, kind, number, unit), _parquet(table))
 
 
 def read_part(url: str, kind: str, number: int, unit: int, columns: list[str] | None = None) -> pd.DataFrame:
-    """The part of a unit, or some columns of it."""
+    """Returns the part of a unit, or some columns of it."""
     return read_table(part(url, kind, number, unit), columns)
 
 
 def read_table(url: str, columns: list[str] | None = None) -> pd.DataFrame:
-    """The part at a URL, or some columns of it.
+    """Returns the part at a URL, or some columns of it.
 
     Raises:
-        Damaged: Its bytes are not those that were written.
+        Damaged: The bytes are not those that were written.
     """
     data = storage.read(url)
     try:
@@ -196,7 +199,7 @@ def read_table(url: str, columns: list[str] | None = None) -> pd.DataFrame:
 
 
 def read_parts(url: str, kind: str, number: int, units: list[int], columns: list[str]) -> list[pd.DataFrame]:
-    """Columns of the parts of many units, in their order."""
+    """Returns columns of the parts of many units, in order."""
     with ThreadPoolExecutor(READS) as pool:
         return list(pool.map(lambda unit: read_part(url, kind, number, unit, columns), units))
 

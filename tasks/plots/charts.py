@@ -13,7 +13,7 @@ from tasks.plots.style import ACCENT, FAINT, INK, SECOND, canvas, plain, png
 COLOURS = (ACCENT, SECOND, "#6a8f3c", "#8a5fa8", "#b8912b", "#4a6fa5", "#b5524b", "#5c9a94")
 COLUMNS = 5  # most panels in a row
 WRAP = 14  # letters of a line of a panel's title
-LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out retrieval accuracy"}
+LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out recall@1 %"}
 
 
 def bias_chart(failures: pd.DataFrame, title: str, caption: str) -> bytes:

@@ -361,7 +361,7 @@ def _plain(column: pa.Array) -> pa.Array:
 
 
 def _as_geoparquet(schema: pa.Schema, geometry: str, crs: str) -> pa.Schema:
-    """The schema with its geometry as GeoParquet tells it, so that what is written stays a table of places."""
+    """Returns the schema with GeoParquet's metadata of the geometry, so that a copy stays a table of places."""
     from pyproj import CRS
 
     fields = []

@@ -104,7 +104,7 @@ def _prefect() -> str:
     from infra.deployments import api_url
 
     if PREFECT_API_URL.value() is None:
-        return "no server set: each command starts its own (set PREFECT_API_URL to share one)"
+        return "no server set: commands run without one (set PREFECT_API_URL to use one)"
     return f"{api_url()} answers"
 
 

@@ -1,11 +1,12 @@
-"""Write throughput of tiles against raw PUTs of the same bytes, and s3fs against obstore.
+"""Write throughput of tiles against raw PUTs of the same bytes, and s3fs against obstore, for tiles and tables.
 
 `python -m tests.benchmarks.storage` starts an S3 server of its own. Every way writes the same tiles of land, smooth
 with some noise: as raw PUTs of their bytes as they are; as raw PUTs of their shards; by `grids.write_tile` on obstore,
 as the publication does; and by zarr on s3fs. The rounds alternate, and the median of each way counts. The target is
-70 % of raw PUTs.
+70 % of raw PUTs. Tables are read as the job reads them, from a copy of the object, and in place through s3fs.
 """
 
+import io
 import os
 import statistics
 import tempfile
@@ -15,6 +16,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
 import s3fs
 import zarr
 from zarr.storage import FsspecStore
@@ -30,6 +34,7 @@ SPEC, DIMS = GridSpec(1.0, 120), 1280  # a shard of 120 x 120 cells: 74 MB
 TILES, ROUNDS = 3, 5
 LAND = Tile(0, 200, SPEC.tile, SPEC.tile)  # northern Asia and the sea around it
 BUCKET = "bench"
+ROWS, COLUMNS = 500_000, 44  # of the tables; two columns are read of those in Parquet
 
 
 def serve(directory: Path) -> servers.Process:
@@ -60,7 +65,7 @@ def by_s3fs(url: str) -> zarr.Array:
     return zarr.open_array(store, mode="r+", zarr_format=3)
 
 
-def ways(tiles: list[Tile], values: np.ndarray) -> dict[str, Callable[[], None]]:
+def ways(tiles: list[Tile], values: np.ndarray) -> dict[str, Callable[[], object]]:
     """The ways to write, by name; each writes all tiles once."""
     url, other = create("obstore"), by_s3fs(create("s3fs"))
     grids.write_tile(url, tiles[0], values)
@@ -84,25 +89,58 @@ def ways(tiles: list[Tile], values: np.ndarray) -> dict[str, Callable[[], None]]
     return puts | {"zarr on obstore": obstore, "zarr on s3fs": fsspec}
 
 
+def tables() -> dict[str, Callable[[], object]]:
+    """The ways to read tables, by name."""
+    rng = np.random.default_rng(0)
+    table = pa.table({f"c{i}": rng.random(ROWS) for i in range(COLUMNS)})
+    kinds = {"wide.parquet": table, "narrow.parquet": table.select(range(4)), "part.parquet": table.slice(0, 2000)}
+    for name, content in kinds.items():
+        pq.write_table(content, sink := io.BytesIO())
+        storage.write(f"s3://{BUCKET}/{name}", sink.getvalue())
+    pc.write_csv(table.select(range(4)), sink := io.BytesIO())
+    storage.write(f"s3://{BUCKET}/narrow.csv", sink.getvalue())
+
+    def read(file: object, name: str) -> None:
+        _ = pc.read_csv(file) if name.endswith("csv") else pq.read_table(file, columns=["c0", "c1"])
+
+    def copied(name: str) -> None:
+        with storage.as_file(f"s3://{BUCKET}/{name}") as path:
+            read(path, name)
+
+    def in_place(name: str) -> None:
+        with s3fs.S3FileSystem(endpoint_url=os.environ["RANGEGRID_S3_ENDPOINT"]).open(f"{BUCKET}/{name}") as file:
+            read(file, name)
+
+    ways = {"obstore": copied, "s3fs": in_place}
+    return {f"{name} by {way}": partial(ways[way], name) for name in (*kinds, "narrow.csv") for way in ways}
+
+
+def timed(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each way."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
 def main() -> None:
-    """Prints MB/s of values by way."""
+    """Prints MB/s of values by way, and milliseconds by table."""
     print(machine())
     tiles = list(SPEC.tiles())[:TILES]
     values = fields(SPEC, DIMS, LAND)
     with tempfile.TemporaryDirectory() as directory:
         process = serve(Path(directory))
-        writes = ways(tiles, values)
-        taken: dict[str, list[float]] = {name: [] for name in writes}
-        for _ in range(ROUNDS):
-            for name, write in writes.items():
-                start = time.perf_counter()
-                write()
-                taken[name].append(time.perf_counter() - start)
+        writes = timed(ways(tiles, values))
+        reads = timed(tables())
         servers.stop(process)
-    raw = statistics.median(taken["raw PUT"])
-    for name, seconds in taken.items():
-        median = statistics.median(seconds)
-        print(f"{name:<20}{TILES * values.nbytes / 1e6 / median:>8.0f} MB/s {raw / median:>6.0%} of raw PUT")
+    raw = writes["raw PUT"]
+    for name, seconds in writes.items():
+        print(f"{name:<20}{TILES * values.nbytes / 1e6 / seconds:>8.0f} MB/s {raw / seconds:>6.0%} of raw PUT")
+    for name, seconds in reads.items():
+        print(f"{name:<28}{1000 * seconds:>8.0f} ms")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import obstore
 import requests
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError
 from planetary_computer.sas import TOKEN_CACHE, SASToken
 from planetary_computer.settings import Settings as TokenSettings
 from planetary_computer.utils import parse_blob_url
@@ -17,7 +17,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
 from infra.addresses import may_lead, shown
-from infra.buckets import s3_at
+from infra.buckets import FORBIDDEN, NO_BUCKET, s3_at
 from infra.errors import RefusedHop, Unavailable
 from infra.settings import settings
 
@@ -131,10 +131,10 @@ def _is_own(bucket: str, endpoint: str, *access: Any) -> bool:
 def _has(bucket: str, endpoint: str, *access: Any) -> bool:
     try:
         obstore.list_with_delimiter(s3_at(bucket, "", endpoint, *access), NOTHING)
-    except (PermissionDeniedError, UnauthenticatedError, PermissionError):
+    except FORBIDDEN:
         return True
     except (BaseError, OSError) as error:
-        if "NoSuchBucket" in str(error):
+        if NO_BUCKET in str(error):
             return False
         raise Unavailable(
             f"RANGEGRID_S3_ENDPOINT does not say whether it has the bucket {bucket}: check that it is up"

@@ -172,7 +172,28 @@ def archive_refuses(url):
         archive_down(server.url)
 
 
-@pytest.mark.parametrize("source", [storage_down, catalog_down, archive_down, archive_busy, archive_refuses])
+def web_down(url):
+    storage.read(f"{url}/labels.csv")
+
+
+def web_busy(url):
+    with archive.served(".", lambda path: (503, {})) as server:
+        web_down(server.url)
+
+
+def catalog_file_refused(url):
+    with archive.served(".", lambda path: (403, {})) as server:
+        catalog_down(f"{server.url}/items.json")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(storage_down, web_down, web_busy),
+        *(catalog_down, catalog_file_refused),
+        *(archive_down, archive_busy, archive_refuses),
+    ],
+)
 def test_what_each_source_raises_while_it_is_down_may_pass_also_out_of_a_unit(source, tmp_path, monkeypatch):
     (port,) = servers.free_ports(1)
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())

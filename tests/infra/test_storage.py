@@ -13,7 +13,7 @@ import pytest
 import zarr
 
 from infra import storage
-from infra.errors import Unavailable, UserError
+from infra.errors import Unavailable, UserError, may_pass
 from tests.proxy import Proxy, dropped, lost, status, truncated, wrong_length
 
 ROOT = Path(__file__).parents[2]
@@ -129,14 +129,16 @@ def test_delete_takes_the_tree_and_only_it(root):
 
 
 def test_a_missing_bucket_is_one_sentence(sandbox):
-    with pytest.raises(UserError, match=r"bucket of s3://no-such-bucket-here.* does not exist"):
+    with pytest.raises(UserError, match=r"bucket of s3://no-such-bucket-here.* does not exist") as caught:
         storage.check_writable("s3://no-such-bucket-here/x")
+    assert not may_pass(caught.value)
 
 
 def test_a_wrong_key_is_one_sentence(sandbox, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(UserError, match=r"forbidden: check AWS_ACCESS_KEY_ID"):
+    with pytest.raises(UserError, match=r"forbidden: check AWS_ACCESS_KEY_ID") as caught:
         storage.check_writable(sandbox.environment()["RANGEGRID_STORAGE_URL"])
+    assert not may_pass(caught.value)
 
 
 FULL_DISK = """
@@ -268,3 +270,17 @@ def test_the_lock_of_a_killed_process_is_no_lock(tmp_path):
         waiting.join(60)
     assert done == [True]
     assert storage.read(path.as_uri()) == b"new"
+
+
+OFF_UNIX = """
+import sys
+sys.modules["fcntl"] = None
+from infra import storage
+storage.write(sys.argv[1], b"x")
+print(storage.read(sys.argv[1]))
+"""
+
+
+def test_it_is_imported_where_there_is_no_fcntl(tmp_path):
+    command = [sys.executable, "-c", OFF_UNIX, (tmp_path / "x").as_uri()]
+    assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout == "b'x'\n"

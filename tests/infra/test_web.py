@@ -1,13 +1,14 @@
 """Reading from the web: labels and weights go where the settings allow, whole or again."""
 
 import json
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
 
-from infra import buckets, storage
+from infra import buckets, retries, storage
 from infra.errors import Unavailable, UserError
 from tasks.evaluation.label_tables import read_labels
 from tasks.model.satclip import load_foreign
@@ -107,3 +108,53 @@ def test_what_is_gone_is_not_there():
         assert not storage.exists(f"{here}/x")
         with pytest.raises(FileNotFoundError):
             storage.read(f"{here}/x")
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that were waited for, without the waiting."""
+    found = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+@pytest.mark.parametrize(("told", "least"), [("7", 7), ("100000", 60), ("soon", 0)])
+def test_a_server_says_how_long_to_wait(waits, monkeypatch, told, least):
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
+    busy = 429, {"Retry-After": told}, b""
+    with serving(lambda _, count: busy if count == 1 else (200, {}, GOOD)) as (here, asked):
+        assert storage.read(f"{here}/x") == GOOD
+        assert len(asked) == 2
+    assert len(waits) == 1
+    assert least <= waits[0] <= least + 1
+
+
+def test_waits_double_and_differ_by_chance(waits):
+    with serving(lambda *_: (503, {}, b"")) as (here, asked):
+        for _ in range(20):
+            with pytest.raises(Unavailable, match=r"HTTP 503"):
+                storage.read(f"{here}/x")
+        assert len(asked) == 20 * buckets.ATTEMPTS
+    first, second = waits[::2], waits[1::2]
+    assert all(0.25 <= wait <= 0.75 for wait in first)
+    assert all(0.5 <= wait <= 1.5 for wait in second)
+    assert len(set(waits)) > 20
+
+
+def test_a_wait_can_be_interrupted(monkeypatch):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with serving(lambda *_: (503, {}, b"")) as (here, asked):
+        with pytest.raises(KeyboardInterrupt):
+            storage.read(f"{here}/x")
+        assert len(asked) == 1
+
+
+def test_a_redirect_within_a_host_is_followed(monkeypatch):
+    """As with catalogs and assets: whoever may be asked may send us to another of its own addresses."""
+    monkeypatch.setenv("RANGEGRID_ASSET_HOSTS", '["archive.example"]')
+    with serving(lambda path, _: (200, {}, GOOD) if path == "/b" else (302, {"Location": "/b"}, b"")) as (here, asked):
+        assert storage.read(f"{here}/a") == GOOD
+        assert asked == ["/a", "/b"]

@@ -293,7 +293,7 @@ def import_checkpoint(
 
     card = import_satclip(file, directory)
     print(directory)
-    print(card.get("image_side") or f"image encoder {card['encoder']['name']}", file=sys.stderr)
+    print(f"image encoder {card.encoder.name}" if card.encoder else card.image_side, file=sys.stderr)
 
 
 @checkpoint_app.command("export")

@@ -58,12 +58,15 @@ def inspect(grid: Grid = "latest") -> None:
     """Tell what a version of the grid was made from, and how large it is, as JSON."""
     from infra.storage import size
     from tasks.cards import home_of, read_card
+    from tasks.products import GridCard
     from tasks.release.validation import opened
     from tasks.release.versions import find
 
     url = find(grid)
-    card = read_card(home_of(url), "grid")
-    print(json.dumps({"grid": url, "bytes": size(url), "dimensions": dict(opened(url).sizes), **card}, indent=2))
+    card = read_card(home_of(url), GridCard)
+    print(
+        json.dumps({"grid": url, "bytes": size(url), "dimensions": dict(opened(url).sizes), **card.stored()}, indent=2)
+    )
 
 
 @app.command()
@@ -71,11 +74,12 @@ def validate(grid: Grid = "latest", as_json: AsJson = False) -> None:
     """Check every shard of a version, and compute some cells again. The exit status is 1 where a check fails."""
     from infra import clusters
     from tasks.cards import home_of, read_card
+    from tasks.products import GridCard
     from tasks.release.validation import validate_grid
     from tasks.release.versions import find
 
     url = find(grid)
-    card = read_card(home_of(url), "grid")
+    card = read_card(home_of(url), GridCard)
     with clusters.connect() as client:
         findings = validate_grid(client, url, card)
     report(findings, as_json)
@@ -99,11 +103,12 @@ def promote(
     """Make a version the latest of its line, after validation."""
     from infra import clusters
     from tasks.cards import home_of, read_card
+    from tasks.products import GridCard
     from tasks.release import versions
     from tasks.release.validation import refuse, validate_grid
 
     url = versions.find(grid)
-    since, card = versions.begin(url), read_card(home_of(url), "grid")
+    since, card = versions.begin(url), read_card(home_of(url), GridCard)
     if not unchecked:
         with clusters.connect() as client:
             refuse(url, validate_grid(client, url, card))

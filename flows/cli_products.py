@@ -69,7 +69,7 @@ def describe(product: Any) -> dict[str, Any]:
         "written": product.changed.strftime("%Y-%m-%d %H:%M"),
         "state": product.state,
         "line": product.line,
-        "fingerprint": product.card.get("fingerprint"),
+        "fingerprint": product.card.fingerprint or None,
         "made_of": list(product.made_of),
         "used_by": list(product.used_by),
     }

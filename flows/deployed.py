@@ -14,7 +14,7 @@ from prefect.states import Completed
 
 from infra import storage
 from infra.errors import UserError
-from tasks.cards import home_of
+from tasks.cards import Card, home_of, read_card
 from tasks.units import Screen, in_run
 
 HOUR = 3600.0  # seconds; timeouts of flows end runs that hang, and are a few times what the largest run should take
@@ -47,10 +47,10 @@ def made(url: str) -> Any:
         UserError: The product is not at the URL.
     """
     try:
-        card = storage.read_json(storage.join(home_of(url), "card.json"))
-        whole = bool(card["kind"]) and (home_of(url) == url or storage.exists(storage.join(url, "zarr.json")))
-    except (FileNotFoundError, KeyError, ValueError) as error:
+        card = read_card(home_of(url), Card)
+    except UserError as error:
         raise _lost(url) from error
+    whole = bool(card.kind) and (home_of(url) == url or storage.exists(storage.join(url, "zarr.json")))
     if not whole:
         raise _lost(url)
     return Completed(message=url, data=url) if in_run() else url

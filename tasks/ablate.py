@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.errors import UserError
 from tasks.artifacts import keep_picture
-from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
+from tasks.cards import fingerprint, is_finished, product_url, write_card
 from tasks.core.compact import Projection
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.quantize import Scale
@@ -35,6 +35,7 @@ from tasks.evaluation.scoring import digest, keep_scores, score_all
 from tasks.grid.tiles import load
 from tasks.params import AblateParams, Choice
 from tasks.plots.charts import ablation_chart
+from tasks.products import AblationCard
 from tasks.units import progress
 
 STEPS: dict[str, tuple[float, ...]] = {
@@ -78,7 +79,7 @@ def ablate_database(choice: Choice, checkpoint: str, database: str, params: Abla
     variants = list(variants_of(choice, checkpoint, database, params))
     sets = label_sets(params)
     labels = {one.name: digest(one) for one in sets}
-    made_of = {"choice": choice, "database": card["fingerprint"], "labels": labels}
+    made_of = {"choice": choice, "database": card.fingerprint, "labels": labels}
     made_of |= params.model_dump(mode="json", exclude={"labels", "embedder"})
     url = product_url("ablations", made_of)
     if is_finished(url):
@@ -87,9 +88,9 @@ def ablate_database(choice: Choice, checkpoint: str, database: str, params: Abla
         table = score_all(sets, variants, params, advance).table
     name = f"Ablation of {choice}"
     keep_scores(url, "ablation", table, f"ablation-{choice}", name)
-    caption = f"Linear probes; deviation over splits. {card.get('attribution', '')}"
+    caption = f"Linear probes; deviation over splits. {card.attribution}"
     keep_picture(storage.join(url, "ablation.png"), ablation_chart(table, name, caption), f"ablation-{choice}", name)
-    write_card(url, "ablation", fingerprint=fingerprint(made_of), made_of=made_of)
+    write_card(url, AblationCard(fingerprint=fingerprint(made_of), made_of=made_of))
     return url
 
 
@@ -154,9 +155,9 @@ def _values(checkpoint: str, databases: list[str]) -> Iterator[Named]:
             "--values-name NAME`, and name them with --databases"
         )
     for url in databases:
-        read_pair(checkpoint, url)
         encoder, index = load(checkpoint, url)
-        name = read_card(url, "database").get("values", {}).get("encoder", {}).get("name", "values")
+        made = read_pair(checkpoint, url).values.encoder
+        name = made.name if made else "values"
         yield _named(f"{name} {url.rstrip('/').rpartition('/')[2]}", encoder, index, Method())
 
 

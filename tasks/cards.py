@@ -6,15 +6,65 @@ find the same directory and resume; changed ones make a new version; nothing tha
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from infra import storage
 from infra.addresses import as_url
 from infra.errors import UserError
 from infra.settings import settings
 
-FORMER_LAND: Literal["centre"] = "centre"  # which cells are land of a grid whose card does not tell: of the first ones
 GRID, SUMS = "grid.zarr", "sums.zarr"  # in the directory of a grid
+
+Source = tuple[str, str]  # the directory of a kind, and a product's name, fingerprint or digest
+
+
+class Part(BaseModel):
+    """A part of a card: frozen, and open to what other versions add."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class Card(Part):
+    """What the card of any product tells."""
+
+    directory: ClassVar[str] = ""
+    """Name of the directory of all products of the kind."""
+
+    kind: str = ""
+    """The kind of product."""
+    fingerprint: str = ""
+    """The product's name; of a checkpoint the digest of its weights, of an imported database that of its file."""
+    made_of: dict[str, Any] = {}
+    """All that decides the product, word for word as the fingerprint is made of it."""
+    line: str = ""
+    """The line of products that it belongs to."""
+    attribution: str = ""
+    """Whom to name as the source of the images."""
+
+    @field_validator("line", "made_of", mode="before")
+    @classmethod
+    def _told(cls, value: Any, info: ValidationInfo) -> Any:
+        """Takes null, which cards of before may have, for nothing told."""
+        return value or cls.model_fields[str(info.field_name)].default
+
+    @property
+    def sources(self) -> set[Source]:
+        """The products that it was made of, as far as the card names them."""
+        return set()
+
+    def stored(self) -> dict[str, Any]:
+        """Returns the card as it is stored."""
+        return {"kind": self.kind} | self.model_dump(exclude_unset=True)
+
+
+AnyCard = TypeVar("AnyCard", bound=Card)
+
+
+def kind_of(model: type[Card]) -> str:
+    """Returns the kind of product whose cards a model reads; nothing of the one that reads all."""
+    return model.model_fields["kind"].default
 
 
 def fingerprint(content: Any) -> str:
@@ -23,18 +73,57 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read_card(url: str, kind: str) -> dict[str, Any]:
-    """The card of the finished product at `url`.
+def find_card(url: str, model: type[AnyCard]) -> AnyCard | None:
+    """Returns the card of the product at `url`; none where nothing finished is there.
+
+    Args:
+        url: URL of the product's directory.
+        model: The kind of card, such as `GridCard`; `Card` for a product of whatever kind.
 
     Raises:
-        UserError: Nothing finished is there, or it is a product of another kind.
+        UserError: It is a product of another kind, or its card is damaged.
     """
     try:
-        card = storage.read_json(storage.join(url, "card.json"))
+        content = storage.read_json(storage.join(url, "card.json"))
     except FileNotFoundError:
-        raise UserError(f"there is no finished {kind} at {url}: give the URL that the step printed") from None
-    if card.get("kind") != kind:
-        raise UserError(f"{url} holds {card.get('kind')!r}, not {kind!r}: give the URL of a {kind}")
+        return None
+    except ValueError as error:
+        raise UserError(f"the card at {url} is damaged ({error}): make the product again") from error
+    kind = kind_of(model)
+    if kind and isinstance(content, dict) and content.get("kind") != kind:
+        raise UserError(f"{url} holds {content.get('kind')!r}, not {kind!r}: give the URL of a {kind}")
+    return parse_card(content, model, url)
+
+
+def parse_card(content: Any, model: type[AnyCard], url: str) -> AnyCard:
+    """Returns the card of the product at `url` that has this content.
+
+    Raises:
+        UserError: It is no such card.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
+        raise UserError(f"the card at {url} is damaged or foreign ({why}): make the product again") from error
+
+
+def read_card(url: str, model: type[AnyCard]) -> AnyCard:
+    """Returns the card of the finished product at `url`.
+
+    Args:
+        url: URL of the product's directory.
+        model: The kind of card, such as `GridCard`; `Card` for a product of whatever kind.
+
+    Raises:
+        UserError: Nothing finished is there, it is a product of another kind, or its card is damaged.
+    """
+    card = find_card(url, model)
+    if card is None:
+        raise UserError(
+            f"there is no finished {kind_of(model) or 'product'} at {url}: give the URL that the step printed"
+        )
     return card
 
 
@@ -43,25 +132,23 @@ def is_finished(url: str) -> bool:
     return storage.exists(storage.join(url, "card.json"))
 
 
-def write_card(url: str, kind: str, **content: Any) -> dict[str, Any]:
+def write_card(url: str, card: Card) -> None:
     """Writes the card that declares the product at `url` finished."""
-    card = {"kind": kind, **content}
-    storage.write_json(storage.join(url, "card.json"), card)
-    return card
+    storage.write_json(storage.join(url, "card.json"), card.stored())
 
 
-def made_before(url: str, kind: str, made_of: Any) -> dict[str, Any] | None:
+def made_before(url: str, model: type[AnyCard], made_of: Any) -> AnyCard | None:
     """The card of the same product made at `url` before; none where nothing is finished.
 
     Raises:
         UserError: Another product is there.
     """
-    if not is_finished(url):
+    there = find_card(url, Card)
+    if there is None:
         return None
-    card = storage.read_json(storage.join(url, "card.json"))
-    if card.get("kind") != kind or card.get("made_of") != made_of:
-        raise UserError(f"{url} holds another {card.get('kind')} already: name a directory of its own")
-    return card
+    if there.kind != kind_of(model) or there.made_of != made_of:
+        raise UserError(f"{url} holds another {there.kind} already: name a directory of its own")
+    return read_card(url, model)
 
 
 def product_url(kind: str, made_of: Any) -> str:

@@ -10,6 +10,7 @@ from tasks.model.checkpoint import describe, keys_of
 from tasks.model.features import encode_features, encode_rows, identity, image_encoder, load, open_store, read_features
 from tasks.newest import inherit
 from tasks.params import EncodeParams
+from tasks.products import CheckpointCard, FeaturesCard, PatchesCard, Values
 from tasks.units import run_units
 
 OWN = "checkpoint"  # as the name of the values' encoder: the checkpoint's own
@@ -30,18 +31,18 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
     Raises:
         UserError: The checkpoint takes other bands, has no image side, or a patch could not be encoded.
     """
-    source, space = read_card(patches, "patches"), read_card(checkpoint, "checkpoint")
-    made_of = {"patches": source["fingerprint"], "checkpoint": space["fingerprint"], **params.model_dump()}
+    source, space = read_card(patches, PatchesCard), read_card(checkpoint, CheckpointCard)
+    made_of = {"patches": source.fingerprint, "checkpoint": space.fingerprint, **params.model_dump()}
     made_of["values"] = identity(params.values)
     url = product_url("databases", made_of)
     if is_finished(url):
-        inherit(url, "database", patches)
+        inherit(url, patches)
         return url
     encoder = image_encoder(load(checkpoint), patches)
     features = None if params.values.name == OWN else encode_features(client, patches, params.values)
-    seen = describe(encoder) if features is None else read_card(features, "features")["encoder"]
+    seen = describe(encoder) if features is None else read_card(features, FeaturesCard).encoder
     images = len(open_store(patches).manifest)
-    create_database(url, images, load(checkpoint).location.dim, seen["dim"], params.shard_rows)
+    create_database(url, images, load(checkpoint).location.dim, seen.dim, params.shard_rows)
     done = written_shards(url)
     shards = [i for i in range(-(-images // params.shard_rows)) if i not in done]
     job = partial(encode_shard, url, patches, checkpoint, features, params.shard_rows)
@@ -50,14 +51,14 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
         url,
         fingerprint=fingerprint(made_of),
         made_of=made_of,
-        patches=source["fingerprint"],
-        checkpoint=space["fingerprint"],
-        encoder=space["encoder"],
-        values={"encoder": seen, "features": features},
-        line=source.get("line", ""),
-        attribution=source.get("attribution", ""),
+        patches=source.fingerprint,
+        checkpoint=space.fingerprint,
+        encoder=space.encoder,
+        values=Values(encoder=seen, features=features),
+        line=source.line,
+        attribution=source.attribution,
     )
-    inherit(url, "database", patches)
+    inherit(url, patches)
     return url
 
 

@@ -24,6 +24,7 @@ from tasks.grid.tiles import load
 from tasks.params import EvaluateParams
 from tasks.plots.charts import bias_chart, score_chart
 from tasks.plots.maps import error_map
+from tasks.products import DatabaseCard, ReportCard
 from tasks.release.gate import CARD
 from tasks.release.stac import ITEM, write_item
 from tasks.units import log, progress
@@ -61,7 +62,7 @@ def evaluate_database(
     if not is_finished(url):
         with progress("evaluate", len(scored_by)) as advance:
             scored = score_all(sets, scored_by, params, advance)
-        attribution = card.get("attribution", "")
+        attribution = card.attribution if card else ""
         report(url, scored, f"{CAPTION} {attribution}")
         product = product_of(scored.table)
         content = {"kind": "scorecard", "product": product, "made_of": made_of, "scores": records(scored.table)}
@@ -69,7 +70,7 @@ def evaluate_database(
             content["dtype_costs"] = costs
         content["geographic_bias"] = explain(url, scored, product, distances(checkpoint, database), attribution)
         storage.write_json(storage.join(url, CARD), content)
-        write_card(url, "report", fingerprint=fingerprint(made_of), made_of=made_of, scores=content["scores"])
+        write_card(url, ReportCard(fingerprint=fingerprint(made_of), made_of=made_of, scores=content["scores"]))
     places = {"score card": storage.join(url, CARD), "table": storage.join(url, "scores.md")}
     if grid:
         home = home_of(grid)
@@ -82,8 +83,8 @@ def evaluate_database(
     return url
 
 
-def read_inputs(checkpoint: str | None, database: str | None) -> dict[str, Any]:
-    """Returns the database's card; empty where no database is evaluated.
+def read_inputs(checkpoint: str | None, database: str | None) -> DatabaseCard | None:
+    """Returns the database's card; None where no database is evaluated.
 
     Raises:
         UserError: Only one of the two is given, or they do not belong together.
@@ -92,7 +93,7 @@ def read_inputs(checkpoint: str | None, database: str | None) -> dict[str, Any]:
         return read_pair(checkpoint, database)
     if checkpoint or database:
         raise UserError("a checkpoint and a database are evaluated together: give both, or neither")
-    return {}
+    return None
 
 
 def check_grid(grid: str) -> None:
@@ -103,12 +104,12 @@ def check_grid(grid: str) -> None:
 
 
 def made_from(
-    card: dict[str, Any], found: list[Named], sets: list[LabelSet], params: EvaluateParams, grid: str | None
+    card: DatabaseCard | None, found: list[Named], sets: list[LabelSet], params: EvaluateParams, grid: str | None
 ) -> dict[str, Any]:
     """Returns everything that decides the scores, with labels and weights by their content."""
     return {
         **params.model_dump(mode="json", exclude={"labels", "embedder"}),
-        "database": card.get("fingerprint"),
+        "database": card.fingerprint if card else None,
         "grid": grid,
         "embedders": {one.name: one.version if one.embed else None for one in found},
         "labels": {labels.name: digest(labels) for labels in sets},

@@ -13,15 +13,13 @@ from typing import Any
 from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
-from tasks.cards import GRID, read_card
+from tasks.cards import GRID, AnyCard, Card, kind_of, read_card
 from tasks.params import Params
+from tasks.products import CheckpointCard, DatabaseCard, GridCard, PatchesCard
 
 NEWEST = "newest"
-DIRECTORIES = {"patches": "patches", "checkpoint": "checkpoints", "database": "databases", "grid": "grids"}
 UNNAMED = "-"  # the mark of the line without a name
 READS = 16  # cards read at a time
-
-Card = dict[str, Any]
 
 
 def is_newest(text: Any) -> bool:
@@ -29,24 +27,24 @@ def is_newest(text: Any) -> bool:
     return isinstance(text, str) and text.partition(":")[0] == NEWEST
 
 
-def lines_of(url: str, kind: str) -> dict[str, datetime]:
+def lines_of(url: str, card: Card) -> dict[str, datetime]:
     """The lines that a finished product is in, and since when."""
     marks = storage.names(storage.join(url, "lines"))
     places = {"" if mark == UNNAMED else mark: storage.join(url, "lines", mark) for mark in marks}
-    places[read_card(url, kind).get("line") or ""] = storage.join(url, "card.json")
+    places[card.line] = storage.join(url, "card.json")
     return {line: storage.modified(place) for line, place in places.items()}
 
 
-def enter(url: str, kind: str, line: str) -> None:
+def enter(url: str, line: str) -> None:
     """Puts a finished product into a line, unless it is in it."""
-    if line not in lines_of(url, kind):
+    if line not in lines_of(url, read_card(url, Card)):
         storage.create(storage.join(url, "lines", line or UNNAMED), b"{}")
 
 
-def inherit(url: str, kind: str, patches: str) -> None:
+def inherit(url: str, patches: str) -> None:
     """Puts a finished product into the lines of the patches that it was made of."""
-    for line in lines_of(patches, "patches"):
-        enter(url, kind, line)
+    for line in lines_of(patches, read_card(patches, PatchesCard)):
+        enter(url, line)
 
 
 def resolve(asked: Mapping[str, Any], at: datetime) -> dict[str, Any]:
@@ -67,68 +65,72 @@ def resolve(asked: Mapping[str, Any], at: datetime) -> dict[str, Any]:
         name: value.at(at) if isinstance(value, Params) else value for name, value in asked.items()
     }
     if is_newest(found.get("patches")):
-        found["patches"] = newest("patches", found["patches"])
+        found["patches"] = newest(PatchesCard, found["patches"])
     if is_newest(found.get("database")):
-        found["database"] = newest("database", found["database"], _of_checkpoint(found.get("checkpoint")))
+        found["database"] = _database(found["database"], found.get("checkpoint"))
     if is_newest(found.get("checkpoint")):
         found["checkpoint"] = _checkpoint(found["checkpoint"], found.get("database"))
     if is_newest(found.get("grid")):
-        database = found.get("database")
-        made = (lambda card: card["database"] == database) if database else _any
-        found["grid"] = storage.join(newest("grid", found["grid"], made, everywhere=":" not in found["grid"]), GRID)
+        found["grid"] = _grid(found["grid"], found.get("database"))
     return found
 
 
-def _any(_: Card) -> bool:
-    return True
-
-
-def _of_checkpoint(checkpoint: str | None) -> Callable[[Card], bool]:
-    """Whether a database is of the checkpoint, where one is given by its URL."""
+def _database(asked: str, checkpoint: str | None) -> str:
+    """The newest database of a line; beside a checkpoint that is given by its URL, of those in its space."""
     if checkpoint is None or is_newest(checkpoint):
-        return _any
-    ours = read_card(checkpoint, "checkpoint")["fingerprint"]
-    return lambda card: card["checkpoint"] == ours
+        return newest(DatabaseCard, asked)
+    ours = read_card(checkpoint, CheckpointCard).fingerprint
+    return newest(DatabaseCard, asked, lambda card: card.checkpoint == ours)
 
 
 def _checkpoint(asked: str, database: str | None) -> str:
     """The newest checkpoint of a line; beside a database the one that its keys live in, of whatever line."""
     if database is None:
-        return newest("checkpoint", asked)
-    wanted = read_card(database, "database")["checkpoint"]
-    return newest("checkpoint", asked, lambda card: card["fingerprint"] == wanted, everywhere=True)
+        return newest(CheckpointCard, asked)
+    wanted = read_card(database, DatabaseCard).checkpoint
+    return newest(CheckpointCard, asked, lambda card: card.fingerprint == wanted, everywhere=True)
 
 
-def newest(kind: str, asked: str, fits: Callable[[Card], bool] = _any, *, everywhere: bool = False) -> str:
+def _grid(asked: str, database: str | None) -> str:
+    """The newest grid of a line, or where none is named of any; beside a database, of those that it was made from."""
+    named = ":" in asked
+    found = newest(GridCard, asked, lambda card: database in (None, card.database), everywhere=not named)
+    return storage.join(found, GRID)
+
+
+def newest(
+    model: type[AnyCard], asked: str, fits: Callable[[AnyCard], bool] | None = None, *, everywhere: bool = False
+) -> str:
     """The URL of the product of a kind that was finished last.
 
     Args:
-        kind: patches, checkpoint, database or grid.
+        model: The kind of its card.
         asked: `newest`, for products without a line, or `newest:LINE`.
-        fits: Whether a product comes into question, by its card.
+        fits: Whether a product comes into question, by its card; unset, any does.
         everywhere: In whatever line.
 
     Raises:
         UserError: There is none.
     """
     line = asked.partition(":")[2]
-    home = storage.join(settings().storage_url, DIRECTORIES[kind])
+    home = storage.join(settings().storage_url, model.directory)
 
     def finished(name: str) -> tuple[datetime, str] | None:
         url = storage.join(home, name)
         try:
-            card, lines = read_card(url, kind), lines_of(url, kind)
+            card = read_card(url, model)
+            lines = lines_of(url, card)
         except (UserError, OSError):  # unfinished, deleted meanwhile, or no product
             return None
-        times = list(lines.values()) if everywhere else [lines[line]] if line in lines else []
-        return (max(times), url) if times and fits(card) else None
+        times = [when for named, when in lines.items() if everywhere or named == line]
+        return (max(times), url) if times and (fits is None or fits(card)) else None
 
     with ThreadPoolExecutor(READS) as pool:
         found = [one for one in pool.map(finished, storage.names(home)) if one]
     if not found:
         named = f"the line {line!r}" if line else "the line without a name"
         raise UserError(
-            f"{asked!r}: no finished {kind} of {named} is under {home} that fits: run the step that makes it, or "
-            "give a URL"
+            f"{asked!r}: no finished {kind_of(model)} of {named} is under {home} that fits: run the step that makes "
+            "it, or give a URL"
         )
     return max(found)[1]

@@ -4,7 +4,7 @@ A grid may keep the sums behind it. A later grid, of the database as it has beco
 parent's, and computes only the images that came and went (`tasks.grid.updates`).
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,11 @@ from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
 from tasks.artifacts import keep_table, opening, show_places
-from tasks.cards import FORMER_LAND, GRID, fingerprint, home_of, is_finished, product_url, read_card, write_card
+from tasks.cards import fingerprint, home_of, is_finished, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Projection
 from tasks.core.earth.grid import Tile
 from tasks.core.earth.land import land_mask
-from tasks.core.quantize import DType
-from tasks.core.retrieval import Method
 from tasks.database.store import read_pair, stored_values
 from tasks.grid import conventions, store
 from tasks.grid.overviews import publish_overviews
@@ -29,9 +27,10 @@ from tasks.grid.parts import Part, parts_of, publish_in_parts
 from tasks.grid.previews import draw, write_page
 from tasks.grid.seas import fill_seas
 from tasks.grid.survey import Survey, kernels, survey
-from tasks.grid.tiles import Job, land_tiles, publish_tile
+from tasks.grid.tiles import Job, Parent, land_tiles, publish_tile
 from tasks.grid.updates import kept_sums, read_parent, update_tile, write_changes
 from tasks.params import PublishParams
+from tasks.products import DatabaseCard, GridCard, PatchesCard, told_land
 from tasks.release import versions
 from tasks.release.lines import Layout
 from tasks.release.promotion import promote_unless_withdrawn
@@ -61,82 +60,168 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
         UserError: The two (or the parent) do not belong together, a tile could not be made, the grid is not good, or
             another run moved `latest` meanwhile.
     """
-    card = read_pair(checkpoint, database)
-    check_compact(params, card)
-    params = settled(params, card)
-    spec = params.spec
-    tiles = land_tiles(spec)
-    if not tiles:
-        raise UserError(f"the box {spec.box} in {spec.crs} has no land in any cell: give another one")
-    kept = kept_sums(card, params)
-    parent = read_parent(params.parent, kept) if params.parent else {}
-    decides = decisive(params)
-    made_of = {"database": card["fingerprint"], **decides, "parent": parent.get("fingerprint")}
-    job = Job(
-        home=product_url("grids", made_of),
-        checkpoint=checkpoint,
-        database=database,
-        spec=spec,
-        method=Method(params.method, params.beta),
-        tolerance=params.tolerance,
-        compact_dims=params.compact_dims,
-        keep_sums=params.keep_sums,
-        parent=home_of(params.parent) if params.parent else None,
-        parent_database=parent.get("database"),
-        evidence=params.evidence,
-    )
-    layout = Layout.of(made_of, (params.compact_dims or card["value_dim"]) + card["key_dim"])
-    since = versions.begin(job.grid, params.line, layout)
-    parts = parts_of(client, job, card)
-    if parts and (params.evidence or params.dtype != "float32"):
-        raise UserError(
-            f"the database {database} is larger than a worker can hold, and evidence and the scales of a smaller dtype "
-            "need it whole: publish float32 without evidence, or give each worker more memory"
-        )
-    look = unmeasured if parts else partial(measure, client, job, params.dtype)
-    attrs = provenance(job, card, made_of) | {"rangegrid:line": since.line}
-    prepare(job, card, attrs, look, params.overviews)
-    done = store.written(job.grid, job.spec, tiles)
-    log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
-    publish_tiles(client, job, parts, tiles, done)
-    publish_overviews(client, job, params.overviews)
-    for url in [job.grid, *store.level_urls(job.grid), *([job.sums] if job.keep_sums else [])]:
-        fill_seas(url)
-    made = {"fingerprint": fingerprint(made_of), "made_of": made_of, "database": database, "checkpoint": checkpoint}
-    refuse(job.grid, validate_grid(client, job.grid, made))
-    if not is_finished(job.home):  # its time is the version's age
-        told = {"line": since.line, "dims": layout.dims} | warn_of_loss(job)
-        write_card(job.home, "grid", **made, **told, sums=kept if job.keep_sums else None)
-    versions.confirm(job.grid, since)
-    show(client, job, card["attribution"])
+    plan = GridPlan.of(checkpoint, database, params)
+    job = plan.job
+    since = versions.begin(job.grid, params.line, plan.layout)
+    parts = parts_of(client, job, plan.database)
+    prepare(client, job, plan.database, plan.attrs | {"rangegrid:line": since.line}, whole=not parts)
+    fill(client, job, parts, plan.tiles)
+    refuse(job.grid, validate_grid(client, job.grid, plan.card))
+    finish(plan, since)
+    show(client, job, plan.database.attribution)
     versions.confirm(job.grid, since)  # again: to draw takes a while
     if params.promote:
         promote_unless_withdrawn(job.grid, since, params.drift_alert)
     return job.grid
 
 
-def check_compact(params: PublishParams, card: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class GridPlan:
+    """What a run will make, settled and found possible before any work."""
+
+    job: Job
+    """What every tile needs."""
+    database: DatabaseCard
+    """The database's card."""
+    card: GridCard
+    """The grid's card, as far as it is known before the grid is there."""
+    tiles: list[Tile]
+    """The tiles with land."""
+    sums: dict[str, Any]
+    """What the sums behind the grid have in common with those that can update them."""
+
+    @classmethod
+    def of(cls, checkpoint: str, database: str, params: PublishParams) -> "GridPlan":
+        """Settles what was left open.
+
+        Raises:
+            UserError: The inputs do not belong together, or there is nothing to make.
+        """
+        images = read_pair(checkpoint, database)
+        check_compact(params, images)
+        params = settled(params, images)
+        tiles = land_tiles(params.spec)
+        if not tiles:
+            raise UserError(f"the box {params.box} in {params.crs} has no land in any cell: give another one")
+        sums = kept_sums(images, params)
+        parent = read_parent(params.parent, sums) if params.parent else None
+        made_of = decisive(images, params, parent)
+        card = GridCard(fingerprint=fingerprint(made_of), made_of=made_of, database=database, checkpoint=checkpoint)
+        job = Job(product_url("grids", made_of), checkpoint, database, params, parent)
+        return cls(job, images, card, tiles, sums)
+
+    @property
+    def dims(self) -> int:
+        """Numbers of a vector."""
+        return dims_of(self.database, self.job.params)
+
+    @property
+    def layout(self) -> Layout:
+        """What the grid's readers will rely on."""
+        return Layout.of(self.card.recipe, self.dims)
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The attributes that tell what makes the grid: source and period, encoder, database, code, kernels."""
+        images, job, card = self.database, self.job, self.card
+        made = {"made_of": card.made_of, "fingerprint": card.fingerprint}
+        made |= {"checkpoint": images.checkpoint, "database": images.fingerprint}
+        attrs = conventions.provenance(job.checkpoint, job.database, images.attribution) | period(images) | kernels(job)
+        return attrs | {f"rangegrid:{name}": value for name, value in made.items()}
+
+
+def check_compact(params: PublishParams, database: DatabaseCard) -> None:
     """Refuses more components than a database's values have."""
-    most = min(card["images"], card["value_dim"])
+    most = min(database.images, database.value_dim)
     if params.compact_dims and not params.parent and params.compact_dims > most:
         raise UserError(f"--compact-dims {params.compact_dims}: the database's values have {most} components")
 
 
-def settled(params: PublishParams, card: dict[str, Any]) -> PublishParams:
+def settled(params: PublishParams, database: DatabaseCard) -> PublishParams:
     """The parameters with what was left open: the parent's tile size and land, or shards large enough and any land."""
     if params.parent:
-        made = read_card(home_of(params.parent), "grid")["made_of"]
-        tile, land = made["tile_cells"], made.get("land", FORMER_LAND)
+        made_of = read_card(home_of(params.parent), GridCard).recipe
+        tile, land = made_of.tile_cells, made_of.land
     else:
-        tile = store.tile_cells((params.compact_dims or card["value_dim"]) + card["key_dim"], params.dtype)
-        land = "any"
+        tile, land = store.tile_cells(dims_of(database, params), params.dtype), "any"
     return params.model_copy(update={"tile_cells": params.tile_cells or tile, "land": params.land or land})
 
 
-def decisive(params: PublishParams) -> dict[str, Any]:
-    """The parameters that decide what a grid is; the rule of land is named where it is not that of the first grids."""
-    aside = {"promote", "drift_alert", "line"} | ({"land"} if params.land == FORMER_LAND else set())
-    return params.model_dump(mode="json", exclude=aside)
+def dims_of(database: DatabaseCard, params: PublishParams) -> int:
+    """Numbers of a vector."""
+    return (params.compact_dims or database.value_dim) + database.key_dim
+
+
+def decisive(database: DatabaseCard, params: PublishParams, parent: Parent | None) -> dict[str, Any]:
+    """All that decides what a grid is, as its fingerprint is made of it."""
+    untold = {"promote", "drift_alert", "line", "land"} - told_land(params.land).keys()
+    decides = {"database": database.fingerprint} | params.model_dump(mode="json", exclude=untold)
+    return decides | {"parent": parent.fingerprint if parent else None}
+
+
+def period(database: DatabaseCard) -> dict[str, str]:
+    """The time window of a database's images, where the sample it was made from is still there."""
+    if database.patches is None:
+        return {}
+    try:
+        patches = read_card(storage.join(settings().storage_url, "patches", database.patches), PatchesCard)
+    except UserError:
+        return {}
+    return {"rangegrid:datetime": patches.recipe.datetime} if patches.recipe.datetime else {}
+
+
+def prepare(client: Client, job: Job, database: DatabaseCard, attrs: dict[str, Any], *, whole: bool) -> None:
+    """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid.
+
+    Args:
+        client: The Dask cluster, on which the field is measured.
+        job: The grid.
+        database: The database's card.
+        attrs: Attributes of the grid: what made it.
+        whole: Whether a worker can hold the database: else the field is not measured.
+    """
+    if storage.exists(storage.join(job.grid, "zarr.json")):
+        return
+    if job.parent:
+        write_changes(job, job.parent, database.images)
+    params, spec, visual = job.params, job.spec, job.params.compact_dims or database.value_dim
+    if params.keep_sums:
+        store.create(job.sums, spec, store.sums_template(spec, visual, 1 + job.method.has_geodesic, attrs))
+    projection = find_projection(job)
+    found = measure(client, job, projection) if whole else Survey({})
+    content = store.Content(visual, database.key_dim, found.dtype, found.scales, params.evidence)
+    store.create_levels(job.grid, spec, content, attrs, params.overviews)
+    store.create(job.grid, spec, store.template(spec, content, attrs | found.attrs, projection))
+
+
+def find_projection(job: Job) -> Projection | None:
+    """The parent's projection, whose space the sums are in, or the principal components; none of whole values."""
+    if not job.params.compact_dims:
+        return None
+    if job.parent:
+        return store.read_projection(job.parent.grid)
+    return Projection.fit(stored_values(job.database), job.params.compact_dims)
+
+
+def measure(client: Client, job: Job, projection: Projection | None) -> Survey:
+    """What is known of the field: the parent's findings for an update, else what a worker measures now."""
+    if job.parent:
+        attrs = zarr.open_group(storage.zarr_store(job.parent.grid), mode="r").attrs
+        return Survey({name: attrs[name] for name in ("rangegrid:field",) if name in attrs})
+    look = partial(survey, job, job.params.dtype)
+    return run_units(client, look, [projection], label="survey", name=lambda _: "the field")[0]
+
+
+def fill(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> None:
+    """Makes the tiles that are not there, then what is made of them: coarser levels, and chunks of the seas."""
+    done = store.written(job.grid, job.spec, tiles)
+    log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
+    publish_tiles(client, job, parts, tiles, done)
+    publish_overviews(client, job, job.params.overviews)
+    for url in [job.grid, *store.level_urls(job.grid)]:
+        fill_seas(url)
+    if job.params.keep_sums:
+        fill_seas(job.sums)
 
 
 def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], done: set[Tile]) -> list[Report]:
@@ -148,80 +233,21 @@ def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[
         if parts:
             reports = publish_in_parts(client, job, parts, left, there)
         else:
-            make = partial(update_tile if job.parent else publish_tile, job)
+            make = partial(update_tile, job, job.parent) if job.parent else partial(publish_tile, job)
             reports = run_units(client, make, left, label="publish", there=there)
         cells.done = sum(report.cells for report in reports)
     log().info("%d places retrieved for %d cells", sum(report.evaluated for report in reports), cells.done)
     return reports
 
 
-def unmeasured(_: Projection | None) -> Survey:
-    """Nothing is known of the field."""
-    return Survey({})
-
-
-def prepare(
-    job: Job,
-    card: dict[str, Any],
-    attrs: dict[str, Any],
-    look: Callable[[Projection | None], Survey] = unmeasured,
-    overviews: int = 0,
-) -> None:
-    """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid.
-
-    Args:
-        job: The grid.
-        card: The database's card.
-        attrs: Attributes of the grid: what made it.
-        look: Measures the field, once the projection of its values is known.
-        overviews: Coarser levels that will be added.
-    """
-    if storage.exists(storage.join(job.grid, "zarr.json")):
-        return
-    if job.parent:
-        write_changes(job, card["images"])
-    visual, halves = job.compact_dims or card["value_dim"], 1 + job.method.has_geodesic
-    if job.keep_sums:
-        store.create(job.sums, job.spec, store.sums_template(job.spec, visual, halves, attrs))
-    projection = find_projection(job) if job.compact_dims else None
-    found = look(projection)
-    content = store.Content(visual, card["key_dim"], found.dtype, found.scales, job.evidence)
-    store.create_levels(job.grid, job.spec, content, attrs, overviews)
-    store.create(job.grid, job.spec, store.template(job.spec, content, attrs | found.attrs, projection))
-
-
-def provenance(job: Job, card: dict[str, Any], made_of: dict[str, Any]) -> dict[str, Any]:
-    """The attributes that tell what made a grid: source and period, encoder, database, parameters, code, kernels."""
-    attrs = conventions.provenance(job.checkpoint, job.database, card["attribution"]) | period(card) | kernels(job)
-    made = {"made_of": made_of, "fingerprint": fingerprint(made_of)}
-    made |= {"checkpoint": card["checkpoint"], "database": card["fingerprint"]}
-    return attrs | {f"rangegrid:{name}": value for name, value in made.items()}
-
-
-def period(card: dict[str, Any]) -> dict[str, str]:
-    """The time window of a database's images, where the sample it was made from is still there."""
-    try:
-        patches = read_card(storage.join(settings().storage_url, "patches", card.get("patches", "none")), "patches")
-    except UserError:
-        return {}
-    return {"rangegrid:datetime": patches["made_of"]["datetime"]} if "datetime" in patches["made_of"] else {}
-
-
-def measure(client: Client, job: Job, dtype: DType, projection: Projection | None) -> Survey:
-    """What is known of the field: the parent's findings for an update, else what a worker measures now."""
-    if job.parent:
-        attrs = zarr.open_group(storage.zarr_store(storage.join(job.parent, GRID)), mode="r").attrs
-        return Survey({name: attrs[name] for name in ("rangegrid:field",) if name in attrs})
-    found = run_units(client, partial(survey, job, dtype), [projection], label="survey", name=lambda _: "the field")
-    return found[0]
-
-
-def find_projection(job: Job) -> Projection:
-    """The parent's projection, whose space the sums are in, or the principal components of this database."""
-    if job.parent:
-        return store.read_projection(storage.join(job.parent, GRID))
-    assert job.compact_dims is not None  # for the type checker
-    return Projection.fit(stored_values(job.database), job.compact_dims)
+def finish(plan: GridPlan, since: versions.Pointer) -> None:
+    """Writes the grid's card, unless it is there: its time is the version's age; a prune meanwhile takes it back."""
+    job = plan.job
+    if not is_finished(job.home):
+        sums = plan.sums if job.params.keep_sums else None
+        told = {"line": since.line, "dims": plan.dims, "sums": sums} | warn_of_loss(job)
+        write_card(job.home, plan.card.model_copy(update=told))
+    versions.confirm(job.grid, since)
 
 
 def warn_of_loss(job: Job) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from tasks.patches.reuse import WHERE, places_read, siblings
 from tasks.patches.scenes import asset_keys, find_items
 from tasks.patches.screening import by_place, hrefs, screen_cell
 from tasks.plots.maps import sample_map
+from tasks.products import PatchesCard
 from tasks.units import log, run_units
 
 PLACES = {
@@ -77,7 +78,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     url = product_url("patches", made_of)
     if is_finished(url):
         log().info("%s is there already", url)
-        enter(url, "patches", params.line)
+        enter(url, params.line)
         return url
     planned = estimate(params, settings().workers)
     source = attribution()
@@ -92,9 +93,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     rejected = places.rejected + lost
     tell_cost(url, planned, cost(units, places.screened), rejected)
     storage.delete(storage.join(url, "held"))
-    write_card(
-        url,
-        "patches",
+    card = PatchesCard(
         fingerprint=fingerprint(made_of),
         made_of=made_of,
         line=params.line,
@@ -105,6 +104,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         passed_over=places.passed_over,
         offset_checks=rows["offset_check"].value_counts().to_dict(),
     )
+    write_card(url, card)
     return url
 
 

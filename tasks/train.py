@@ -24,6 +24,7 @@ from tasks.model.features import StoredFeatures, encode_features, features_url, 
 from tasks.newest import inherit
 from tasks.params import TrainParams
 from tasks.plots.charts import loss_curve
+from tasks.products import PatchesCard
 from tasks.units import log, progress
 
 BLOCK_DEGREES = 10  # side of the blocks that are held out
@@ -65,14 +66,14 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
         UserError: There are too few patches, an image could not be encoded, there is no such device, or training
             diverged.
     """
-    source = read_card(patches, "patches")
-    made_of = {"patches": source["fingerprint"], **params.model_dump(exclude=NOT_CONTENT)}
+    source = read_card(patches, PatchesCard)
+    made_of = {"patches": source.fingerprint, **params.model_dump(exclude=NOT_CONTENT)}
     made_of["encoder"] = identity(params.encoder)
     url = product_url("checkpoints", made_of)
     state = storage.join(url, "training.pt")
     if is_finished(url):
         storage.delete(state)  # left by a run that was killed after its card
-        inherit(url, "checkpoint", patches)
+        inherit(url, patches)
         return url
     with processes(params.device) as device:
         lonlat, held_out = split(patches, params)
@@ -89,14 +90,14 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
         if client is not None:
             encoder = open_encoder(features, patches, params.encoder.name)
             _save(url, trainer, encoder, source, made_of)
-            inherit(url, "checkpoint", patches)
+            inherit(url, patches)
             storage.delete(state)
     return url
 
 
-def _save(url: str, trainer: Trainer, encoder: Any, source: dict[str, Any], made_of: dict[str, Any]) -> None:
+def _save(url: str, trainer: Trainer, encoder: Any, source: PatchesCard, made_of: dict[str, Any]) -> None:
     """Stores the loss curve and the checkpoint, with its card last, as completion marker."""
-    history, attribution = [vars(now) for now in trainer.history], source.get("attribution", "")
+    history, attribution = [vars(now) for now in trainer.history], source.attribution
     picture = loss_curve(history, "Contrastive training", attribution)
     keep_picture(storage.join(url, "loss.png"), picture, "loss-curve", "InfoNCE loss, and recall@1 % on held-out pairs")
     save_checkpoint(
@@ -104,9 +105,9 @@ def _save(url: str, trainer: Trainer, encoder: Any, source: dict[str, Any], made
         trainer.location.cpu(),
         trainer.projection.cpu(),
         encoder,
-        patches=source["fingerprint"],
+        patches=source.fingerprint,
         attribution=attribution,
-        line=source.get("line", ""),
+        line=source.line,
         made_of=made_of,
         metrics=vars(trainer.result),
         history=history,

@@ -27,6 +27,7 @@ from tasks.patches.estimate import estimate
 from tasks.patches.store import open_patches
 from tasks.points import embed as points
 from tasks.points import sample_grid as grid_sampling
+from tasks.products import AblationCard, CheckpointCard, GridCard, ReportCard
 from tasks.release import promotion, versions
 from tests.tasks.release.test_stac import schemas
 
@@ -169,7 +170,7 @@ def check_patches(urls: dict[str, str], whole: PipelineParams) -> None:
     assert (np.isnan(pixels).any(1).mean((1, 2)) <= params.max_nodata_fraction + 1e-6).all(), "too much without data"
     assert (rows["clear_fraction"] >= params.min_clear_fraction - 1e-6).all()
     assert (rows["saturated_fraction"] <= params.max_saturated_fraction + 1e-6).all()
-    card_tells(patches.card["made_of"], params, {"weights"})
+    card_tells(patches.card.made_of, params, {"weights"})
 
 
 def card_tells(made: dict[str, Any], params: Params, but: set[str]) -> None:
@@ -185,7 +186,7 @@ def check_checkpoint(urls: dict[str, str], whole: PipelineParams) -> None:
     vectors = load_checkpoint(urls["train"]).location.embed(places)
     assert vectors.shape == (4, whole.train.dim)
     are_unit(vectors)
-    card_tells(read_card(urls["train"], "checkpoint")["made_of"], whole.train, {"encoder"})
+    card_tells(read_card(urls["train"], CheckpointCard).made_of, whole.train, {"encoder"})
     names = set(storage.names(urls["train"]))
     assert "loss.png" in names
     assert "training.pt" not in names
@@ -203,7 +204,7 @@ def check_database(urls: dict[str, str], whole: PipelineParams) -> None:
     are_unit(found.keys)
     np.testing.assert_array_equal(found.locations, rows[["lon", "lat"]])
     np.testing.assert_array_equal(found.row_ids, rows["row_id"])
-    card_tells(found.card["made_of"], whole.encode, {"values"})
+    card_tells(found.card.made_of, whole.encode, {"values"})
 
 
 def check_grid(urls: dict[str, str], whole: PipelineParams) -> None:
@@ -232,7 +233,7 @@ def check_grid(urls: dict[str, str], whole: PipelineParams) -> None:
             error = {"float32": 1e-4, "float16": 2e-3, "int8": 0.1}[params.dtype]
             by_brute_force(urls, params, places[known][:3], visual[known][:3], location[known][:3], error)
     home = url.removesuffix("/grid.zarr")
-    for made in (grid.attrs["rangegrid:made_of"], read_card(home, "grid")["made_of"]):
+    for made in (grid.attrs["rangegrid:made_of"], read_card(home, GridCard).made_of):
         card_tells(made, params, {"parent", "tile_cells", "land"})
     assert validate_dict(storage.read_json(storage.join(home, "item.json")), validator=schemas())
     for level in range(1, params.overviews + 1):
@@ -267,14 +268,14 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def check_report(urls: dict[str, str], whole: PipelineParams) -> None:
-    card = read_card(urls["evaluate"], "report")
-    scores = pd.DataFrame(card["scores"])
+    card = read_card(urls["evaluate"], ReportCard)
+    scores = pd.DataFrame(card.scores)
     told = scores.loc[scores["note"] == "", ["random", "blocked"]].astype(float)
     assert len(told), "nothing is scored"
     assert np.isfinite(told).all(axis=None), "scores are not finite"
     assert (told <= 1).all(axis=None)
     assert storage.exists(storage.join(urls["publish"].removesuffix("/grid.zarr"), "scorecard.json"))
-    card_tells(card["made_of"], whole.evaluate, {"embedder", "embedders", "labels"})
+    card_tells(card.made_of, whole.evaluate, {"embedder", "embedders", "labels"})
 
 
 CHECKS = {"sample": check_patches, "train": check_checkpoint, "encode": check_database, "publish": check_grid,
@@ -319,7 +320,7 @@ def ablated(urls: dict[str, str], params: dict[str, Any], paths: dict[str, str])
     assert len(table)
     assert table["embedder"].is_unique, f"variants of one name: {list(table['embedder'])}"
     assert np.isfinite(table[["random", "blocked"]].astype(float)).all(axis=None), "scores are not finite"
-    card_tells(read_card(url, "ablation")["made_of"], params["ablate"], {"labels", "databases"})
+    card_tells(read_card(url, AblationCard).made_of, params["ablate"], {"labels", "databases"})
 
 
 def pruned(urls: dict[str, str], params: dict[str, Any], paths: dict[str, str]) -> None:

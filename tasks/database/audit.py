@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import UserError
-from tasks.cards import read_card
+from tasks.cards import Card, kind_of, read_card
 from tasks.core.alignment import alignment
 from tasks.core.encoders.harmonics import spherical_harmonics
 from tasks.core.encoders.images import ImageEncoder
@@ -19,6 +19,7 @@ from tasks.database.store import UNIT_TOLERANCE, Database, check, open_database,
 from tasks.findings import Finding
 from tasks.model.checkpoint import keys_of
 from tasks.model.features import encode_rows, image_encoder, load, open_encoder, open_store
+from tasks.products import CheckpointCard, FeaturesCard, PatchesCard
 
 TOLERANCE = 1e-3  # largest relative difference: float32 in batches of another size, on another machine
 DEGREE = 12  # degrees of harmonics that represent a place
@@ -45,8 +46,8 @@ def audit_database(
     if patches is not None and checkpoint is None:
         raise UserError("patches are encoded again by a checkpoint: give --checkpoint too")
     data = open_database(database)
-    findings = [*numbers(data, database), fingerprint_of(data, "checkpoint", checkpoint)]
-    findings.append(fingerprint_of(data, "patches", patches))
+    findings = [*numbers(data, database), fingerprint_of(data.card.checkpoint, CheckpointCard, checkpoint)]
+    findings.append(fingerprint_of(data.card.patches, PatchesCard, patches))
     if patches is None or checkpoint is None or (data.row_ids < 0).all():  # imported: no row leads back to an image
         return [*findings, *by_statistics(data, seed)]
     if any(finding.passed is False for finding in findings):
@@ -66,12 +67,12 @@ def numbers(data: Database, database: str) -> Iterator[Finding]:
     yield Finding("duplicates", not twice, f"{twice} images are there twice")
 
 
-def fingerprint_of(data: Database, kind: str, url: str | None) -> Finding:
-    """Checks that the database was made from the product at `url`."""
-    recorded = data.card.get(kind)
+def fingerprint_of(recorded: str | None, model: type[Card], url: str | None) -> Finding:
+    """Checks that the product at `url` is the one that the database's card names, if it names one."""
+    kind = kind_of(model)
     if url is None or recorded is None:
         return Finding(kind, None, f"not given; the card says {recorded}" if recorded else "the card names none")
-    given = read_card(url, kind)["fingerprint"]
+    given = read_card(url, model).fingerprint
     return Finding(kind, given == recorded, f"{given} is given, the card says {recorded}")
 
 
@@ -112,11 +113,11 @@ def values_encoder(data: Database, patches: str) -> ImageEncoder | None:
     Raises:
         UserError: The features are no longer where the card says.
     """
-    made = data.card.get("values", {})
-    if not made.get("features"):
+    made = data.card.values
+    if not (made.features and made.encoder):
         return None
-    read_card(made["features"], "features")
-    return open_encoder(made["features"], patches, made["encoder"]["name"])
+    read_card(made.features, FeaturesCard)
+    return open_encoder(made.features, patches, made.encoder.name)
 
 
 def compare(stored: NDArray, again: NDArray) -> tuple[bool, str]:

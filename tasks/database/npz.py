@@ -3,7 +3,6 @@
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +20,13 @@ from tasks.database.store import (
     write_rows,
 )
 from tasks.foreign import check_free, read_file, write_file
+from tasks.products import CheckpointCard, DatabaseCard
 
 FOREIGN = ("locs", "satclip_embeddings", "image_embeddings")
 IMPORTED_ROWS = 1024  # images per shard of an imported database, so that parts of it can be read
 
 
-def import_npz(source: str | Path, url: str, checkpoint: str) -> dict[str, Any]:
+def import_npz(source: str | Path, url: str, checkpoint: str) -> DatabaseCard:
     """Imports a database in the published layout. Nothing in the file is executed.
 
     Args:
@@ -41,10 +41,10 @@ def import_npz(source: str | Path, url: str, checkpoint: str) -> dict[str, Any]:
     Raises:
         UserError: The file is no such database or has unsound numbers, or another product is at `url`.
     """
-    space, data = read_card(checkpoint, "checkpoint"), read_file(source, "a range_db_*.npz")
+    space, data = read_card(checkpoint, CheckpointCard), read_file(source, "a range_db_*.npz")
     name, digest = name_of(as_url(source)), hashlib.sha256(data).hexdigest()
-    made_of = {"file": name, "sha256": digest, "checkpoint": space["fingerprint"]}
-    if there := made_before(url, "database", made_of):
+    made_of = {"file": name, "sha256": digest, "checkpoint": space.fingerprint}
+    if there := made_before(url, DatabaseCard, made_of):
         return there
     locations, keys, values = _load_npz(data, source)
     check(keys, values, locations, str(source))
@@ -58,7 +58,7 @@ def import_npz(source: str | Path, url: str, checkpoint: str) -> dict[str, Any]:
     return finish_database(
         url,
         fingerprint=digest[:12],
-        checkpoint=space["fingerprint"],
+        checkpoint=space.fingerprint,
         made_of=made_of,
         attribution=f"imported from {name}",
     )
@@ -81,8 +81,8 @@ def _numbers(array: NDArray, dtype: str) -> NDArray:
         return array.astype(dtype)
 
 
-def _same_dim(keys: NDArray, space: dict[str, Any], path: str | Path) -> None:
-    dim = space["architecture"]["dim"]
+def _same_dim(keys: NDArray, space: CheckpointCard, path: str | Path) -> None:
+    dim = space.architecture.dim
     if keys.shape[1] != dim:
         raise UserError(
             f"{path} has keys of length {keys.shape[1]} and the checkpoint embeds to {dim}: give the "

@@ -27,6 +27,7 @@ from infra.bounds import EXPANSION
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import read_card, write_card
+from tasks.products import CheckpointCard, DatabaseCard
 
 READ_ROWS = 1024  # rows read at a time: reading all at once takes a quarter more memory than the database
 NAMES = ("keys", "values", "locations", "row_ids")
@@ -46,7 +47,7 @@ class Database:
     """(n, 2) longitude and latitude in degrees."""
     row_ids: NDArray[np.int64]
     """(n,) rows of the patches' manifest."""
-    card: dict[str, Any]
+    card: DatabaseCard
     """What the database is and how it was made."""
 
 
@@ -87,18 +88,15 @@ def written_shards(url: str) -> set[int]:
     return _table(url, "keys").written()
 
 
-def finish_database(url: str, **card: Any) -> dict[str, Any]:
+def finish_database(url: str, **told: Any) -> DatabaseCard:
     """Checks the whole database, writes its card, and returns the card."""
     data = _read(url)
     check(data["keys"], data["values"], data["locations"], url)
-    return write_card(
-        url,
-        "database",
-        images=len(data["keys"]),
-        key_dim=data["keys"].shape[1],
-        value_dim=data["values"].shape[1],
-        **card,
+    card = DatabaseCard(
+        images=len(data["keys"]), key_dim=data["keys"].shape[1], value_dim=data["values"].shape[1], **told
     )
+    write_card(url, card)
+    return card
 
 
 def open_database(url: str) -> Database:
@@ -121,14 +119,14 @@ def read_blocks(url: str, size: int) -> Iterator[Database]:
     """Yields a finished database, `size` images at a time."""
     card = _card(url)
     stored = {name: _table(url, name).open() for name in NAMES}
-    for start in range(0, card["images"], size):
+    for start in range(0, card.images, size):
         rows = slice(start, start + size)
         yield Database(**{name: arrays.read(array, rows) for name, array in stored.items()}, card=card)
 
 
-def _card(url: str) -> dict[str, Any]:
+def _card(url: str) -> DatabaseCard:
     """Returns the card, and refuses arrays that claim more than their objects can hold, since memory follows claims."""
-    card = read_card(url, "database")
+    card = read_card(url, DatabaseCard)
     claimed = sum(_table(url, name).open().nbytes for name in NAMES)
     if claimed > EXPANSION * (stored := storage.size(storage.join(url, "database.zarr"))):
         raise UserError(
@@ -193,13 +191,13 @@ def repeated(locations: NDArray, values: NDArray) -> NDArray[np.bool_]:
     return again
 
 
-def read_pair(checkpoint: str, database: str) -> dict[str, Any]:
+def read_pair(checkpoint: str, database: str) -> DatabaseCard:
     """Returns the database's card, after a check that its keys were made by the checkpoint."""
-    ours = read_card(checkpoint, "checkpoint")["fingerprint"]
-    card = read_card(database, "database")
-    if card["checkpoint"] != ours:
+    ours = read_card(checkpoint, CheckpointCard).fingerprint
+    card = read_card(database, DatabaseCard)
+    if card.checkpoint != ours:
         raise UserError(
-            f"the database {database} was encoded with checkpoint {card['checkpoint']}, not with {ours}: "
+            f"the database {database} was encoded with checkpoint {card.checkpoint}, not with {ours}: "
             "its keys mean nothing to this encoder. Encode the patches with this checkpoint first"
         )
     return card

@@ -13,8 +13,8 @@ import numpy as np
 import zarr_cm
 from zarr_cm import ConventionMetadataObject as Convention
 
-from tasks.cards import FORMER_LAND
 from tasks.core.earth.grid import GridSpec
+from tasks.products import GridRecipe
 
 COPERNICUS = "Copernicus Sentinel"  # in the attribution of what was made from Sentinel-2
 SENTINEL_2 = "https://dataspace.copernicus.eu/data-collections/copernicus-sentinel-data/sentinel-2"
@@ -53,7 +53,7 @@ def spec_of(attrs: Mapping[str, Any], columns: int, tile: int = 1) -> GridSpec:
     """The grid whose attributes these are: what `placed` wrote."""
     west, south, east, north = attrs["spatial:bbox"]
     crs = attrs.get("proj:code") or attrs["proj:wkt2"]
-    land = attrs.get("rangegrid:made_of", {}).get("land", FORMER_LAND)
+    land = GridRecipe.model_validate(attrs.get("rangegrid:made_of", {})).land
     return GridSpec((east - west) / columns, tile, (west, south, east, north), crs, land)
 
 

@@ -22,6 +22,7 @@ from tasks.core.retrieval import RetrievalIndex
 from tasks.core.sums import Halves
 from tasks.database.store import read_rows
 from tasks.grid.tiles import LOADING, Job, deliver, index_of, land_cells, load_encoder
+from tasks.products import DatabaseCard
 from tasks.units import RETRIES, follow
 
 MEMORY_SHARE = 0.5  # of a worker's memory that images may take; sums, harmonics and the program need the rest
@@ -30,7 +31,7 @@ AHEAD = 6  # tiles in the making: more would pile up sums where one worker is sl
 Part = tuple[int, int]
 
 
-def parts_of(client: Client, job: Job, card: dict[str, Any]) -> dict[str, Part]:
+def parts_of(client: Client, job: Job, card: DatabaseCard) -> dict[str, Part]:
     """The rows that each worker is to hold a part of; empty where any worker can hold all.
 
     Args:
@@ -43,21 +44,31 @@ def parts_of(client: Client, job: Job, card: dict[str, Any]) -> dict[str, Part]:
     """
     workers = client.scheduler_info(n_workers=-1)["workers"]
     limit = min(MEMORY_SHARE * (worker["memory_limit"] or np.inf) for worker in workers.values())
-    size = card["images"] * (card["key_dim"] + card["value_dim"]) * 4
+    size = card.images * (card.key_dim + card.value_dim) * 4
     if size <= limit:
         return {}
-    if job.tolerance or job.parent:
-        raise UserError(
-            f"the database {job.database} takes {size / 1e9:.3g} GB, which no worker can hold, and interpolation and "
-            "updates need it whole: publish without --tolerance and --parent, or give each worker more memory"
-        )
+    refuse_whole(job, size)
     if size > limit * len(workers):
         raise UserError(
             f"the database {job.database} takes {size / 1e9:.3g} GB, and {len(workers)} workers hold "
             f"{limit / 1e9:.3g} GB each: start {int(np.ceil(size / limit))} workers, or give each more memory"
         )
-    edges = np.linspace(0, card["images"], min(len(workers), card["images"]) + 1).astype(int).tolist()
+    edges = np.linspace(0, card.images, min(len(workers), card.images) + 1).astype(int).tolist()
     return dict(zip(sorted(workers), pairwise(edges), strict=False))
+
+
+def refuse_whole(job: Job, size: int) -> None:
+    """Refuses what needs the database whole, `size` bytes, where no worker can hold it."""
+    if job.params.tolerance or job.parent:
+        needs, without = "interpolation and updates need", "without --tolerance and --parent"
+    elif job.params.evidence or job.params.dtype != "float32":
+        needs, without = "evidence and the scales of a smaller dtype need", "float32 without evidence"
+    else:
+        return
+    raise UserError(
+        f"the database {job.database} takes {size / 1e9:.3g} GB, which no worker can hold, and {needs} it whole: "
+        f"publish {without}, or give each worker more memory"
+    )
 
 
 def publish_in_parts(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], there: int) -> list[Report]:

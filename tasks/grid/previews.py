@@ -61,7 +61,7 @@ def draw(client: Client, job: Job, attribution: str) -> None:
     What is there is not drawn again. Of a large grid some cells are drawn, evenly: tiles are read on Dask, and three
     numbers a drawn cell come back, so that memory and time here do not grow with the grid.
     """
-    wanted = {"world.png", "world.tif"} | ({"evidence.png"} if job.evidence else set())
+    wanted = {"world.png", "world.tif"} | ({"evidence.png"} if job.params.evidence else set())
     if wanted <= set(storage.names(job.home)):
         return
     tiles, drawn = land_tiles(job.spec), Drawn.of(job.spec)
@@ -76,7 +76,7 @@ def draw(client: Client, job: Job, attribution: str) -> None:
     picture = world_map(colours, job.spec, title, caption)
     keep_picture(storage.join(job.home, "world.png"), picture, "world-map", title)
     storage.write(storage.join(job.home, "world.tif"), geotiff(colours, job.spec))
-    if job.evidence:
+    if job.params.evidence:
         draw_evidence(job, whole[3], attribution)
 
 
@@ -121,7 +121,7 @@ def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArr
     seen = np.full((4, i.size, j.size), np.nan, np.float32)
     if seen.size:
         seen[:3] = np.tensordot(axes.T, store.read_tile(job.grid, tile)[:, i, j], 1)
-    if seen.size and job.evidence:
+    if seen.size and job.params.evidence:
         seen[3] = store.read_tile(job.grid, tile, "distance_km")[i, j]
     return seen
 

@@ -23,6 +23,7 @@ from tasks.core.retrieval import embed
 from tasks.database.store import open_database
 from tasks.grid.store import BLOCKS
 from tasks.grid.tiles import Job, index_of, load, load_encoder
+from tasks.products import CheckpointCard
 from tasks.units import log
 
 BLOCK_DEGREES, FOLDS = 10.0, 5  # of the probe: one fold is scored
@@ -151,8 +152,8 @@ def _quantization(dtype: DType, scales: dict[str, Scale]) -> dict[str, Any]:
 
 def kernels(job: Job) -> dict[str, Any]:
     """The retrieval's kernels, as far as they are known without measuring."""
-    method, architecture = job.method, read_card(job.checkpoint, "checkpoint")["architecture"]
-    found = {"semantic_temperature": method.semantic, "harmonic_degree": architecture["degree"] - 1}
+    method, architecture = job.method, read_card(job.checkpoint, CheckpointCard).architecture
+    found = {"semantic_temperature": method.semantic, "harmonic_degree": architecture.degree - 1}
     if method.has_geodesic:
         found["geodesic_temperature"] = method.geodesic_temperature
         found["geodesic_width_km"] = kernel_width_km(method.geodesic_temperature)

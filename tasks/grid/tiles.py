@@ -20,8 +20,31 @@ from tasks.core.sums import Halves
 from tasks.database.store import Database, open_database
 from tasks.grid import store
 from tasks.model.checkpoint import load_checkpoint
+from tasks.params import PublishParams
 
 LOADING = threading.Lock()  # threads of one process share what is loaded, and do not load it twice
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The grid that another one updates."""
+
+    home: str
+    """URL of its directory."""
+    database: str
+    """URL of its database."""
+    fingerprint: str
+    """Its name."""
+
+    @property
+    def grid(self) -> str:
+        """URL of its Zarr."""
+        return storage.join(self.home, GRID)
+
+    @property
+    def sums(self) -> str:
+        """URL of the Zarr of its sums."""
+        return storage.join(self.home, SUMS)
 
 
 @dataclass(frozen=True)
@@ -34,22 +57,20 @@ class Job:
     """URL of the checkpoint."""
     database: str
     """URL of the database."""
-    spec: GridSpec
-    """The grid."""
-    method: Method
-    """The retrieval."""
-    tolerance: float
-    """Relative error that interpolation may leave; 0: every cell exactly."""
-    compact_dims: int | None
-    """Principal components of the values that are kept; none: the values themselves."""
-    keep_sums: bool
-    """Whether the sums are stored too."""
-    parent: str | None
-    """URL of the directory of the grid that this one updates."""
-    parent_database: str | None
-    """URL of that grid's database."""
-    evidence: bool
-    """Whether the layers of evidence are stored too."""
+    params: PublishParams
+    """What to publish, with nothing left open."""
+    parent: Parent | None = None
+    """The grid that this one updates, if any."""
+
+    @property
+    def spec(self) -> GridSpec:
+        """The grid's cells and tiles."""
+        return self.params.spec
+
+    @property
+    def method(self) -> Method:
+        """The retrieval."""
+        return Method(self.params.method, self.params.beta)
 
     @property
     def grid(self) -> str:
@@ -64,7 +85,7 @@ class Job:
     @property
     def projected_by(self) -> str | None:
         """URL of the Zarr with the projection in force, if there is one."""
-        return self.grid if self.compact_dims else None
+        return self.grid if self.params.compact_dims else None
 
 
 def load(
@@ -116,10 +137,10 @@ def publish_tile(job: Job, tile: Tile) -> Report:
     """Embeds the land cells of one tile and writes it as one shard; tells how."""
     encoder, index = load(job.checkpoint, job.database, job.projected_by)
     cells = land_cells(job.spec, tile)
-    if job.evidence:
+    if job.params.evidence:
         write_evidence(job, tile, cells, encoder, index)
-    if not job.keep_sums:
-        vectors, report = embed_cells(encoder, index, cells, job.method, job.tolerance)
+    if not job.params.keep_sums:
+        vectors, report = embed_cells(encoder, index, cells, job.method, job.params.tolerance)
         write_cells(job.grid, tile, cells, vectors, store.VARIABLE)
         return report
     places, location = cells.lonlat, encoder.embed(cells.lonlat)
@@ -149,7 +170,7 @@ def deliver(job: Job, tile: Tile, location: NDArray[np.float32], halves: Halves,
         evaluated: Cells that were retrieved for it.
     """
     cells = land_cells(job.spec, tile)
-    if job.keep_sums:
+    if job.params.keep_sums:
         write_cells(job.sums, tile, cells, halves.pack(), store.SUMS)
     vectors = np.concatenate([halves.mix(job.method.beta), location], axis=1)
     write_cells(job.grid, tile, cells, vectors, store.VARIABLE)

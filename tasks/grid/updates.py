@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 
 from infra import storage
 from infra.errors import UserError
-from tasks.cards import FORMER_LAND, SUMS, home_of, read_card
+from tasks.cards import home_of, read_card
 from tasks.core.adaptive import Report
 from tasks.core.earth.grid import Tile
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.sums import Halves, updated
 from tasks.database.store import Database, read_blocks, read_rows
 from tasks.grid import store
-from tasks.grid.tiles import LOADING, Job, deliver, index_of, land_cells, load, load_encoder
+from tasks.grid.tiles import LOADING, Job, Parent, deliver, index_of, land_cells, load, load_encoder
 from tasks.params import PublishParams
+from tasks.products import DatabaseCard, GridCard, told_land
 from tasks.units import log
 
 SAME = 1e-6  # of a vector's length: ten times its rounding, a tenth of the error that an update may have
@@ -35,25 +36,25 @@ CHANGES = "changes.json"
 FEW = 1000  # cells of a tile that an update retrieves anew, about: no spectrum pays for them
 
 
-def kept_sums(card: dict[str, Any], params: PublishParams) -> dict[str, Any]:
+def kept_sums(card: DatabaseCard, params: PublishParams) -> dict[str, Any]:
     """What sums must have in common to be updated: all that decides them but the database's images."""
     method = Method(params.method, params.beta)
     return {
-        "checkpoint": card["checkpoint"],
+        "checkpoint": card.checkpoint,
         "crs": params.crs,
         "box": list(params.box),
         "step": params.step,
         "tile_cells": params.tile_cells,
-        **({} if params.land == FORMER_LAND else {"land": params.land}),
+        **told_land(params.land),
         "semantic_temperature": method.semantic,
         "geodesic_temperature": method.geodesic_temperature if method.has_geodesic else None,
-        "value_dim": card["value_dim"],
+        "value_dim": card.value_dim,
         "compact_dims": params.compact_dims,
     }
 
 
-def read_parent(grid: str, ours: dict[str, Any]) -> dict[str, Any]:
-    """The card of a grid that can be updated.
+def read_parent(grid: str, ours: dict[str, Any]) -> Parent:
+    """Returns a grid that can be updated.
 
     Args:
         grid: URL of the parent's Zarr.
@@ -62,8 +63,8 @@ def read_parent(grid: str, ours: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: There is no such grid, it kept no sums, or they are others.
     """
-    card = read_card(home_of(grid), "grid")
-    theirs = card.get("sums")
+    card = read_card(home_of(grid), GridCard)
+    theirs = card.sums
     if theirs is None:
         raise UserError(f"the grid {grid} kept no sums: publish it with --keep-sums true before it can be a parent")
     other = [f"{name} {theirs.get(name)} and not {value}" for name, value in ours.items() if theirs.get(name) != value]
@@ -71,25 +72,24 @@ def read_parent(grid: str, ours: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"the grid {grid} has {', '.join(other)}: its sums are of no use here. Publish without --parent"
         )
-    if read_card(card["database"], "database")["fingerprint"] != card["made_of"]["database"]:
-        raise UserError(f"{card['database']} is no longer the database of the grid {grid}: publish without --parent")
-    return card
+    if read_card(card.database, DatabaseCard).fingerprint != card.recipe.database:
+        raise UserError(f"{card.database} is no longer the database of the grid {grid}: publish without --parent")
+    return Parent(home_of(grid), card.database, card.fingerprint)
 
 
-def write_changes(job: Job, images: int) -> None:
+def write_changes(job: Job, parent: Parent, images: int) -> None:
     """Finds the images that came and went since the parent, and stores which.
 
     Raises:
         UserError: They are as many as there are: to make the grid anew is less work.
     """
-    assert job.parent_database is not None  # for the type checker
-    found = changes(job.parent_database, job.database)
+    found = changes(parent.database, job.database)
     if len(found.added) + len(found.removed) >= images:
         raise UserError(
             f"of the {images} images of {job.database}, {len(found.added)} came and {len(found.removed)} went since "
-            f"{job.parent}: an update is more work than a new grid. Publish without --parent"
+            f"{parent.home}: an update is more work than a new grid. Publish without --parent"
         )
-    log().info("%d images came and %d went since %s", len(found.added), len(found.removed), job.parent)
+    log().info("%d images came and %d went since %s", len(found.added), len(found.removed), parent.home)
     storage.write_json(storage.join(job.home, CHANGES), asdict(found))
 
 
@@ -137,14 +137,13 @@ def _marks(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.concatenate([vectors / lengths @ draws, np.log(lengths)], axis=1)
 
 
-def update_tile(job: Job, tile: Tile) -> Report:
+def update_tile(job: Job, parent: Parent, tile: Tile) -> Report:
     """Makes one tile from the parent's sums, and from the whole database the cells that lost nearly all."""
-    assert job.parent is not None  # for the type checker
     cells = land_cells(job.spec, tile)
     places, location = cells.lonlat, load_encoder(job.checkpoint).embed(cells.lonlat)
-    kept = store.read_tile(storage.join(job.parent, SUMS), tile, store.SUMS)[:, cells.wanted].T
+    kept = store.read_tile(parent.sums, tile, store.SUMS)[:, cells.wanted].T
     with LOADING:
-        came, went = changed_images(job)
+        came, went = changed_images(job, parent)
     added, removed = (i.halves(location, places, job.method) if i else None for i in (came, went))
     after, anew = updated(Halves.unpack(kept, 1 + job.method.has_geodesic), added, removed)
     if anew.any():
@@ -154,9 +153,12 @@ def update_tile(job: Job, tile: Tile) -> Report:
 
 
 @lru_cache(maxsize=2)
-def changed_images(job: Job) -> tuple[RetrievalIndex | None, RetrievalIndex | None]:
+def changed_images(job: Job, parent: Parent) -> tuple[RetrievalIndex | None, RetrievalIndex | None]:
     """The images that came and those that went, if any; read once per worker process."""
     found = Changes(**storage.read_json(storage.join(job.home, CHANGES)))
-    pairs = (job.database, found.added), (job.parent_database, found.removed)
-    came, went = (index_of(read_rows(url, rows), job.projected_by) if url and rows else None for url, rows in pairs)
-    return came, went
+    return _index(job, job.database, found.added), _index(job, parent.database, found.removed)
+
+
+def _index(job: Job, database: str, rows: list[int]) -> RetrievalIndex | None:
+    """Some images of a database; none where no rows are asked for."""
+    return index_of(read_rows(database, rows), job.projected_by) if rows else None

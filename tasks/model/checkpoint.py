@@ -36,6 +36,7 @@ from tasks.core.contrastive import ImageProjection
 from tasks.core.encoders.images import ImageEncoder
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.encoders.registry import load_encoder
+from tasks.products import Architecture, CheckpointCard, EncoderFacts
 
 ZIP, DIGEST = b"PK\x03\x04", 32  # first bytes of a `torch.save`; length in bytes of the SHA-256 before it
 
@@ -50,7 +51,7 @@ class Checkpoint:
     """Maps image features into the space; None where only the location encoder was imported."""
     encoder: ImageEncoder | None
     """Maps images to features; None where only the location encoder was imported."""
-    card: dict[str, Any]
+    card: CheckpointCard
     """What the checkpoint is and how it was made."""
 
 
@@ -59,8 +60,8 @@ def save_checkpoint(
     location: LocationEncoder,
     projection: ImageProjection | None = None,
     encoder: ImageEncoder | None = None,
-    **card: Any,
-) -> dict[str, Any]:
+    **told: Any,
+) -> CheckpointCard:
     """Writes a checkpoint, its card last, and returns the card.
 
     Args:
@@ -68,33 +69,30 @@ def save_checkpoint(
         location: The location encoder.
         projection: The image projection; given together with `encoder`.
         encoder: The image encoder that the projection was trained on.
-        **card: More entries of the card, such as data, metrics and history.
+        **told: More entries of the card, such as data, metrics and history.
     """
     tensors = named("location", location.state_dict())
     if projection is not None and encoder is not None:
         arrays = {name: torch.from_numpy(array) for name, array in encoder.arrays().items()}
         tensors |= named("projection", projection.state_dict()) | named("encoder", arrays)
-        card["encoder"] = describe(encoder)
+        told["encoder"] = describe(encoder)
     data = serialise(tensors)
     storage.write(storage.join(url, "model.safetensors"), data)
-    return write_card(
-        url,
-        "checkpoint",
-        fingerprint=hashlib.sha256(data).hexdigest()[:12],
-        architecture=location.architecture,
-        **card,
-    )
+    digest = hashlib.sha256(data).hexdigest()[:12]
+    card = CheckpointCard(fingerprint=digest, architecture=Architecture(**location.architecture), **told)
+    write_card(url, card)
+    return card
 
 
-def describe(encoder: ImageEncoder) -> dict[str, Any]:
+def describe(encoder: ImageEncoder) -> EncoderFacts:
     """Returns what an image encoder states, for a card."""
-    return {
-        "name": encoder.name,
-        "bands": list(encoder.bands),
-        "dim": encoder.dim,
-        "resolution_m": encoder.resolution_m,
-        "normalisation": encoder.normalisation,
-    }
+    return EncoderFacts(
+        name=encoder.name,
+        bands=encoder.bands,
+        dim=encoder.dim,
+        resolution_m=encoder.resolution_m,
+        normalisation=encoder.normalisation,
+    )
 
 
 def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -108,19 +106,19 @@ def load_checkpoint(url: str) -> Checkpoint:
     Raises:
         UserError: There is no checkpoint, or its weights do not match its card.
     """
-    card = read_card(url, "checkpoint")
+    card = read_card(url, CheckpointCard)
     data = storage.read(storage.join(url, "model.safetensors"))
-    if hashlib.sha256(data).hexdigest()[:12] != card["fingerprint"]:
+    if hashlib.sha256(data).hexdigest()[:12] != card.fingerprint:
         raise UserError(f"the weights at {url} are not those of its card: copy the checkpoint again, whole")
     tensors = parse(data)
-    location = LocationEncoder(**card["architecture"]).to(tensors["location.layers.0.weight"].dtype)
+    location = LocationEncoder(**card.architecture.model_dump()).to(tensors["location.layers.0.weight"].dtype)
     location.load_state_dict(part_of(tensors, "location"))
     location.eval()
-    if "encoder" not in card:
+    if card.encoder is None:
         return Checkpoint(location, None, None, card)
     arrays = {name: tensor.numpy() for name, tensor in part_of(tensors, "encoder").items()}
     try:
-        encoder = load_encoder(card["encoder"]["name"], arrays, tuple(card["encoder"]["bands"]))
+        encoder = load_encoder(card.encoder.name, arrays, card.encoder.bands)
     except ValueError as error:
         raise UserError(f"the image encoder of {url} cannot be loaded: {error}") from error
     projection = ImageProjection(encoder.dim, location.dim)

@@ -30,6 +30,7 @@ from tasks.foreign import read_file
 from tasks.model.checkpoint import Checkpoint, describe, load_checkpoint, pack, unpack
 from tasks.params import EncoderParams
 from tasks.patches.store import Patches, open_patches
+from tasks.products import FeaturesCard, PatchesCard
 from tasks.units import log, run_units
 
 SHARD = 512  # images in a shard of features: 2 MB, some seconds of work
@@ -45,7 +46,7 @@ def features_url(patches: str, params: EncoderParams, views: int) -> str:
 
 
 def _made_of(patches: str, params: EncoderParams, views: int) -> dict[str, Any]:
-    return {"patches": read_card(patches, "patches")["fingerprint"], "views": views, **identity(params)}
+    return {"patches": read_card(patches, PatchesCard).fingerprint, "views": views, **identity(params)}
 
 
 def encode_features(client: Client, patches: str, params: EncoderParams, views: int = 1) -> str:
@@ -87,9 +88,8 @@ def encode_features(client: Client, patches: str, params: EncoderParams, views: 
         label="features",
         there=len(done),
     )
-    write_card(
-        url, "features", fingerprint=fingerprint(made_of), made_of=made_of, images=images, encoder=describe(encoder)
-    )
+    card = FeaturesCard(fingerprint=fingerprint(made_of), made_of=made_of, images=images, encoder=describe(encoder))
+    write_card(url, card)
     return url
 
 
@@ -173,7 +173,7 @@ def check_takes(encoder: ImageEncoder, source: Patches, taker: str) -> None:
             f"{source.url} has the bands {', '.join(source.bands)} and {taker} takes "
             f"{', '.join(encoder.bands)}: sample patches with {', '.join(missing)}, or use another encoder"
         )
-    metres = source.card.get("made_of", {}).get("resolution_m")
+    metres = source.card.recipe.resolution_m
     if encoder.resolution_m and metres and metres != encoder.resolution_m:
         log().warning("%s was trained on pixels of %g m; these have %g m", encoder.name, encoder.resolution_m, metres)
 

@@ -21,6 +21,7 @@ from tasks.core.encoders.location import LocationEncoder
 from tasks.core.encoders.registry import load_tower
 from tasks.foreign import check_free, read_file, write_file
 from tasks.model.checkpoint import Checkpoint, load_checkpoint, named, part_of, save_checkpoint
+from tasks.products import CheckpointCard
 
 ALLOWED: list[Any] = [argparse.Namespace]  # Lightning stores this beside plain containers and tensors
 FOREIGN_LOCATION = "model.location.nnet"
@@ -33,7 +34,7 @@ VISION = {  # SatCLIP's vision_layers: our encoder, and the name of its last lay
 FOREIGN_BASIS: dict[str, Basis] = {"analytic": "analytic", "closed-form": "orthonormal"}
 
 
-def import_satclip(source: str | Path, url: str) -> dict[str, Any]:
+def import_satclip(source: str | Path, url: str) -> CheckpointCard:
     """Imports a SatCLIP Lightning checkpoint. Nothing in the file is executed.
 
     The image tower is imported where SatCLIP published its architecture: the tower up to its pooled features becomes
@@ -51,7 +52,7 @@ def import_satclip(source: str | Path, url: str) -> dict[str, Any]:
     """
     data = read_file(source, "a satclip-*.ckpt")
     made_of = {"file": name_of(as_url(source)), "sha256": hashlib.sha256(data).hexdigest()}
-    if there := made_before(url, "checkpoint", made_of):
+    if there := made_before(url, CheckpointCard, made_of):
         return there
     content = _unpickle(data, source)
     try:

@@ -18,6 +18,7 @@ from infra.errors import UserError
 from infra.settings import settings
 from tasks.cards import fingerprint, read_card
 from tasks.patches import store
+from tasks.products import PatchesCard
 
 SIZE = {"patches", "shard_patches", "max_tries", "max_failed_fraction"}  # parameters that change nothing at a place
 # Columns that the parts of another sample must have: earlier versions wrote fewer.
@@ -33,9 +34,9 @@ def siblings(made_of: Mapping[str, Any]) -> list[str]:
     for name in storage.names(home):
         url = storage.join(home, name)
         with suppress(UserError, OSError):  # unfinished, or no sample
-            theirs = read_card(url, "patches").get("made_of") or {}
-            if _without_size(theirs) == ours:
-                sizes[url] = theirs["patches"]
+            theirs = read_card(url, PatchesCard)
+            if _without_size(theirs.made_of) == ours:
+                sizes[url] = theirs.recipe.patches or 0
     return sorted(sizes, key=lambda url: (-sizes[url], url))
 
 

@@ -14,7 +14,6 @@ import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import geopandas as gpd
 import numpy as np
@@ -30,6 +29,7 @@ from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import read_card
 from tasks.core.sentinel2.radiometry import NODATA_DN, to_reflectance
+from tasks.products import PatchesCard
 
 READS = 16  # parts read at a time
 MOST_PATCHES, MOST_BANDS, MOST_PIXELS, MOST_SHARD = 10_000_000, 100, 2048, 100_000  # bounds of a store that is read
@@ -62,7 +62,7 @@ class Patches:
 
     url: str
     """URL of the store."""
-    card: dict[str, Any]
+    card: PatchesCard
     """What the store is and how it was made."""
     manifest: gpd.GeoDataFrame
     """One row per patch."""
@@ -89,9 +89,9 @@ def open_patches(url: str) -> Patches:
     Raises:
         UserError: There is no store at `url`, or its metadata cannot be true: memory is taken by what they claim.
     """
-    card, place = read_card(url, "patches"), storage.join(url, "manifest.parquet")
+    card, place = read_card(url, PatchesCard), storage.join(url, "manifest.parquet")
     manifest = io.BytesIO(data := storage.read(place))
-    if hashlib.sha256(data).hexdigest() != card.get("manifest_sha256", hashlib.sha256(data).hexdigest()):
+    if card.manifest_sha256 not in (None, hashlib.sha256(data).hexdigest()):
         raise arrays.damaged(place, "its digest is not that of the card")
     try:
         rows = open_parquet(manifest, place, len(data)).metadata.num_rows

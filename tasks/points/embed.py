@@ -40,6 +40,7 @@ from tasks.model.checkpoint import load_checkpoint
 from tasks.model.satclip import import_satclip
 from tasks.params import EmbedParams
 from tasks.points.output import check_output, vectors_column, whole, write_table
+from tasks.products import CheckpointCard
 from tasks.tables.points import Rows, check_names, check_points, open_points, rows_of
 from tasks.units import progress
 
@@ -149,10 +150,10 @@ def open_embedder(checkpoint: str, database: str, params: EmbedParams, points: i
         images = _imported(database, ".npz", lambda path, url: import_npz(path, url, space), f"{scratch}/database")
         encoder = load_checkpoint(space).location
         data = open_database(images)
-        ours = read_card(space, "checkpoint")["fingerprint"]
-    if data.card["checkpoint"] != ours:
+        ours = read_card(space, CheckpointCard).fingerprint
+    if data.card.checkpoint != ours:
         raise UserError(
-            f"the database {database} was encoded with checkpoint {data.card['checkpoint']}, not with {ours}: "
+            f"the database {database} was encoded with checkpoint {data.card.checkpoint}, not with {ours}: "
             "its keys mean nothing to this encoder. Give the two that belong together"
         )
     values, compact = _compact(data, params.compact_dims)
@@ -160,8 +161,8 @@ def open_embedder(checkpoint: str, database: str, params: EmbedParams, points: i
         "method": params.method,
         "beta": params.beta,
         "checkpoint": ours,
-        "database": data.card["fingerprint"],
-        "attribution": data.card.get("attribution", ""),
+        "database": data.card.fingerprint,
+        "attribution": data.card.attribution,
         **compact,
     }
     index = RetrievalIndex(

@@ -5,16 +5,15 @@ number of dimensions. A version is in one line for good: its card tells which.
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from infra import storage
 from infra.errors import UserError
-from tasks.cards import home_of
+from tasks.cards import find_card, home_of, parse_card
+from tasks.products import GridCard, GridRecipe
 
-FORMER = {"step_degrees": "step"}  # parameters by the names that they had
-EDGES = {"west": -180.0, "south": -90.0, "east": 180.0, "north": 90.0}  # where a card names none: the globe
+GLOBE = (-180.0, -90.0, 180.0, 90.0)
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,14 @@ class Layout:
     """Numbers of a vector; none where no metadata tells them."""
 
     @classmethod
-    def of(cls, made_of: Mapping[str, Any], dims: int | None) -> "Layout":
-        """Returns the layout of a grid made of these parameters."""
-        given = {FORMER.get(name, name): value for name, value in made_of.items()}
-        box = tuple(float(given.get(edge, default)) for edge, default in EDGES.items())
-        return cls(given.get("crs", "EPSG:4326"), given.get("step", 0.5), box, given.get("dtype", "float32"), dims)
+    def of(cls, recipe: GridRecipe, dims: int | None) -> "Layout":
+        """Returns the layout of a grid that is made so."""
+        return cls(recipe.crs, recipe.step, recipe.box, recipe.dtype, dims)
 
     @property
     def place(self) -> str:
         """The box in words."""
-        return "globe" if self.box == tuple(EDGES.values()) else ",".join(f"{edge:.10g}" for edge in self.box)
+        return "globe" if self.box == GLOBE else ",".join(f"{edge:.10g}" for edge in self.box)
 
     @property
     def line(self) -> str:
@@ -58,36 +55,43 @@ class Layout:
 class Told:
     """What a version tells of itself."""
 
-    card: dict[str, Any]
-    """Its card; empty while it is unfinished."""
-    layout: Layout | None = None
-    """What its readers rely on; none before its metadata are there."""
-    line: str = ""
-    """Its line; empty before its metadata are there."""
+    card: GridCard
+    """Its card; of what that does not tell, and while there is none, what its metadata tell."""
+    is_finished: bool
+    """Whether its card is there."""
+
+    @property
+    def layout(self) -> Layout | None:
+        """What its readers rely on; none before its metadata are there."""
+        return Layout.of(self.card.recipe, self.card.dims) if self.card.made_of else None
+
+    @property
+    def line(self) -> str:
+        """Its line; empty before its metadata are there."""
+        return self.card.line or self.layout.line if self.layout else ""
 
 
 def read_told(grid: str) -> Told:
-    """Returns what the version whose Zarr is at `grid` tells: its card, or while it is unfinished, its metadata."""
-    card = _read(storage.join(home_of(grid), "card.json"))
-    facts = card if {"line", "dims"} <= card.keys() else facts_of(grid) | card
-    if "made_of" not in facts:
-        return Told(card)
-    layout = Layout.of(facts["made_of"], facts.get("dims"))
-    return Told(card, layout, facts.get("line") or layout.line)
+    """Returns what the version whose Zarr is at `grid` tells: its card, or while it is unfinished, its metadata.
+
+    Raises:
+        UserError: Its card is damaged, or another product's.
+    """
+    card = find_card(home_of(grid), GridCard)
+    if card and card.line and card.dims is not None:
+        return Told(card, True)
+    told = _metadata(grid) | (card.stored() if card else {})
+    return Told(parse_card(told, GridCard, home_of(grid)), card is not None)
 
 
-def facts_of(grid: str) -> dict[str, Any]:
-    """Returns what the metadata of a grid tell of it: what it is made of, line, dimensions; what is there of these."""
-    attrs = _read(storage.join(grid, "zarr.json")).get("attributes", {})
-    names = {"made_of": "rangegrid:made_of", "line": "rangegrid:line", "dims": "geoemb:dimensions"}
-    return {name: attrs[key] for name, key in names.items() if key in attrs}
-
-
-def _read(url: str) -> dict[str, Any]:
+def _metadata(grid: str) -> dict[str, Any]:
+    """What the metadata of a grid tell of what its card will: what it is made of, line, dimensions."""
     try:
-        return storage.read_json(url)
+        attrs = storage.read_json(storage.join(grid, "zarr.json")).get("attributes", {})
     except FileNotFoundError:
         return {}
+    names = {"made_of": "rangegrid:made_of", "line": "rangegrid:line", "dims": "geoemb:dimensions"}
+    return {name: attrs[key] for name, key in names.items() if key in attrs}
 
 
 def read_line(grid: str) -> str:

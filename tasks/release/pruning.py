@@ -11,7 +11,7 @@ from typing import Any
 
 from infra import storage
 from tasks.release import versions
-from tasks.release.inventory import KINDS, Product, products
+from tasks.release.inventory import KINDS, ORDER, Product, products
 
 INPUTS = ("patches", "features", "checkpoints", "databases")  # what a step may be reading that tells nobody
 AT_WORK = timedelta(days=1)  # an unfinished product that was written since may have a run
@@ -57,7 +57,7 @@ def prune_all(
 
 
 def _order(product: Product) -> int:
-    return KINDS.index(product.kind)
+    return ORDER.index(product.kind)
 
 
 def _prune_grids(keep: int, unfinished: bool, delete: bool, spared: set[str]) -> list[versions.Version]:

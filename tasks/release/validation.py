@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.errors import UserError
 from tasks import arrays
-from tasks.cards import FORMER_LAND, fingerprint, home_of, name_of
+from tasks.cards import fingerprint, home_of, name_of
 from tasks.core.compact import Projection
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.land import land_mask
@@ -32,7 +31,7 @@ from tasks.grid import store
 from tasks.grid.tiles import SUMS, land_cells, land_tiles
 from tasks.model.checkpoint import load_checkpoint
 from tasks.params import PublishParams
-from tasks.release.lines import FORMER
+from tasks.products import GridCard
 from tasks.units import run_units
 
 CANARIES = 24  # cells that are computed again
@@ -92,13 +91,13 @@ class Reference:
         return np.maximum(errors, np.linalg.norm(location - self.location, axis=1)).reshape(times, -1)
 
 
-def validate_grid(client: Client, grid: str, card: dict[str, Any]) -> list[Finding]:
+def validate_grid(client: Client, grid: str, card: GridCard) -> list[Finding]:
     """Checks a grid whose tiles are made.
 
     Args:
         client: The Dask cluster that reads the shards.
         grid: URL of the Zarr.
-        card: The version's card: `made_of`, `database` and `checkpoint`.
+        card: The version's card.
 
     Returns:
         What was found, in order.
@@ -106,7 +105,7 @@ def validate_grid(client: Client, grid: str, card: dict[str, Any]) -> list[Findi
     Raises:
         UserError: The database or the checkpoint is gone, or the store does not answer.
     """
-    params = params_of(card)
+    params = card.recipe.params
     spec = params.spec
     tiles = land_tiles(spec)
     missing = set(tiles) - store.written(grid, spec, tiles)
@@ -138,13 +137,6 @@ def refuse(grid: str, findings: list[Finding]) -> None:
             f"{grid} is not good ({'; '.join(failed)}), and no reader was sent to it: delete what is wrong, or all "
             "of it, and run again"
         )
-
-
-def params_of(card: dict[str, Any]) -> PublishParams:
-    """The parameters that a version was made with; its parent left out, which is known by fingerprint alone."""
-    made_of = {FORMER.get(name, name): value for name, value in card["made_of"].items()}
-    known = {name: made_of[name] for name in PublishParams.model_fields if name in made_of and name != "parent"}
-    return PublishParams(**{"land": FORMER_LAND} | known)
 
 
 def presence(tiles: list[Tile], missing: set[Tile]) -> Finding:
@@ -181,7 +173,7 @@ def damaged(batch: list[tuple[str, arrays.Stored]]) -> list[str]:
     return [why for url, stored in batch if (why := arrays.check(url, stored))]
 
 
-def header(grid: str, spec: GridSpec, card: dict[str, Any]) -> Iterator[Finding]:
+def header(grid: str, spec: GridSpec, card: GridCard) -> Iterator[Finding]:
     """Whether coordinates and attributes are those of the card."""
     dataset, names, stored = opened(grid), spec.plane.dims, store.open_spec(grid)
     y, x = (dataset[name].values for name in names)
@@ -190,10 +182,8 @@ def header(grid: str, spec: GridSpec, card: dict[str, Any]) -> Iterator[Finding]
     detail = f"{names[0]} {y[0]:g} to {y[-1]:g}, {names[1]} {x[0]:g} to {x[-1]:g}, {len(y)} x {len(x)}, {stored.crs}"
     yield Finding("coordinates, north up", same and rising, detail)
     recorded = dataset.attrs.get("rangegrid:made_of")
-    named = fingerprint(card["made_of"]) == name_of(grid)
-    yield Finding(
-        "card", recorded == card["made_of"] and named, "attributes, card and name tell of the same parameters"
-    )
+    named = fingerprint(card.made_of) == name_of(grid)
+    yield Finding("card", recorded == card.made_of and named, "attributes, card and name tell of the same parameters")
 
 
 def opened(grid: str) -> xr.Dataset:
@@ -254,7 +244,7 @@ def visual_range(checks: list[TileCheck], reference: Reference, slack: float) ->
     return Finding("visual part", not beyond, f"{beyond} of {len(low)} dimensions go beyond the database's values")
 
 
-def canaries(grid: str, spec: GridSpec, card: dict[str, Any], params: PublishParams) -> tuple[Float, Reference]:
+def canaries(grid: str, spec: GridSpec, card: GridCard, params: PublishParams) -> tuple[Float, Reference]:
     """Some cells as they are stored, (m, dim), and computed again: at their places, then at each of the wrong ones."""
     dataset, (y, x), plane = opened(grid), spec.plane.dims, store.open_spec(grid).plane
     rows, columns = chosen(spec, name_of(grid))
@@ -263,9 +253,9 @@ def canaries(grid: str, spec: GridSpec, card: dict[str, Any], params: PublishPar
     projection = store.read_projection(grid) if params.compact_dims else None
     everywhere = plane.lonlat(np.concatenate([places, *wrong(places, spec.box).values()]))
     everywhere = np.where(np.isfinite(everywhere), everywhere, 0)  # where the plane has no place, any is wrong
-    location = load_checkpoint(card["checkpoint"]).location.embed(everywhere).astype(np.float64)
+    location = load_checkpoint(card.checkpoint).location.embed(everywhere).astype(np.float64)
     method = Method(params.method, params.beta)
-    return stored, refer(card["database"], location, everywhere, method, projection)
+    return stored, refer(card.database, location, everywhere, method, projection)
 
 
 def chosen(spec: GridSpec, name: str) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

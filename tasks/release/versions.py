@@ -40,7 +40,8 @@ from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
 from tasks.cards import GRID, home_of, name_of, read_card
-from tasks.release.lines import Layout, choose_line, lines_in, read_line, read_told, versions_in
+from tasks.products import GridCard
+from tasks.release.lines import Layout, Told, choose_line, lines_in, read_line, read_told, versions_in
 
 HISTORY = 100  # versions that a pointer remembers
 DELETED = 1000  # deletions that it remembers
@@ -127,17 +128,23 @@ class Version:
     """`latest`, `previous`, `withdrawn`, `kept`, `unfinished` or `condemned`; the first two are those of its line."""
     finished: datetime | None
     """When its card was written."""
-    card: dict[str, Any]
-    """Its card; empty while it is unfinished."""
-    line: str = ""
-    """Its product line; empty before its metadata are there."""
-    layout: Layout | None = None
-    """What its readers rely on; none before its metadata are there."""
+    told: Told
+    """What it tells of itself."""
+
+    @property
+    def line(self) -> str:
+        """Its product line; empty before its metadata are there."""
+        return self.told.line
+
+    @property
+    def layout(self) -> Layout | None:
+        """What its readers rely on; none before its metadata are there."""
+        return self.told.layout
 
     @property
     def parent(self) -> str | None:
         """Fingerprint of the version whose sums it was made from."""
-        return self.card.get("made_of", {}).get("parent")
+        return self.told.card.recipe.parent
 
 
 def directory() -> str:
@@ -274,7 +281,7 @@ def check_undeleted(pointer: Pointer, known: Pointer, grid: str) -> None:
 def check_there(pointer: Pointer, grid: str) -> None:
     """Refuses a version that is unfinished, being deleted, or a card without a grid."""
     check_uncondemned(pointer, grid)
-    read_card(home_of(grid), "grid")
+    read_card(home_of(grid), GridCard)
     if not storage.exists(storage.join(grid, "zarr.json")):
         raise UserError(f"{home_of(grid)} has a card and no grid: delete it, and publish it again")
 
@@ -346,16 +353,18 @@ def versions() -> list[Version]:
     known = pointers()
     with ThreadPoolExecutor(READERS) as pool:
         found = list(pool.map(lambda name: _version(name, known), versions_in(directory())))
-    there = [version for version in found if version.card or storage.size(home_of(version.grid))]  # no empty directory
+    there = [
+        version for version in found if version.finished or storage.size(home_of(version.grid))
+    ]  # no empty directory
     return sorted(there, key=lambda v: (v.finished is None, -v.finished.timestamp() if v.finished else 0, v.grid))
 
 
 def _version(name: str, known: dict[str, Pointer]) -> Version:
     home, grid = storage.join(directory(), name), storage.join(directory(), name, GRID)
     told = read_told(grid)
-    finished = storage.modified(storage.join(home, "card.json")) if told.card else None
-    state = _state(name, grid, told.line, known.values(), finished is not None)
-    return Version(name, grid, state, finished, told.card, told.line, told.layout)
+    finished = storage.modified(storage.join(home, "card.json")) if told.is_finished else None
+    state = _state(name, grid, told.line, known.values(), told.is_finished)
+    return Version(name, grid, state, finished, told)
 
 
 def _state(name: str, grid: str, line: str, known: Iterable[Pointer], finished: bool) -> str:

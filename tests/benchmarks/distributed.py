@@ -22,13 +22,13 @@ from distributed import Client
 
 from infra.sandbox import servers
 from tasks.cards import read_card
-from tasks.core.earth.grid import GridSpec
 from tasks.core.encoders.location import LocationEncoder
-from tasks.core.retrieval import Method
 from tasks.database.store import create_database, finish_database, write_rows
 from tasks.grid.parts import Part
 from tasks.grid.tiles import Job, land_tiles
 from tasks.model.checkpoint import save_checkpoint
+from tasks.params import PublishParams
+from tasks.products import DatabaseCard
 from tasks.publish import prepare, publish_tiles
 from tests.benchmarks.retrieval import KEY, VALUE, machine, places
 
@@ -62,7 +62,7 @@ def cluster(workers: int) -> Iterator[Client]:
 
 def make(home: str) -> Job:
     """A random encoder and database, stored, and the grid to publish."""
-    space = save_checkpoint(f"{home}/checkpoint", LocationEncoder(20))["fingerprint"]
+    space = save_checkpoint(f"{home}/checkpoint", LocationEncoder(20)).fingerprint
     rng, url = np.random.default_rng(0), f"{home}/database"
     create_database(url, IMAGES, KEY, VALUE, SHARD)
     for start in range(0, IMAGES, SHARD):
@@ -71,15 +71,15 @@ def make(home: str) -> Job:
         values, ids = rng.normal(size=(SHARD, VALUE)).astype(np.float32), np.arange(start, start + SHARD)
         write_rows(url, start, {"keys": keys, "values": values, "locations": places(SHARD, rng), "row_ids": ids})
     finish_database(url, checkpoint=space, fingerprint="")
-    return Job("", f"{home}/checkpoint", url, GridSpec(STEP, TILE), Method(), 0, None, False, None, None, False)
+    return Job("", f"{home}/checkpoint", url, PublishParams(step=STEP, tile_cells=TILE))
 
 
 def rate(client: Client, job: Job, home: str, parts: dict[str, Part]) -> tuple[float, float]:
     """Cells per second, by the clock and by the workers' CPU time, the best of some runs each."""
     best = 0.0, 0.0
     for number, step in enumerate([COARSE] + [STEP] * ROUNDS):
-        run = replace(job, home=f"{home}/{len(parts)}-{number}", spec=GridSpec(step, TILE))
-        prepare(run, read_card(job.database, "database"), {})
+        run = replace(job, home=f"{home}/{len(parts)}-{number}", params=PublishParams(step=step, tile_cells=TILE))
+        prepare(client, run, read_card(job.database, DatabaseCard), {}, whole=False)
         start, used = time.perf_counter(), sum(client.run(time.process_time).values())
         cells = sum(report.cells for report in publish_tiles(client, run, parts, land_tiles(run.spec), set()))
         taken, used = time.perf_counter() - start, sum(client.run(time.process_time).values()) - used

@@ -22,6 +22,7 @@ from tasks.core.encoders.location import LocationEncoder
 from tasks.database.store import create_database, finish_database, write_rows
 from tasks.model.checkpoint import save_checkpoint
 from tasks.params import PublishParams
+from tasks.products import CheckpointCard
 from tasks.publish import publish_grid
 from tests.benchmarks.memory import resident
 from tests.core.test_retrieval import places, unit
@@ -78,7 +79,7 @@ def products(home: str, images: int, dims: int) -> tuple[str, str]:
     data |= {"values": rng.normal(size=(images, dims)).astype("f4"), "row_ids": np.arange(images)}
     create_database(database, images, KEY, dims, images)
     write_rows(database, 0, data)
-    space = read_card(checkpoint, "checkpoint")["fingerprint"]
+    space = read_card(checkpoint, CheckpointCard).fingerprint
     finish_database(database, checkpoint=space, fingerprint="peak", attribution="nobody")
     return checkpoint, database
 

@@ -75,10 +75,10 @@ def test_three_months_make_three_samples_and_three_grids(made):
         patches = open_patches(month["patches"])
         assert len(patches.manifest) == 8
         assert set(patches.manifest["datetime"].str[:7]) == {expected}
-        assert (patches.card["line"], patches.card["made_of"]["datetime"][:7]) == ("europe", expected)
+        assert (patches.card.line, patches.card.recipe.datetime[:7]) == ("europe", expected)
         card = storage.read_json(month["grid"].replace("grid.zarr", "card.json"))
         assert (card["database"], card["checkpoint"]) == (month["database"], month["checkpoint"])
-        assert storage.read_json(storage.join(month["database"], "card.json"))["patches"] == patches.card["fingerprint"]
+        assert storage.read_json(storage.join(month["database"], "card.json"))["patches"] == patches.card.fingerprint
 
 
 def test_a_run_tells_what_it_looked_up_and_keeps_it_when_it_is_run_again(made):

@@ -27,6 +27,7 @@ from tasks.patches import store as patches
 from tasks.patches.store import open_patches
 from tasks.points.embed import embed_file
 from tasks.points.sample_grid import sample_file
+from tasks.products import GridCard, PatchesCard
 from tasks.publish import publish_grid
 from tasks.release import validation
 from tasks.tables.files import open_table
@@ -81,7 +82,7 @@ class Flipped:
 def test_validation_names_the_damaged_object_of_a_grid(made, client, kind, names):
     """In the vectors, and in whatever lies beside them."""
     grid = made(KINDS[kind])
-    card = read_card(home_of(grid), "grid")
+    card = read_card(home_of(grid), GridCard)
     by_array = {}
     for url, within in ((grid, ""), (f"{home_of(grid)}/x2.zarr", "x2.zarr/"), (f"{home_of(grid)}/sums.zarr", "")):
         by_array |= {within + stored.array: (url, stored) for stored in arrays.objects(url)}
@@ -179,13 +180,13 @@ def test_what_lies_beside_the_arrays_is_vouched_for_too(tmp_path):
     url, count = tmp_path.as_uri(), 40
     patches.create(url, count, ("B02", "B03"), 8, 10.0, 20)
     digest = patches.write_manifest(url, manifest(count))
-    write_card(url, "patches", manifest_sha256=digest)
+    write_card(url, PatchesCard(fingerprint="123456789abc", manifest_sha256=digest))
     refused(
         tmp_path / "manifest.parquet",
         lambda: open_patches(url).manifest.to_json(),
         r"manifest.parquet is damaged: .*its digest is not that of the card",
     )
-    write_card(url, "patches")
+    write_card(url, PatchesCard(fingerprint="123456789abc"))
     assert len(open_patches(url).manifest) == count  # as of before
     patches.create_part(url, "screen", 0, 3, manifest(3000))
     pages = tmp_path / "screen/0/00003.parquet"
@@ -222,7 +223,7 @@ def test_a_grid_of_before_is_read_and_what_it_cannot_vouch_for_is_said(made, cli
     with monkeypatch.context() as patch:
         patch.setattr(arrays, "packed", lambda compressor=None: (compressor or zarr.codecs.ZstdCodec(),))
         grid = made({**RICH, "beta": 0.4})
-    found = {f.check: f for f in validation.validate_grid(client, grid, read_card(home_of(grid), "grid"))}
+    found = {f.check: f for f in validation.validate_grid(client, grid, read_card(home_of(grid), GridCard))}
     assert found["checksums"].passed is None
     assert "have none: a flipped bit may decode as another number" in found["checksums"].detail
     assert not [check for check, finding in found.items() if finding.passed is False]

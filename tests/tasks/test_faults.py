@@ -28,6 +28,7 @@ from infra.sandbox import servers
 from tasks.cards import read_card
 from tasks.database.store import create_database, finish_database, write_rows
 from tasks.params import PublishParams
+from tasks.products import CheckpointCard
 from tasks.publish import publish_grid
 from tasks.release import versions
 from tests.proxy import Proxy, Reply, dropped, lost, named, status
@@ -92,7 +93,7 @@ def server(tmp_path_factory):
 
 def make_inputs(home):
     """A checkpoint and a database below a URL."""
-    space = read_card(store_checkpoint(home), "checkpoint")["fingerprint"]
+    space = read_card(store_checkpoint(home), CheckpointCard).fingerprint
     url, arrays = f"{home}/database", images(np.arange(IMAGES))
     create_database(url, IMAGES, DIM, VALUES, IMAGES)
     write_rows(url, 0, arrays)

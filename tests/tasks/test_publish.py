@@ -14,7 +14,6 @@ from infra import clusters, storage
 from infra.errors import UserError
 from tasks.cards import home_of, read_card
 from tasks.core import retrieval
-from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.land import is_land
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.evidence import evidence
@@ -29,6 +28,7 @@ from tasks.grid.tiles import Job
 from tasks.model.checkpoint import save_checkpoint
 from tasks.params import PublishParams
 from tasks.points.sample_grid import sample_grid
+from tasks.products import CheckpointCard, GridCard
 from tasks.publish import publish_grid
 from tasks.release.validation import validate_grid
 from tests.core.earth.test_land import cities
@@ -96,7 +96,7 @@ def store(home, name, arrays, checkpoint=None, shard=150, **card):
     create_database(url, count, arrays["keys"].shape[1], arrays["values"].shape[1], shard)
     for start in range(0, count, shard):
         write_rows(url, start, {n: a[start : start + shard] for n, a in arrays.items()})
-    space = checkpoint or read_card(f"{home.as_uri()}/checkpoint", "checkpoint")["fingerprint"]
+    space = checkpoint or read_card(f"{home.as_uri()}/checkpoint", CheckpointCard).fingerprint
     finish_database(url, checkpoint=space, fingerprint=name, attribution="nobody", **card)
     return url
 
@@ -213,7 +213,7 @@ def test_kept_sums_leave_the_grid_as_it_is(publish, before, parent):
     same(parent, publish(before, PublishParams(**STEP)), 1e-6)
     sums = xr.open_zarr(parent.replace("grid.zarr", "sums.zarr")).sums
     assert sums.shape == (2 * (VALUES + 2), 18, 36)
-    assert read_card(parent.removesuffix("/grid.zarr"), "grid")["sums"]["geodesic_temperature"] == 40
+    assert read_card(parent.removesuffix("/grid.zarr"), GridCard).sums["geodesic_temperature"] == 40
 
 
 def test_a_compact_grid_leads_back_to_the_values(publish, before):
@@ -256,7 +256,7 @@ def test_a_parent_of_another_kind_is_refused(publish, parent, before, params, me
 
 def test_a_child_takes_the_tiles_of_its_parent(publish, parent, after):
     child = publish(after, PublishParams(step=10.0, keep_sums=True, parent=parent))
-    assert read_card(home_of(child), "grid")["made_of"]["tile_cells"] == STEP["tile_cells"]
+    assert read_card(home_of(child), GridCard).made_of["tile_cells"] == STEP["tile_cells"]
 
 
 def test_parents_that_cannot_be_are_refused(publish, home, parent, before):
@@ -341,7 +341,7 @@ def test_a_grid_finer_than_its_field_says_so(publish, home, before):
     assert told["cell_km"] in told["distances_km"]
     assert "warning" not in told
     assert 0 < told["location_change"][0] < told["location_change"][-1]
-    job = Job("", f"{home.as_uri()}/checkpoint", before, GridSpec(0.01), Method(), 0.0, None, False, None, None, False)
+    job = Job(home="", checkpoint=f"{home.as_uri()}/checkpoint", database=before, params=PublishParams(step=0.01))
     fine = survey(job, "float32", None).attrs["rangegrid:field"]
     assert fine["warning"].startswith("finer than the field: over one cell (1.1 km)")
 
@@ -349,8 +349,8 @@ def test_a_grid_finer_than_its_field_says_so(publish, home, before):
 def test_grids_of_before_keep_their_rule_of_land(client, publish, before, after):
     """Their cards tell of none: cells whose centre is on land; so they are found, validated and updated."""
     grid = publish(before, KEEPS.model_copy(update={"land": "centre"}))
-    card = read_card(home_of(grid), "grid")
-    assert "land" not in card["made_of"] | card["sums"]
+    card = read_card(home_of(grid), GridCard)
+    assert "land" not in card.made_of | card.sums
     stored = xr.open_zarr(grid)
     centres = is_land(np.stack(np.meshgrid(stored.lon, stored.lat), axis=-1))
     np.testing.assert_array_equal(np.isfinite(embeddings(grid)[0]), centres)
@@ -380,8 +380,8 @@ def test_what_a_dimension_lost_is_told_and_warned_of(client, publish, home, capl
     url = store(home, "unlike", arrays)
     grid = publish(url, PublishParams(**STEP, dtype="int8", compact_dims=8))
     exact = np.moveaxis(embeddings(publish(url, PublishParams(**STEP, compact_dims=8))), 0, -1)
-    card = read_card(home_of(grid), "grid")
-    lost = card["loss"]
+    card = read_card(home_of(grid), GridCard)
+    lost = card.loss
     assert lost["cosine_mean"] > 0.999
     assert "visual dimensions lose more than 10% of their deviation" in lost["warning"]
     assert lost["warning"] in caplog.text
@@ -395,7 +395,7 @@ def test_what_a_dimension_lost_is_told_and_warned_of(client, publish, home, capl
     np.testing.assert_array_equal(np.array(lost["visual"]["lost"]) > 0.1, measured > 0.1)
     found = {f.check: f for f in validate_grid(client, grid, card)}
     assert found["stored as int8"].passed is None
-    assert "loss" not in read_card(home_of(publish(url, PublishParams(**STEP))), "grid")
+    assert "loss" not in read_card(home_of(publish(url, PublishParams(**STEP))), GridCard).stored()
 
 
 def test_pictures_are_drawn_once_after_the_card_from_a_bounded_number_of_cells(publish, before, monkeypatch):

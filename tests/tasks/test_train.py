@@ -27,6 +27,7 @@ from tasks.model.checkpoint import load_checkpoint, save_checkpoint
 from tasks.model.features import StoredFeatures, encode_features, open_encoder, view_of
 from tasks.params import EncodeParams, EncoderParams, PipelineParams, SampleParams, TrainParams
 from tasks.patches.store import MANIFEST, create, open_patches, write_manifest, write_shard
+from tasks.products import CheckpointCard, PatchesCard
 from tasks.train import train_model
 
 N = 90
@@ -59,7 +60,7 @@ def mock_patches(url, bands=("red", "nir"), pixels=16):
         datetime="2020-01-01T00:00:00Z",
     )
     write_manifest(url, rows)
-    write_card(url, "patches", fingerprint="123456789abc", attribution="mock")
+    write_card(url, PatchesCard(fingerprint="123456789abc", attribution="mock"))
     return url
 
 
@@ -73,8 +74,8 @@ def test_database_is_what_the_checkpoint_makes_of_the_patches(client, home):
     np.testing.assert_allclose(data.keys, model.projection.keys(values), atol=1e-4)
     np.testing.assert_array_equal(data.locations, source.manifest[["lon", "lat"]])
     np.testing.assert_array_equal(data.row_ids, 3 * np.arange(N))
-    assert data.card["checkpoint"] == model.card["fingerprint"]
-    assert data.card["attribution"] == "mock"
+    assert data.card.checkpoint == model.card.fingerprint
+    assert data.card.attribution == "mock"
 
 
 def test_a_rerun_finds_what_is_there(client, home, monkeypatch):
@@ -82,7 +83,7 @@ def test_a_rerun_finds_what_is_there(client, home, monkeypatch):
     checkpoint = train_model(client, patches, PARAMS)
     monkeypatch.setattr(train_module, "fit", None)  # would fail if it were called
     assert train_model(client, patches, PARAMS) == checkpoint
-    history = read_card(checkpoint, "checkpoint")["history"]
+    history = read_card(checkpoint, CheckpointCard).history
     assert [p["step"] for p in history] == list(range(2, 41, 2))
     assert "training.pt" not in storage.names(checkpoint)
 
@@ -109,7 +110,7 @@ def test_a_checkpoint_that_is_finished_has_its_curve(client, home, monkeypatch):
 def test_a_killed_training_resumes_to_the_same_weights(client, home, tmp_path, monkeypatch):
     patches = mock_patches(f"{home}/patches/p")
     params = PARAMS.model_copy(update={"save_every": 10})
-    whole = read_card(train_model(client, patches, params), "checkpoint")
+    whole = read_card(train_model(client, patches, params), CheckpointCard)
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", (tmp_path / "other").as_uri())
     step, calls = Trainer.step, []
 
@@ -122,10 +123,10 @@ def test_a_killed_training_resumes_to_the_same_weights(client, home, tmp_path, m
     monkeypatch.setattr(Trainer, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         train_model(client, patches, params)
-    resumed = read_card(train_model(client, patches, params), "checkpoint")
+    resumed = read_card(train_model(client, patches, params), CheckpointCard)
     assert calls[25] == 20
-    assert resumed["fingerprint"] == whole["fingerprint"]
-    assert resumed["history"] == whole["history"]
+    assert resumed.fingerprint == whole.fingerprint
+    assert resumed.history == whole.history
 
 
 CHILD = """
@@ -134,6 +135,7 @@ from distributed import Client
 from tasks.core.contrastive import Trainer
 from tasks.params import TrainParams
 from tasks.train import train_model
+from tasks.products import CheckpointCard, PatchesCard
 
 patches, params, last = sys.argv[1:]
 step = Trainer.step

@@ -23,6 +23,7 @@ from tasks.model.checkpoint import save_checkpoint
 from tasks.model.features import read_weights
 from tasks.params import EncodeParams, ValueParams
 from tasks.patches.store import MANIFEST, create, open_patches, write_manifest, write_shard
+from tasks.products import DatabaseCard
 from tests.core.encoders.test_registry import weights
 
 N, BANDS = 80, ("B02", "B03", "B04", "B08")
@@ -170,14 +171,14 @@ def test_values_of_their_own_encoder(client, made, tmp_path, monkeypatch):
     means = images.mean((2, 3), dtype="f8")
     np.testing.assert_allclose(data.values, np.stack([means[:, 2], 3 * means[:, 0]], 1), rtol=1e-5)
     np.testing.assert_array_equal(data.keys, open_database(made["database"]).keys)
-    assert read_card(database, "database")["values"]["encoder"]["bands"] == ["B04", "B02"]
+    assert read_card(database, DatabaseCard).values.encoder.bands == ("B04", "B02")
     assert encode_database(client, made["patches"], made["checkpoint"], params) == database
     assert not failed(audit_database(database, made["patches"], made["checkpoint"]))
     monkeypatch.setattr("tasks.database.audit.encode_rows", lambda encoder, *_: np.ones((1, encoder.dim), "f4"))
     assert "values encoded again" in failed(audit_database(database, made["patches"], made["checkpoint"]))
     monkeypatch.undo()
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
-    storage.delete(read_card(database, "database")["values"]["features"])
+    storage.delete(read_card(database, DatabaseCard).values.features)
     with pytest.raises(UserError, match="there is no finished features at"):
         audit_database(database, made["patches"], made["checkpoint"])
     save_file({"2.weight": 2 * arrays["2.weight"]}, tmp_path / "own.safetensors")

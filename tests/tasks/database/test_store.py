@@ -60,11 +60,11 @@ def test_shards_in_any_order_make_the_database(home):
         assert len(written_shards(url)) == done
         write_rows(url, start, rows(start, min(start + 10, N)))
         create_database(url, N, DIM, VALUES, rows=10)  # a rerun keeps what is there
-    card = finish_database(url, checkpoint="abc")
+    card = finish_database(url, checkpoint="abc", fingerprint="def")
     data = open_database(url)
     for name, array in rows(0, N).items():
         np.testing.assert_array_equal(getattr(data, name), array)
-    assert (data.card, card["images"], card["key_dim"], card["value_dim"]) == (card, N, DIM, VALUES)
+    assert (data.card, card.images, card.key_dim, card.value_dim) == (card, N, DIM, VALUES)
     assert (data.keys.dtype, data.locations.dtype, data.row_ids.dtype) == ("f4", "f8", "i8")
 
 
@@ -80,7 +80,7 @@ def test_an_unfinished_database_is_refused(home):
     create_database(url, N, DIM, VALUES, rows=10)
     write_rows(url, 0, rows(0, 10))
     with pytest.raises(UserError, match="not finite"):
-        finish_database(url, checkpoint="abc")
+        finish_database(url, checkpoint="abc", fingerprint="def")
     with pytest.raises(UserError, match="no finished database"):
         open_database(url)
 

@@ -27,6 +27,7 @@ from tasks.grid.store import open_spec, open_vectors, write_tile
 from tasks.model.checkpoint import load_checkpoint
 from tasks.params import PublishParams
 from tasks.points.sample_grid import sample_grid
+from tasks.products import GridCard
 from tasks.publish import publish_grid
 from tasks.release import diff, validation, versions
 from tests.core.test_retrieval import close
@@ -213,7 +214,7 @@ def test_rows_and_columns_in_the_wrong_order_are_found(made, client, tmp_path, f
     vectors = vectors[:, ::-1] if flipped == {"latitude flipped"} else vectors[:, :, ::-1]
     for tile in spec.tiles():
         write_tile(copy, tile, np.ascontiguousarray(vectors[:, *tile.window]))
-    found = validation.validate_grid(client, copy, read_card(posixpath.dirname(copy), "grid"))
+    found = validation.validate_grid(client, copy, read_card(posixpath.dirname(copy), GridCard))
     failed = {finding.check for finding in found if finding.passed is False}
     assert failed >= {"land and sea", "cells computed again"}
 
@@ -221,7 +222,7 @@ def test_rows_and_columns_in_the_wrong_order_are_found(made, client, tmp_path, f
 def test_over_a_box_too_small_to_tell_the_flips_are_left_open(made, client):
     """In int8, a field that hardly changes over the box is the same wherever it is stored."""
     url = made[0]({"step": 0.1, "west": 10, "south": 50, "east": 11, "north": 51, "dtype": "int8"})
-    assert open_spec(url).tile == read_card(home_of(url), "grid")["made_of"]["tile_cells"] == 480
-    found = {f.check: f for f in validation.validate_grid(client, url, read_card(home_of(url), "grid"))}
+    assert open_spec(url).tile == read_card(home_of(url), GridCard).made_of["tile_cells"] == 480
+    found = {f.check: f for f in validation.validate_grid(client, url, read_card(home_of(url), GridCard))}
     assert found["cells computed again"].passed
     assert found["latitude flipped, must differ"].passed is None

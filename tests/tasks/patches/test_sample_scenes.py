@@ -72,8 +72,8 @@ def test_a_tile_in_two_halves_serves_both(tmp_path):
     left = [column < 540 for _, column in PLACES]
     assert (patches.manifest.sort_values("row_id")["item_id"] == np.where(left, "S2A_left", "S2A_right")).all()
     assert_register(patches)
-    assert patches.card["passed_over"] == {"nodata": 6}
-    assert patches.card["rejected"] == {}
+    assert patches.card.passed_over == {"nodata": 6}
+    assert patches.card.rejected == {}
 
 
 def test_a_cloud_just_there_leaves_the_place_to_the_next_scene(tmp_path):

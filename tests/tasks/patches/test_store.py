@@ -12,6 +12,7 @@ from infra import storage
 from infra.errors import UserError
 from tasks.cards import write_card
 from tasks.patches.store import MANIFEST, create, open_patches, write_manifest, write_shard
+from tasks.products import PatchesCard
 
 N, BANDS, SIDE = 6, ("B02", "B04"), 8
 LITTLE = 20_000_000  # bytes that a refusal may take: GeoPandas, when it is first used, has its share of them
@@ -27,7 +28,7 @@ def url(tmp_path):
     for start in (0, 4):
         write_shard(home, start, pixels[start : start + 4])
     write_manifest(home, pd.DataFrame({name: np.zeros(N).astype(kind) for name, kind in MANIFEST.items()}))
-    write_card(home, "patches", fingerprint="123456789abc")
+    write_card(home, PatchesCard(fingerprint="123456789abc"))
     return home
 
 

@@ -14,10 +14,17 @@ from typer.testing import CliRunner
 from flows.cli import app
 from infra import storage
 from infra.deployments import TAG
-from tasks.cards import fingerprint, write_card
+from tasks.cards import fingerprint, kind_of, write_card
+from tasks.products import CARDS
 from tasks.release import versions
 
 OLD = 40  # days, of all that is not said to be young
+MODELS = {kind_of(model): model for model in CARDS}
+WHOLE = {  # what a card of the kind has besides
+    "features": {"encoder": {"name": "rcf"}},
+    "checkpoint": {"architecture": {"degree": 4, "dim": 16}},
+    "database": {"checkpoint": "", "images": 1, "key_dim": 16, "value_dim": 8},
+}
 
 
 def rangegrid(*arguments):
@@ -35,15 +42,15 @@ class Home:
 
     def put(self, kind, made_of, days=OLD, finished=True, name=None, **card):
         """A product of so many days; its name."""
-        directory = name or fingerprint(made_of)
-        url = storage.join(self.folder.as_uri(), f"{kind}s".replace("patchess", "patches"), directory)
+        directory, model = name or fingerprint(made_of), MODELS[kind]
+        url = storage.join(self.folder.as_uri(), model.directory, directory)
         storage.write(storage.join(url, "data.bin"), b"12345")
         if kind == "grid":
             attrs = {"rangegrid:made_of": made_of, "rangegrid:line": "a"}
             storage.write_json(storage.join(url, "grid.zarr/zarr.json"), {"attributes": attrs})
         if finished:
-            told = {"fingerprint": directory, "made_of": made_of, **card}
-            write_card(url, kind, **told)
+            told = {"fingerprint": directory, "made_of": made_of} | WHOLE.get(kind, {}) | card
+            write_card(url, model(**told))
         path = Path(url.removeprefix("file://"))
         for file in path.rglob("*"):
             os.utime(file, (time.time() - days * 86400,) * 2)
@@ -54,7 +61,7 @@ class Home:
         patches = self.put("patches", {"seed": number}, days)
         sample = patches.partition("/")[2]
         encoder = {"name": "rcf", "seed": 0}
-        features = self.put("feature", {"patches": sample, "views": 2, **encoder}, days)
+        features = self.put("features", {"patches": sample, "views": 2, **encoder}, days)
         made_of = {"patches": sample, "views": 2, "encoder": encoder}
         weights = f"{number:012d}"  # of the checkpoint, by which databases name it
         checkpoint = self.put("checkpoint", made_of, days, fingerprint=weights)

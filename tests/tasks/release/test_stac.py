@@ -22,6 +22,7 @@ from tasks.core.encoders.location import LocationEncoder
 from tasks.grid.store import open_vectors
 from tasks.model.checkpoint import save_checkpoint
 from tasks.params import PublishParams, SampleParams
+from tasks.products import PatchesCard
 from tasks.publish import publish_grid
 from tasks.release.stac import write_collection, write_item
 from tests.tasks.test_publish import DIM, STEP, VALUES, images, store
@@ -106,7 +107,7 @@ def windowed(homes, tmp_path_factory):
     made_of = {"datetime": SampleParams(datetime="2021-01-01/..").datetime}
     with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        write_card(f"{folder.as_uri()}/patches/sample", "patches", made_of=made_of)
+        write_card(f"{folder.as_uri()}/patches/sample", PatchesCard(fingerprint="sample", made_of=made_of))
         arrays, space = images(np.arange(20)), read_space(checkpoint)
         database = store(folder, "databases/one", arrays, checkpoint=space, patches="sample")
         yield posixpath.dirname(publish_grid(client, checkpoint, database, PublishParams(step=30.0, tile_cells=3)))

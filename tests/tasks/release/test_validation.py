@@ -15,6 +15,7 @@ from tasks.database.store import read_rows
 from tasks.grid import store
 from tasks.grid.tiles import land_tiles
 from tasks.params import PublishParams
+from tasks.products import GridCard
 from tasks.publish import publish_grid
 from tasks.release import validation, versions
 from tests.core.test_retrieval import brute_force
@@ -56,7 +57,7 @@ def findings(client):
     """A function that validates a grid; its findings by check."""
 
     def found(grid):
-        listed = validation.validate_grid(client, grid, read_card(home_of(grid), "grid"))
+        listed = validation.validate_grid(client, grid, read_card(home_of(grid), GridCard))
         return {finding.check: finding for finding in listed}
 
     return found
@@ -80,7 +81,7 @@ def test_a_good_grid_passes_and_becomes_the_latest(made, findings, params):
 
 
 def test_a_version_of_before_the_boxes_is_the_globe_with_its_own_step():
-    params = validation.params_of({"made_of": {"step_degrees": 2.0, "tile_cells": 60, "parent": None}})
+    params = GridCard(made_of={"step_degrees": 2.0, "tile_cells": 60, "parent": None}).recipe.params
     assert params.spec == GridSpec(2.0, 60, land="centre")
 
 
@@ -102,14 +103,14 @@ def test_a_withdrawn_grid_does_not_come_back_by_itself(made):
 
 def test_the_reference_is_the_brute_force(made, good):
     """By another implementation of the formula, the tests' own."""
-    card = read_card(home_of(good), "grid")
-    database = read_rows(card["database"], slice(None))
+    card = read_card(home_of(good), GridCard)
+    database = read_rows(card.database, slice(None))
     rng = np.random.default_rng(0)
     places = np.column_stack([rng.uniform(-180, 180, 9), rng.uniform(-80, 80, 9)])
     queries = rng.normal(size=(9, DIM))
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     for method in (Method("range+", 0.3), Method("range")):
-        found = validation.refer(card["database"], queries, places, method, None)
+        found = validation.refer(card.database, queries, places, method, None)
         index = database.keys, database.values, database.locations
         expected = brute_force(index, queries, places, method)
         np.testing.assert_allclose(found.visual, expected, rtol=1e-9, atol=1e-12)

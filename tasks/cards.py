@@ -60,6 +60,7 @@ class Card(Part):
 
 
 AnyCard = TypeVar("AnyCard", bound=Card)
+AnyPart = TypeVar("AnyPart", bound=Part)
 
 
 def kind_of(model: type[Card]) -> str:
@@ -95,8 +96,8 @@ def find_card(url: str, model: type[AnyCard]) -> AnyCard | None:
     return parse_card(content, model, url)
 
 
-def parse_card(content: Any, model: type[AnyCard], url: str) -> AnyCard:
-    """Returns the card of the product at `url` that has this content.
+def parse_card(content: Any, model: type[AnyPart], url: str) -> AnyPart:
+    """Returns what the card at `url` tells that has this content.
 
     Raises:
         UserError: It is no such card.

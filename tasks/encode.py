@@ -39,8 +39,10 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
         inherit(url, patches)
         return url
     encoder = image_encoder(load(checkpoint), patches)
-    features = None if params.values.name == OWN else encode_features(client, patches, params.values)
-    seen = describe(encoder) if features is None else read_card(features, FeaturesCard).encoder
+    features, seen = None, describe(encoder)
+    if params.values.name != OWN:
+        features = encode_features(client, patches, params.values)
+        seen = read_card(features, FeaturesCard).encoder
     images = len(open_store(patches).manifest)
     create_database(url, images, load(checkpoint).location.dim, seen.dim, params.shard_rows)
     done = written_shards(url)

@@ -61,9 +61,8 @@ def resolve(asked: Mapping[str, Any], at: datetime) -> dict[str, Any]:
     Raises:
         UserError: The line has no such product yet.
     """
-    found: dict[str, Any] = {
-        name: value.at(at) if isinstance(value, Params) else value for name, value in asked.items()
-    }
+    found = dict(asked)
+    found |= {name: value.at(at) for name, value in asked.items() if isinstance(value, Params)}
     if is_newest(found.get("patches")):
         found["patches"] = newest(PatchesCard, found["patches"])
     if is_newest(found.get("database")):
@@ -123,7 +122,9 @@ def newest(
         except (UserError, OSError):  # unfinished, deleted meanwhile, or no product
             return None
         times = [when for named, when in lines.items() if everywhere or named == line]
-        return (max(times), url) if times and (fits is None or fits(card)) else None
+        if not times or (fits and not fits(card)):
+            return None
+        return max(times), url
 
     with ThreadPoolExecutor(READS) as pool:
         found = [one for one in pool.map(finished, storage.names(home)) if one]

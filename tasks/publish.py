@@ -167,7 +167,8 @@ def period(database: DatabaseCard) -> dict[str, str]:
         patches = read_card(storage.join(settings().storage_url, "patches", database.patches), PatchesCard)
     except UserError:
         return {}
-    return {"rangegrid:datetime": patches.recipe.datetime} if patches.recipe.datetime else {}
+    window = patches.recipe.datetime
+    return {"rangegrid:datetime": window} if window else {}
 
 
 def prepare(client: Client, job: Job, database: DatabaseCard, attrs: dict[str, Any], *, whole: bool) -> None:
@@ -244,13 +245,14 @@ def finish(plan: GridPlan, since: versions.Pointer) -> None:
     """Writes the grid's card, unless it is there: its time is the version's age; a prune meanwhile takes it back."""
     job = plan.job
     if not is_finished(job.home):
-        sums = plan.sums if job.params.keep_sums else None
-        told = {"line": since.line, "dims": plan.dims, "sums": sums} | warn_of_loss(job)
+        told = {"line": since.line, "dims": plan.dims, "sums": plan.sums if job.params.keep_sums else None}
+        if lost := warn_of_loss(job):
+            told["loss"] = lost
         write_card(job.home, plan.card.model_copy(update=told))
     versions.confirm(job.grid, since)
 
 
-def warn_of_loss(job: Job) -> dict[str, Any]:
+def warn_of_loss(job: Job) -> dict[str, Any] | None:
     """What the card tells of what fewer bits lost, dimension by dimension; warns where that is much."""
     attrs = zarr.open_group(storage.zarr_store(job.grid), mode="r").attrs
     lost = attrs.get("rangegrid:loss")
@@ -263,7 +265,7 @@ def warn_of_loss(job: Job) -> dict[str, Any]:
         ]
         table = "\n".join([lost["warning"], "", "| part | dimension | lost of its deviation |", "|---|---|---|", *rows])
         keep_table(storage.join(job.home, "loss.md"), table, "grid-loss", f"What {lost['dtype']} loses")
-    return {"loss": lost} if lost else {}
+    return lost
 
 
 def show(client: Client, job: Job, attribution: str) -> None:

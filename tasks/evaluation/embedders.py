@@ -45,6 +45,7 @@ from tasks.model.checkpoint import load_checkpoint
 from tasks.model.satclip import import_satclip, load_foreign
 from tasks.params import EmbedderParams
 from tasks.points.sample_grid import sample_grid
+from tasks.products import GridRecipe
 
 Lonlat = NDArray[np.float64]
 Embeddings = NDArray[np.float32]
@@ -114,8 +115,9 @@ def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
     made, dtype = attrs.get("rangegrid:made_of"), attrs["geoemb:data_type"]
     if dtype == "float32" or not made:
         return []
-    method, kept = Method(made["method"], made["beta"]), storing(as_url(grid))
-    projection = read_projection(as_url(grid)) if made.get("compact_dims") else None
+    params, kept = GridRecipe.model_validate(made).params, storing(as_url(grid))
+    method = Method(params.method, params.beta)
+    projection = read_projection(as_url(grid)) if params.compact_dims else None
 
     def exact(lonlat: Lonlat) -> Embeddings:
         encoder, index = load(checkpoint, database)

@@ -92,15 +92,25 @@ class Drawn:
     @classmethod
     def of(cls, spec: GridSpec) -> "Drawn":
         """All, or evenly as many as a picture needs: of each part of the box the cell in the middle."""
-        times = max(1.0, np.sqrt(np.prod(spec.shape) / MOST_DRAWN))
-        counts = [max(1, int(n / times)) for n in spec.shape]
-        return cls(*(((np.arange(c) + 0.5) * n / c).astype(int) for n, c in zip(spec.shape, counts, strict=True)))
+        times, (rows, columns) = max(1.0, np.sqrt(np.prod(spec.shape) / MOST_DRAWN)), spec.shape
+        return cls(_spread(rows, times), _spread(columns, times))
 
     def window(self, tile: Tile) -> tuple[slice, slice]:
         """Which of them are in a tile."""
-        edges = zip((self.rows, self.columns), tile.window, strict=True)
-        rows, columns = (slice(*np.searchsorted(cells, (part.start, part.stop)).tolist()) for cells, part in edges)
-        return rows, columns
+        rows, columns = tile.window
+        return _within(self.rows, rows), _within(self.columns, columns)
+
+
+def _spread(cells: int, times: float) -> NDArray[np.intp]:
+    """Every so many of some cells, each from the middle of its part; one at least."""
+    count = max(1, int(cells / times))
+    return ((np.arange(count) + 0.5) * cells / count).astype(int)
+
+
+def _within(cells: NDArray[np.intp], part: slice) -> slice:
+    """Which of some rising cells are in a part of all."""
+    start, stop = np.searchsorted(cells, (part.start, part.stop)).tolist()
+    return slice(start, stop)
 
 
 def axes_of(job: Job) -> NDArray[np.float32]:
@@ -109,9 +119,11 @@ def axes_of(job: Job) -> NDArray[np.float32]:
     rows, columns = np.nonzero(land)
     blocks = np.unique(np.column_stack([rows, columns]) // side, axis=0)
     picked = np.random.default_rng(0).permutation(len(blocks))[:BLOCKS]
-    windows = [(slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)) for i, j in blocks[np.sort(picked)]]
-    sample = np.concatenate([vectors[(slice(None), *window)][:, land[window]].T for window in windows])
-    return Projection.fit(sample, 3).components
+    found = []
+    for i, j in blocks[np.sort(picked)]:
+        window = slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)
+        found.append(vectors[(slice(None), *window)][:, land[window]].T)
+    return Projection.fit(np.concatenate(found), 3).components
 
 
 def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:

@@ -56,7 +56,9 @@ def survey(job: Job, dtype: DType, projection: Projection | None) -> Survey:
     cell_km = round(job.spec.gsd / 1000, 1)
     distances = tuple(sorted({cell_km, *DISTANCES_KM}))
     places = probe_places(distances)
-    flat = np.concatenate([places.reshape(-1, 2), shore_cells(job.spec) if dtype == "int8" else np.empty((0, 2))])
+    flat = places.reshape(-1, 2)
+    if dtype == "int8":
+        flat = np.concatenate([flat, shore_cells(job.spec)])
     blocks = dict(zip(BLOCKS, _embedded(job, flat, projection), strict=True))
     probed = {name: part[: places[..., 0].size].reshape(*places.shape[:2], -1) for name, part in blocks.items()}
     changes = {name: Change.of(part, distances) for name, part in probed.items()}
@@ -109,14 +111,16 @@ def _loss(
     places: NDArray[np.float64], blocks: dict[str, NDArray[np.float32]], scales: dict[str, Scale]
 ) -> dict[str, Any]:
     stored = {name: _stored(part, scales.get(name)) for name, part in blocks.items()}
-    exact, back = (np.concatenate(list(parts.values()), axis=1) for parts in (blocks, stored))
-    split = blocked_folds(places, BLOCK_DEGREES, FOLDS)[0]
-    probes = {
-        name: round(score(vectors, places[:, 1], "regression", split), 4)
-        for name, vectors in (("float32", exact), ("stored", back))
-    }
+    exact = np.concatenate(list(blocks.values()), axis=1)
+    back = np.concatenate(list(stored.values()), axis=1)
+    probes = {"float32": _latitude_score(exact, places), "stored": _latitude_score(back, places)}
     parts = {name: loss(part, stored[name]) | _by_dimension(part, stored[name]) for name, part in blocks.items()}
     return loss(exact, back) | parts | {"latitude_probe_r2": probes} | _warning(parts)
+
+
+def _latitude_score(vectors: NDArray[np.float32], places: NDArray[np.float64]) -> float:
+    split = blocked_folds(places, BLOCK_DEGREES, FOLDS)[0]
+    return round(score(vectors, places[:, 1], "regression", split), 4)
 
 
 def _by_dimension(exact: NDArray[np.float32], stored: NDArray[np.float32]) -> dict[str, Any]:

@@ -144,7 +144,8 @@ def update_tile(job: Job, parent: Parent, tile: Tile) -> Report:
     kept = store.read_tile(parent.sums, tile, store.SUMS)[:, cells.wanted].T
     with LOADING:
         came, went = changed_images(job, parent)
-    added, removed = (i.halves(location, places, job.method) if i else None for i in (came, went))
+    added = came.halves(location, places, job.method) if came else None
+    removed = went.halves(location, places, job.method) if went else None
     after, anew = updated(Halves.unpack(kept, 1 + job.method.has_geodesic), added, removed)
     if anew.any():
         _, index = load(job.checkpoint, job.database, job.projected_by, FEW)

@@ -13,7 +13,8 @@ from infra.errors import UserError
 from tasks.cards import find_card, home_of, parse_card
 from tasks.products import GridCard, GridRecipe
 
-GLOBE = (-180.0, -90.0, 180.0, 90.0)
+GLOBE = (-180.0, -90.0, 180.0, 90.0)  # the box in degrees
+WKT = 24  # letters from which a CRS is no code, and is named by its digest
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,21 @@ class Layout:
     @property
     def place(self) -> str:
         """The box in words."""
-        return "globe" if self.box == GLOBE else ",".join(f"{edge:.10g}" for edge in self.box)
+        if self.box == GLOBE:
+            return "globe"
+        return ",".join(f"{edge:.10g}" for edge in self.box)
 
     @property
     def line(self) -> str:
         """The name of its line, where none was given."""
-        short = self.crs if len(self.crs) < 24 else f"wkt{hashlib.sha256(self.crs.encode()).hexdigest()[:8]}"
-        parts = [short.replace(":", "").lower(), f"{self.step:.10g}", self.dtype]
-        parts += [str(self.dims)] * (self.dims is not None)
-        parts += ["box" + self.place.replace(",", "_")] * (self.place != "globe")
+        crs = self.crs.replace(":", "").lower()
+        if len(self.crs) >= WKT:
+            crs = f"wkt{hashlib.sha256(self.crs.encode()).hexdigest()[:8]}"
+        parts = [crs, f"{self.step:.10g}", self.dtype]
+        if self.dims is not None:
+            parts.append(str(self.dims))
+        if self.box != GLOBE:
+            parts.append("box" + self.place.replace(",", "_"))
         return "-".join(parts)
 
 
@@ -68,7 +75,9 @@ class Told:
     @property
     def line(self) -> str:
         """Its line; empty before its metadata are there."""
-        return self.card.line or self.layout.line if self.layout else ""
+        if self.layout is None:
+            return ""
+        return self.card.line or self.layout.line
 
 
 def read_told(grid: str) -> Told:
@@ -80,7 +89,9 @@ def read_told(grid: str) -> Told:
     card = find_card(home_of(grid), GridCard)
     if card and card.line and card.dims is not None:
         return Told(card, True)
-    told = _metadata(grid) | (card.stored() if card else {})
+    told = _metadata(grid)
+    if card:
+        told |= card.stored()
     return Told(parse_card(told, GridCard, home_of(grid)), card is not None)
 
 

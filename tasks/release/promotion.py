@@ -6,10 +6,10 @@ from prefect.events import emit_event
 
 from infra import storage
 from infra.errors import UserError
-from tasks.cards import home_of, name_of
+from tasks.cards import home_of, name_of, parse_card
 from tasks.release import versions
 from tasks.release.diff import drift
-from tasks.release.gate import CARD, Card, gate
+from tasks.release.gate import CARD, ScoreCard, gate
 from tasks.units import in_run, log
 
 DRIFTED, REFUSED = "rangegrid.grid.drifted", "rangegrid.grid.refused"  # events that `infra/automations.yaml` waits for
@@ -44,10 +44,14 @@ def promote_evaluated(grid: str, margin: float, drift_alert: float) -> bool:
     return promote_unless_withdrawn(grid, since, drift_alert)
 
 
-def read_scores(grid: str) -> Card | None:
-    """The score card beside a grid, if it was evaluated."""
+def read_scores(grid: str) -> ScoreCard | None:
+    """The score card beside a grid, if it was evaluated.
+
+    Raises:
+        UserError: It is damaged.
+    """
     url = storage.join(home_of(grid), CARD)
-    return storage.read_json(url) if storage.exists(url) else None
+    return parse_card(storage.read_json(url), ScoreCard, url) if storage.exists(url) else None
 
 
 def promote_unless_withdrawn(grid: str, since: versions.Pointer, drift_alert: float) -> bool:

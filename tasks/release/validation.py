@@ -147,9 +147,11 @@ def presence(tiles: list[Tile], missing: set[Tile]) -> Finding:
 
 def checksums(grid: str) -> Finding:
     """Whether every chunk has a checksum: without one, only what cannot be decoded is known to be damaged."""
-    without = [name for url in (grid, *others(grid)) for name in arrays.unchecked(url)]
-    told = f"{', '.join(without[:3])}{' …' * (len(without) > 3)} have none: a flipped bit may decode as another number"
-    return Finding("checksums", None if without else True, told if without else "every chunk has one")
+    without = list(chain.from_iterable(map(arrays.unchecked, (grid, *others(grid)))))
+    if not without:
+        return Finding("checksums", True, "every chunk has one")
+    some = ", ".join(without[:3]) + (" …" if len(without) > 3 else "")
+    return Finding("checksums", None, f"{some} have none: a flipped bit may decode as another number")
 
 
 def beside(client: Client, grid: str) -> Finding:
@@ -164,8 +166,10 @@ def beside(client: Client, grid: str) -> Finding:
 
 def others(grid: str) -> list[str]:
     """URLs of the Zarrs beside a grid: its coarser levels and its sums, where they are."""
-    sums = storage.join(home_of(grid), SUMS)
-    return store.level_urls(grid) + ([sums] if storage.exists(storage.join(sums, store.ROOT)) else [])
+    found, sums = store.level_urls(grid), storage.join(home_of(grid), SUMS)
+    if storage.exists(storage.join(sums, store.ROOT)):
+        found.append(sums)
+    return found
 
 
 def damaged(batch: list[tuple[str, arrays.Stored]]) -> list[str]:
@@ -229,10 +233,14 @@ def shards(checks: list[TileCheck], unit: float) -> Iterator[Finding]:
 def storage_loss(grid: str) -> Iterator[Finding]:
     """What fewer bits lost, by the worst dimension; nothing of float32 and of grids of before, which tell of none."""
     lost = opened(grid).attrs.get("rangegrid:loss", {})
-    if parts := {name: lost[name] for name in store.BLOCKS if "lost" in lost.get(name, {})}:
-        worst = ", ".join(f"{name} {max(part['lost']):.0%}" for name, part in parts.items())
-        told = f"the worst dimensions lose of their deviation: {worst}"
-        yield Finding(f"stored as {lost['dtype']}", None if "warning" in lost else True, lost.get("warning", told))
+    worst = [f"{name} {max(lost[name]['lost']):.0%}" for name in store.BLOCKS if "lost" in lost.get(name, {})]
+    if not worst:
+        return
+    if "warning" in lost:
+        yield Finding(f"stored as {lost['dtype']}", None, lost["warning"])
+    else:
+        told = f"the worst dimensions lose of their deviation: {', '.join(worst)}"
+        yield Finding(f"stored as {lost['dtype']}", True, told)
 
 
 def visual_range(checks: list[TileCheck], reference: Reference, slack: float) -> Finding:

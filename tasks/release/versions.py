@@ -185,7 +185,10 @@ def pointers() -> dict[str, Pointer]:
     """Returns the pointers of all lines that have a version in force, the first line's first."""
     first, _ = read_pointer()
     lines = [first.line, *(move.line for move in first.history if move.line), *lines_in(directory())]
-    found = {line: first if line == first.line else read_pointer(line)[0] for line in dict.fromkeys(lines)}
+    found = {first.line: first}
+    for line in lines:
+        if line not in found:
+            found[line] = read_pointer(line)[0]
     return {line: pointer for line, pointer in found.items() if pointer.grid}
 
 
@@ -356,7 +359,14 @@ def versions() -> list[Version]:
     there = [
         version for version in found if version.finished or storage.size(home_of(version.grid))
     ]  # no empty directory
-    return sorted(there, key=lambda v: (v.finished is None, -v.finished.timestamp() if v.finished else 0, v.grid))
+    return sorted(there, key=_age)
+
+
+def _age(version: Version) -> tuple[bool, float, str]:
+    """What sorts finished versions first, the newest first."""
+    if version.finished is None:
+        return True, 0.0, version.grid
+    return False, -version.finished.timestamp(), version.grid
 
 
 def _version(name: str, known: dict[str, Pointer]) -> Version:
@@ -431,10 +441,10 @@ def prune(
         UserError: Nothing is promoted.
     """
     known = pointers()
-    if line not in known if line else not known:
+    if not known or (line and line not in known):
+        which = f"of the line {line} in" if line else "in"
         raise UserError(
-            f"no version {f'of the line {line} ' * bool(line)}in {directory()} is the latest: promote one first, with "
-            "`rangegrid grid promote`"
+            f"no version {which} {directory()} is the latest: promote one first, with `rangegrid grid promote`"
         )
     deleted: dict[str, Version] = {}
     for each in [line] if line else list(known):

@@ -84,7 +84,7 @@ def test_files_of_others_are_read_from_everywhere(folder, at, tmp_path):
     found = embed_points(PLACES, at("satclip.ckpt"), at("range_db.npz"))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     card = import_satclip(at("satclip.ckpt"), (tmp_path / "imported").as_uri())
-    assert card["made_of"]["file"] == "satclip.ckpt"  # of a signed address too
+    assert card.made_of["file"] == "satclip.ckpt"  # of a signed address too
     for name in ("sinr=sinr.safetensors", "satclip=satclip.ckpt"):
         kind, _, file = name.partition("=")
         here, there = (

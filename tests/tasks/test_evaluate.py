@@ -26,7 +26,7 @@ from tasks.evaluation.failures import losses, where_it_fails
 from tasks.grid.store import Content, create, template, write_tile
 from tasks.model.checkpoint import save_checkpoint
 from tasks.params import AblateParams, EvaluateParams
-from tasks.release.gate import gate
+from tasks.release.gate import ScoreCard, gate
 from tests.core.test_retrieval import database
 
 COUNT = 400
@@ -81,7 +81,7 @@ def test_the_report_and_the_score_card(products):
     there = storage.names(url)
     assert {"scores.csv", "scores.png", "failures.csv", "failures.md", "bias.png", "errors-east.png"} <= set(there)
     assert set(card["geographic_bias"]) == {"east"}
-    refusals = gate(card, None, 0.02)
+    refusals = gate(ScoreCard(**card), None, 0.02)
     assert [r.task for r in refusals] == (
         [] if rows["RANGE+"]["blocked"] > rows["coordinates"]["blocked"] else ["east"]
     )

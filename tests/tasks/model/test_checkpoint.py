@@ -115,7 +115,7 @@ def test_a_namespace_of_settings_is_read(home, tmp_path):
     content = torch.load(file, weights_only=True)
     content["hyper_parameters"] = argparse.Namespace(**content["hyper_parameters"])
     torch.save(content, file)
-    assert import_satclip(file, f"{home}/imported")["architecture"]["degree"] == 10
+    assert import_satclip(file, f"{home}/imported").architecture.degree == 10
 
 
 class Evil:

@@ -1,4 +1,4 @@
-"""Cards and fingerprints: what made a product, stored beside it as `card.json`.
+"""Reads and writes cards and fingerprints: what made a product, stored beside it as `card.json`.
 
 A product's directory is named by the fingerprint of everything that decides its content. The same parameters
 find the same directory and resume; changed ones make a new version; nothing that was good is overwritten.
@@ -21,13 +21,13 @@ Source = tuple[str, str]  # the directory of a kind, and a product's name, finge
 
 
 class Part(BaseModel):
-    """A part of a card: frozen, and open to what other versions add."""
+    """A part of a card: frozen, and open to entries that other versions add."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
 
 class Card(Part):
-    """What the card of any product tells."""
+    """Entries of the card of any product."""
 
     directory: ClassVar[str] = ""
     """Name of the directory of all products of the kind."""
@@ -37,21 +37,21 @@ class Card(Part):
     fingerprint: str = ""
     """The product's name; of a checkpoint the digest of its weights, of an imported database that of its file."""
     made_of: dict[str, Any] = {}
-    """All that decides the product, word for word as the fingerprint is made of it."""
+    """Everything that decides the product, exactly as the fingerprint hashes it."""
     line: str = ""
     """The line of products that it belongs to."""
     attribution: str = ""
-    """Whom to name as the source of the images."""
+    """Attribution of the images."""
 
     @field_validator("line", "made_of", mode="before")
     @classmethod
     def _told(cls, value: Any, info: ValidationInfo) -> Any:
-        """Takes null, which cards of before may have, for nothing told."""
+        """Treats null, which cards of earlier versions may have, as a missing entry."""
         return value or cls.model_fields[str(info.field_name)].default
 
     @property
     def sources(self) -> set[Source]:
-        """The products that it was made of, as far as the card names them."""
+        """Returns the products that it was made of, as far as the card names them."""
         return set()
 
     def stored(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def kind_of(model: type[Card]) -> str:
 
 
 def fingerprint(content: Any) -> str:
-    """12 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    """Returns 12 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -129,7 +129,7 @@ def read_card(url: str, model: type[AnyCard]) -> AnyCard:
 
 
 def is_finished(url: str) -> bool:
-    """Whether the product's card, which is written last, is there."""
+    """Tells whether a product is finished: its card, written last, is the completion marker."""
     return storage.exists(storage.join(url, "card.json"))
 
 
@@ -139,7 +139,7 @@ def write_card(url: str, card: Card) -> None:
 
 
 def made_before(url: str, model: type[AnyCard], made_of: Any) -> AnyCard | None:
-    """The card of the same product made at `url` before; none where nothing is finished.
+    """Returns the card of the same product made at `url` before, or None where nothing is finished.
 
     Raises:
         UserError: Another product is there.
@@ -153,7 +153,7 @@ def made_before(url: str, model: type[AnyCard], made_of: Any) -> AnyCard | None:
 
 
 def product_url(kind: str, made_of: Any) -> str:
-    """Where the product made of `made_of` lives: `<storage>/<kind>/<fingerprint>`."""
+    """Returns the URL of the product made of `made_of`: `<storage>/<kind>/<fingerprint>`."""
     return storage.join(settings().storage_url, kind, fingerprint(made_of))
 
 

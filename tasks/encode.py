@@ -1,4 +1,4 @@
-"""The encode step: keys and values of all patches, in whole shards."""
+"""Runs the encode step: keys and values of all patches, in whole shards."""
 
 from functools import partial
 
@@ -13,11 +13,11 @@ from tasks.params import EncodeParams
 from tasks.products import CheckpointCard, FeaturesCard, PatchesCard, Values
 from tasks.units import run_units
 
-OWN = "checkpoint"  # as the name of the values' encoder: the checkpoint's own
+OWN = "checkpoint"  # name of the values' encoder that means the checkpoint's own
 
 
 def encode_database(client: Client, patches: str, checkpoint: str, params: EncodeParams) -> str:
-    """Encodes patches into keys and values, resuming what an earlier run began.
+    """Encodes patches into keys and values, and resumes what an earlier run began.
 
     Args:
         client: The Dask cluster.
@@ -65,7 +65,7 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
 
 
 def encode_shard(url: str, patches: str, checkpoint: str, features: str | None, shard_rows: int, shard: int) -> None:
-    """Encodes one shard of patches and writes it whole; values come from `features` where they are given."""
+    """Encodes one shard of patches and writes it whole. Values come from `features` where these are given."""
     source, model = open_store(patches), load(checkpoint)
     start = shard * shard_rows
     rows = slice(start, min(start + shard_rows, len(source.manifest)))

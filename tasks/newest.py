@@ -1,4 +1,4 @@
-"""Lines of products, and the newest product of one: what a schedule builds on instead of a fixed URL.
+"""Finds the newest product of a product line, which a schedule builds on instead of a fixed URL.
 
 A product is in the line that its card names, which is that of what it is made of; a sample's is its parameter `line`.
 The line is no part of a fingerprint: where a run of another line finds its product there already, a mark beside the
@@ -18,17 +18,17 @@ from tasks.params import Params
 from tasks.products import CheckpointCard, DatabaseCard, GridCard, PatchesCard
 
 NEWEST = "newest"
-UNNAMED = "-"  # the mark of the line without a name
+UNNAMED = "-"  # marker of the line without a name
 READS = 16  # cards read at a time
 
 
 def is_newest(text: Any) -> bool:
-    """Whether a URL is left open: `newest`, or `newest:LINE`."""
+    """Tells whether a URL is left open: `newest`, or `newest:LINE`."""
     return isinstance(text, str) and text.partition(":")[0] == NEWEST
 
 
 def lines_of(url: str, card: Card) -> dict[str, datetime]:
-    """The lines that a finished product is in, and since when."""
+    """Returns the lines that a finished product is in, and since when."""
     marks = storage.names(storage.join(url, "lines"))
     places = {"" if mark == UNNAMED else mark: storage.join(url, "lines", mark) for mark in marks}
     places[card.line] = storage.join(url, "card.json")
@@ -36,19 +36,19 @@ def lines_of(url: str, card: Card) -> dict[str, datetime]:
 
 
 def enter(url: str, line: str) -> None:
-    """Puts a finished product into a line, unless it is in it."""
+    """Adds a finished product to a line, unless the line has it."""
     if line not in lines_of(url, read_card(url, Card)):
         storage.create(storage.join(url, "lines", line or UNNAMED), b"{}")
 
 
 def inherit(url: str, patches: str) -> None:
-    """Puts a finished product into the lines of the patches that it was made of."""
+    """Adds a finished product to the lines of the patches that it was made of."""
     for line in lines_of(patches, read_card(patches, PatchesCard)):
         enter(url, line)
 
 
 def resolve(asked: Mapping[str, Any], at: datetime) -> dict[str, Any]:
-    """The parameters of a run without what was left open.
+    """Returns the parameters of a run with everything settled that was left open.
 
     Args:
         asked: URLs by the parameters' names, and parameter models.
@@ -75,7 +75,7 @@ def resolve(asked: Mapping[str, Any], at: datetime) -> dict[str, Any]:
 
 
 def _database(asked: str, checkpoint: str | None) -> str:
-    """The newest database of a line; beside a checkpoint that is given by its URL, of those in its space."""
+    """Returns the newest database of a line; beside a checkpoint given by URL, the newest encoded with it."""
     if checkpoint is None or is_newest(checkpoint):
         return newest(DatabaseCard, asked)
     ours = read_card(checkpoint, CheckpointCard).fingerprint
@@ -83,7 +83,7 @@ def _database(asked: str, checkpoint: str | None) -> str:
 
 
 def _checkpoint(asked: str, database: str | None) -> str:
-    """The newest checkpoint of a line; beside a database the one that its keys live in, of whatever line."""
+    """Returns the newest checkpoint of a line; beside a database, the one that made its keys, of any line."""
     if database is None:
         return newest(CheckpointCard, asked)
     wanted = read_card(database, DatabaseCard).checkpoint
@@ -91,7 +91,7 @@ def _checkpoint(asked: str, database: str | None) -> str:
 
 
 def _grid(asked: str, database: str | None) -> str:
-    """The newest grid of a line, or where none is named of any; beside a database, of those that it was made from."""
+    """Returns the newest grid of a line, or of any where none is named; beside a database, of grids made from it."""
     named = ":" in asked
     found = newest(GridCard, asked, lambda card: database in (None, card.database), everywhere=not named)
     return storage.join(found, GRID)
@@ -100,7 +100,7 @@ def _grid(asked: str, database: str | None) -> str:
 def newest(
     model: type[AnyCard], asked: str, fits: Callable[[AnyCard], bool] | None = None, *, everywhere: bool = False
 ) -> str:
-    """The URL of the product of a kind that was finished last.
+    """Returns the URL of the product of a kind that was finished last.
 
     Args:
         model: The kind of its card.

@@ -1,7 +1,7 @@
-"""The publish step: RANGE+ at every land cell of a grid, tile by tile on Dask.
+"""Runs the publish step: RANGE+ at every land cell of a grid, tile by tile on Dask.
 
-A grid may keep the sums behind it. A later grid, of the database as it has become since, then takes them as its
-parent's, and computes only the images that came and went (`tasks.grid.updates`).
+A grid may keep the sums behind it. A later grid of the changed database can then be updated from this one as its
+parent, and computes only the images that were added or removed (`tasks.grid.updates`).
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ INT8 = (
 
 
 def publish_grid(client: Client, checkpoint: str, database: str, params: PublishParams) -> str:
-    """Publishes the grid of one database, resuming what an earlier run began, and makes it the latest of its line.
+    """Publishes the grid of one database, resumes what an earlier run began, and makes it the latest of its line.
 
     Args:
         client: The Dask cluster.
@@ -77,22 +77,22 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
 
 @dataclass(frozen=True)
 class GridPlan:
-    """What a run will make, settled and found possible before any work."""
+    """The plan of a run, settled and checked before any work."""
 
     job: Job
-    """What every tile needs."""
+    """The job: what every tile needs."""
     database: DatabaseCard
     """The database's card."""
     card: GridCard
-    """The grid's card, as far as it is known before the grid is there."""
+    """The grid's card, as far as it is known before the grid is made."""
     tiles: list[Tile]
     """The tiles with land."""
     sums: dict[str, Any]
-    """What the sums behind the grid have in common with those that can update them."""
+    """What sums must have in common with these to update them."""
 
     @classmethod
     def of(cls, checkpoint: str, database: str, params: PublishParams) -> "GridPlan":
-        """Settles what was left open.
+        """Settles what the parameters left open.
 
         Raises:
             UserError: The inputs do not belong together, or there is nothing to make.
@@ -112,17 +112,17 @@ class GridPlan:
 
     @property
     def dims(self) -> int:
-        """Numbers of a vector."""
+        """Returns the length of a vector."""
         return dims_of(self.database, self.job.params)
 
     @property
     def layout(self) -> Layout:
-        """What the grid's readers will rely on."""
+        """Returns the layout that the grid's readers will rely on."""
         return Layout.of(self.card.recipe, self.dims)
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """The attributes that tell what makes the grid: source and period, encoder, database, code, kernels."""
+        """Returns the attributes of provenance: source and period, encoder, database, code, kernels."""
         images, job, card = self.database, self.job, self.card
         made = {"made_of": card.made_of, "fingerprint": card.fingerprint}
         made |= {"checkpoint": images.checkpoint, "database": images.fingerprint}
@@ -138,7 +138,7 @@ def check_compact(params: PublishParams, database: DatabaseCard) -> None:
 
 
 def settled(params: PublishParams, database: DatabaseCard) -> PublishParams:
-    """The parameters with what was left open: the parent's tile size and land, or shards large enough and any land."""
+    """Settles tile size and rule of land: the parent's, or a tile size by SHARD_BYTES and any land."""
     if params.parent:
         made_of = read_card(home_of(params.parent), GridCard).recipe
         tile, land = made_of.tile_cells, made_of.land
@@ -148,19 +148,19 @@ def settled(params: PublishParams, database: DatabaseCard) -> PublishParams:
 
 
 def dims_of(database: DatabaseCard, params: PublishParams) -> int:
-    """Numbers of a vector."""
+    """Returns the length of a vector."""
     return (params.compact_dims or database.value_dim) + database.key_dim
 
 
 def decisive(database: DatabaseCard, params: PublishParams, parent: Parent | None) -> dict[str, Any]:
-    """All that decides what a grid is, as its fingerprint is made of it."""
+    """Returns everything that decides a grid, as its fingerprint hashes it."""
     untold = {"promote", "drift_alert", "line", "land"} - told_land(params.land).keys()
     decides = {"database": database.fingerprint} | params.model_dump(mode="json", exclude=untold)
     return decides | {"parent": parent.fingerprint if parent else None}
 
 
 def period(database: DatabaseCard) -> dict[str, str]:
-    """The time window of a database's images, where the sample it was made from is still there."""
+    """Returns the time window of a database's images, where the sample that it was made from still exists."""
     if database.patches is None:
         return {}
     try:
@@ -172,7 +172,7 @@ def period(database: DatabaseCard) -> dict[str, str]:
 
 
 def prepare(client: Client, job: Job, database: DatabaseCard, attrs: dict[str, Any], *, whole: bool) -> None:
-    """Writes what the tiles need, unless it is there: the changes, the empty sums, and last the empty grid.
+    """Writes what the tiles need, unless it exists: the changed images, the empty sums, and last the empty grid.
 
     Args:
         client: The Dask cluster, on which the field is measured.
@@ -196,7 +196,7 @@ def prepare(client: Client, job: Job, database: DatabaseCard, attrs: dict[str, A
 
 
 def find_projection(job: Job) -> Projection | None:
-    """The parent's projection, whose space the sums are in, or the principal components; none of whole values."""
+    """Returns the parent's projection, in whose space its sums are, or principal components; None for whole values."""
     if not job.params.compact_dims:
         return None
     if job.parent:
@@ -205,7 +205,7 @@ def find_projection(job: Job) -> Projection | None:
 
 
 def measure(client: Client, job: Job, projection: Projection | None) -> Survey:
-    """What is known of the field: the parent's findings for an update, else what a worker measures now."""
+    """Returns the survey of the field: the parent's for an update, else one that a worker measures now."""
     if job.parent:
         attrs = zarr.open_group(storage.zarr_store(job.parent.grid), mode="r").attrs
         return Survey({name: attrs[name] for name in ("rangegrid:field",) if name in attrs})
@@ -214,7 +214,7 @@ def measure(client: Client, job: Job, projection: Projection | None) -> Survey:
 
 
 def fill(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> None:
-    """Makes the tiles that are not there, then what is made of them: coarser levels, and chunks of the seas."""
+    """Makes the missing tiles, then what is made from them: coarser levels, and empty shards of the seas."""
     done = store.written(job.grid, job.spec, tiles)
     log().info("%s: %d tiles of land, %d already there", job.grid, len(tiles), len(done))
     publish_tiles(client, job, parts, tiles, done)
@@ -226,7 +226,7 @@ def fill(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) ->
 
 
 def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], done: set[Tile]) -> list[Report]:
-    """Makes the tiles that are not done by the way that fits: in parts, as an update, or each from all the database."""
+    """Makes the missing tiles: from parts of the database, as an update, or each from the whole database."""
     mask = land_mask(job.spec)
     land = {tile: int(mask[tile.window].sum()) for tile in tiles}
     left, there = [tile for tile in tiles if tile not in done], len(done)
@@ -242,7 +242,7 @@ def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[
 
 
 def finish(plan: GridPlan, since: versions.Pointer) -> None:
-    """Writes the grid's card, unless it is there: its time is the version's age; a prune meanwhile takes it back."""
+    """Writes the grid's card, unless it exists, since its time is the version's age; a prune meanwhile removes it."""
     job = plan.job
     if not is_finished(job.home):
         told = {"line": since.line, "dims": plan.dims, "sums": plan.sums if job.params.keep_sums else None}
@@ -253,7 +253,7 @@ def finish(plan: GridPlan, since: versions.Pointer) -> None:
 
 
 def warn_of_loss(job: Job) -> dict[str, Any] | None:
-    """What the card tells of what fewer bits lost, dimension by dimension; warns where that is much."""
+    """Returns what the card tells of the dtype's loss, by dimension, and warns where that is large."""
     attrs = zarr.open_group(storage.zarr_store(job.grid), mode="r").attrs
     lost = attrs.get("rangegrid:loss")
     if lost and lost["dtype"] == "int8":
@@ -269,7 +269,7 @@ def warn_of_loss(job: Job) -> dict[str, Any] | None:
 
 
 def show(client: Client, job: Job, attribution: str) -> None:
-    """Keeps beside the grid what shows it: maps, a page, and its STAC item; and tells where they are."""
+    """Writes maps, a page and the STAC item beside the grid, and shows their places."""
     draw(client, job, attribution)
     page = write_page(job.home)
     write_item(job.home)

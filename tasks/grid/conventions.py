@@ -1,4 +1,4 @@
-"""The attributes of a grid that others read: CF, and the Zarr conventions `geoemb:`, `proj:`, `spatial:`, multiscales.
+"""Makes the attributes that other tools read: CF, and Zarr conventions `geoemb:`, `proj:`, `spatial:`, multiscales.
 
 Sources: the conventions' own schemas, github.com/geo-embeddings/embeddings-zarr-convention and
 github.com/zarr-conventions; tests hold a grid to them.
@@ -34,7 +34,7 @@ GEOEMB: Convention = {  # of another body, so zarr-cm does not know it
 
 
 def placed(spec: GridSpec) -> dict[str, Any]:
-    """Where the cells are: CRS, box, transform."""
+    """Returns the attributes of the cells' places: CRS, box, transform."""
     (rows, columns), (wide, high) = spec.shape, spec.sides
     west, _, _, north = spec.box
     return {
@@ -50,7 +50,7 @@ def placed(spec: GridSpec) -> dict[str, Any]:
 
 
 def spec_of(attrs: Mapping[str, Any], columns: int, tile: int = 1) -> GridSpec:
-    """The grid whose attributes these are: what `placed` wrote."""
+    """Returns the grid from the attributes that `placed` wrote."""
     west, south, east, north = attrs["spatial:bbox"]
     crs = attrs.get("proj:code") or attrs["proj:wkt2"]
     land = GridRecipe.model_validate(attrs.get("rangegrid:made_of", {})).land
@@ -58,7 +58,7 @@ def spec_of(attrs: Mapping[str, Any], columns: int, tile: int = 1) -> GridSpec:
 
 
 def axes(spec: GridSpec) -> dict[str, Any]:
-    """The coordinates of the cells and, as CF asks and GDAL and rioxarray read it, the CRS that they are in."""
+    """Returns the coordinates of the cells with their CRS, as CF asks and GDAL and rioxarray read it."""
     y, x = spec.plane.dims
     about = {axis["axis"]: {k: axis[k] for k in AXIS} for axis in spec.plane.definition.cs_to_cf()}
     wide, _, west, _, high, north = placed(spec)["spatial:transform"]
@@ -68,7 +68,7 @@ def axes(spec: GridSpec) -> dict[str, Any]:
 
 
 def multiscale(spec: GridSpec, names: list[str]) -> dict[str, Any]:
-    """The attributes of a group whose children are a grid and its coarser levels, each of half the rows."""
+    """Returns the attributes of the group of a grid and its coarser levels, each with half the rows."""
     shaped = "spatial:shape", "spatial:transform"
     layout: list[dict[str, Any]] = []
     for level, name in enumerate(names):
@@ -80,7 +80,7 @@ def multiscale(spec: GridSpec, names: list[str]) -> dict[str, Any]:
 
 
 def embedding(spec: GridSpec, visual: int, location: int, dtype: str) -> dict[str, Any]:
-    """What the vectors are; `provenance` adds what made them."""
+    """Returns the attributes of the vectors; `provenance` adds what made them."""
     return {
         "geoemb:type": "pixel",
         "geoemb:dimensions": visual + location,
@@ -93,7 +93,7 @@ def embedding(spec: GridSpec, visual: int, location: int, dtype: str) -> dict[st
 
 
 def provenance(checkpoint: str, database: str, attribution: str) -> dict[str, Any]:
-    """What made the vectors: the encoder, the source, the code.
+    """Returns the attributes of provenance: the encoder, the source, the code.
 
     Args:
         checkpoint: URL of the checkpoint.
@@ -111,5 +111,5 @@ def provenance(checkpoint: str, database: str, attribution: str) -> dict[str, An
 
 
 def declared(attrs: dict[str, Any], *conventions: Convention) -> dict[str, Any]:
-    """The attributes with more conventions declared."""
+    """Returns the attributes with more conventions declared."""
     return attrs | {"zarr_conventions": [*attrs.get("zarr_conventions", []), *conventions]}

@@ -1,8 +1,8 @@
-"""A database that no worker can hold whole: every worker holds a part, and the sums of the parts add.
+"""Publishes from a database that no worker can hold whole: every worker holds a part, and the sums of the parts add.
 
-A tile is a task for each part, on the worker that holds it, and a tree of additions; arrays travel from worker to
-worker alone. The geodesic half has one spectrum for all parts, summed up once. A part that a worker lost or never had
-is read by the one that does its work, so a dead worker costs time alone.
+A tile is a task for each part, on the worker that holds it, and a tree of additions. Arrays travel only from worker to
+worker. The geodesic half has one spectrum for all parts, summed once. Where a worker has died, another one reads its
+part, so a dead worker costs only time.
 """
 
 from functools import lru_cache
@@ -25,14 +25,14 @@ from tasks.grid.tiles import LOADING, Job, deliver, index_of, land_cells, load_e
 from tasks.products import DatabaseCard
 from tasks.units import RETRIES, follow
 
-MEMORY_SHARE = 0.5  # of a worker's memory that images may take; sums, harmonics and the program need the rest
-AHEAD = 6  # tiles in the making: more would pile up sums where one worker is slow
+MEMORY_SHARE = 0.5  # share of a worker's memory that images may take; sums, harmonics and the program need the rest
+AHEAD = 6  # tiles under way at a time: more would pile up sums where one worker is slow
 
 Part = tuple[int, int]
 
 
 def parts_of(client: Client, job: Job, card: DatabaseCard) -> dict[str, Part]:
-    """The rows that each worker is to hold a part of; empty where any worker can hold all.
+    """Returns the part of the database that each worker holds; empty where every worker can hold all rows.
 
     Args:
         client: The Dask cluster.
@@ -58,7 +58,7 @@ def parts_of(client: Client, job: Job, card: DatabaseCard) -> dict[str, Part]:
 
 
 def refuse_whole(job: Job, size: int) -> None:
-    """Refuses what needs the database whole, `size` bytes, where no worker can hold it."""
+    """Refuses a job that needs the database whole, `size` bytes, where no worker can hold it."""
     if job.params.tolerance or job.parent:
         needs, without = "interpolation and updates need", "without --tolerance and --parent"
     elif job.params.evidence or job.params.dtype != "float32":
@@ -72,7 +72,7 @@ def refuse_whole(job: Job, size: int) -> None:
 
 
 def publish_in_parts(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], there: int) -> list[Report]:
-    """Publishes tiles from a database in parts, by worker; `there` are made already."""
+    """Publishes tiles from a database in parts, by worker; `there` tiles were made before."""
     spectrum = _spectrum(client, job, parts)
     made: list[Future] = []
     for i, tile in enumerate(tiles):
@@ -84,7 +84,7 @@ def publish_in_parts(client: Client, job: Job, parts: dict[str, Part], tiles: li
 
 
 def _spectrum(client: Client, job: Job, parts: dict[str, Part]) -> Future | None:
-    """The geodesic kernel's spectrum over the whole database, where one pays: that half is then no part's work."""
+    """Computes the geodesic half's spectrum over the whole database, where one pays, so that parts need not sum it."""
     if not (job.method.has_geodesic and pays(job.method.geodesic_temperature, sum(b - a for a, b in parts.values()))):
         return None
     return _added(client, [_submit(client, part_spectrum, job, part, workers=[w]) for w, part in parts.items()])
@@ -95,7 +95,7 @@ def _submit(client: Client, *call: Any, workers: list[str] | None = None) -> Fut
 
 
 def _added(client: Client, sums: list[Future]) -> Future:
-    """Their total, by a tree: no worker holds the sums of more than two parts."""
+    """Adds sums in a tree, so that no worker holds the sums of more than two parts."""
     while len(sums) > 1:
         pairs = [sums[i : i + 2] for i in range(0, len(sums), 2)]
         sums = [_submit(client, add, *pair) if len(pair) > 1 else pair[0] for pair in pairs]
@@ -103,18 +103,20 @@ def _added(client: Client, sums: list[Future]) -> Future:
 
 
 def part_spectrum(job: Job, part: Part) -> Spectrum:
-    """The spectrum over one part."""
+    """Computes the spectrum over one part."""
     return _part(job, part).spectrum(job.method.geodesic_temperature)
 
 
 def far_cells(job: Job, tile: Tile, spectrum: Spectrum | None, _: Report | None) -> NDArray[np.bool_]:
-    """Land cells of a tile whose geodesic half is the parts' work, (m,), once an earlier tile is written."""
+    """Tells which land cells of a tile are too far from all images for the spectrum, (m,): the parts sum these.
+
+    It waits until an earlier tile is written."""
     places = land_cells(job.spec, tile).lonlat
     return spectrum.weights.sums(places)[1] if spectrum else np.ones(len(places), bool)
 
 
 def part_sums(job: Job, part: Part, tile: Tile, far: NDArray[np.bool_]) -> Halves:
-    """The sums of a tile's land cells over one part of the database; the geodesic half of far cells alone."""
+    """Computes the sums of a tile's land cells over one part of the database, the geodesic half for far cells alone."""
     places, index, method = land_cells(job.spec, tile).lonlat, _part(job, part), job.method
     semantic = index.by_likeness(load_encoder(job.checkpoint).embed(places), method.semantic)
     nearness = index.by_nearness(places[far], method.geodesic_temperature) if method.has_geodesic else None
@@ -136,5 +138,5 @@ def _part(job: Job, part: Part) -> RetrievalIndex:
 
 @lru_cache(maxsize=1)
 def load_part(database: str, part: Part, projected_by: str | None) -> RetrievalIndex:
-    """A worker's part, read once per process."""
+    """Reads a worker's part, once per process."""
     return index_of(read_rows(database, slice(*part)), projected_by)

@@ -1,4 +1,4 @@
-"""What shows a grid to people: maps of its colours and its evidence, and a page with both that lies in the bucket."""
+"""Draws previews of a grid: maps of its colours and its evidence, and a page with both beside the grid."""
 
 import html
 from dataclasses import dataclass
@@ -85,36 +85,36 @@ class Drawn:
     """The cells of a grid that a picture shows."""
 
     rows: NDArray[np.intp]
-    """Their rows, rising."""
+    """Rows of the cells, rising."""
     columns: NDArray[np.intp]
-    """Their columns, rising."""
+    """Columns of the cells, rising."""
 
     @classmethod
     def of(cls, spec: GridSpec) -> "Drawn":
-        """All, or evenly as many as a picture needs: of each part of the box the cell in the middle."""
+        """Chooses all cells, or evenly as many as a picture needs: the middle cell of each piece of the box."""
         times, (rows, columns) = max(1.0, np.sqrt(np.prod(spec.shape) / MOST_DRAWN)), spec.shape
         return cls(_spread(rows, times), _spread(columns, times))
 
     def window(self, tile: Tile) -> tuple[slice, slice]:
-        """Which of them are in a tile."""
+        """Returns which of them are in a tile."""
         rows, columns = tile.window
         return _within(self.rows, rows), _within(self.columns, columns)
 
 
 def _spread(cells: int, times: float) -> NDArray[np.intp]:
-    """Every so many of some cells, each from the middle of its part; one at least."""
+    """Returns evenly spread cells, each from the middle of its piece; at least one."""
     count = max(1, int(cells / times))
     return ((np.arange(count) + 0.5) * cells / count).astype(int)
 
 
 def _within(cells: NDArray[np.intp], part: slice) -> slice:
-    """Which of some rising cells are in a part of all."""
+    """Returns which of some rising cells are in a range."""
     start, stop = np.searchsorted(cells, (part.start, part.stop)).tolist()
     return slice(start, stop)
 
 
 def axes_of(job: Job) -> NDArray[np.float32]:
-    """The principal axes of a grid's embeddings, (dim, 3), by some blocks of its land."""
+    """Returns the principal axes of a grid's embeddings, (dim, 3), from some blocks of its land."""
     vectors, land, side = store.open_vectors(job.grid), land_mask(job.spec), min(CHUNK_CELLS, job.spec.tile)
     rows, columns = np.nonzero(land)
     blocks = np.unique(np.column_stack([rows, columns]) // side, axis=0)
@@ -127,7 +127,7 @@ def axes_of(job: Job) -> NDArray[np.float32]:
 
 
 def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:
-    """What a picture shows of a tile, (4, rows, columns): three components, and km to the nearest image or NaN."""
+    """Returns what a picture shows of a tile, (4, rows, columns): three components, and km to the nearest image."""
     rows, columns = drawn.window(tile)
     i, j = np.ix_(drawn.rows[rows] - tile.row, drawn.columns[columns] - tile.column)
     seen = np.full((4, i.size, j.size), np.nan, np.float32)
@@ -139,7 +139,7 @@ def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArr
 
 
 def draw_evidence(job: Job, away: NDArray[np.float32], attribution: str) -> None:
-    """Keeps a map of the distance to the nearest image: far from all, an embedding is extrapolation."""
+    """Writes a map of the distance to the nearest image: far from all images, an embedding is an extrapolation."""
     title = f"What the {job.method.name.upper()} embeddings rest on, {job.spec.size}"
     caption = f"Great-circle distance from a cell to the nearest image of the database. {attribution}."
     picture = layer_map(away, job.spec, title, caption, "km")
@@ -147,7 +147,7 @@ def draw_evidence(job: Job, away: NDArray[np.float32], attribution: str) -> None
 
 
 def write_page(home: str) -> str:
-    """Writes `index.html` of the grid in the directory `home`, from what is there; returns its URL."""
+    """Writes `index.html` of the grid in the directory `home`, from the files there, and returns its URL."""
     grid = storage.join(home, GRID)
     attrs, spec = storage.read_json(storage.join(grid, "zarr.json"))["attributes"], store.open_spec(grid)
     there = storage.names(home)
@@ -162,7 +162,7 @@ def write_page(home: str) -> str:
 
 
 def _code(spec: GridSpec) -> str:
-    """The lines that open the grid, from where the page lies, and read it at a place: Paris, or the box's middle."""
+    """Returns the lines that open the grid, as seen from the page, and read it in Paris or the middle of the box."""
     (west, south, east, north), (y, x) = spec.box, spec.plane.dims
     middle = np.array([(west + east) / 2, (south + north) / 2])
     lon, lat = (2.35, 48.86) if spec.is_globe else spec.plane.lonlat(middle)
@@ -174,7 +174,7 @@ def _code(spec: GridSpec) -> str:
 
 
 def _facts(attrs: dict[str, Any]) -> dict[str, Any]:
-    """What a reader asks first."""
+    """Returns the facts that a reader asks for first."""
     blocks, field, lost = attrs["geoemb:blocks"], attrs.get("rangegrid:field", {}), attrs.get("rangegrid:loss", {})
     facts = {
         "source": attrs["attribution"],

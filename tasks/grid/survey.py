@@ -1,4 +1,4 @@
-"""What is measured on a field of embeddings before its grid is written: how fine it is, and what fewer bits lose.
+"""Measures a field of embeddings before its grid is written: how fine it is, and what fewer bits lose.
 
 Some hundred places on land and their neighbours are embedded exactly, as a cell would be. From them come the
 structure function (`tasks.core.field`), the scales of int8, and the loss of storing fewer bits: cosines, errors, and
@@ -35,14 +35,14 @@ SPOILED = 0.1  # share of a dimension's deviation that storing it may lose befor
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found."""
+    """Results of a survey."""
 
     attrs: dict[str, Any]
-    """For the grid's attributes."""
+    """Attributes for the grid."""
     dtype: DType = "float32"
-    """How the grid's numbers are to be stored."""
+    """How the grid's numbers will be stored."""
     scales: dict[str, Scale] = field(default_factory=dict)
-    """Of each block, for int8."""
+    """Scale of each block, for int8."""
 
 
 def survey(job: Job, dtype: DType, projection: Projection | None) -> Survey:
@@ -79,7 +79,7 @@ def shore_cells(spec: GridSpec) -> NDArray[np.float64]:
 
 
 def _embedded(job: Job, places: NDArray[np.float64], projection: Projection | None) -> list[NDArray[np.float32]]:
-    """Visual and location part; projecting the result is the same as projecting the values first."""
+    """Returns visual and location part; projecting the result equals projecting the values first."""
     if projection is None:
         encoder, index = load(job.checkpoint, job.database)
     else:  # the tiles will want the projected values: these are not to stay in memory beside them
@@ -124,13 +124,13 @@ def _latitude_score(vectors: NDArray[np.float32], places: NDArray[np.float64]) -
 
 
 def _by_dimension(exact: NDArray[np.float32], stored: NDArray[np.float32]) -> dict[str, Any]:
-    """What each dimension of a block lost, and how many lost too much; told to the digits that a rerun finds again."""
+    """Returns the loss of each dimension of a block, and how many lost too much, in digits that a rerun reproduces."""
     shares = [float(f"{share:.2g}") for share in lost_by_dimension(exact, stored)]
     return {"lost": shares, "worst": int(np.argmax(shares)), "spoiled": sum(share > SPOILED for share in shares)}
 
 
 def _warning(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """What to warn of, if there is anything: judged by the worst dimension, which cosines do not show."""
+    """Returns a warning where the worst dimension lost too much, which cosines do not show; else an empty one."""
     bad = [
         f"{part['spoiled']} of {len(part['lost'])} {name} dimensions lose more than {SPOILED:.0%} of their deviation "
         f"(number {part['worst']} {part['lost'][part['worst']]:.0%})"
@@ -141,7 +141,7 @@ def _warning(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def _stored(part: NDArray[np.float32], scale: Scale | None) -> NDArray[np.float32]:
-    """What a reader gets back."""
+    """Returns what a reader gets back."""
     try:
         return scale.decode(scale.encode(part)) if scale else half(part).astype(np.float32)
     except OverflowError as error:
@@ -149,13 +149,13 @@ def _stored(part: NDArray[np.float32], scale: Scale | None) -> NDArray[np.float3
 
 
 def _quantization(dtype: DType, scales: dict[str, Scale]) -> dict[str, Any]:
-    """As the geoemb: convention tells it; the scales of the two blocks are those of their variables."""
+    """Returns the entry of the geoemb: convention; the scales of the two blocks are in their variables."""
     about: dict[str, Any] = {"method": "linear per block" if scales else "rounding", "original_dtype": "float32"}
     return {"geoemb:quantization": about | {"quantized_dtype": dtype}}
 
 
 def kernels(job: Job) -> dict[str, Any]:
-    """The retrieval's kernels, as far as they are known without measuring."""
+    """Returns what is known of the retrieval's kernels without measuring."""
     method, architecture = job.method, read_card(job.checkpoint, CheckpointCard).architecture
     found = {"semantic_temperature": method.semantic, "harmonic_degree": architecture.degree - 1}
     if method.has_geodesic:

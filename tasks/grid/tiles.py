@@ -1,4 +1,4 @@
-"""One tile of a grid, the unit of publication: its cells embedded, and written as one shard."""
+"""Makes one tile of a grid, the unit of publication: embeds its cells, and writes them as one shard."""
 
 import threading
 from dataclasses import dataclass
@@ -27,29 +27,29 @@ LOADING = threading.Lock()  # threads of one process share what is loaded, and d
 
 @dataclass(frozen=True)
 class Parent:
-    """The grid that another one updates."""
+    """A grid that another one is updated from."""
 
     home: str
     """URL of its directory."""
     database: str
     """URL of its database."""
     fingerprint: str
-    """Its name."""
+    """Fingerprint of the grid."""
 
     @property
     def grid(self) -> str:
-        """URL of its Zarr."""
+        """Returns the URL of its Zarr."""
         return storage.join(self.home, GRID)
 
     @property
     def sums(self) -> str:
-        """URL of the Zarr of its sums."""
+        """Returns the URL of the Zarr of its sums."""
         return storage.join(self.home, SUMS)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every tile of one grid needs; small, so that it travels to the workers with each unit."""
+    """What every tile of one grid needs; small, so that it can travel to the workers with each unit."""
 
     home: str
     """URL of the product's directory."""
@@ -58,40 +58,40 @@ class Job:
     database: str
     """URL of the database."""
     params: PublishParams
-    """What to publish, with nothing left open."""
+    """Parameters of the grid, with nothing left open."""
     parent: Parent | None = None
-    """The grid that this one updates, if any."""
+    """The grid that this one is updated from, if any."""
 
     @property
     def spec(self) -> GridSpec:
-        """The grid's cells and tiles."""
+        """Returns the grid's cells and tiles."""
         return self.params.spec
 
     @property
     def method(self) -> Method:
-        """The retrieval."""
+        """Returns the retrieval method."""
         return Method(self.params.method, self.params.beta)
 
     @property
     def grid(self) -> str:
-        """URL of the grid's Zarr."""
+        """Returns the URL of the grid's Zarr."""
         return storage.join(self.home, GRID)
 
     @property
     def sums(self) -> str:
-        """URL of the Zarr of the sums that are kept."""
+        """Returns the URL of the Zarr of the sums that are kept."""
         return storage.join(self.home, SUMS)
 
     @property
     def projected_by(self) -> str | None:
-        """URL of the Zarr with the projection in force, if there is one."""
+        """Returns the URL of the Zarr with the projection in use, if there is one."""
         return self.grid if self.params.compact_dims else None
 
 
 def load(
     checkpoint: str, database: str, projected_by: str | None = None, queries: int | None = None
 ) -> tuple[LocationEncoder, RetrievalIndex]:
-    """The encoder and the index, loaded once per worker process.
+    """Loads the encoder and the index, once per worker process.
 
     Args:
         checkpoint: URL of the checkpoint.
@@ -105,36 +105,36 @@ def load(
 
 @lru_cache(maxsize=2)
 def load_encoder(checkpoint: str) -> LocationEncoder:
-    """The location encoder, loaded once per worker process."""
+    """Loads the location encoder, once per worker process."""
     return load_checkpoint(checkpoint).location
 
 
 @lru_cache(maxsize=2)
 def load_index(database: str, projected_by: str | None, queries: int | None) -> RetrievalIndex:
-    """The whole database, loaded once per worker process."""
+    """Loads the whole database, once per worker process."""
     return index_of(open_database(database), projected_by, queries)
 
 
 def index_of(data: Database, projected_by: str | None, queries: int | None = None) -> RetrievalIndex:
-    """The index of some images, their values projected as the grid's are."""
+    """Makes the index of some images, with their values projected as the grid's."""
     values = store.read_projection(projected_by).apply(data.values) if projected_by else data.values
     return RetrievalIndex(data.keys, values, data.locations, queries=queries)
 
 
 def land_tiles(spec: GridSpec) -> list[Tile]:
-    """The tiles with a land cell, in the grid's order."""
+    """Returns the tiles with a land cell, in the grid's order."""
     land = land_mask(spec)
     return [tile for tile in spec.tiles() if land[tile.window].any()]
 
 
 def land_cells(spec: GridSpec, tile: Tile) -> Cells:
-    """The cells of a tile, of which those on land are wanted."""
+    """Returns the cells of a tile, with those on land marked as wanted."""
     rows, columns = tile.window
     return Cells(spec.x[columns], spec.y[rows], land_of(spec, tile), spec.plane)
 
 
 def publish_tile(job: Job, tile: Tile) -> Report:
-    """Embeds the land cells of one tile and writes it as one shard; tells how."""
+    """Embeds the land cells of one tile, writes it as one shard, and reports how it was computed."""
     encoder, index = load(job.checkpoint, job.database, job.projected_by)
     cells = land_cells(job.spec, tile)
     if job.params.evidence:
@@ -148,7 +148,7 @@ def publish_tile(job: Job, tile: Tile) -> Report:
 
 
 def write_evidence(job: Job, tile: Tile, cells: Cells, encoder: LocationEncoder, index: RetrievalIndex) -> None:
-    """Writes what the cells rest on, a layer each; before their vectors, which are the record."""
+    """Writes the evidence of the cells, in a layer each, before their vectors, which are the completion marker."""
     found = evidence(index, encoder.embed(cells.lonlat), cells.lonlat, job.method)
     layers: dict[str, NDArray] = {
         "effective_images": found.images,
@@ -160,7 +160,7 @@ def write_evidence(job: Job, tile: Tile, cells: Cells, encoder: LocationEncoder,
 
 
 def deliver(job: Job, tile: Tile, location: NDArray[np.float32], halves: Halves, evaluated: int) -> Report:
-    """Writes a tile from its sums, which are kept if they are to be; the grid's shard comes last, as the record.
+    """Writes a tile from its sums, and keeps them where asked for. The grid's shard comes last, as completion marker.
 
     Args:
         job: The grid.

@@ -1,9 +1,9 @@
-"""Updates: the grid of a changed database from the kept sums of the grid before, its parent.
+"""Updates the grid of a changed database from the kept sums of an earlier grid, its parent.
 
-Only the images that came and went are computed. An image is the same where its row id, its place, its key and its
-value are, whatever its position. Encoded again in other company, a vector differs in its last bits; so keys and values
-are compared to SAME of their length, by a few random projections: a difference shows in every one of them unless it
-is orthogonal to all.
+Only images that were added or removed are computed. An image is the same where its row id, its place, its key and its
+value are, whatever its position. A vector that is encoded again beside other images differs in its last bits. So keys
+and values are compared to SAME of their length, by a few random projections: a difference shows in at least one of
+them, unless it is orthogonal to all.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,16 +28,16 @@ from tasks.params import PublishParams
 from tasks.products import DatabaseCard, GridCard, told_land
 from tasks.units import log
 
-SAME = 1e-6  # of a vector's length: ten times its rounding, a tenth of the error that an update may have
+SAME = 1e-6  # largest relative difference of equal vectors: ten times their rounding, a tenth of an update's error
 PROJECTIONS = 8
-BLOCK = 8192  # images at a time
+BLOCK = 8192  # images compared at a time
 NAME = ["row_id", "lon", "lat", "copy"]
 CHANGES = "changes.json"
-FEW = 1000  # cells of a tile that an update retrieves anew, about: no spectrum pays for them
+FEW = 1000  # about how many cells of a tile an update retrieves anew: too few for a spectrum
 
 
 def kept_sums(card: DatabaseCard, params: PublishParams) -> dict[str, Any]:
-    """What sums must have in common to be updated: all that decides them but the database's images."""
+    """Returns what sums must have in common to be updated: everything that decides them except the images."""
     method = Method(params.method, params.beta)
     return {
         "checkpoint": card.checkpoint,
@@ -78,7 +78,7 @@ def read_parent(grid: str, ours: dict[str, Any]) -> Parent:
 
 
 def write_changes(job: Job, parent: Parent, images: int) -> None:
-    """Finds the images that came and went since the parent, and stores which.
+    """Finds the images that were added and removed since the parent, and stores which.
 
     Raises:
         UserError: They are as many as there are: to make the grid anew is less work.
@@ -95,12 +95,12 @@ def write_changes(job: Job, parent: Parent, images: int) -> None:
 
 @dataclass(frozen=True)
 class Changes:
-    """The images that came and went."""
+    """The images that were added and removed."""
 
     added: list[int]
-    """Rows of the new database, rising."""
+    """Added images: rows of the new database, rising."""
     removed: list[int]
-    """Rows of the old database, rising."""
+    """Removed images: rows of the old database, rising."""
 
 
 def changes(old: str, new: str) -> Changes:
@@ -117,7 +117,7 @@ def _without(images: pd.DataFrame, rows: NDArray[np.int64]) -> list[int]:
 
 
 def _images(url: str) -> tuple[pd.DataFrame, NDArray[np.float64]]:
-    """What names each image, and its marks, (n, 2 * (PROJECTIONS + 1))."""
+    """Returns the identity of each image, and its projections, (n, 2 * (PROJECTIONS + 1))."""
     names, marks = zip(*map(_named, read_blocks(url, BLOCK)), strict=True)
     table = pd.concat(names, ignore_index=True)
     table["copy"] = table.groupby(NAME[:-1]).cumcount()
@@ -131,14 +131,14 @@ def _named(data: Database) -> tuple[pd.DataFrame, NDArray[np.float64]]:
 
 
 def _marks(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Directions along random ones, and the log of the lengths: relative errors of both."""
+    """Returns the components of directions along random ones, and the log of lengths: both compare relative errors."""
     draws = np.random.default_rng(0).normal(size=(vectors.shape[1], PROJECTIONS))
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
     return np.concatenate([vectors / lengths @ draws, np.log(lengths)], axis=1)
 
 
 def update_tile(job: Job, parent: Parent, tile: Tile) -> Report:
-    """Makes one tile from the parent's sums, and from the whole database the cells that lost nearly all."""
+    """Makes one tile from the parent's sums; cells that lost nearly all their weight are retrieved anew."""
     cells = land_cells(job.spec, tile)
     places, location = cells.lonlat, load_encoder(job.checkpoint).embed(cells.lonlat)
     kept = store.read_tile(parent.sums, tile, store.SUMS)[:, cells.wanted].T
@@ -155,11 +155,11 @@ def update_tile(job: Job, parent: Parent, tile: Tile) -> Report:
 
 @lru_cache(maxsize=2)
 def changed_images(job: Job, parent: Parent) -> tuple[RetrievalIndex | None, RetrievalIndex | None]:
-    """The images that came and those that went, if any; read once per worker process."""
+    """Reads the images that were added and removed, if any, once per worker process."""
     found = Changes(**storage.read_json(storage.join(job.home, CHANGES)))
     return _index(job, job.database, found.added), _index(job, parent.database, found.removed)
 
 
 def _index(job: Job, database: str, rows: list[int]) -> RetrievalIndex | None:
-    """Some images of a database; none where no rows are asked for."""
+    """Makes the index of some images of a database; None where no rows are asked for."""
     return index_of(read_rows(database, rows), job.projected_by) if rows else None

@@ -1,7 +1,7 @@
-"""What changed between two versions of a grid: which cells moved, by how much, and where.
+"""Compares two versions of a grid: which cells moved, by how much, and where.
 
-The two are read tile by tile on Dask; what comes back of a tile is two numbers a cell. Drift is that of a few cells,
-the canaries, which are the same in all versions of a grid.
+Both are read tile by tile on Dask, and each tile returns two numbers a cell. Drift is measured at a few cells, the
+canaries, which are the same in all versions of a grid.
 """
 
 from collections.abc import Iterator
@@ -23,27 +23,27 @@ from tasks.plots.maps import change_map
 from tasks.release.validation import blocks, chosen
 from tasks.units import run_units
 
-MOVED = 1e-4  # relative change from which a cell counts as moved: what two exact computations may differ by
-CANARIES = "canaries"  # seed of the cells whose drift is told: not a version's name, so that they are the same in all
+MOVED = 1e-4  # relative change from which a cell counts as moved: two exact computations may differ by less
+CANARIES = "canaries"  # seed of the cells whose drift is measured; no version's name, so that they are the same in all
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 TINY = np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What two versions of a grid differ by."""
+    """The difference between two versions of a grid."""
 
     change: NDArray[np.float32]
     """(y, x) length of the difference, relative to the older vector's; NaN where one of them has no vector."""
     cosine: NDArray[np.float32]
     """(y, x) cosine of the two vectors."""
     appeared: int
-    """Cells that have a vector in the newer grid alone."""
+    """Number of cells with a vector in the newer grid alone."""
     vanished: int
-    """Cells that have one in the older alone."""
+    """Number of cells with a vector in the older grid alone."""
 
     def numbers(self, moved: float = MOVED) -> dict[str, Any]:
-        """The difference in a few numbers: counts, and quantiles over the cells that both have."""
+        """Returns the difference in a few numbers: counts, and quantiles over the cells that both have."""
         known = np.isfinite(self.change)
         change, cosine = self.change[known].astype(np.float64), self.cosine[known].astype(np.float64)
         return {
@@ -84,7 +84,7 @@ def diff(client: Client, old: str, new: str) -> Difference:
 
 
 def same_cells(old: str, new: str) -> GridSpec:
-    """The grid that both are on.
+    """Returns the grid that both are on.
 
     Raises:
         UserError: They are on different ones, or have vectors of different length.
@@ -100,7 +100,7 @@ def same_cells(old: str, new: str) -> GridSpec:
 
 
 def compare_tile(old: str, new: str, tile: Tile) -> tuple[NDArray[np.float32], NDArray[np.float32], int, int]:
-    """Relative change and cosine of a tile's cells, and how many appeared and vanished."""
+    """Returns relative change and cosine of a tile's cells, and how many appeared and vanished."""
     before, after = store.read_tile(old, tile), store.read_tile(new, tile)
     there, now = np.isfinite(before).all(0), np.isfinite(after).all(0)
     change = np.linalg.norm(after - before, axis=0) / np.maximum(np.linalg.norm(before, axis=0), TINY)
@@ -108,13 +108,13 @@ def compare_tile(old: str, new: str, tile: Tile) -> tuple[NDArray[np.float32], N
 
 
 def cosine(before: NDArray, after: NDArray) -> NDArray:
-    """Cosines of vectors along the first axis; 0 where one has no length."""
+    """Returns the cosines of vectors along the first axis; 0 where a vector is zero."""
     lengths = np.linalg.norm(before, axis=0) * np.linalg.norm(after, axis=0)
     return (before * after).sum(0) / np.maximum(lengths, TINY)
 
 
 def drift(old: str, new: str) -> dict[str, float]:
-    """How far the canaries of a grid turned from one version to another: 1 - cosine, of each part of their vectors.
+    """Returns the drift from one version of a grid to another: 1 - cosine of the canaries, for each part of a vector.
 
     Returns:
         `visual_mean`, `visual_max`, `location_mean` and `location_max`: 0 is the same direction, 1 a right angle. The

@@ -1,6 +1,6 @@
-"""The gate of a promotion: a product is no worse than the one in force, and worth more than its coordinates.
+"""Decides about a promotion: a product must be no worse than the current latest, and better than coordinates.
 
-It compares score cards, on blocked splits alone: random ones leak between neighbours.
+The gate compares score cards on blocked splits alone, since random splits leak between neighbours.
 """
 
 import math
@@ -28,7 +28,7 @@ class Row(Part):
     embedder: str
     """Its name."""
     metric: str = ""
-    """What is scored."""
+    """Name of the metric."""
     blocked: Annotated[float, BeforeValidator(_scored)] = math.nan
     """The score on blocked splits; NaN where there is none."""
     n: Any = None
@@ -42,7 +42,7 @@ class Row(Part):
 
 
 class ScoreCard(Part):
-    """The scores of a product, and of what it is compared with."""
+    """The scores of a product and of the embedders beside it."""
 
     product: str
     """Name of the embedder that is the product."""
@@ -52,21 +52,21 @@ class ScoreCard(Part):
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a product is not promoted."""
+    """A reason against promoting a product."""
 
     task: str
-    """On which task."""
+    """Name of the task."""
     by: float | None
-    """By how much it falls short; none where the scores cannot be compared."""
+    """By how much the score falls short; None where scores cannot be compared."""
     reason: str
-    """In a sentence."""
+    """The reason in a sentence."""
 
     def __str__(self) -> str:
         return self.reason
 
 
 def gate(new: ScoreCard, current: ScoreCard | None, margin: float) -> list[Refusal]:
-    """What speaks against promoting a product; nothing: promote it.
+    """Returns the reasons against promoting a product; promote it where there are none.
 
     Args:
         new: Its score card.
@@ -88,7 +88,7 @@ def gate(new: ScoreCard, current: ScoreCard | None, margin: float) -> list[Refus
 
 
 def rows_of(card: ScoreCard, embedder: str) -> dict[str, Row]:
-    """An embedder's rows by task, those with scores."""
+    """Returns an embedder's rows with scores, by task."""
     return {row.task: row for row in card.scores if row.embedder == embedder and not math.isnan(row.blocked)}
 
 

@@ -1,7 +1,7 @@
-"""What lies in a storage and why: every product of every kind, what it is made of, and what is made of it.
+"""Lists what is stored and why: every product of every kind, what it was made from, and what uses it.
 
-A product is named by its directory, `kind/name`, everywhere here. Cards name a checkpoint by the digest of its weights
-and other products by fingerprint or URL: all these are looked up.
+A product is named by its directory here, `kind/name`. Cards name a checkpoint by the digest of its weights, and other
+products by fingerprint or URL. All of these are looked up.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,57 +17,57 @@ from tasks.products import CARDS
 from tasks.release.lines import read_told, versions_in
 from tasks.release.versions import Version, versions
 
-KINDS = {model.directory: model for model in CARDS}  # by the name of their directory
-ORDER = list(KINDS)  # what is made of others comes after these
-READERS = 8  # products that are looked at at a time
+KINDS = {model.directory: model for model in CARDS}  # models of cards, by the name of the kind's directory
+ORDER = list(KINDS)  # each kind comes after those that it is made from
+READERS = 8  # products looked up at a time
 
 
 @dataclass(frozen=True)
 class Product:
-    """A directory under that of its kind."""
+    """A product: a directory under that of its kind."""
 
     kind: str
     """Name of the directory of its kind."""
     directory: str
-    """Its own name."""
+    """Name of the product's directory."""
     bytes: int
-    """Of all its objects."""
+    """Bytes of all its objects."""
     changed: datetime
-    """When one of them was last written."""
+    """When one of its objects was last written."""
     state: str
     """`finished` or `unfinished`; of a grid, its state as a version."""
     card: Card
-    """Its card; while it is unfinished, what its metadata tell, if anything."""
+    """The card; for an unfinished product, what its metadata tell, if anything."""
     line: str = ""
-    """Of a grid, its product line."""
+    """Product line of a grid."""
     made_of: tuple[str, ...] = ()
-    """Names of the products here that it was made of; none is known of most that are unfinished."""
+    """Names of the stored products that it was made from; unknown for most unfinished ones."""
     used_by: tuple[str, ...] = ()
-    """Names of the products here that are made of it."""
+    """Names of the stored products that were made from it."""
 
     @property
     def name(self) -> str:
-        """`kind/directory`."""
+        """Returns `kind/directory`."""
         return f"{self.kind}/{self.directory}"
 
     @property
     def url(self) -> str:
-        """URL of its directory."""
+        """Returns the URL of its directory."""
         return storage.join(settings().storage_url, self.kind, self.directory)
 
     @property
     def is_finished(self) -> bool:
-        """Whether its card is there."""
+        """Tells whether the product is finished, by its card."""
         return self.state not in ("unfinished", "condemned")
 
     @property
     def is_imported(self) -> bool:
-        """Whether no step of ours would make it again under this name: imported, or put here by a person."""
+        """Tells whether no step would make it again under this name: it was imported, or put here by a person."""
         return self.is_finished and self.directory != fingerprint(self.card.made_of)
 
 
 def products() -> dict[str, Product]:
-    """Returns all products by name, by kind and age, with what they are made of and used by."""
+    """Returns all products by name, in order of kind and age, with what they were made from and what uses them."""
     known = {version.fingerprint: version for version in versions()}
     places = [(kind, name) for kind in KINDS for name in _directories(kind)]
     with ThreadPoolExecutor(READERS) as pool:
@@ -98,7 +98,7 @@ def _product(kind: str, name: str, known: Mapping[str, Version]) -> Product | No
 
 
 def _card(url: str, model: type[Card]) -> Card | None:
-    """The card of a product; of another kind's, or of one that lacks something, what all cards tell."""
+    """Returns the card of a product; where it does not fit its kind, the entries that all cards have."""
     try:
         return find_card(url, model)
     except UserError:
@@ -106,7 +106,7 @@ def _card(url: str, model: type[Card]) -> Card | None:
 
 
 def _named(product: Product, every: list[Product]) -> Iterator[str]:
-    """Names of the products that a product's card tells it was made of."""
+    """Yields the names of the products that a product was made from, by its card."""
     for other in every:
         names = {(other.kind, other.directory), (other.kind, other.card.fingerprint)}
         if other.name != product.name and names & product.card.sources:

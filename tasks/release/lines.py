@@ -1,7 +1,7 @@
-"""Product lines: grids that replace one another for their readers, each line with a `latest` of its own.
+"""Names product lines: a line is a series of grids that replace one another for readers, with a `latest` of its own.
 
-A line has the name that `--line` gives, or one made of what a reader's code relies on: CRS, step, box, dtype and
-number of dimensions. A version is in one line for good: its card tells which.
+A line has the name that `--line` gives, or a name made of what readers' code relies on: CRS, step, box, dtype and
+number of dimensions. A version never changes its line, which its card names.
 """
 
 import hashlib
@@ -14,39 +14,39 @@ from tasks.cards import find_card, home_of, parse_card
 from tasks.products import GridCard, GridRecipe
 
 GLOBE = (-180.0, -90.0, 180.0, 90.0)  # the box in degrees
-WKT = 24  # letters from which a CRS is no code, and is named by its digest
+WKT = 24  # letters; a longer CRS is WKT, and is named by its digest
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a reader's code relies on."""
+    """Properties of a grid that a reader's code relies on."""
 
     crs: str
-    """Code or WKT."""
+    """CRS, as code or WKT."""
     step: float
     """Cell size in the units of the CRS."""
     box: tuple[float, ...]
-    """West, south, east and north in these units."""
+    """West, south, east and north in the units of the CRS."""
     dtype: str
     """How a number is stored."""
     dims: int | None
-    """Numbers of a vector; none where no metadata tells them."""
+    """Length of a vector; None where no metadata tells it."""
 
     @classmethod
     def of(cls, recipe: GridRecipe, dims: int | None) -> "Layout":
-        """Returns the layout of a grid that is made so."""
+        """Returns the layout of a grid with these properties."""
         return cls(recipe.crs, recipe.step, recipe.box, recipe.dtype, dims)
 
     @property
     def place(self) -> str:
-        """The box in words."""
+        """Returns the box in words."""
         if self.box == GLOBE:
             return "globe"
         return ",".join(f"{edge:.10g}" for edge in self.box)
 
     @property
     def line(self) -> str:
-        """The name of its line, where none was given."""
+        """Returns the name of the line of grids with this layout."""
         crs = self.crs.replace(":", "").lower()
         if len(self.crs) >= WKT:
             crs = f"wkt{hashlib.sha256(self.crs.encode()).hexdigest()[:8]}"
@@ -60,21 +60,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Told:
-    """What a version tells of itself."""
+    """What a version says of itself."""
 
     card: GridCard
-    """Its card; of what that does not tell, and while there is none, what its metadata tell."""
+    """The card; for missing entries, and before there is a card, what the metadata tell."""
     is_finished: bool
-    """Whether its card is there."""
+    """Whether the version has its card."""
 
     @property
     def layout(self) -> Layout | None:
-        """What its readers rely on; none before its metadata are there."""
+        """Returns the layout of the grid, or None before its metadata exist."""
         return Layout.of(self.card.recipe, self.card.dims) if self.card.made_of else None
 
     @property
     def line(self) -> str:
-        """Its line; empty before its metadata are there."""
+        """Returns the line; empty before the metadata exist."""
         if self.layout is None:
             return ""
         return self.card.line or self.layout.line
@@ -96,7 +96,7 @@ def read_told(grid: str) -> Told:
 
 
 def _metadata(grid: str) -> dict[str, Any]:
-    """What the metadata of a grid tell of what its card will: what it is made of, line, dimensions."""
+    """Returns what the metadata of a grid tell of its future card: what it is made from, line, dimensions."""
     try:
         attrs = storage.read_json(storage.join(grid, "zarr.json")).get("attributes", {})
     except FileNotFoundError:
@@ -106,7 +106,7 @@ def _metadata(grid: str) -> dict[str, Any]:
 
 
 def read_line(grid: str) -> str:
-    """Returns the line of the version whose Zarr is at `grid`; nothing where nothing tells it."""
+    """Returns the line of the version whose Zarr is at `grid`; empty where it is unknown."""
     return read_told(grid).line
 
 
@@ -131,12 +131,12 @@ def choose_line(grid: str, asked: str, layout: Layout) -> str:
 
 
 def versions_in(directory: str) -> list[str]:
-    """Names of the versions under the directory of all grids; pointers, locks and collection there have a dot."""
+    """Returns the names of the versions in the directory of all grids; other names there have a dot."""
     return [name for name in storage.names(directory) if "." not in name]
 
 
 def lines_in(directory: str) -> list[str]:
-    """Names of the lines that have a pointer of their own, `latest.LINE.json`, under the directory of all grids."""
+    """Returns the names of the lines with a pointer of their own, `latest.LINE.json`, in the directory of all grids."""
     begin, end = "latest.", ".json"
     names = [name for name in storage.names(directory) if name.startswith(begin) and name.endswith(end)]
     return [name[len(begin) : -len(end)] for name in names if name != begin + "json"]

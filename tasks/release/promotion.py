@@ -1,4 +1,4 @@
-"""The last step of a version: it becomes the latest of its line, unless a person or its own scores speak against it."""
+"""Promotes a version to the latest of its line, unless it was rolled back or its scores are too low."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from tasks.release.diff import drift
 from tasks.release.gate import CARD, ScoreCard, gate
 from tasks.units import in_run, log
 
-DRIFTED, REFUSED = "rangegrid.grid.drifted", "rangegrid.grid.refused"  # events that `infra/automations.yaml` waits for
+DRIFTED, REFUSED = "rangegrid.grid.drifted", "rangegrid.grid.refused"  # events in `infra/automations.yaml`
 
 
 def promote_evaluated(grid: str, margin: float, drift_alert: float) -> bool:
@@ -45,7 +45,7 @@ def promote_evaluated(grid: str, margin: float, drift_alert: float) -> bool:
 
 
 def read_scores(grid: str) -> ScoreCard | None:
-    """The score card beside a grid, if it was evaluated.
+    """Returns the score card beside a grid, or None where it was not evaluated.
 
     Raises:
         UserError: It is damaged.
@@ -55,7 +55,7 @@ def read_scores(grid: str) -> ScoreCard | None:
 
 
 def promote_unless_withdrawn(grid: str, since: versions.Pointer, drift_alert: float) -> bool:
-    """Makes a version the latest, unless it was rolled back: that decision is a person's, and so is its end."""
+    """Makes a version the latest, unless it was rolled back: a person decided that, and only a person may undo it."""
     if name_of(grid) in versions.read_pointer(since.line)[0].withdrawn:
         log().warning("%s was rolled back, and is not promoted again but by `rangegrid grid promote`", grid)
         return False
@@ -65,7 +65,7 @@ def promote_unless_withdrawn(grid: str, since: versions.Pointer, drift_alert: fl
 
 
 def tell_drift(old: str, new: str, alert: float) -> dict[str, float]:
-    """Measures how far the canaries turned, and sends an event where that is too far.
+    """Measures the drift of the canaries, and sends an event where it is too large.
 
     It is sent before the promotion: a run that is killed between the two sends it again, where it would else be lost.
 
@@ -79,7 +79,7 @@ def tell_drift(old: str, new: str, alert: float) -> dict[str, float]:
     """
     try:
         found = drift(old, new)
-    except (UserError, OSError, ValueError, RuntimeError) as error:  # what is wrong with the old one is no reason
+    except (UserError, OSError, ValueError, RuntimeError) as error:  # a broken old version does not stop the new one
         log().warning("drift was not measured: %s", error)
         return {}
     told = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in found.items())
@@ -90,7 +90,7 @@ def tell_drift(old: str, new: str, alert: float) -> dict[str, float]:
 
 
 def send_drifted(old: str, new: str, found: dict[str, float], told: str) -> None:
-    """Tells that the vectors turned, in the log and by an event."""
+    """Reports the drift of the vectors in the log and by an event."""
     message = (
         f"its vectors turned from those of {old} ({told}): train again what was trained on those, or go back with "
         "`rangegrid grid rollback`"
@@ -100,7 +100,7 @@ def send_drifted(old: str, new: str, found: dict[str, float], told: str) -> None
 
 
 def send(event: str, grid: str, payload: dict[str, Any]) -> None:
-    """Sends an event of a grid to the server of the run, if there is one."""
+    """Sends an event about a grid to the server of the run, if there is one."""
     if in_run():
         resource = {"prefect.resource.id": f"rangegrid.grid.{name_of(grid)}", "prefect.resource.name": grid}
         emit_event(event, resource, payload=payload)

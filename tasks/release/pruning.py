@@ -1,8 +1,8 @@
-"""Deletes what no grid in use needs: products of every kind, the oldest first to go, and what broken runs left.
+"""Deletes products of every kind that no grid in use needs, the oldest first, and what failed runs left behind.
 
-Kept are, of each kind, the newest; what is young; what was imported; the grids that `versions.prune` keeps; what runs
-are at work on; and what all of these were made of, but for features: they can be made again from the patches, and a
-finished product does not read them.
+Kept are the newest products of each kind, recent products, imported ones, the grids that `versions.prune` keeps, what
+runs are working on, and everything that these were made from. Features are an exception: they can be made again from
+the patches, and a finished product does not read them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +13,8 @@ from infra import storage
 from tasks.release import versions
 from tasks.release.inventory import KINDS, ORDER, Product, products
 
-INPUTS = ("patches", "features", "checkpoints", "databases")  # what a step may be reading that tells nobody
-AT_WORK = timedelta(days=1)  # an unfinished product that was written since may have a run
+INPUTS = ("patches", "features", "checkpoints", "databases")  # kinds that a step may be reading unseen
+AT_WORK = timedelta(days=1)  # age below which an unfinished product may have a run at work
 
 
 def prune_all(
@@ -67,14 +67,14 @@ def _prune_grids(keep: int, unfinished: bool, delete: bool, spared: set[str]) ->
 
 
 def _newest(every: Mapping[str, Product], keep: int) -> set[str]:
-    """Names of the newest finished products of each kind but grids, of which each line has its own."""
+    """Returns the names of the newest finished products of each kind; grids are kept by line instead."""
     kinds = (kind for kind in KINDS if kind != "grids")
     finished = {kind: [p.name for p in every.values() if p.kind == kind and p.is_finished] for kind in kinds}
     return {name for names in finished.values() for name in names[len(names) - min(keep, len(names)) :]}
 
 
 def _at_work(every: Mapping[str, Product], now: datetime) -> set[str]:
-    """Names of what runs may be reading or writing, by unfinished products that were written lately."""
+    """Returns the names of products that runs may read or write, by unfinished products that were written recently."""
     lately = [p for p in every.values() if not p.is_finished and p.changed > now - AT_WORK]
     unknown = any(product.kind != "grids" for product in lately)
     inputs = {name for name, product in every.items() if unknown and product.kind in INPUTS}
@@ -82,7 +82,7 @@ def _at_work(every: Mapping[str, Product], now: datetime) -> set[str]:
 
 
 def _read_by(running: Iterable[Mapping[str, Any]], every: Mapping[str, Product]) -> Iterator[str]:
-    """Names of the products that runs name in their parameters, and the features of the patches among them."""
+    """Returns the names of products in the parameters of runs, and of the features of their patches."""
     texts = {text.rstrip("/") for parameters in running for text in _texts(parameters)}
     named = {name for name, product in every.items() if any(_is_in(text, product) for text in texts)}
     yield from named
@@ -105,7 +105,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _needed(roots: Iterable[str], every: Mapping[str, Product]) -> set[str]:
-    """The roots, and what those of them that others are made of were made of, but for features."""
+    """Returns the roots, and everything that they were made from, except features."""
     found: set[str] = set()
     left = list(roots)
     while left:

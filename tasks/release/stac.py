@@ -1,4 +1,4 @@
-"""What catalogs find: a STAC Item for each published grid, and the Collection of all of them.
+"""Writes STAC for catalogs: an Item for each published grid, and the Collection of all of them.
 
 Both are made from what is stored, so they can be made again at any time: `write_item(home)` from the attributes of the
 grid's Zarr, `write_collection(grids)` from the items that are there. Links are relative, so a copied bucket stays
@@ -34,7 +34,7 @@ EXTENSIONS = [
 SHOWN = ("data_type", "gsd", "cube:dimensions", "cube:variables")  # the collection's are those of its latest item
 OPENED = "The grid, for xarray.open_zarr(URL, zarr_format=3)"
 ZARR, GEOTIFF = "application/vnd+zarr", pystac.MediaType.COG
-FIRST_IMAGE = datetime(2015, 6, 27, tzinfo=UTC)  # of Sentinel-2A, four days after its launch
+FIRST_IMAGE = datetime(2015, 6, 27, tzinfo=UTC)  # first image of Sentinel-2A, four days after its launch
 BESIDE = {
     "world.png": ("thumbnail", pystac.MediaType.PNG, ["thumbnail", "overview"], "First three principal components"),
     "world.tif": ("colours", GEOTIFF, ["visual"], "First three principal components, in the grid's CRS"),
@@ -80,7 +80,7 @@ def make_item(home: str) -> pystac.Item:
 
 
 def _geometry(spec: GridSpec) -> dict[str, Any]:
-    """The bounds of the grid as a shape: two, where they cross 180 degrees."""
+    """Returns the bounds of the grid as a shape, in two pieces where they cross 180 degrees."""
     west, south, east, north = spec.plane.bounds(spec.box)
     spans = [(west, east)] if west < east else [(west, 180.0), (-180.0, east)]
     return mapping(union_all([box(left, south, right, north) for left, right in spans]))
@@ -110,7 +110,7 @@ def _described(spec: GridSpec, attrs: dict[str, Any], arrays: dict[str, Any]) ->
 
 
 def _period(home: str, attrs: dict[str, Any]) -> tuple[datetime | None, dict[str, Any]]:
-    """When the images are from, as properties, where their sample is still known; else when the grid was begun."""
+    """Returns the time window of the images, where their sample still exists, else when the grid was begun."""
     begun = storage.modified(storage.join(home, GRID, "zarr.json")).astimezone(UTC)
     window = attrs.get("rangegrid:datetime")
     if window is None:
@@ -153,7 +153,7 @@ def _assets(home: str, attrs: dict[str, Any]) -> dict[str, pystac.Asset]:
 
 
 def _from(home: str, url: str) -> str:
-    """The URL as seen from `home`: relative within our storage, else as it is."""
+    """Returns a URL relative to `home` within our storage, else as it is."""
     root = settings().storage_url.rstrip("/") + "/"
     if not (url.startswith(root) and home.startswith(root)):
         return url
@@ -228,7 +228,7 @@ def _links(items: dict[str, pystac.Item], latest: str, known: Mapping[str, Versi
 
 
 def _in_force(items: Iterable[str], latest: str, known: Mapping[str, Version]) -> list[str]:
-    """The given grid, and the latest of every other line."""
+    """Returns the given grid, and the latest of every other line."""
     others = [name for name in items if name in known and known[name].state == "latest"]
     return list(dict.fromkeys([latest, *others]))
 
@@ -244,7 +244,7 @@ def _link(rel: str, name: str, version: Version | None) -> pystac.Link:
 
 
 def _extent(items: Collection[pystac.Item]) -> pystac.Extent:
-    """Where and when all are: the whole way around the globe where one crosses 180 degrees, which pystac overlooks."""
+    """Returns the extent of all items: all around the globe where one crosses 180 degrees, which pystac overlooks."""
     extent = pystac.Extent.from_items(items)
     if any(item.bbox and item.bbox[0] > item.bbox[2] for item in items):
         ((_, south, _, north),) = extent.spatial.bboxes
@@ -253,6 +253,6 @@ def _extent(items: Collection[pystac.Item]) -> pystac.Extent:
 
 
 def _dimensions(item: pystac.Item) -> int:
-    """Length of a vector: of the embedding's dimension, or of those of its blocks."""
+    """Returns the length of a vector, from the dimensions of the embedding or of its blocks."""
     cube = item.properties["cube:dimensions"].values()
     return sum(dim["extent"][1] + 1 for dim in cube if dim["type"] == "embedding")

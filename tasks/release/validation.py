@@ -1,8 +1,8 @@
-"""The validation of a grid before it is promoted: is what is stored whole, in its place, and what the method gives?
+"""Validates a grid before it is promoted: is it complete, are its cells in their places, and are they right?
 
 Every shard is read back and checked on Dask. Some land cells, chosen by the grid's name, are computed again by
-another path than the one that published them: float64, image by image, over the whole database, at the coordinates
-that are stored. The same comparison with the mirrored places must fail: a check that cannot fail tells nothing.
+another path than the one that published them: float64, image by image, over the whole database, at the stored
+coordinates. The same comparison with mirrored places must fail: a check that cannot fail tells nothing.
 """
 
 from collections.abc import Iterator
@@ -35,28 +35,28 @@ from tasks.products import GridCard
 from tasks.units import run_units
 
 CANARIES = 24  # cells that are computed again
-BATCH = 64  # objects that are decoded as one unit
-BLOCK = 4096  # images at a time
-EXACT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.1}  # relative error of an exact cell: ten times what it should be
-UNIT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.02}  # how far a location part's length is from 1
-WITHIN = 0.9  # of the canaries of an interpolated grid within its tolerance, which holds for 99 % of a tile's cells
-FARTHEST = 10  # times the tolerance, for the others
+BATCH = 64  # objects decoded in one unit of work
+BLOCK = 4096  # images read at a time
+EXACT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.1}  # largest relative error of a cell: ten times the usual
+UNIT = {"float32": 1e-4, "float16": 2e-3, "int8": 0.02}  # largest deviation of a location part's length from 1
+WITHIN = 0.9  # share of canaries within an interpolated grid's tolerance; the tolerance holds for 99 % of a tile
+FARTHEST = 10  # times the tolerance: largest error of the other canaries
 
 Float = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class TileCheck:
-    """What one tile's shard holds."""
+    """Findings about one tile's shard."""
 
     tile: str
-    """Which."""
+    """The tile."""
     error: str = ""
-    """Why it cannot be decoded."""
+    """Why the shard cannot be decoded; empty where it can."""
     misplaced: int = 0
-    """Cells with a value at sea, or without a finite one on land."""
+    """Number of cells with a value at sea, or without a finite one on land."""
     length: float = 0.0
-    """How far the length of a location part is from 1, at most."""
+    """Largest deviation of the length of a location part from 1."""
     low: NDArray[np.float32] | None = None
     """Smallest value of each dimension of the visual part."""
     high: NDArray[np.float32] | None = None
@@ -68,22 +68,22 @@ class Reference:
     """Cells computed from the database in float64, and what bounds any cell."""
 
     visual: Float
-    """(m, v)."""
+    """(m, v) visual parts."""
     scale: Float
-    """(m,) length of the same selection of the values' magnitudes: what a relative error is relative to."""
+    """(m,) length of the same selection of the values' magnitudes, to which errors are relative."""
     location: Float
-    """(m, d)."""
+    """(m, d) location parts."""
     low: Float
-    """(v,) smallest of each dimension of the values, below which no mean of them can be."""
+    """(v,) smallest value of each dimension: no mean of values is below it."""
     high: Float
-    """(v,) largest."""
+    """(v,) largest value of each dimension."""
 
     def own(self, count: int) -> Float:
-        """The first vectors, (count, v + d), as they should be stored."""
+        """Returns the first vectors, (count, v + d), as they should be stored."""
         return np.concatenate([self.visual[:count], self.location[:count]], axis=1)
 
     def apart(self, stored: Float) -> Float:
-        """How far stored vectors, (k, v + d), are from these: (m / k, k), the larger error of the two parts."""
+        """Returns the relative errors of stored vectors, (k, v + d), as (m / k, k), the larger of both parts."""
         visual, location = np.split(stored, [self.visual.shape[1]], axis=1)
         times = len(self.scale) // len(stored)
         visual, location = np.tile(visual, (times, 1)), np.tile(location, (times, 1))
@@ -140,13 +140,13 @@ def refuse(grid: str, findings: list[Finding]) -> None:
 
 
 def presence(tiles: list[Tile], missing: set[Tile]) -> Finding:
-    """Whether every tile with land has its shard."""
+    """Checks that every tile with land has its shard."""
     example = f", for example {min(map(str, missing))} is not" if missing else ""
     return Finding("shards", not missing, f"{len(tiles) - len(missing)} of {len(tiles)} land tiles are there{example}")
 
 
 def checksums(grid: str) -> Finding:
-    """Whether every chunk has a checksum: without one, only what cannot be decoded is known to be damaged."""
+    """Checks that every chunk has a checksum, without which damage may go unnoticed."""
     without = list(chain.from_iterable(map(arrays.unchecked, (grid, *others(grid)))))
     if not without:
         return Finding("checksums", True, "every chunk has one")
@@ -155,7 +155,7 @@ def checksums(grid: str) -> Finding:
 
 
 def beside(client: Client, grid: str) -> Finding:
-    """Whether all that is stored beside the vectors decodes: coordinates, evidence, coarser levels, kept sums."""
+    """Checks that everything beside the vectors decodes: coordinates, evidence, coarser levels, kept sums."""
     stored = [(grid, found) for found in arrays.objects(grid) if found.array not in (store.VARIABLE, *store.BLOCKS)]
     stored += [(url, found) for url in others(grid) for found in arrays.objects(url)]
     batches = [stored[start : start + BATCH] for start in range(0, len(stored), BATCH)]
@@ -165,7 +165,7 @@ def beside(client: Client, grid: str) -> Finding:
 
 
 def others(grid: str) -> list[str]:
-    """URLs of the Zarrs beside a grid: its coarser levels and its sums, where they are."""
+    """Returns the URLs of the Zarrs beside a grid: its coarser levels and its sums, where it has them."""
     found, sums = store.level_urls(grid), storage.join(home_of(grid), SUMS)
     if storage.exists(storage.join(sums, store.ROOT)):
         found.append(sums)
@@ -173,12 +173,12 @@ def others(grid: str) -> list[str]:
 
 
 def damaged(batch: list[tuple[str, arrays.Stored]]) -> list[str]:
-    """Why objects of Zarr groups, each by the group's URL, cannot be decoded; nothing of those that can."""
+    """Returns why objects of Zarr groups, given with the group's URL, cannot be decoded; leaves out those that can."""
     return [why for url, stored in batch if (why := arrays.check(url, stored))]
 
 
 def header(grid: str, spec: GridSpec, card: GridCard) -> Iterator[Finding]:
-    """Whether coordinates and attributes are those of the card."""
+    """Checks that coordinates and attributes are those of the card."""
     dataset, names, stored = opened(grid), spec.plane.dims, store.open_spec(grid)
     y, x = (dataset[name].values for name in names)
     same = np.array_equal(y, spec.y) and np.array_equal(x, spec.x) and (stored.box, stored.crs) == (spec.box, spec.crs)
@@ -191,18 +191,18 @@ def header(grid: str, spec: GridSpec, card: GridCard) -> Iterator[Finding]:
 
 
 def opened(grid: str) -> xr.Dataset:
-    """The grid as its readers see it, without Dask."""
+    """Opens the grid as its readers do, without Dask."""
     arrays.check_axes(grid)
     return xr.open_zarr(storage.zarr_store(grid, read_only=True), chunks=None)
 
 
 def blocks(grid: str) -> dict[str, list[int]]:
-    """First and last dimension of each part of a vector."""
+    """Returns the first and last dimension of each part of a vector."""
     return opened(grid).attrs["geoemb:blocks"]
 
 
 def check_tile(grid: str, spec: GridSpec, parts: dict[str, list[int]], tile: Tile) -> TileCheck:
-    """Reads one shard back."""
+    """Reads one shard back and checks it."""
     try:
         data = store.read_tile(grid, tile)
     except arrays.Damaged as error:
@@ -219,7 +219,7 @@ def check_tile(grid: str, spec: GridSpec, parts: dict[str, list[int]], tile: Til
 
 
 def shards(checks: list[TileCheck], unit: float) -> Iterator[Finding]:
-    """What the shards tell together; `unit` is how far a location part's length may be from 1."""
+    """Checks the shards together; `unit` is the largest deviation of a location part's length from 1."""
     bad = [f"{check.tile} ({check.error})" for check in checks if check.error]
     yield Finding("decoding", not bad, f"{len(checks) - len(bad)} of {len(checks)} shards decode {'; '.join(bad[:3])}")
     wrong = [check.tile for check in checks if check.misplaced]
@@ -231,7 +231,7 @@ def shards(checks: list[TileCheck], unit: float) -> Iterator[Finding]:
 
 
 def storage_loss(grid: str) -> Iterator[Finding]:
-    """What fewer bits lost, by the worst dimension; nothing of float32 and of grids of before, which tell of none."""
+    """Checks what fewer bits lost, by the worst dimension; None for float32 and for grids of earlier versions."""
     lost = opened(grid).attrs.get("rangegrid:loss", {})
     worst = [f"{name} {max(lost[name]['lost']):.0%}" for name in store.BLOCKS if "lost" in lost.get(name, {})]
     if not worst:
@@ -244,7 +244,7 @@ def storage_loss(grid: str) -> Iterator[Finding]:
 
 
 def visual_range(checks: list[TileCheck], reference: Reference, slack: float) -> Finding:
-    """A selection is a mean of the database's values, so no cell is beyond them, but for `slack` of their range."""
+    """Checks that cells are within the database's values, of which they are means, up to `slack` of their range."""
     low = np.min([check.low for check in checks if check.low is not None], axis=0)
     high = np.max([check.high for check in checks if check.high is not None], axis=0)
     room = slack * (reference.high - reference.low).max()
@@ -253,7 +253,7 @@ def visual_range(checks: list[TileCheck], reference: Reference, slack: float) ->
 
 
 def canaries(grid: str, spec: GridSpec, card: GridCard, params: PublishParams) -> tuple[Float, Reference]:
-    """Some cells as they are stored, (m, dim), and computed again: at their places, then at each of the wrong ones."""
+    """Returns some cells as stored, (m, dim), and computed again at their places, then at each of the wrong ones."""
     dataset, (y, x), plane = opened(grid), spec.plane.dims, store.open_spec(grid).plane
     rows, columns = chosen(spec, name_of(grid))
     stored = store.open_vectors(grid).at(rows, columns)
@@ -267,7 +267,7 @@ def canaries(grid: str, spec: GridSpec, card: GridCard, params: PublishParams) -
 
 
 def chosen(spec: GridSpec, name: str) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Rows and columns of land cells, uniform by area, the same whenever asked."""
+    """Returns rows and columns of land cells, uniform by area, the same in every call."""
     rows, columns = np.nonzero(land_mask(spec))
     rng = np.random.default_rng(int.from_bytes(name.encode()))
     area = np.cos(np.radians(spec.y[rows])) if spec.plane.is_geographic else np.ones(len(rows))
@@ -276,7 +276,7 @@ def chosen(spec: GridSpec, name: str) -> tuple[NDArray[np.intp], NDArray[np.intp
 
 
 def wrong(places: Float, box: Box) -> dict[str, Float]:
-    """Where places of the plane would be if the grid were stored in the wrong order."""
+    """Returns where places of the plane would be if the grid were stored in a wrong order."""
     x, y = places.T
     west, south, east, north = box
     slope = (north - south) / (east - west)
@@ -289,7 +289,7 @@ def wrong(places: Float, box: Box) -> dict[str, Float]:
 
 
 def compared(apart: Float, own: Float, params: PublishParams) -> Iterator[Finding]:
-    """Whether the cells are what they must be, and are not what they would be elsewhere.
+    """Checks that cells are right at their places, and differ at the wrong places.
 
     Args:
         apart: How far the stored vectors are from those at their places, and at each of the wrong ones.
@@ -307,14 +307,14 @@ def compared(apart: Float, own: Float, params: PublishParams) -> Iterator[Findin
 
 
 def agree(errors: Float, tolerance: float, exact: float) -> tuple[bool, str]:
-    """Whether cells have the error that interpolation and storage may leave, and what they have."""
+    """Checks that errors of cells are within what interpolation and storage may leave, and returns them in words."""
     share = float((errors <= max(exact, tolerance)).mean())
     good = share == 1 or (tolerance > 0 and share >= WITHIN and errors.max() <= max(exact, FARTHEST * tolerance))
     return bool(good), f"{share:.0%} of {len(errors)} agree; largest relative error {errors.max():.1g}"
 
 
 def refer(database: str, location: Float, places: Float, method: Method, projection: Projection | None) -> Reference:
-    """The selection at some places by its formula, streaming through the database."""
+    """Computes the selection at some places by its formula, streaming through the database."""
     low, high = np.asarray(np.inf), np.asarray(-np.inf)
     semantic, geodesic = np.zeros(()), np.zeros(())
     for data, values in rows_of(database, projection):
@@ -330,12 +330,12 @@ def refer(database: str, location: Float, places: Float, method: Method, project
 
 
 def kernel(temperature: float, queries: Float, keys: Float) -> Float:
-    """Weights (m, n) of unit vectors, the largest that can be is 1."""
+    """Returns the weights of unit vectors, (m, n), at most 1."""
     return np.exp(temperature * (queries @ keys.T - 1))
 
 
 def rows_of(database: str, projection: Projection | None) -> Iterator[tuple[Database, Float]]:
-    """The database by blocks, with the values in float64, projected as the grid's are."""
+    """Yields the database in blocks, with the values in float64 and projected as the grid's."""
     for data in read_blocks(database, BLOCK):
         values = data.values.astype(np.float64)
         yield data, (values - projection.mean) @ projection.components if projection else values

@@ -1,4 +1,4 @@
-"""Versions of the grid, and the pointers that tell readers which one to open.
+"""Keeps the versions of the grid, and the pointers that tell readers which one to open.
 
 Every version has a directory of its own, which is whole before a pointer names it. So a reader of the old version
 is not disturbed, and to publish, or to go back, is one conditional PUT of one small object. Each product line
@@ -11,10 +11,10 @@ promoted, whoever comes first, and a run under whose hands a version was deleted
 key        meaning
 ========== ===========================================================================================
 grid       URL of the Zarr that readers open
-href       the same, as seen from the directory of the pointer
+href       the same, relative to the directory of the pointer
 line       the product line
 fingerprint, promoted, nonce  of this version: its name, when it became the latest, and a mark of that move
-drift      how far its vectors turned from the version before (`tasks.release.diff.drift`), if that was measured
+drift      drift of its vectors since the version before (`tasks.release.diff.drift`), if it was measured
 previous   URL of the version before, if any
 history    the versions that were the latest before, newest first, each with the seven keys above
 withdrawn  fingerprints of versions that were rolled back: no run promotes them again by itself
@@ -22,8 +22,8 @@ condemned  fingerprints of versions that are being deleted
 deleted    by fingerprint, a mark of the last deletion
 ========== ===========================================================================================
 
-A pointer of before there were lines has no `href` and no `line`, and may have moves between several lines in its
-history: each is put into the line of its card, and a line that has no pointer yet begins with those.
+A pointer from before there were lines has no `href` and no `line`, and its history may have versions of several lines.
+Each version counts in the line of its card, and a line without a pointer begins with those.
 """
 
 import secrets
@@ -43,14 +43,14 @@ from tasks.cards import GRID, home_of, name_of, read_card
 from tasks.products import GridCard
 from tasks.release.lines import Layout, Told, choose_line, lines_in, read_line, read_told, versions_in
 
-HISTORY = 100  # versions that a pointer remembers
-DELETED = 1000  # deletions that it remembers
-ATTEMPTS = 20  # to change a pointer: each that is lost is another's success
-READERS = 8  # cards that are read at a time
+HISTORY = 100  # versions in a pointer's history
+DELETED = 1000  # deletions that a pointer records
+ATTEMPTS = 20  # attempts to change a pointer: each failed one is another run's success
+READERS = 8  # cards read at a time
 
 
 class Move(BaseModel):
-    """A pointer came to a version."""
+    """A move of a pointer to a version."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,7 +64,7 @@ class Move(BaseModel):
 
     @classmethod
     def to(cls, grid: str, line: str, drift: dict[str, float] | None = None) -> "Move":
-        """Returns a move to a version, now."""
+        """Returns a move to a version, made now."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(grid=grid, line=line, promoted=now, nonce=secrets.token_hex(8), drift=drift or {}).here()
 
@@ -94,17 +94,17 @@ class Pointer(Move):
 
     @property
     def own(self) -> list[Move]:
-        """The versions of its line that were the latest before, newest first."""
+        """Returns the versions of the line that were the latest before, newest first."""
         return [move for move in self.history if move.line == self.line]
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def previous(self) -> str | None:
-        """The version before."""
+        """Returns the version before."""
         return self.own[0].grid if self.own else None
 
     def changed(self, **values: Any) -> "Pointer":
-        """Returns the same with other values."""
+        """Returns a copy with other values."""
         return self.model_copy(update=values)
 
     def begun(self, line: str) -> "Pointer":
@@ -118,32 +118,32 @@ class Pointer(Move):
 
 @dataclass(frozen=True)
 class Version:
-    """A directory under `grids/`."""
+    """A version: a directory under `grids/`."""
 
     fingerprint: str
-    """Its name."""
+    """Fingerprint, which is its name."""
     grid: str
     """URL of its Zarr."""
     state: str
     """`latest`, `previous`, `withdrawn`, `kept`, `unfinished` or `condemned`; the first two are those of its line."""
     finished: datetime | None
-    """When its card was written."""
+    """When its card was written; None while unfinished."""
     told: Told
-    """What it tells of itself."""
+    """What the version says of itself."""
 
     @property
     def line(self) -> str:
-        """Its product line; empty before its metadata are there."""
+        """Returns its product line; empty before its metadata exist."""
         return self.told.line
 
     @property
     def layout(self) -> Layout | None:
-        """What its readers rely on; none before its metadata are there."""
+        """Returns its layout, or None before its metadata exist."""
         return self.told.layout
 
     @property
     def parent(self) -> str | None:
-        """Fingerprint of the version whose sums it was made from."""
+        """Returns the fingerprint of the version whose sums it was updated from."""
         return self.told.card.recipe.parent
 
 
@@ -168,7 +168,7 @@ def _read(url: str) -> tuple[Pointer, str | None]:
 
 
 def _located(line: str) -> tuple[str, Pointer, str | None]:
-    """URL of a line's pointer, the pointer, and its tag; an empty one, and none, before its first version."""
+    """Returns URL, pointer and tag of a line's pointer; before the first version, an empty pointer and no tag."""
     first, tag = _read(pointer_url())
     if not line or first.line in ("", line):
         return pointer_url(), first.changed(line=first.line or line), tag
@@ -177,7 +177,7 @@ def _located(line: str) -> tuple[str, Pointer, str | None]:
 
 
 def read_pointer(line: str = "") -> tuple[Pointer, str | None]:
-    """Returns the pointer of a line, by default of the first one, and its tag; an empty one, and none, before one."""
+    """Returns the pointer of a line, by default the first, and its tag; before the first version, empty and None."""
     return _located(line)[1:]
 
 
@@ -207,7 +207,7 @@ def change_pointer(change: Callable[[Pointer], Pointer], line: str = "") -> Poin
 
 
 def begin(grid: str, asked: str = "", layout: Layout | None = None) -> Pointer:
-    """Returns the pointer as a run finds it that is going to make a version.
+    """Returns the pointer as a run finds it before it makes a version.
 
     Args:
         grid: URL of its Zarr.
@@ -275,7 +275,7 @@ def check_unmoved(pointer: Pointer, known: Pointer) -> None:
 
 
 def check_undeleted(pointer: Pointer, known: Pointer, grid: str) -> None:
-    """Refuses a version that was deleted since a run knew the pointer: what it found there is there no more."""
+    """Refuses a version that was deleted since a run read the pointer."""
     name = name_of(grid)
     if pointer.deleted.get(name) != known.deleted.get(name):
         raise UserError(f"{grid} was deleted by a prune meanwhile, and no reader was sent to it: run this again")
@@ -363,7 +363,7 @@ def versions() -> list[Version]:
 
 
 def _age(version: Version) -> tuple[bool, float, str]:
-    """What sorts finished versions first, the newest first."""
+    """Returns a key that sorts finished versions first, the newest first."""
     if version.finished is None:
         return True, 0.0, version.grid
     return False, -version.finished.timestamp(), version.grid
@@ -422,7 +422,7 @@ def prune(
     line: str = "",
     spared: frozenset[str] = frozenset(),
 ) -> list[Version]:
-    """Deletes old versions, each line for itself; what a killed prune left is deleted too.
+    """Deletes old versions of each line, and what a killed prune left.
 
     Kept are the newest of each line, the latest, the previous one, and the parents of those, from whose sums they are
     made. A line without a latest is left as it is: nothing says what of it is in use.
@@ -485,7 +485,7 @@ def _prune(line: str, choose: Callable[[list[Version]], list[Version]], dry_run:
 
 
 def _finished_since(version: Version) -> bool:
-    """Whether a run finished an unfinished version, and may have looked at the pointer before it was condemned."""
+    """Tells whether a run has finished an unfinished version, perhaps with a pointer read before it was condemned."""
     return version.state == "unfinished" and storage.exists(storage.join(home_of(version.grid), "card.json"))
 
 
@@ -510,7 +510,7 @@ def to_prune(
 
 
 def _stray(found: list[Version], known: set[str], spared: frozenset[str]) -> list[Version]:
-    """The unfinished versions of lines that have no latest, or of which not even the line is known."""
+    """Returns the unfinished versions of lines without a latest, or of an unknown line."""
     begun = [version for version in found if version.state == "unfinished" and version.line not in known]
     return [version for version in begun if version.fingerprint not in spared]
 

@@ -16,6 +16,7 @@ from infra.errors import UserError
 
 WEB = ("http", "https")
 UNSAFE = re.compile(r"[\x00-\x1f\\]")  # read differently by different libraries
+USER = re.compile(r"^(\w+://)[^/?#]*@")  # and password
 METADATA_HOSTS = ("metadata.google.internal", "metadata.goog", "metadata")
 METADATA_NETWORKS = [
     ipaddress.ip_network(text)  # link-local, and where clouds that are not link-local answer for a machine
@@ -72,11 +73,12 @@ def name_of(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """Returns a URL as it may be told and stored: one of the web without user and query, which may hold a signature."""
-    if not is_web(url):
-        return url
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    """Returns a URL as it may be told and stored: without user, one of the web also without its query.
+
+    Either may hold a secret; in a name on disk or in a bucket `?` and `#` are letters like others.
+    """
+    plain = USER.sub(r"\1", url)
+    return urlsplit(plain)._replace(query="", fragment="").geturl() if is_web(plain) else plain
 
 
 def absolute(href: str, base: str) -> str:

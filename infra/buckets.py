@@ -141,20 +141,20 @@ def _mends(url: str, error: BaseException) -> bool:
 
 def _told(error: Exception, url: str) -> Exception:
     """Returns what a failure of a store is told as; what is an answer of the store, as it is."""
-    text = str(error).strip()
+    text, place = str(error).strip(), shown(url)
     if NO_BUCKET in text:
-        return UserError(f"the bucket of {url} does not exist: create it, or set RANGEGRID_STORAGE_URL")
+        return UserError(f"the bucket of {place} does not exist: create it, or set RANGEGRID_STORAGE_URL")
     if isinstance(error, (*REFUSED, FileNotFoundError)):
         return error
     if isinstance(error, FORBIDDEN):
         return Refused(
-            f"access to {url} is forbidden: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            f"access to {place} is forbidden: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "and that they may read and write this bucket"
         )
     if any(sign in text for sign in FULL):
-        return UserError(f"no space is left at {url}: free some, or set RANGEGRID_STORAGE_URL elsewhere")
+        return UserError(f"no space is left at {place}: free some, or set RANGEGRID_STORAGE_URL elsewhere")
     reason = text.splitlines()[0][:300] if text else type(error).__name__
-    return Unavailable(f"{_server(url)} did not serve {shown(url)} ({reason}): check that it is up and reachable")
+    return Unavailable(f"{_server(url)} did not serve {place} ({reason}): check that it is up and reachable")
 
 
 def _server(url: str) -> str:

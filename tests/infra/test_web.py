@@ -1,5 +1,6 @@
 """Reading from the web: labels and weights go where the settings allow, whole or again."""
 
+import errno
 import json
 import time
 from contextlib import contextmanager
@@ -8,7 +9,8 @@ from threading import Thread
 
 import pytest
 
-from infra import buckets, retries, storage
+from infra import buckets, retries, storage, web
+from infra.addresses import shown
 from infra.errors import Unavailable, UserError
 from tasks.evaluation.label_tables import read_labels
 from tasks.model.satclip import load_foreign
@@ -101,6 +103,30 @@ def test_a_signature_is_told_to_nobody(status, kind, monkeypatch):
         with pytest.raises(kind) as raised:
             labels(f"{here}/x.csv?sig=secret")
         assert "secret" not in str(raised.value).replace("x.csv?sig=secret cannot", "")
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_signature_is_not_told_where_a_copy_finds_no_room(monkeypatch):
+    monkeypatch.setattr(web, "download", full)
+    with pytest.raises(UserError, match=r"no space is left at https://h/x\.csv:"):
+        labels("https://user:secret@h/x.csv?sig=secret")
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://u:p@h/x?sig=a@b/c#d", "https://h/x"),
+        ("https://h?sig=a@b", "https://h"),
+        ("s3://key:secret@bucket/a@b?c#d", "s3://bucket/a@b?c#d"),
+        ("file:///a@b/c%3F?d", "file:///a@b/c%3F?d"),
+        ("a path@with?all", "a path@with?all"),
+    ],
+)
+def test_an_address_is_told_without_what_may_be_secret(url, told):
+    assert shown(url) == told
 
 
 def test_what_is_gone_is_not_there():

@@ -72,12 +72,12 @@ def name_of(url: str) -> str:
     return PurePosixPath(url).name
 
 
-def shown(url: str) -> str:
-    """Returns a URL as it may be told and stored: without user, one of the web also without its query.
+def shown(place: str | os.PathLike[str]) -> str:
+    """Returns a URL or a path as it may be told and stored: without user, one of the web also without its query.
 
     Either may hold a secret; in a name on disk or in a bucket `?` and `#` are letters like others.
     """
-    plain = USER.sub(r"\1", url)
+    plain = USER.sub(r"\1", os.fspath(place))
     return urlsplit(plain)._replace(query="", fragment="").geturl() if is_web(plain) else plain
 
 

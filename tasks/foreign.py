@@ -27,7 +27,7 @@ def read_file(place: str | Path, kind: str) -> bytes:
     try:
         data = storage.read(as_url(place))
     except FileNotFoundError:
-        raise UserError(f"there is no file {shown(str(place))}: give the path or URL of {kind}") from None
+        raise UserError(f"there is no file {shown(place)}: give the path or URL of {kind}") from None
     _refuse_bomb(data, place, kind)
     return data
 
@@ -39,7 +39,8 @@ def _refuse_bomb(data: bytes, place: str | Path, kind: str) -> None:
         return  # no archive at all: its reader says what is wrong
     if expanded > EXPANSION * len(data):
         raise UserError(
-            f"{place} is an archive of {len(data):,} bytes that would expand to {expanded:,}: give {kind} as published"
+            f"{shown(place)} is an archive of {len(data):,} bytes that would expand to {expanded:,}: give {kind} as "
+            "published"
         )
 
 
@@ -75,4 +76,4 @@ def check_free(place: str | Path, overwrite: bool) -> None:
 
 
 def _taken(place: str | Path) -> UserError:
-    return UserError(f"{place} is there already: name another file, or give --overwrite")
+    return UserError(f"{shown(place)} is there already: name another file, or give --overwrite")

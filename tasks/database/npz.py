@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from infra.addresses import as_url, name_of
+from infra.addresses import as_url, name_of, shown
 from infra.errors import UserError
 from tasks.cards import made_before, read_card
 from tasks.database.store import (
@@ -69,9 +69,11 @@ def _load_npz(data: bytes, source: str | Path) -> list[NDArray]:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             return [_numbers(file[name], t) for name, t in zip(FOREIGN, ("f8", "f4", "f4"), strict=True)]
     except KeyError as error:
-        raise UserError(f"{source} lacks an array ({error}): it needs {', '.join(FOREIGN)}") from None
+        raise UserError(f"{shown(source)} lacks an array ({error}): it needs {', '.join(FOREIGN)}") from None
     except Exception as error:  # a hostile file may fail in any way
-        raise UserError(f"{source} is no readable .npz of plain numbers ({error}): give a range_db_*.npz") from error
+        raise UserError(
+            f"{shown(source)} is no readable .npz of plain numbers ({error}): give a range_db_*.npz"
+        ) from error
 
 
 def _numbers(array: NDArray, dtype: str) -> NDArray:
@@ -85,7 +87,7 @@ def _same_dim(keys: NDArray, space: CheckpointCard, path: str | Path) -> None:
     dim = space.architecture.dim
     if keys.shape[1] != dim:
         raise UserError(
-            f"{path} has keys of length {keys.shape[1]} and the checkpoint embeds to {dim}: give the "
+            f"{shown(path)} has keys of length {keys.shape[1]} and the checkpoint embeds to {dim}: give the "
             "checkpoint that the database was made with"
         )
 

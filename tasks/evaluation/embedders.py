@@ -228,5 +228,7 @@ def _checked(path: str, name: str, embedder: Any) -> Embedder:
     try:
         embedder(np.zeros((1, 2)))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} has no {name} that can be used ({error}): give its published weights") from error
+        raise UserError(
+            f"{shown(path)} has no {name} that can be used ({error}): give its published weights"
+        ) from error
     return embedder

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 
+from infra.addresses import shown
 from infra.errors import UserError
 from tasks.core.probes import GramRidgeClassifierCV
 from tasks.evaluation.embedders import NOT_GIVEN, Embeddings, Named
@@ -64,7 +65,7 @@ def read_photographs(source: str) -> Photographs:
     except UserError:
         raise
     except Exception as error:  # a hostile file may fail in any way
-        raise UserError(f"{source} is no .npz with lonlat, labels, train and log_probs ({error})") from error
+        raise UserError(f"{shown(source)} is no .npz with lonlat, labels, train and log_probs ({error})") from error
     _check(found, source)
     return found
 
@@ -73,14 +74,14 @@ def _check(found: Photographs, source: str) -> None:
     n, scored = len(found.labels), int((~found.train).sum())
     if found.lonlat.shape != (n, 2) or found.train.shape != (n,) or len(found.log_probs) != scored or not scored:
         raise UserError(
-            f"{source} has {n} labels, places {found.lonlat.shape}, {scored} to score and log_probs of "
+            f"{shown(source)} has {n} labels, places {found.lonlat.shape}, {scored} to score and log_probs of "
             f"{len(found.log_probs)}: each label needs a place, each scored one a row of log_probs"
         )
     classes = found.log_probs.shape[1]
     if found.labels.dtype.kind not in "iu" or found.labels.min() < 0 or found.labels.max() >= classes:
-        raise UserError(f"{source} has labels that are not columns 0 to {classes - 1} of its log_probs")
+        raise UserError(f"{shown(source)} has labels that are not columns 0 to {classes - 1} of its log_probs")
     if not np.isfinite(found.lonlat).all() or np.isnan(found.log_probs).any():
-        raise UserError(f"{source} has places or log_probs that are not numbers: mend them")
+        raise UserError(f"{shown(source)} has places or log_probs that are not numbers: mend them")
 
 
 def geo_prior(found: Photographs, embedders: list[Named]) -> pd.DataFrame:

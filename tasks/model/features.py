@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse
 
 from infra import storage
-from infra.addresses import as_url, name_of
+from infra.addresses import as_url, name_of, shown
 from infra.errors import Refused, UserError
 from tasks import arrays
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
@@ -137,7 +137,7 @@ def read_weights(place: str) -> dict[str, NDArray]:
     try:
         tensors = parse(read_file(file, "a .safetensors"))
     except SafetensorError as error:
-        raise UserError(f"{place} is no .safetensors ({error}): convert the weights to one first") from error
+        raise UserError(f"{shown(place)} is no .safetensors ({error}): convert the weights to one first") from error
     found = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
     if file == as_url(place):
         return found

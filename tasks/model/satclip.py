@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load as parse
 from torch import Tensor
 
-from infra.addresses import as_url, name_of
+from infra.addresses import as_url, name_of, shown
 from infra.errors import UserError
 from tasks.cards import made_before
 from tasks.core.contrastive import ImageProjection
@@ -64,7 +64,7 @@ def import_satclip(source: str | Path, url: str) -> CheckpointCard:
         raise
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{source} is not a SatCLIP checkpoint ({_first_line(error)}): give a satclip-*.ckpt"
+            f"{shown(source)} is not a SatCLIP checkpoint ({_first_line(error)}): give a satclip-*.ckpt"
         ) from error
     return save_checkpoint(url, location, projection, encoder, source="SatCLIP", made_of=made_of, **note)
 
@@ -84,7 +84,7 @@ def load_foreign(source: str | Path, kind: str) -> dict[str, Any]:
         try:
             return parse(data)
         except Exception as error:  # a hostile file may fail in any way
-            raise UserError(f"{source} is no .safetensors ({_first_line(error)}): give {kind}") from error
+            raise UserError(f"{shown(source)} is no .safetensors ({_first_line(error)}): give {kind}") from error
     return _unpickle(data, source, kind)
 
 
@@ -94,7 +94,7 @@ def _unpickle(data: bytes, source: str | Path, kind: str = "a satclip-*.ckpt") -
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file may fail in any way
         raise UserError(
-            f"{source} is no checkpoint that can be read without running code from it ({_first_line(error)}): "
+            f"{shown(source)} is no checkpoint that can be read without running code from it ({_first_line(error)}): "
             f"give {kind} as published"
         ) from error
 

@@ -81,7 +81,9 @@ def read_classes(url: str) -> tuple[NDArray[np.integer], tuple[float, float, flo
             classes = raster.read(1, masked=True).filled(0)
             bounds, crs = raster.bounds, raster.crs
     except (FileNotFoundError, rasterio.errors.RasterioError) as error:
-        raise UserError(f"{url} is no class raster ({type(error).__name__}): give a GeoTIFF") from None
+        raise UserError(f"{shown(url)} is no class raster ({type(error).__name__}): give a GeoTIFF") from None
     if crs is None or not crs.is_geographic or classes.dtype.kind not in "iu":
-        raise UserError(f"{url} has {classes.dtype} in {crs}: give integers in longitude and latitude (EPSG:4326)")
+        raise UserError(
+            f"{shown(url)} has {classes.dtype} in {crs}: give integers in longitude and latitude (EPSG:4326)"
+        )
     return classes, tuple(bounds)

@@ -11,6 +11,7 @@ import shapely
 from numpy.typing import NDArray
 
 from infra import storage
+from infra.addresses import shown
 from infra.errors import UserError
 from infra.stac.catalogs import ask, search
 from infra.stac.items import UsableItem
@@ -159,9 +160,9 @@ def explain(place: str) -> dict[str, Any]:
     try:
         item = json.loads(storage.read(storage.as_url(place)))
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{place} is no STAC item ({type(error).__name__}): give the JSON of one item") from None
+        raise UserError(f"{shown(place)} is no STAC item ({type(error).__name__}): give the JSON of one item") from None
     if not isinstance(item, dict) or item.get("type") != "Feature" or not isinstance(item.get("assets"), dict):
-        raise UserError(f"{place} is no STAC item: give a GeoJSON Feature with assets")
+        raise UserError(f"{shown(place)} is no STAC item: give a GeoJSON Feature with assets")
     return asdict(decide(item))
 
 

@@ -12,9 +12,13 @@ import pytest
 from infra import buckets, retries, storage, web
 from infra.addresses import shown
 from infra.errors import Unavailable, UserError
+from tasks.evaluation.geoprior import read_photographs
 from tasks.evaluation.label_tables import read_labels
+from tasks.model.features import read_weights
 from tasks.model.satclip import load_foreign
 from tasks.params import EvaluateParams
+from tasks.patches.places import read_classes
+from tasks.patches.scenes import explain
 
 GOOD = b"lon,lat,elevation\n" + b"".join(b"%d,%d,%d\n" % (i, i, i) for i in range(60))
 
@@ -103,6 +107,22 @@ def test_a_signature_is_told_to_nobody(status, kind, monkeypatch):
         with pytest.raises(kind) as raised:
             labels(f"{here}/x.csv?sig=secret")
         assert "secret" not in str(raised.value).replace("x.csv?sig=secret cannot", "")
+
+
+READERS = {
+    "weights": read_weights,
+    "foreign weights": lambda url: load_foreign(url, "weights"),
+    "photographs": read_photographs,
+    "classes": read_classes,
+    "item": explain,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_signature_is_told_by_no_reader_of_what_is_something_else(reader):
+    with serving(lambda *_: (200, {}, GOOD)) as (here, _), pytest.raises(UserError, match=r"/x is no ") as raised:
+        READERS[reader](f"{here}/x?sig=secret")
+    assert "secret" not in str(raised.value)
 
 
 def full(*_):

@@ -1,4 +1,4 @@
-"""Command-line options made from the parameter models, so that both have one definition."""
+"""Makes command-line options from the parameter models, so that both have one definition."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ from tasks.params import Params
 
 
 def with_options(model: type[Params], command: Callable[..., Any]) -> Callable[..., Any]:
-    """`command(*arguments, params=...)` with one option per field of `model` in place of `params`.
+    """Returns a command with one option per field of `model` in place of its argument `params`.
 
     Args:
         model: A parameter model; nested models become prefixed options, `--sample-patches`.
@@ -39,7 +39,7 @@ def with_options(model: type[Params], command: Callable[..., Any]) -> Callable[.
 
 
 def build(model: type[Params], values: dict[str, Any]) -> Params:
-    """The model from option values.
+    """Builds the model from option values.
 
     Raises:
         UserError: A value does not fit; the message names the option, the value and what is asked for.
@@ -77,7 +77,7 @@ def _nest(model: type[Params], values: dict[str, Any], prefix: str = "") -> dict
 
 
 def _parse(name: str, value: str | list[str]) -> Any:
-    """Lists come as JSON or as an option given again, `null` is none, and all else stays text for pydantic to read."""
+    """Parses an option: lists are JSON or repeated options, `null` is None, and other text is left to pydantic."""
     if isinstance(value, list):
         return _parse(name, value[0]) if len(value) == 1 and value[0].lstrip().startswith("[") else value
     if not value.lstrip().startswith(("[", "{")) and value != "null":

@@ -1,4 +1,4 @@
-"""Retrieval on grids: evaluate few nodes, interpolate, and check on random cells before delivering.
+"""Retrieves on grids: evaluates few nodes, interpolates, and checks random cells before it delivers a tile.
 
 The visual part is an analytic function of the place (harmonics, sines, exponentials), and so are projections where
 they are used: its interpolation at Chebyshev nodes of the grid's plane converges exponentially. On tiles of some
@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from tasks.core.earth.plane import Plane
 from tasks.core.retrieval import Encodes, Method, RetrievalIndex
 
-FIRST_NODES = 9  # along one side
-CHECKS = 100  # random cells of a tile
-QUANTILE = 0.99  # of a tile's cells that are to be within the tolerance
-WORTH = 0.5  # of the cells: with more evaluations than that, evaluating them all is the better end
-HIGHEST = 2  # degrees along each side that the second check takes for the tail of the series
-MARGIN = 0.5  # the largest error of the checks may be this share of the one asked for, which is a 99th percentile
+FIRST_NODES = 9  # nodes along one side in the first attempt
+CHECKS = 100  # random cells of a tile that are evaluated exactly to check it
+QUANTILE = 0.99  # share of a tile's cells that must be within the tolerance
+WORTH = 0.5  # share of the cells; with more evaluations than that, evaluating every cell is better
+HIGHEST = 2  # highest degrees along each side whose contribution the second check bounds
+MARGIN = 0.5  # largest error at the checks, as a share of the tolerance, which is a 99th percentile
 
 Float = NDArray[np.float64]
 
@@ -38,37 +38,37 @@ class Cells:
     """The cells of one tile that are wanted."""
 
     x: Float
-    """(columns,) in the plane's units, rising."""
+    """(columns,) x in the plane's units, rising."""
     y: Float
-    """(rows,) in the plane's units."""
+    """(rows,) y in the plane's units."""
     wanted: NDArray[np.bool_]
-    """(rows, columns)."""
+    """(rows, columns) whether a cell is wanted."""
     plane: Plane
-    """Where x and y are."""
+    """The plane of x and y."""
 
     @property
     def lonlat(self) -> Float:
-        """The wanted cells, (m, 2) degrees, row by row."""
+        """Returns the wanted cells, (m, 2) in degrees, row by row."""
         rows, columns = np.nonzero(self.wanted)
         return self.plane.lonlat(np.column_stack([self.x[columns], self.y[rows]]))
 
     @property
     def cropped(self) -> "Cells":
-        """Without the rows and columns in which no cell is wanted."""
+        """Returns the cells without rows and columns in which no cell is wanted."""
         rows, columns = self.wanted.any(1), self.wanted.any(0)
         return Cells(self.x[columns], self.y[rows], self.wanted[np.ix_(rows, columns)], self.plane)
 
 
 @dataclass(frozen=True)
 class _Nodes:
-    """Chebyshev nodes on a tile, in its plane, and the matrices from values at them to values at its cells."""
+    """Chebyshev nodes on a tile in its plane, with the matrices from values at nodes to values at cells."""
 
     places: Float
-    """(n * n, 2) degrees; NaN where the plane has no place."""
+    """(n * n, 2) places of the nodes in degrees; NaN where the plane has no place."""
     down: NDArray[np.float32]
-    """(rows, n)."""
+    """(rows, n) matrix from nodes to rows."""
     across: NDArray[np.float32]
-    """(columns, n)."""
+    """(columns, n) matrix from nodes to columns."""
 
     @classmethod
     def over(cls, cells: Cells, n: int) -> "_Nodes":
@@ -78,12 +78,12 @@ class _Nodes:
         return cls(cells.plane.lonlat(places), down.astype(np.float32), across.astype(np.float32))
 
     def at(self, known: NDArray[np.float32], rows: NDArray, columns: NDArray) -> NDArray[np.float32]:
-        """Single cells, (m, v)."""
+        """Interpolates single cells, (m, v)."""
         both = self.down[rows][:, :, None] * self.across[columns][:, None, :]
         return both.reshape(len(rows), len(known)) @ known
 
     def tail(self, known: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What the highest degrees contribute, at all cells, (rows, columns, v)."""
+        """Returns the contribution of the highest degrees at all cells, (rows, columns, v)."""
         n = self.across.shape[1]
         low = low_degrees(n, n - HIGHEST).astype(np.float32)
         square = known.reshape(n, n, -1)
@@ -91,7 +91,7 @@ class _Nodes:
         return self.everywhere((square - smooth).reshape(known.shape))
 
     def everywhere(self, known: NDArray[np.float32]) -> NDArray[np.float32]:
-        """All cells, (rows, columns, v): first along the meridians, then along the rows."""
+        """Interpolates all cells, (rows, columns, v), first along the columns, then along the rows."""
         n = self.across.shape[1]
         return self.across @ (self.down @ known.reshape(n, -1)).reshape(len(self.down), n, -1)
 
@@ -101,19 +101,19 @@ class Report:
     """How a tile was made."""
 
     cells: int
-    """Cells delivered."""
+    """Number of cells delivered."""
     evaluated: int
-    """Places retrieved, nodes that did not suffice and checks included."""
+    """Number of places retrieved, with checks and with nodes that did not suffice."""
     nodes: int
-    """Nodes along one side; 0 where every cell was evaluated."""
+    """Number of nodes along one side; 0 where every cell was evaluated."""
     error: float
-    """Largest relative error that the checks found, of which MARGIN of the tolerance is allowed; 0: cell by cell."""
+    """Largest relative error at the checks, at most MARGIN of the tolerance; 0 where every cell was evaluated."""
 
 
 def embed_cells(
     encoder: Encodes, index: RetrievalIndex, cells: Cells, method: Method, tolerance: float = 1e-3
 ) -> tuple[NDArray[np.float32], Report]:
-    """Embeddings of a tile's wanted cells.
+    """Embeds a tile's wanted cells.
 
     Args:
         encoder: The location encoder.
@@ -140,7 +140,7 @@ def embed_cells(
 def _interpolated(
     encoder: Encodes, index: RetrievalIndex, cells: Cells, method: Method, tolerance: float
 ) -> tuple[NDArray[np.float32] | None, Report]:
-    """Returns the visual part, or none where as many nodes as pay do not reach the tolerance."""
+    """Returns the visual part, or None where no number of nodes that pays reaches the tolerance."""
     places, goal, count = cells.lonlat, MARGIN * tolerance, int(cells.wanted.sum())
     checks = np.random.default_rng(0).permutation(count)[:CHECKS]
     rows, columns = (along[checks] for along in np.nonzero(cells.wanted))
@@ -172,7 +172,7 @@ def _visual(encoder: Encodes, index: RetrievalIndex, places: Float, method: Meth
 
 
 def _more(tried: list[tuple[int, float]], goal: float) -> int:
-    """Returns how many nodes to try next: where the errors, falling exponentially, will meet the goal.
+    """Returns the number of nodes to try next, at which errors that fall exponentially reach the goal.
 
     Args:
         tried: Nodes and their errors, so far.
@@ -190,31 +190,31 @@ def _more(tried: list[tuple[int, float]], goal: float) -> int:
 
 
 def relative_error(found: NDArray[np.float32], exact: NDArray[np.float32]) -> Float:
-    """|error| / |exact| of each row."""
+    """Returns |error| / |exact| of each row."""
     scale = np.maximum(np.linalg.norm(exact, axis=1), np.finfo(np.float32).tiny)
     return np.linalg.norm(found - exact, axis=1) / scale
 
 
 def beyond(tail: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """The 99th percentile of the tail's relative size."""
+    """Returns the 99th percentile of the tail's relative size."""
     return float(np.quantile(relative_error(found - tail, found), QUANTILE))
 
 
 def low_degrees(nodes: int, kept: int) -> Float:
-    """The matrix (nodes, nodes) from values at Chebyshev nodes to those of their series below degree `kept`."""
+    """Returns the matrix (nodes, nodes) from values at Chebyshev nodes to their series below degree `kept`."""
     waves = np.cos(np.pi * np.arange(kept)[:, None] * (np.arange(nodes) + 0.5) / nodes)
     return waves.T @ (waves * np.where(np.arange(kept) > 0, 2, 1)[:, None]) / nodes
 
 
 def chebyshev(cells: Float, nodes: int) -> Float:
-    """Chebyshev nodes of the first kind on the span of the cell centres."""
+    """Returns Chebyshev nodes of the first kind on the span of the cell centres."""
     low, high = cells.min(), cells.max()
     unit = np.cos(np.pi * (np.arange(nodes) + 0.5) / nodes)
     return (low + high) / 2 + max(high - low, 1e-6) / 2 * unit  # one cell has no span: any will do
 
 
 def barycentric(at: Float, nodes: Float) -> Float:
-    """The matrix (len(at), len(nodes)) that interpolates from values at Chebyshev nodes."""
+    """Returns the matrix (len(at), len(nodes)) that interpolates from values at Chebyshev nodes."""
     n = len(nodes)
     weights = (-1.0) ** np.arange(n) * np.sin(np.pi * (np.arange(n) + 0.5) / n)
     gap = at[:, None] - nodes

@@ -1,4 +1,4 @@
-"""Whether two tables belong together row by row, told by statistics alone.
+"""Tests by statistics alone whether two tables belong together row by row.
 
 One table is predicted from the other by a ridge regression between their leading principal components, each half
 of the rows from the other half. Where rows belong together, a prediction resembles its own row more than other
@@ -15,33 +15,33 @@ from sklearn.preprocessing import StandardScaler
 
 Float = NDArray[np.float64]
 
-LEAST_ROWS = 64  # below that, chance and a relation cannot be told apart
-MOST_ROWS = 4000  # looked at, evenly spread over the table
+LEAST_ROWS = 64  # rows, below which chance looks like a relation
+MOST_ROWS = 4000  # most rows that are used, evenly spread over the table
 COMPONENTS = 48  # principal components of each table
 LEAST_DEVIATION = (
     1e-3  # of a component; `whiten` has no such bound, and makes rounding errors a component of variance 1
 )
-RIDGE = 0.1  # as a share of the rows
-RUNS = 16  # of rows in order, each of which must belong together too
-SIGMAS = 5.0  # above the shuffled mean, in its standard errors
+RIDGE = 0.1  # penalty of the regression, as a share of the number of rows
+RUNS = 16  # runs of neighbouring rows, each of which must belong together too
+SIGMAS = 5.0  # standard errors above the shuffled mean from which a score is no chance
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How far two tables belong together; scores are mean cosines of a row and its prediction."""
+    """Result of the test; scores are mean cosines between a row and its prediction."""
 
     score: float
-    """Of the rows as they are."""
+    """Score of the rows as they are."""
     shuffled: float
-    """Of rows with the predictions of other rows."""
+    """Score of rows with the predictions of other rows."""
     error: float
     """Standard error of `score` if nothing belonged together."""
     broken: tuple[tuple[int, int], ...]
-    """Runs of rows, first and beyond last, that are no better than shuffled where the table as a whole is."""
+    """Runs of rows, first and one past last, that are no better than shuffled where the whole table is."""
 
     @property
     def aligned(self) -> bool:
-        """Whether the tables belong together, all along."""
+        """Tells whether the tables belong together, in all their runs."""
         return self.score > self.shuffled + SIGMAS * self.error and not self.broken
 
 
@@ -71,7 +71,7 @@ def alignment(source: NDArray, target: NDArray, seed: int = 0) -> Alignment:
 
 
 def components(table: NDArray) -> Float:
-    """The leading principal components of standardised columns, each of variance 1."""
+    """Returns the leading principal components of standardised columns, each with variance 1."""
     x = StandardScaler().fit_transform(np.asarray(table, np.float64))
     pca = PCA(min(COMPONENTS, len(x) // 8, x.shape[1]), svd_solver="covariance_eigh")
     found = pca.fit_transform(x)
@@ -79,7 +79,7 @@ def components(table: NDArray) -> Float:
 
 
 def _cross_predicted(x: Float, y: Float, half: NDArray) -> Float:
-    """Each row of y from its x, by a regression on the other half of the rows."""
+    """Predicts each row of y from its x, by a regression on the other half of the rows."""
     out = np.empty_like(y)
     for one in (0, 1):
         fit, use = half != one, half == one
@@ -89,7 +89,7 @@ def _cross_predicted(x: Float, y: Float, half: NDArray) -> Float:
 
 
 def _displaced(n: int, rng: np.random.Generator) -> NDArray:
-    """A permutation of n rows that leaves none in its place."""
+    """Returns a permutation of n rows that leaves none in its place."""
     order = rng.permutation(n)
     out = np.empty(n, int)
     out[order] = np.roll(order, 1)
@@ -101,7 +101,7 @@ def _unit(x: Float) -> Float:
 
 
 def _broken(own: Float, level: float, spread: float, rows: NDArray) -> tuple[tuple[int, int], ...]:
-    """Runs that are at the shuffled level, where the median run is too far above it for chance."""
+    """Returns runs at the shuffled level, where the median run is too far above it for chance."""
     runs = np.array_split(np.arange(len(own)), min(RUNS, len(own) // (LEAST_ROWS // 2)))
     found = []
     heights = [(own[run].mean() - level) * np.sqrt(len(run)) / spread for run in runs]

@@ -1,4 +1,4 @@
-"""RANGE and RANGE+ retrieval: exact soft attention over a database of images.
+"""Computes RANGE and RANGE+ retrieval: exact soft attention over a database of images.
 
 With unit vectors g (query), k_j (key), x (place), x_j (place of image j) and values v_j:
 
@@ -39,22 +39,22 @@ NAMES: tuple[Name, ...] = ("range+", "range", "top1", "topk", "none")
 TEMPERATURES = {"range": 15.0, "range+": 12.0}
 SAFE_TEMPERATURE = 60.0  # exp(60) times 1e7 images stays below float32's largest, exp(-60) above its smallest
 QUERY_TILE, KEY_TILE = 1000, 2048  # a tile of weights (8 MB) stays in the cache between the two products
-GPU_QUERIES, GPU_SHARE = 4096, 0.125  # of a tile on a GPU: queries, and what its weights take of the free memory
-BATCH = 500  # places of one batch of a stream: its sums and harmonics, in float64, take 100 MB
+GPU_QUERIES, GPU_SHARE = 4096, 0.125  # on a GPU: queries of a tile, and share of the free memory for its weights
+BATCH = 500  # places of one batch: its float64 sums and harmonics take 100 MB
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to retrieve."""
+    """A retrieval method."""
 
     name: Name = "range+"
     """Soft (`range`, `range+`), hard (`top1`, `topk`) or no retrieval."""
     beta: float = 0.5
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
     k: int = 10
-    """Images that `topk` averages."""
+    """Number of images that `topk` averages."""
     temperature: float | None = None
-    """Semantic temperature; unset, the paper's: 15 for RANGE, 12 for RANGE+."""
+    """Semantic temperature; None: the paper's, 15 for RANGE and 12 for RANGE+."""
     geodesic_temperature: float = 40.0
     """Temperature of the geodesic half."""
 
@@ -71,12 +71,12 @@ class Method:
 
     @property
     def semantic(self) -> float:
-        """The semantic temperature in force."""
+        """Returns the semantic temperature, given or by default."""
         return TEMPERATURES.get(self.name, 15.0) if self.temperature is None else self.temperature
 
     @property
     def has_geodesic(self) -> bool:
-        """Whether places as such decide anything."""
+        """Tells whether the method has a geodesic half."""
         return self.name == "range+" and self.beta < 1
 
 
@@ -84,7 +84,7 @@ class Encodes(Protocol):
     """What `embed` needs of a location encoder."""
 
     def embed(self, lonlat: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Unit location embeddings."""
+        """Returns unit location embeddings."""
 
 
 class RetrievalIndex:
@@ -140,13 +140,13 @@ class RetrievalIndex:
 
     @cached_property
     def tree(self) -> cKDTree:
-        """The images' places as points of the unit sphere, to look up the nearest."""
+        """Returns a search tree of the images' places as points of the unit sphere."""
         return cKDTree(self.places.cpu().numpy())
 
     def retrieve(
         self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method
     ) -> NDArray[np.float32]:
-        """The visual part, (m, v).
+        """Returns the visual part, (m, v).
 
         Args:
             queries: Unit location embeddings, (m, d).
@@ -170,7 +170,7 @@ class RetrievalIndex:
         return self.halves(queries, lonlat, method).mix(method.beta)
 
     def halves(self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method) -> Halves:
-        """Both halves of RANGE+ (or the one of RANGE), as sums that add over parts of a database.
+        """Returns both halves of RANGE+, or the one of RANGE, as sums that add over parts of a database.
 
         The values of one call serve every beta: `halves.mix(0.3)`.
         """
@@ -182,7 +182,7 @@ class RetrievalIndex:
             return Halves(self.by_likeness(queries, method.semantic), geodesic)
 
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
-        """Cosines and rows of the `k` most similar keys (all, if there are fewer), best first, each (m, k)."""
+        """Returns cosines and rows of the `k` most similar keys, or all if fewer, best first, each (m, k)."""
         g = torch.as_tensor(queries, dtype=self.dtype, device=self.device)
         with _tf32(self.precision == "tf32"):
             tiles = [self._nearest(g[rows], min(k, len(self))) for rows in _tiles(len(g), self.query_tile)]
@@ -208,7 +208,7 @@ class RetrievalIndex:
             )
 
     def by_likeness(self, queries: NDArray[np.float32], temperature: float) -> Sums:
-        """The semantic half, image by image."""
+        """Sums the semantic half, image by image."""
         g = torch.as_tensor(queries, dtype=self.dtype, device=self.device)
         sums = Sums(g.new_zeros(len(g), self.values.shape[1]), g.new_zeros(len(g)), g.new_zeros(len(g)))
         if temperature > SAFE_TEMPERATURE:
@@ -239,14 +239,14 @@ class RetrievalIndex:
         return sums.replaced(far, self.by_nearness(np.asarray(lonlat)[far], temperature)) if far.any() else sums
 
     def spectrum(self, temperature: float) -> Spectrum:
-        """The geodesic half of the whole database, made once."""
+        """Returns the geodesic half's spectrum of the whole database, computed once."""
         with self._making:
             if temperature not in self._spectra:
                 self._spectra[temperature] = Spectrum.of(self.locations, self.values, temperature)
             return self._spectra[temperature]
 
     def by_nearness(self, lonlat: NDArray[np.float64], temperature: float) -> Sums:
-        """The geodesic half, image by image; angles in float64, since float32's last bit times 40 would show."""
+        """Sums the geodesic half, image by image; angles in float64, since float32's last bit times 40 would show."""
         x = torch.as_tensor(unit_vectors(lonlat), device=self.device) * temperature
         shape = (len(x), self.values.shape[1])
         zeros = x.new_zeros(shape, dtype=self.dtype)
@@ -262,7 +262,7 @@ class RetrievalIndex:
 
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
-    """Lets CUDA round the factors of products to 11 bits within, or not; the flag is the whole process's."""
+    """Lets CUDA round the factors of products to 11 bits (TF32) within, or not; the flag is the whole process's."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -272,7 +272,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def tile_sizes(device: str, images: int) -> tuple[int, int]:
-    """Queries and keys of a tile of weights: on a CPU what stays in the cache, on a GPU a share of what is free."""
+    """Returns queries and keys of a tile of weights: what fits a CPU's cache, or a share of a GPU's free memory."""
     if not device.startswith("cuda"):
         return QUERY_TILE, KEY_TILE
     free, _ = torch.cuda.mem_get_info(device)
@@ -280,7 +280,7 @@ def tile_sizes(device: str, images: int) -> tuple[int, int]:
 
 
 def _largest(queries: Tensor, keys: Tensor, tile: int) -> Tensor:
-    """Each query's largest product, (m,)."""
+    """Returns each query's largest product, (m,)."""
     return reduce(torch.maximum, [(queries @ keys[rows].T).amax(1) for rows in _tiles(len(keys), tile)])
 
 
@@ -289,7 +289,7 @@ def _tiles(count: int, size: int) -> Iterator[slice]:
 
 
 def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], method: Method) -> NDArray[np.float32]:
-    """RANGE embeddings, (m, v + d): the visual part, then the unit location part.
+    """Returns RANGE embeddings, (m, v + d): the visual part, then the unit location part.
 
     Args:
         encoder: The location encoder in whose space the index's keys live.

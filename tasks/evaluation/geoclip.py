@@ -1,4 +1,4 @@
-"""GeoCLIP's published location encoder (Vivanco Cepeda et al. 2023, arXiv 2309.16020), from the weights in its wheel.
+"""Runs GeoCLIP's location encoder (Vivanco Cepeda et al. 2023, arXiv 2309.16020) from the weights in its wheel.
 
 Random Fourier features of the Equal Earth plane at three scales, each through a network of its own; the three sum up.
 Plain PyTorch, since the package itself imports an image tower; a test holds it to the package's.
@@ -16,13 +16,13 @@ from torch.nn import functional
 from infra.packages import data_file
 from tasks.core.earth.sphere import equal_earth
 
-UNIT = 66.50336 / 180  # GeoCLIP's factor of the plane
-WEIGHTS = "geoclip/model/weights/location_encoder_weights.pth"  # of the package
+UNIT = 66.50336 / 180  # factor of GeoCLIP's Equal Earth coordinates
+WEIGHTS = "geoclip/model/weights/location_encoder_weights.pth"  # file in the package
 LAYERS = ("capsule.1", "capsule.3", "capsule.5")
 
 
 def embed_geoclip(lonlat: NDArray[np.float64], batch: int = 4096) -> NDArray[np.float32]:
-    """GeoCLIP's embeddings of (n, 2) places in degrees (lon, lat; GeoCLIP itself takes lat, lon), (n, 512)."""
+    """Embeds (n, 2) places in degrees (lon, lat) by GeoCLIP, (n, 512); GeoCLIP itself takes (lat, lon)."""
     weights = torch.load(data_file("geoclip", WEIGHTS), weights_only=True)
     plane = torch.from_numpy(np.column_stack(equal_earth(*lonlat.T)) * UNIT).float()
     with torch.no_grad():

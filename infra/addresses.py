@@ -15,7 +15,7 @@ from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 from infra.errors import UserError
 
 WEB = ("http", "https")
-UNSAFE = re.compile(r"[\x00-\x1f\\]")  # read differently by different libraries
+UNSAFE = re.compile(r"[\x00-\x1f\\]")  # characters that libraries read differently
 USER = re.compile(r"^(\w+://)[^/?#]*@")  # and password
 METADATA_HOSTS = ("metadata.google.internal", "metadata.goog", "metadata")
 METADATA_NETWORKS = [
@@ -56,12 +56,12 @@ def _of_path(path: Path) -> str:
 
 
 def join(url: str, *parts: str) -> str:
-    """`url` with path parts appended."""
+    """Appends path parts to a URL."""
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def is_web(url: str) -> bool:
-    """Whether a URL is one of the web, which is only read."""
+    """Tells whether a URL is http or https, which is only read."""
     return urlsplit(url).scheme in WEB
 
 
@@ -90,7 +90,7 @@ def absolute(href: str, base: str) -> str:
 
 
 def may_read(href: str, local: bool, hosts: tuple[str, ...] = ()) -> bool:
-    """Whether an item may send us to this address.
+    """Tells whether an item may lead us to this address.
 
     A catalog from elsewhere must not reach this machine's files, nor the services that hand a cloud machine its
     credentials, by whatever way of writing their address.
@@ -115,7 +115,7 @@ def may_read(href: str, local: bool, hosts: tuple[str, ...] = ()) -> bool:
 
 
 def may_lead(source: str, target: str, hosts: tuple[str, ...]) -> bool:
-    """Whether we may follow a server of the web from one address to another.
+    """Tells whether we may follow a redirect from one address to another.
 
     Args:
         source: An address that we were given, or were led to.

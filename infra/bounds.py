@@ -1,4 +1,4 @@
-"""What may become of stored bytes before they are decoded: a file of some kilobytes can tell of gigabytes.
+"""Bounds what stored bytes may expand to, before they are decoded: some kilobytes can claim gigabytes.
 
 Headers are asked first. What they tell is allowed up to a constant, and beyond it in proportion to what is stored.
 """
@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 
 from infra.errors import UserError
 
-FREE = 1 << 28  # bytes that may be decoded whatever is stored
-EXPANSION = 1000  # beyond that, bytes that a stored byte may become: those of embeddings become 1 to 3
-PLACE = 16  # bytes of a row at least, of which two numbers are wanted
+FREE = 1 << 28  # bytes that may be decoded however few are stored
+EXPANSION = 1000  # most bytes per stored byte beyond FREE; embeddings expand 1 to 3 times
+PLACE = 16  # least bytes of a row with two coordinates
 
 
 def most(stored: int) -> int:
-    """Bytes that so many stored ones may become."""
+    """Returns the bytes that so many stored bytes may expand to."""
     return max(FREE, EXPANSION * stored)
 
 
@@ -58,7 +58,7 @@ def open_parquet(source: Any, name: str, stored: int, **options: Any) -> pq.Parq
 
 
 def _repeated(group: Any, texts: list[int], most: int) -> list[str]:
-    """Columns of a row group whose texts, each stored once, could be larger than that when each row has its own."""
+    """Returns the columns of a row group whose texts, stored once, could exceed a bound once each row has its own."""
     if group.num_rows * group.total_byte_size <= most:
         return []
     columns = [group.column(j) for j in texts]  # of a damaged footer, to ask for others can end the process
@@ -70,7 +70,7 @@ def _repeated(group: Any, texts: list[int], most: int) -> list[str]:
 
 
 def _length(source: Any, group: int, column: str, most: int) -> int:
-    """Bytes of all values of a column of texts, or some number beyond `most`, without that many in memory."""
+    """Returns the bytes of all values of a column of texts, or a number beyond `most`, without holding so many."""
     if "." not in column:  # read as it is stored, each text once
         table = pq.ParquetFile(source, read_dictionary=[column]).read_row_group(group, columns=[column])
         return sum(map(_length_of, table[column].chunks))

@@ -1,4 +1,4 @@
-"""The object store behind a URL, asked as often as may help; what it cannot do is told in one sentence.
+"""Opens the object store behind a URL, with retries, and turns its errors into one sentence.
 
 Credentials come from the settings at the moment of use and are in no URL, so a URL may be logged, stored and sent to
 workers.
@@ -29,22 +29,22 @@ from infra.settings import settings
 
 T = TypeVar("T")
 
-ATTEMPTS = 3  # beyond obstore's own, for what it takes for an answer: a body that is not whole, a lost connection
+ATTEMPTS = 3  # attempts beside obstore's own, which misses short bodies and lost connections
 RETRIES: Any = {  # obstore's: some 4 s, as long as a server that restarts needs
     "max_retries": 6,
     "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 3},
 }
-AMBIENT = (  # variables by which containers are told where their keys are
+AMBIENT = (  # variables that tell a container where its keys are
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
 FAILURES = (BaseError, OSError)
 FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
-REFUSED = (AlreadyExistsError, PreconditionError)  # an answer of the store, not a failure of it
+REFUSED = (AlreadyExistsError, PreconditionError)  # answers of the store, not failures
 # Of these obstore tells neither class nor number, only a text: object_store has no variant for them, see
 # https://docs.rs/object_store/latest/object_store/enum.Error.html
-NO_BUCKET = "NoSuchBucket"  # S3's own code, within what is otherwise a missing object
+NO_BUCKET = "NoSuchBucket"  # S3's code for a missing bucket, in the error of a missing object
 FULL = ("No space left", "os error 28")
 
 
@@ -97,7 +97,7 @@ def s3_at(bucket: str, prefix: str, endpoint: str | None, region: str, key: str 
 
 
 def has_ambient_keys() -> bool:
-    """Whether this machine may have S3 keys beyond the settings': of a container, or of an EC2 instance.
+    """Tells whether this machine may have S3 keys beyond the settings': of a container, or of an EC2 instance.
 
     One without any asks for no keys and signs nothing: so it reads what is public.
     """
@@ -107,7 +107,7 @@ def has_ambient_keys() -> bool:
 
 
 def patiently(call: Callable[[], T], url: str) -> T:
-    """Calls, and calls again while the store does not answer.
+    """Calls a function, and retries while the store does not answer.
 
     Raises:
         FileNotFoundError: There is no such object.
@@ -118,7 +118,7 @@ def patiently(call: Callable[[], T], url: str) -> T:
 
 
 async def patiently_async(call: Callable[[], Awaitable[T]], url: str) -> T:
-    """Does the same on an event loop."""
+    """Does the same as `patiently` on an event loop."""
     with _told_of(url):
         return await retries.ask_async(call, ATTEMPTS, partial(_mends, url))
 
@@ -135,7 +135,7 @@ def _told_of(url: str) -> Iterator[None]:
 
 
 def _mends(url: str, error: BaseException) -> bool:
-    """Whether another attempt may mend an error."""
+    """Tells whether a retry may help against an error."""
     return isinstance(error, FAILURES) and isinstance(_told(error, url), Unavailable)
 
 

@@ -1,4 +1,4 @@
-"""Dask by name: one place that turns the name of a cluster into a client."""
+"""Connects to Dask by the name of a cluster."""
 
 import logging
 import secrets
@@ -17,18 +17,18 @@ from infra.errors import Unavailable, UserError
 from infra.settings import Settings, settings
 from infra.workers import check
 
-CONFIG = Path(__file__).with_name("dask.yaml")  # of every worker: DASK_CONFIG where they are started elsewhere
+CONFIG = Path(__file__).with_name("dask.yaml")  # Dask configuration of every worker; elsewhere set it as DASK_CONFIG
 TEMPLATE = Path(__file__).with_name("kubernetes") / "daskcluster.yaml"
 QUIET: Any = {"dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}  # units report their own errors
 UNINTERRUPTED = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # Ctrl-C ends the flow, which ends them
-ANSWER, FIRST_WORKER, FIRST_POD = 10, 30, 600  # seconds: a scheduler's answer, its first worker, a new node's
+ANSWER, FIRST_WORKER, FIRST_POD = 10, 30, 600  # seconds for a scheduler's answer, a first worker, one on a new node
 
 Engine = Callable[[Settings], AbstractContextManager[Client]]
 
 
 @contextmanager
 def connect(name: str | None = None, workers: int | None = None) -> Iterator[Client]:
-    """A Dask client of the named cluster, closed at the end with whatever it started.
+    """Yields a Dask client of the named cluster, and closes it at the end with everything it started.
 
     Inside another `connect` the outer client is shared, whatever the name: a pipeline has one cluster.
 
@@ -53,7 +53,7 @@ def connect(name: str | None = None, workers: int | None = None) -> Iterator[Cli
 
 
 def _outer() -> Client | None:
-    """The client of an enclosing `connect`, unless it has lost its scheduler."""
+    """Returns the client of an enclosing `connect`, unless it has lost its scheduler."""
     try:
         client = Client.current(allow_global=True)
     except ValueError:
@@ -98,7 +98,7 @@ def _existing(where: Settings) -> Iterator[Client]:
 
 
 def tls(where: Settings) -> Security:
-    """What proves this process to the scheduler, and the scheduler to it.
+    """Returns the TLS credentials of this process and the authority of the scheduler.
 
     Raises:
         UserError: A file is not set, or not there.
@@ -130,7 +130,7 @@ def _await_workers(client: Client, count: int, seconds: float, place: str) -> No
 
 @contextmanager
 def _kubernetes(where: Settings) -> Iterator[Client]:
-    """A cluster of its own by the Dask operator, taken down at the end."""
+    """Yields a new cluster by the Dask operator, and deletes it at the end."""
     operator = _extra("dask_kubernetes.operator", "kubernetes")
     with operator.KubeCluster(custom_cluster_spec=dask_cluster(where)) as cluster, Client(cluster) as client:
         _await_workers(client, where.workers, FIRST_POD, "the DaskCluster")
@@ -139,7 +139,7 @@ def _kubernetes(where: Settings) -> Iterator[Client]:
 
 
 def dask_cluster(where: Settings) -> dict[str, Any]:
-    """The DaskCluster object: the settings' template, under a name of its own, with their image and replicas.
+    """Returns the DaskCluster object: the settings' template with a new name, their image and their number of workers.
 
     Raises:
         UserError: There is no such template.
@@ -161,7 +161,7 @@ def dask_cluster(where: Settings) -> dict[str, Any]:
 
 @contextmanager
 def _gateway(where: Settings) -> Iterator[Client]:
-    """A cluster of its own by Dask Gateway, whose address, authentication and options are Dask's own settings."""
+    """Yields a new cluster by Dask Gateway, whose address, authentication and options are Dask's own settings."""
     gateway = _extra("dask_gateway", "gateway")
     with gateway.Gateway() as server, server.new_cluster(shutdown_on_close=True) as cluster:
         cluster.scale(where.workers)

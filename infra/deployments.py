@@ -1,4 +1,4 @@
-"""What runs on a Prefect server: pool, queues, the deployments of prefect.yaml, their schedules, and automations.
+"""Sets up a Prefect server: pool, queues, the deployments of prefect.yaml, their schedules, and automations.
 
 Everything may be made again and again: what is there is kept, and what was set in the UI since is told, not lost.
 """
@@ -33,11 +33,11 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "prefect.yaml"
 AUTOMATIONS = Path(__file__).with_name("automations.yaml")
 POOL = TAG = "rangegrid"
-ROOM = 4  # runs at once: a pipeline and its step, a long one, and a quick one that waits for none of them
-QUEUES = {"quick": (1, None), "default": (5, 2), "long": (10, 1)}  # priority, and runs at once
-LAID = "rangegrid_laid"  # the Prefect variable that tells what was laid last, by digest
-NOWHERE = "00000000-0000-0000-0000-000000000000"  # stands in the file for the block that alerts go to
-EVERY = "prefect.deployment.*"  # stands in the file for our own deployments; with a name, for that one
+ROOM = 4  # runs at a time: a pipeline and its step, a long run, and a quick one that need not wait
+QUEUES = {"quick": (1, None), "default": (5, 2), "long": (10, 1)}  # priority, and most runs at a time
+LAID = "rangegrid_laid"  # Prefect variable with digests of what was deployed last
+NOWHERE = "00000000-0000-0000-0000-000000000000"  # placeholder in the file: id of the block for alerts
+EVERY = "prefect.deployment.*"  # placeholder in the file: our deployments, or one by name
 
 Take = Literal["ui", "file"]
 
@@ -82,11 +82,11 @@ def on_server(client: SyncPrefectClient, name: str) -> DeploymentResponse | None
 
 
 class Told(NamedTuple):
-    """What became of one deployment or automation."""
+    """What was done to one deployment or automation."""
 
     name: str
     what: str
-    """In one line."""
+    """What was done, in one line."""
 
 
 def deploy(path: Path | None = None, take: Take | None = None) -> list[Told]:
@@ -138,7 +138,7 @@ def _check(path: Path, flow: Flow[..., Any], wanted: Plan) -> None:
 
 
 def _any_url(flow: Flow[..., Any]) -> dict[str, str]:
-    """Stands in for what the flow needs and an entry may leave to whoever starts a run."""
+    """Supplies placeholders for what the flow needs and an entry may leave to whoever starts a run."""
     needed = inspect.signature(flow.fn).parameters.values()
     return {p.name: "any" for p in needed if p.default is p.empty and p.annotation in (str, "str")}
 
@@ -234,7 +234,7 @@ def _create(
 
 
 def _with_place(variables: dict[str, Any], pool: WorkPool) -> dict[str, Any]:
-    """Hands on where the settings are: a run on this machine reads the same file, and begins where its paths do.
+    """Passes on where the settings are: a run on this machine reads the same file, and relative paths begin there.
 
     Containers have their settings in their environment.
     """
@@ -271,7 +271,7 @@ def automations(client: SyncPrefectClient) -> list[AutomationCore]:
 
 
 def _replace(content: Any, values: dict[str, Any]) -> Any:
-    """The content with what stands in it for something replaced, where that is known."""
+    """Returns the content with its placeholders replaced, where their values are known."""
     if isinstance(content, dict):
         return {key: _replace(value, values) for key, value in content.items()}
     if isinstance(content, list):
@@ -308,13 +308,13 @@ def _automate(client: SyncPrefectClient, laid: dict[str, str]) -> Iterator[Told]
 
 
 def _content(automation: AutomationCore) -> str:
-    """Digest of what an automation does, whether or not it is on."""
+    """Returns the digest of what an automation does, whether or not it is on."""
     content = automation.model_dump(include={"trigger", "actions", "description"})
     return digest(json.dumps(content, sort_keys=True, default=_in_order))
 
 
 def _in_order(value: Any) -> Any:
-    """Sets in an order of their own: that of Python's differs from process to process."""
+    """Returns sets sorted, since the order of Python's differs between processes."""
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 

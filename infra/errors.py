@@ -1,19 +1,19 @@
-"""The exceptions for what a user can put right, and for what passes by itself."""
+"""Defines the exceptions for what a user can mend, and for what may pass by itself."""
 
 
 class UserError(ValueError):
-    """A mistake or a missing thing that the user can mend.
+    """A mistake, or something missing, that the user can mend.
 
     The message is one sentence or two: what is wrong, which value, and the way out. The command line
     prints it without a traceback and exits with status 2.
     """
 
     passing = False
-    """Whether it may pass by itself, so that a deployment tries again."""
+    """Tells whether an error may pass by itself, so that a deployment retries."""
 
 
 class Unavailable(UserError):
-    """Something outside does not answer as it should; it may do so later."""
+    """A service does not answer as it should; a retry may succeed."""
 
     passing = True
 
@@ -23,11 +23,11 @@ class CatalogUnavailable(Unavailable):
 
 
 class Refused(UserError):
-    """A server lets us have one object not; whether it lets us have any, the caller knows."""
+    """A server refuses an object; the caller knows whether it refuses all."""
 
 
 class RefusedHop(UserError):
-    """A server leads to where nothing may be read from."""
+    """A server redirects to an address that may not be read."""
 
 
 def may_pass(error: object) -> bool:

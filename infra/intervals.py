@@ -1,4 +1,4 @@
-"""Spans of time as STAC writes them: a year, a month, a day or a moment, or two of these with `/` between."""
+"""Parses spans of time as in STAC: a year, a month, a day or a moment, or two of these with `/` between."""
 
 import calendar
 import re
@@ -19,9 +19,9 @@ class Interval:
     """A span of time with both its ends, either of which may be open."""
 
     start: datetime | None
-    """First moment, in UTC; none: it has no beginning."""
+    """First moment in UTC; None: no beginning."""
     end: datetime | None
-    """Last moment, in UTC; none: it has no end."""
+    """Last moment in UTC; None: no end."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -46,7 +46,7 @@ class Interval:
         return cls(start, end)
 
     def meets(self, first: datetime, last: datetime) -> bool:
-        """Whether any moment from `first` to `last` is within."""
+        """Tells whether any moment from `first` to `last` is within."""
         return (self.start is None or last >= self.start) and (self.end is None or first <= self.end)
 
     def split(self, at: datetime) -> tuple["Interval", "Interval"] | None:
@@ -57,7 +57,7 @@ class Interval:
 
     @property
     def asked(self) -> str:
-        """RFC 3339 text that asks a server for all of it: in whole seconds, so up to one wider on each side."""
+        """Returns RFC 3339 text for a server, in whole seconds, so up to one second wider on each side."""
         start = self.start and self.start.replace(microsecond=0)
         return "/".join([_text(start) if start else "..", _text(_up(self.end)) if self.end else ".."])
 
@@ -81,7 +81,7 @@ def _refusal(text: str) -> UserError:
 
 
 def _moments(text: str) -> tuple[datetime, datetime]:
-    """The first and the last moment of what a date names; of a time twice the same."""
+    """Returns the first and last moment of a date; for a time, the same moment twice."""
     if match := DATE.fullmatch(text):
         year, month = int(match[1]), int(match[2] or 12)
         first = datetime(year, int(match[2] or 1), int(match[3] or 1), tzinfo=UTC)
@@ -95,7 +95,7 @@ def _moments(text: str) -> tuple[datetime, datetime]:
 
 
 def _up(moment: datetime) -> datetime:
-    """The whole second at or after a moment."""
+    """Returns the whole second at or after a moment."""
     if not moment.microsecond or moment.year == 9999:
         return moment.replace(microsecond=0)
     return moment.replace(microsecond=0) + timedelta(seconds=1)

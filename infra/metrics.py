@@ -1,4 +1,4 @@
-"""What the workers count for Prometheus: Dask serves it at `/metrics` of each worker's dashboard, beside its own.
+"""Counts the workers' work for Prometheus: Dask serves the counts at `/metrics` of each worker's dashboard.
 
 Rates are Prometheus's own: `sum(rate(rangegrid_patches_total{verdict="good"}[5m]))` is patches per second.
 """
@@ -23,7 +23,7 @@ def count(counter: Counter, reasons: Iterable[str]) -> None:
 
 
 class Cause(StrEnum):
-    """Why a request to an archive is asked again: the label of its retries, and so one of few."""
+    """Cause of a retry of a request to an archive; a label in Prometheus, and so one of few."""
 
     REFUSED = "access is refused"
     SHORT = "a short body"

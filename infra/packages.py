@@ -1,4 +1,4 @@
-"""Data that installed packages carry."""
+"""Finds data files in installed packages."""
 
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ends flow runs that nobody runs any more: killed with everything around them, they stay RUNNING for ever.
+"""Ends flow runs that were killed with everything around them, and would show as RUNNING for ever.
 
 A run tells that it lives every three minutes (`PREFECT_FLOWS_HEARTBEAT_FREQUENCY`). One that has been silent for long
 is ended as crashed, which frees its place under the deployment's limit; run again, it goes on from what is stored.
@@ -28,9 +28,9 @@ class Begun:
     server: str
     """URL of the API that was asked."""
     ours: list[FlowRun]
-    """Those of rangegrid: of its tag, of a flow of its own and, where it is a deployment's, of one of its own."""
+    """Runs of rangegrid: with its tag, of its flows and, if of a deployment, of its deployments."""
     others: list[FlowRun]
-    """All others, none of which is touched."""
+    """All other runs, which are left alone."""
 
 
 def begun() -> Begun:
@@ -50,7 +50,7 @@ def begun() -> Begun:
 
 
 def reconcile(silent_minutes: float) -> list[FlowRun]:
-    """Ends as crashed the runs of rangegrid that have given no sign of life for some minutes, and returns them.
+    """Ends as crashed the runs of rangegrid that have sent no heartbeat for some minutes, and returns them.
 
     Args:
         silent_minutes: More than two heartbeats, or a run that lives may be taken for dead.

@@ -1,4 +1,4 @@
-"""How often and after which wait something outside is asked again: one policy for store, web, archive and catalog.
+"""Retries calls to services, by one policy of attempts and waits for store, web, archive and catalog.
 
 Each of these knows itself which of its errors another attempt may mend. Below this, obstore and urllib3 ask again for
 what they know: a connection that breaks, a server that is busy.
@@ -15,8 +15,8 @@ from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception
 T = TypeVar("T")
 
 FIRST_WAIT = 0.5  # seconds before the second attempt on average; doubled before each further one
-JITTER = (0.5, 1.5)  # times that, by chance, so that workers that failed together do not ask together
-LONGEST_WAIT = 60.0  # seconds, where a server asks for more
+JITTER = (0.5, 1.5)  # random factor of a wait, so that workers that failed together do not retry together
+LONGEST_WAIT = 60.0  # seconds; bounds a wait that a server asks for
 
 
 def ask(call: Callable[[], T], attempts: int, mends: Callable[[Any], bool], tell: Callable[[Any], object] = bool) -> T:

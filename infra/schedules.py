@@ -1,4 +1,4 @@
-"""Schedules and parameters of deployments: a file of the operator's own, `schedules.yaml` beside the settings file.
+"""Reads the operator's schedules and parameters of deployments from `schedules.yaml` beside the settings file.
 
 What it says is laid over the deployments whenever they are deployed. What was set in the UI since is kept, and told.
 """
@@ -23,26 +23,26 @@ NAME = "schedules.yaml"
 
 
 class Entry(BaseModel):
-    """A schedule of a deployment with its parameters; without one, the parameters that every run begins with."""
+    """A schedule of a deployment with its parameters; without times, the default parameters of every run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     deployment: str
     """Name of a deployment of rangegrid."""
     cron: str | None = None
-    """When, as five fields of cron."""
+    """Times, as five fields of cron."""
     interval: float | None = Field(None, ge=60)
-    """Or every so many seconds."""
+    """Interval in seconds, in place of cron."""
     anchor: datetime | None = None
-    """A time at which the interval begins."""
+    """Time at which the interval begins."""
     rrule: str | None = None
-    """Or by a rule of iCalendar."""
+    """Rule of iCalendar, in place of cron."""
     timezone: str = "UTC"
-    """Time zone that the schedule is in, as Europe/Berlin."""
+    """Time zone of the schedule, such as Europe/Berlin."""
     active: bool = True
-    """Whether it makes runs."""
+    """Whether the schedule starts runs."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """What the flow takes."""
+    """Parameters of the flow."""
 
     @field_validator("cron")
     @classmethod
@@ -69,7 +69,7 @@ class Entry(BaseModel):
 
     @property
     def is_schedule(self) -> bool:
-        """Whether it makes runs by itself."""
+        """Tells whether the entry starts runs by itself."""
         return any((self.cron, self.interval, self.rrule))
 
     def told(self) -> str:

@@ -1,4 +1,4 @@
-"""One machine: a Prefect server, what runs on it, and a worker; for as long as a terminal, or by systemd for good."""
+"""Serves on one machine: a Prefect server, its deployments, and a worker, in a terminal or permanently by systemd."""
 
 import os
 import re
@@ -24,8 +24,8 @@ from infra.reconcile import begun
 from infra.sandbox import servers
 from infra.settings import FILE, Settings, file, settings
 
-PORT = 4200  # Prefect's own
-PATIENCE = 300.0  # seconds: the first start makes the database, on a machine that may have other work
+PORT = 4200  # Prefect's default port
+PATIENCE = 300.0  # seconds for a server to start: the first start makes the database, perhaps on a busy machine
 FAREWELL = 30.0  # seconds for a run to tell the server that it was ended
 STOPPED = "stopped with `rangegrid serve`: run it again, and it goes on from what is stored"
 UNITS = ("rangegrid-server", "rangegrid-worker")
@@ -112,7 +112,7 @@ def worker_command() -> list[str]:
 
 @contextmanager
 def _server(port: int, say: Callable[[str], None]) -> Iterator[str]:
-    """The URL of the server that is set, of one that answers at the port already, or of one for the block's length."""
+    """Yields the URL of the server that is set, of one that answers at the port, or of a new one for the block."""
     if PREFECT_API_URL.value():
         yield deployments.api_url()
         return
@@ -160,7 +160,7 @@ def _watch(worker: servers.Process, url: str, log: Path) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, quietly; a second one does not cut the farewell short."""
+    """Makes SIGTERM end the block quietly, as Ctrl-C does; a second one does not cut the farewell short."""
     before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
 
     def interrupt(*_: int | FrameType | None) -> None:
@@ -214,7 +214,7 @@ def become(part: str, port: int, schedules: Path | None) -> None:
 
 
 def _await_server() -> str:
-    """The URL of the server, which systemd may have started just now."""
+    """Returns the URL of the server, once it answers: systemd may have started it just now."""
     until = time.monotonic() + PATIENCE
     url = PREFECT_API_URL.value()
     while url and not servers.answers(f"{url}/health") and time.monotonic() < until:

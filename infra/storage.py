@@ -1,4 +1,4 @@
-"""Objects by URL: `file:///directory/x` and `s3://bucket/key` by one code path, and what is read from `https://`.
+"""Reads and writes objects by URL: `file:///directory/x` and `s3://bucket/key`, and reads from `https://`.
 
 Every write is one whole object: it is there entirely or not at all.
 """
@@ -27,7 +27,7 @@ from infra.buckets import REFUSED, locate, patiently
 from infra.errors import UserError
 from infra.zarr_stores import ROOT, BucketStore, WebStore
 
-PIECE = 8 << 20  # bytes at a time, of what goes to disk
+PIECE = 8 << 20  # bytes read at a time, on the way to disk
 # Of these too obstore tells a text alone, see infra.buckets. An empty object, asked for from byte 0 on, is an error by
 # S3's rules and by https://github.com/apache/arrow-rs-object-store/issues/453 on disk.
 EMPTY = ("416 Range Not Satisfiable", "Requested range was invalid")
@@ -35,7 +35,7 @@ BELOW_FILE = "Not a directory (os error 20)"
 
 
 def read(url: str) -> bytes:
-    """The whole object.
+    """Returns the whole object.
 
     Raises:
         FileNotFoundError: There is none.
@@ -48,7 +48,7 @@ def read(url: str) -> bytes:
 
 
 def read_tagged(url: str) -> tuple[bytes, str]:
-    """The whole object, and the tag of its version that `replace` takes.
+    """Returns the whole object, and the tag of its version, for `replace`.
 
     Raises:
         FileNotFoundError: There is none.
@@ -98,7 +98,7 @@ def upload(path: Path, url: str) -> None:
 
 
 def _get(store: ObjectStore, name: str, url: str) -> tuple[bytes, str]:
-    """The whole object, asked for as a range: its answer tells the object's size beside the body's; and its tag."""
+    """Returns the whole object and its tag, read as a range, whose answer tells the object's size too."""
 
     def whole() -> tuple[bytes, str]:
         try:
@@ -116,7 +116,7 @@ def _get(store: ObjectStore, name: str, url: str) -> tuple[bytes, str]:
 
 
 def _told_missing(error: Exception) -> Exception:
-    """The error, or that there is no such object where a path goes on below a file."""
+    """Returns the error; where a path goes on below a file, that there is no such object."""
     return FileNotFoundError(str(error)) if BELOW_FILE in str(error) else error
 
 
@@ -164,7 +164,7 @@ def replace(url: str, data: bytes, tag: str | None) -> bool:
 
 
 def _replace_local(url: str, data: bytes, tag: str | None) -> bool:
-    """A file system has no conditional write: the version is compared and the file renamed into place under a lock."""
+    """Replaces a file under a lock, by comparing versions and renaming, since file systems lack conditional writes."""
     with _locked(Path("/", locate(url)[1])):
         if _current(url)[1] != tag:
             return False
@@ -188,7 +188,7 @@ def _locked(path: Path) -> AbstractContextManager[Any]:
 
 
 def modified(url: str) -> datetime:
-    """When the object was last written, in UTC.
+    """Returns when the object was last written, in UTC.
 
     Raises:
         FileNotFoundError: There is none.
@@ -198,7 +198,7 @@ def modified(url: str) -> datetime:
 
 
 def exists(url: str) -> bool:
-    """Whether an object is there."""
+    """Tells whether an object exists."""
     try:
         version(url)
     except FileNotFoundError:
@@ -207,7 +207,7 @@ def exists(url: str) -> bool:
 
 
 def version(url: str) -> str:
-    """What changes when the object does.
+    """Returns a text that changes when the object does.
 
     Raises:
         FileNotFoundError: There is none.
@@ -227,7 +227,7 @@ def version(url: str) -> str:
 
 
 def names(url: str) -> list[str]:
-    """Names of the objects and directories directly under `url`, sorted; empty where nothing is."""
+    """Returns the names of objects and directories directly under `url`, sorted; empty where there is nothing."""
     store, name = locate(url)
     listing = patiently(lambda: obstore.list_with_delimiter(store, name or None), url)
     paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
@@ -236,13 +236,13 @@ def names(url: str) -> list[str]:
 
 
 def paths(url: str) -> list[str]:
-    """Paths from `url` of every object under it; none of a directory, which may outlive its objects."""
+    """Returns the paths, from `url`, of every object under it; directories, which may outlive objects, are left out."""
     _, name = locate(url)
     return [meta["path"].removeprefix(name).strip("/") for meta in _list(url)]
 
 
 def shards(url: str) -> set[int]:
-    """Numbers of the shards under `url`, the chunks of a Zarr array along its first dimension."""
+    """Returns the numbers of the stored shards under `url`, along the first dimension of a Zarr array."""
     return {int(path.partition("/")[0]) for path in paths(url)}
 
 
@@ -267,12 +267,12 @@ def _delete_local(path: Path) -> None:
 
 
 def size(url: str) -> int:
-    """Bytes of all objects under `url`."""
+    """Returns the bytes of all objects under `url`."""
     return sum(meta["size"] for meta in _list(url))
 
 
 def measured(url: str) -> tuple[int, datetime | None]:
-    """Bytes of all objects under `url`, and when one of them was last written; nothing where there are none."""
+    """Returns the bytes of all objects under `url`, and when one was last written; None where there are none."""
     found = _list(url)
     return sum(meta["size"] for meta in found), max((meta["last_modified"] for meta in found), default=None)
 
@@ -283,7 +283,7 @@ def _list(url: str) -> list[Any]:
 
 
 def read_json(url: str) -> Any:
-    """The object parsed as JSON."""
+    """Returns the object parsed as JSON."""
     return json.loads(read(url))
 
 
@@ -293,7 +293,7 @@ def write_json(url: str, value: Any) -> None:
 
 
 def presigned(url: str) -> str:
-    """An HTTP URL that reads the object for an hour without keys: it holds a signature, so show it nowhere.
+    """Returns an HTTP URL that reads the object for an hour without keys. It holds a signature: never show it.
 
     Raises:
         UserError: There are no keys to sign with.
@@ -307,7 +307,7 @@ def presigned(url: str) -> str:
 
 
 def zarr_store(url: str, read_only: bool = False) -> Store:
-    """A Zarr store at `url`, for `zarr.open_group(store=…)` and `xarray.open_zarr`; as patient as `read`."""
+    """Opens a Zarr store at `url`, for `zarr.open_group(store=…)` and `xarray.open_zarr`, with retries like `read`."""
     if is_web(url):
         return WebStore(url)
     _, path = locate(url)

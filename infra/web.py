@@ -1,4 +1,4 @@
-"""Files of the web, read whole or in part; each hop of a redirect is held to the hosts that the settings allow."""
+"""Reads files from the web, whole or in part; each redirect must lead to a host that the settings allow."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from infra.retries import retry_after
 from infra.settings import settings
 
 PATIENCE = 60.0  # seconds for an answer
-HOPS = 10  # redirects on the way to an object
-PIECE = 1 << 20  # bytes at a time, of what goes to disk
+HOPS = 10  # most redirects on the way to an object
+PIECE = 1 << 20  # bytes read at a time, on the way to disk
 
 
 class Busy(OSError):

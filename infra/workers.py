@@ -1,4 +1,4 @@
-"""Workers that were started elsewhere: are they like this process, and do they reach the storage?
+"""Checks workers that were started elsewhere: are they like this process, and do they reach the storage?
 
 What they lack shows before any work, in one sentence that names the worker.
 """
@@ -18,8 +18,8 @@ from infra import storage
 from infra.errors import UserError
 
 SAME = ("rangegrid", "torch", "numpy", "zarr", "xarray", "obstore", "dask", "distributed", "cloudpickle")
-ROOMS = ("infra", "tasks")  # the packages that workers run
-NAMED = 3  # of the workers that are not fit, in one message
+ROOMS = ("infra", "tasks")  # packages that workers run
+NAMED = 3  # unfit workers named in one message
 
 
 def check(client: Client, storage_url: str) -> None:
@@ -48,7 +48,7 @@ def _refuse(client: Client, lacking: list[tuple[str, str]], way_out: str) -> Non
 
 
 def _other_versions(client: Client) -> Iterator[tuple[str, str]]:
-    """(address, what differs); asks without our code, which may not be there."""
+    """Yields (address, what differs); asks without our code, which a worker may lack."""
     found: Any = client.get_versions(packages=list(SAME))
     ours = _versions(found["client"])
     for address, worker in found["workers"].items():
@@ -59,20 +59,20 @@ def _other_versions(client: Client) -> Iterator[tuple[str, str]]:
 
 
 def _everywhere(client: Client, *call: Any) -> dict[str, Any]:
-    """What a call comes to on each worker, by its address: its result, or its error."""
+    """Returns the result or error of a call on each worker, by its address."""
     found: Any = client.run(*call, on_error="return")
     return found
 
 
 def _versions(info: dict[str, Any]) -> dict[str, str]:
-    """Version by package; of Python the first two parts, and builds for a CPU or a GPU are one version."""
+    """Returns versions by package; for Python the first two parts, without the suffixes of CPU and GPU builds."""
     packages = info["packages"]
     known = {name: str(packages.get(name)).partition("+")[0] for name in SAME}
     return {"python": ".".join(packages["python"].split(".")[:2])} | known
 
 
 def _other_code(client: Client) -> Iterator[tuple[str, str]]:
-    """A checkout between two releases has the version of the first."""
+    """Returns the version of the release before, for a checkout between two releases."""
     ours = code()
     for address, theirs in _everywhere(client, code).items():
         if theirs != ours:
@@ -81,7 +81,7 @@ def _other_code(client: Client) -> Iterator[tuple[str, str]]:
 
 @lru_cache
 def code() -> str:
-    """Digest of the sources that a worker runs, as they were when it was first asked: later it runs what it loaded."""
+    """Returns the digest of the sources that a worker runs, as first read, since a worker runs what it loaded."""
     digest = hashlib.sha256()
     for room in ROOMS:
         folder = Path(str(find_spec(room).origin)).parent  # type: ignore[union-attr]
@@ -91,7 +91,7 @@ def code() -> str:
 
 
 def _without_storage(client: Client, url: str) -> Iterator[tuple[str, str]]:
-    """Every worker reads what this process writes, so that a disk of its own under the same name is found out."""
+    """Checks that every worker reads what this process writes, and has no other disk under the same name."""
     token = secrets.token_hex(8)
     probe = storage.join(url, f".rangegrid-workers-{token}")
     storage.write(storage.join(probe, "client"), token.encode())
@@ -116,7 +116,7 @@ def reach(probe: str, token: str) -> str:
 
 
 def peak(client: Client) -> tuple[int, int]:
-    """Bytes that a worker may take, 0 where there is no limit, and bytes that one took at most since it started."""
+    """Returns the memory limit of a worker in bytes, 0 without one, and the largest peak of a worker."""
     limits = [worker["memory_limit"] or 0 for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
     return min(limits, default=0), max(client.run(_peak, on_error="ignore").values(), default=0)
 
@@ -126,6 +126,6 @@ def _peak() -> int:
 
 
 def room(client: Client) -> float:
-    """Bytes of memory for one thread of the tightest worker; infinite where none has a limit."""
+    """Returns the bytes of memory for one thread of the smallest worker; infinite without limits."""
     found = client.scheduler_info(n_workers=-1)["workers"].values()
     return min((w["memory_limit"] / w["nthreads"] for w in found if w["memory_limit"]), default=float("inf"))

@@ -1,4 +1,4 @@
-"""Zarr stores on what `infra.buckets` and `infra.web` serve, as patient as these."""
+"""Opens Zarr stores on `infra.buckets` and `infra.web`, with their retries."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
@@ -16,7 +16,7 @@ from infra.addresses import join, shown
 from infra.buckets import patiently, patiently_async
 from infra.errors import Refused, UserError
 
-ROOT = "zarr.json"  # of a Zarr, with the metadata of all
+ROOT = "zarr.json"  # object of a group's metadata, with that of all arrays
 
 
 class BucketStore(ZarrObjectStore):
@@ -60,7 +60,7 @@ class BucketStore(ZarrObjectStore):
 
 
 def _range(asked: ByteRequest | None) -> Any:
-    """What Zarr asks for, in obstore's terms; the whole object as a range too, whose answer tells its size."""
+    """Translates Zarr's byte request to obstore's; the whole object is a range too, whose answer tells its size."""
     if isinstance(asked, RangeByteRequest):
         return asked.start, asked.end
     if isinstance(asked, SuffixByteRequest):
@@ -69,7 +69,7 @@ def _range(asked: ByteRequest | None) -> Any:
 
 
 class WebStore(Store):
-    """A Zarr on the web, read as it is asked for; what a server forbids while it serves the root is not there."""
+    """A Zarr on the web; an object that a server forbids while it serves the root counts as missing."""
 
     supports_writes = supports_deletes = supports_listing = False
 
@@ -126,7 +126,7 @@ class WebStore(Store):
 
 
 def _span(asked: ByteRequest | None) -> str | None:
-    """What Zarr asks for, as HTTP has it."""
+    """Translates Zarr's byte request to an HTTP range."""
     if isinstance(asked, RangeByteRequest):
         return f"{asked.start}-{asked.end - 1}"
     if isinstance(asked, SuffixByteRequest):

@@ -1,4 +1,4 @@
-"""Windows of cloud-optimised GeoTIFFs in their own projection, by few requests.
+"""Reads windows of cloud-optimised GeoTIFFs in their own projection, by few requests.
 
 The bytes are fetched here, all that a scene needs at once, into sparse local files, and GDAL decodes those. So a
 request can be counted, verified and repeated, latency is paid twice per scene (headers, then tiles), and what a
@@ -33,13 +33,13 @@ __all__ = ["RefusedAsset", "Traffic", "UnavailableAsset", "UnreadableAsset", "re
 
 T = TypeVar("T")
 
-READINGS = 3  # of an asset whose bytes make no sense: on the way they may be so once, at their source for ever
-HEADER = 16_384  # bytes read at first: the header of a 10,980-pixel band with its overviews takes 7,000
-LARGEST_BLOCK = 1 << 28  # bytes of a tile or strip once decoded: the whole of a 10,980-pixel band takes 0.9 of it
-LEADER = 4  # bytes around a tile in which GDAL's COGs repeat its size and its end
-NUMBERS = ("uint8", "uint16")  # the scene classification and the bands
-NODATA = 0  # of what is read, whatever the file itself writes for it
-TIE = 1e-4  # pixels: a place between two pixels goes to the second, whatever the noise of the projection
+READINGS = 3  # reads of an asset whose bytes do not decode: damage on the way passes, damage at the source does not
+HEADER = 16_384  # bytes of the first read: the header of a 10,980-pixel band with overviews takes 7,000
+LARGEST_BLOCK = 1 << 28  # most bytes of a decoded tile or strip: a whole 10,980-pixel band takes 0.9 of it
+LEADER = 4  # bytes around a tile, in which GDAL's COGs repeat its size and its end
+NUMBERS = ("uint8", "uint16")  # types of the scene classification and the bands
+NODATA = 0  # nodata in what is returned, whatever the file has
+TIE = 1e-4  # pixels; a place this near to an edge goes to the second pixel, despite rounding
 GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_CACHEMAX": 128}
 
 Grid = tuple[NDArray[np.intp], NDArray[np.intp]]
@@ -56,7 +56,7 @@ def read_scene(
     resolution_m: float,
     traffic: Traffic | None = None,
 ) -> dict[str, Windows]:
-    """Square windows of a scene's assets around places: one open per asset, all assets and windows at once.
+    """Reads square windows of a scene's assets around places: one open per asset, all assets and windows at once.
 
     A coarser asset (20 and 60 m bands, the scene classification) is brought to `resolution_m` by its nearest
     pixels, from one corner per place for all bands: nothing is blended, so no nodata is, and all bands register.
@@ -86,20 +86,20 @@ def read_scene(
 
 
 def read_windows(href: str, lonlat: NDArray[np.float64], pixels: int, resolution_m: float) -> Windows:
-    """The windows of one asset; see `read_scene`."""
+    """Reads the windows of one asset; see `read_scene`."""
     return read_scene({"asset": href}, lonlat, pixels, resolution_m)["asset"]
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where windows are wanted."""
+    """The windows to read."""
 
     lonlat: NDArray[np.float64]
     pixels: int
     resolution_m: float
 
     def grids(self, source: rasterio.DatasetReader) -> list[Grid | None]:
-        """The pixels of an asset under each window, or None where a window crosses its edge.
+        """Returns the pixels of an asset under each window, or None where a window crosses its edge.
 
         The windows' grid begins at the asset's own corner, which the bands of a scene share (`_register` holds them to
         it), and is reckoned from the corner and `resolution_m` alone: so a place gets the same window in every band.
@@ -121,7 +121,7 @@ class Places:
         return columns, rows
 
     def _factor(self, size_m: float) -> int:
-        """Pixels of a window along one side of a pixel of the asset."""
+        """Returns the pixels of a window along one side of a pixel of the asset."""
         ratio = size_m / self.resolution_m
         if round(ratio) < 1 or abs(ratio - round(ratio)) > 1e-6:
             raise UserError(
@@ -133,14 +133,14 @@ class Places:
 
 @dataclass(frozen=True)
 class Layer:
-    """What was read of one asset."""
+    """The windows of one asset."""
 
     windows: Windows
-    """One per place."""
+    """The windows, one per place."""
     crs: rasterio.CRS
-    """Of the asset."""
+    """CRS of the asset."""
     corner: tuple[float, float]
-    """Its upper left one, x and y."""
+    """The asset's upper left corner, x and y."""
 
 
 async def _read_scene(assets: Mapping[str, Ranges], places: Places) -> dict[str, Windows]:
@@ -159,7 +159,7 @@ async def _read_scene(assets: Mapping[str, Ranges], places: Places) -> dict[str,
 
 
 def _weight(error: BaseException) -> int:
-    """What tells most of a scene comes first: a fault of ours, then an asset that is gone, whatever else is down."""
+    """Orders errors by what they tell of a scene: our own faults, then missing assets, then outages."""
     kinds = (RefusedAsset, UnavailableAsset, UnreadableAsset)
     return -next((i for i, kind in enumerate(kinds) if isinstance(error, kind)), len(kinds))
 
@@ -175,7 +175,7 @@ def _register(assets: list[Ranges], layers: list[Layer], resolution_m: float) ->
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results of work done at once; the first error is raised when all has ended, so that nothing goes on behind it."""
+    """Returns results of concurrent work; raises the first error once all has ended, so that nothing runs on."""
     results = await asyncio.gather(*work, return_exceptions=True)
     for error in results:
         if isinstance(error, BaseException):
@@ -184,7 +184,7 @@ async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def _read_asset(asset: Ranges, places: Places) -> Layer:
-    """The windows of one asset, which is read anew while its bytes make no sense, or none of a band."""
+    """Reads the windows of one asset, anew while its bytes do not decode."""
     if asset.lies_beside(".msk"):
         raise asset.failure(UnreadableAsset, "its mask is in a file of its own, .msk, which is not read")
     problem = ""
@@ -206,7 +206,7 @@ async def _read_asset(asset: Ranges, places: Places) -> Layer:
 
 @contextmanager
 def _sparse_file() -> Iterator[tuple[int, str]]:
-    """Descriptor and path of a file for the bytes of one asset; in memory where the system can, i.e. Linux."""
+    """Yields descriptor and path of a file for the bytes of one asset; on Linux in memory."""
     if hasattr(os, "memfd_create"):
         with open(os.memfd_create("asset"), "wb+") as file:
             yield file.fileno(), f"/proc/self/fd/{file.fileno()}"
@@ -216,14 +216,14 @@ def _sparse_file() -> Iterator[tuple[int, str]]:
 
 
 class Sparse:
-    """The bytes of an asset that were fetched, in a file as large as the asset: the others are holes."""
+    """The fetched bytes of an asset, in a sparse file as large as the asset."""
 
     def __init__(self, asset: Ranges, file: int) -> None:
         self.asset, self.file = asset, file
         self.there: list[tuple[int, int]] = []
 
     async def fetch(self, start: int, stop: int) -> None:
-        """Puts bytes into the file."""
+        """Writes bytes into the file."""
         os.pwrite(self.file, await self.asset.read(start, stop), start)
 
     async def take(self, start: int, stop: int) -> bytes:
@@ -243,7 +243,7 @@ class Sparse:
 
 
 def _plan(names: list[str], places: Places, size: int) -> tuple[str, list[tuple[int, int]]]:
-    """What makes an asset useless, and else the bytes of the tiles under the windows, of its mask too."""
+    """Returns why an asset is unfit, or else the byte ranges of the tiles under the windows, of its mask too."""
     spans: list[tuple[int, int]] = []
     with rasterio.Env(**GDAL), rasterio.open(names[0], driver="GTiff") as source:
         if problem := _problem(source):
@@ -263,7 +263,7 @@ def _plan(names: list[str], places: Places, size: int) -> tuple[str, list[tuple[
 
 
 def _problem(source: rasterio.DatasetReader) -> str:
-    """Why an image is no band; empty where it is one."""
+    """Returns why an image is no band; empty where it is one."""
     if source.count != 1 or source.dtypes[0] not in NUMBERS or not source.crs:
         return f"bands: {', '.join(source.dtypes)}, in {source.crs or 'no CRS'}"
     grid = source.transform
@@ -273,14 +273,14 @@ def _problem(source: rasterio.DatasetReader) -> str:
 
 
 def _large(source: rasterio.DatasetReader) -> str:
-    """Why the tiles of an image are too large to be decoded; empty where they are not."""
+    """Returns why the tiles of an image are too large to decode; empty where they are not."""
     height, width = source.block_shapes[0]
     fits = height * width * np.dtype(source.dtypes[0]).itemsize <= LARGEST_BLOCK
     return "" if fits else f"its tiles have {width} x {height} pixels"
 
 
 def _spans(source: rasterio.DatasetReader, grids: list[Grid | None]) -> list[tuple[int, int]]:
-    """The bytes of the tiles under the windows.
+    """Returns the byte ranges of the tiles under the windows.
 
     Raises:
         CorruptHeader: A tile is longer than any of its pixels.
@@ -299,7 +299,7 @@ def _spans(source: rasterio.DatasetReader, grids: list[Grid | None]) -> list[tup
 
 
 def _span(source: rasterio.DatasetReader, tile: tuple[int, int]) -> tuple[int, int] | None:
-    """First byte of a tile and the one after its last, or None for a tile that is nodata by having no bytes."""
+    """Returns the first byte of a tile and the one after its last, or None for a tile without bytes (nodata)."""
     where, size = (source.get_tag_item(f"BLOCK_{what}_{tile[0]}_{tile[1]}", "TIFF", 1) for what in ("OFFSET", "SIZE"))
     return (max(0, int(where) - LEADER), int(where) + int(size) + LEADER) if where and size else None
 

@@ -1,4 +1,4 @@
-"""Byte ranges of assets, over HTTP and from disk: asked for again while that may help, and never short."""
+"""Reads byte ranges of assets over HTTP and from disk, with retries, and never returns fewer bytes."""
 
 import asyncio
 import atexit
@@ -26,44 +26,44 @@ from infra.retries import retry_after
 T = TypeVar("T")
 
 SCHEMES = ("", "file", "http", "https", "s3")
-ATTEMPTS = 6  # with waits of 15 s in all
-REFUSALS = 5  # with waits of 7.5 s: a token may expire under way, and some gateways throttle by 403
-HOPS = 5  # redirects on the way to an asset
+ATTEMPTS = 6  # attempts of a request, with waits of 15 s in all
+REFUSALS = 5  # attempts after a 403, with waits of 7.5 s: a token may expire, and some gateways throttle so
+HOPS = 5  # most redirects on the way to an asset
 REDIRECTS = (301, 302, 303, 307, 308)
-CONNECTIONS = 64  # of one process
-GAP = 16_384  # bytes between two ranges that are cheaper to read than a request
+CONNECTIONS = 64  # connections of one process
+GAP = 16_384  # bytes between two ranges, which are cheaper to read than a request is to send
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)  # a total would count waits for a connection
 
 
 class UnreadableAsset(UserError):
-    """An asset that stays wrong however often it is read: gone, corrupt, or not what a band is."""
+    """An asset that stays unreadable: gone, corrupt, or no band."""
 
 
 class UnavailableAsset(Unavailable):
-    """An asset that cannot be had now: the server is down or busy. A later run may get it."""
+    """An asset that cannot be read now: the server is down or busy. A later run may succeed."""
 
 
 class RefusedAsset(UnavailableAsset):
-    """An asset that its server forbids: all of them are, or this one is gone where what is there may not be listed."""
+    """An asset that its server forbids: all are forbidden, or this one is gone from a bucket that may not be listed."""
 
     place: str = ""
-    """Host or bucket."""
+    """Host or bucket of the asset."""
     neighbours: tuple[str, ...] = ()
     """Hrefs of the same scene that were served."""
 
 
 @dataclass
 class Traffic:
-    """What reading took; counts go on where it fails."""
+    """Cost of reading, failed reads included."""
 
     requests: int = 0
-    """Range requests sent, repeated ones included."""
+    """Range requests sent, retries included."""
     bytes: int = 0
-    """Bytes of their bodies."""
+    """Bytes of the bodies of answers."""
 
 
 class Failed(Exception):
-    """A request that did not bring its range.
+    """A request that did not return its range.
 
     Attributes:
         cause: What may pass, where asking again may help.
@@ -83,7 +83,7 @@ class Failed(Exception):
 
 
 class Ranges:
-    """The byte ranges of one asset.
+    """A reader of the byte ranges of one asset.
 
     Attributes:
         size: Bytes of the whole asset, once some were read.
@@ -97,7 +97,7 @@ class Ranges:
         self._url = ""  # signed: never shown
 
     async def read(self, start: int, stop: int) -> bytes:
-        """The bytes from `start` to before `stop`; fewer only where the asset ends.
+        """Returns the bytes from `start` to before `stop`; fewer only where the asset ends.
 
         Raises:
             UnreadableAsset: It is gone, or ends before `start`.
@@ -124,7 +124,7 @@ class Ranges:
         raise self.failure(failed.kind, str(failed))  # not within: what it comes of may hold a signature
 
     def failure(self, kind: type[UserError], problem: str) -> UserError:
-        """The error of this asset, under a name without its query."""
+        """Returns an error of this asset, under a name without the URL's query."""
         name = "/".join(PurePosixPath(urlsplit(self.href).path).parts[-2:])
         if kind is UnreadableAsset:
             return kind(
@@ -143,7 +143,7 @@ class Ranges:
 
     @property
     def _place(self) -> str:
-        """The host or bucket that serves it."""
+        """Returns the host or bucket that serves the asset."""
         return urlsplit(self.href).netloc
 
     async def _ask(self, start: int, stop: int) -> bytes:
@@ -168,7 +168,7 @@ class Ranges:
             raise Failed(type(error).__name__, Cause.LOST) from None
 
     async def _follow(self, signed_url: str, start: int, stop: int) -> bytes:
-        """What a URL answers, by way of redirects to where we may go.
+        """Yields the answer of a URL, after redirects that are allowed.
 
         Raises:
             Failed: It answers something else.
@@ -218,7 +218,7 @@ class Ranges:
         return b"".join(pieces)
 
     def _whole(self, response: aiohttp.ClientResponse, body: bytes, start: int, stop: int) -> bytes:
-        """The body, if it is all of the range asked for."""
+        """Returns the body, if it is the whole range asked for."""
         found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
         first, last, size = map(int, found.groups()) if found else (-1, -1, stop)
         end = min(stop, size)
@@ -244,12 +244,12 @@ def _check_status(response: aiohttp.ClientResponse) -> None:
 
 
 def sendable(url: str) -> str:
-    """A URL with what may not stand in one (spaces, letters beyond ASCII) escaped; what is escaped stays as it is."""
+    """Escapes spaces and letters beyond ASCII in a URL; what is escaped already stays."""
     return quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", url), safe="%:/?#[]@!$&'()*+,;=~")
 
 
 def _path(href: str) -> str:
-    """The file of a local href: a URL's escapes are undone, but for a name that is written as it is."""
+    """Returns the file of a local href, with a URL's escapes undone, unless a file has the name as written."""
     path = unquote(urlsplit(href).path)
     literal = href.removeprefix("file://")
     return literal if not Path(path).exists() and Path(literal).exists() else path
@@ -275,7 +275,7 @@ async def _is_any_served(hrefs: tuple[str, ...]) -> bool:
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges in order, those within `GAP` of each other as one."""
+    """Returns ranges in order, with those within `GAP` of each other merged."""
     found: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
         if found and start - found[-1][1] <= GAP:
@@ -314,7 +314,7 @@ async def _count(session: aiohttp.ClientSession, context: Any, sent: aiohttp.Tra
 
 @lru_cache(maxsize=1)
 def _session(loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
-    """The session of a loop, made on it; keeps connections open between scenes."""
+    """Returns the event loop's session, which keeps connections open between scenes."""
     trace = aiohttp.TraceConfig()
     trace.on_request_headers_sent.append(_count)
     session = aiohttp.ClientSession(

@@ -1,4 +1,4 @@
-"""Hrefs as they can be read now. A signature lives for one read: it is stored, logged and shown nowhere."""
+"""Signs hrefs just before a read. A signature is never stored, logged or shown."""
 
 import threading
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ from infra.buckets import FORBIDDEN, NO_BUCKET, s3_at
 from infra.errors import RefusedHop, Unavailable
 from infra.settings import settings
 
-BLOBS = ".blob.core.windows.net"  # Planetary Computer's storage
-RETRY = Retry(total=3, backoff_factor=0.8, status_forcelist=[429, 500, 502, 503, 504])  # of the token endpoint
-TIMEOUT = 60.0  # seconds for its answer
-SPARE = 60  # seconds before a token ends in which another is fetched
-KEY_HEADER = "Ocp-Apim-Subscription-Key"  # of Planetary Computer's token endpoint
-NOTHING = "rangegrid-no-such-prefix/"  # listing it tells whether a bucket is there, and no more
+BLOBS = ".blob.core.windows.net"  # hosts of Planetary Computer's storage
+RETRY = Retry(total=3, backoff_factor=0.8, status_forcelist=[429, 500, 502, 503, 504])  # retries of the token endpoint
+TIMEOUT = 60.0  # seconds for the token endpoint's answer
+SPARE = 60  # seconds before its end at which a token is replaced
+KEY_HEADER = "Ocp-Apim-Subscription-Key"  # header of a key for Planetary Computer's token endpoint
+NOTHING = "rangegrid-no-such-prefix/"  # listing this prefix tells only whether a bucket exists
 
 _one_at_a_time = threading.Lock()
 _regions: dict[str, str] = {}  # by bucket, as AWS told them
@@ -39,7 +39,7 @@ def signs(href: str) -> bool:
 
 
 def signed(href: str) -> str:
-    """A URL that reads `href` now.
+    """Returns a URL that reads `href` now.
 
     A Planetary Computer href gets a token of its container, kept in memory until a minute before it expires
     (`PC_SDK_SAS_URL` sets another token endpoint). An `s3://` href is presigned with the keys of the settings, for
@@ -60,7 +60,7 @@ def signed(href: str) -> str:
 
 
 def forget(url: str) -> None:
-    """Drops the token of a signed URL that was refused; a newer one that came meanwhile stays."""
+    """Drops the token of a signed URL that was refused, unless a newer one came meanwhile."""
     with _one_at_a_time:
         for container, token in list(TOKEN_CACHE.items()):
             if token.token in url:
@@ -68,7 +68,7 @@ def forget(url: str) -> None:
 
 
 def redirected(url: str, location: str) -> str:
-    """The address that a redirect from `url` leads to: held to what items may send us to, or on the same host.
+    """Returns the address that a redirect from `url` leads to, if it is on the same host or may be read.
 
     Raises:
         RefusedHop: Nothing may be read from there.
@@ -81,7 +81,7 @@ def redirected(url: str, location: str) -> str:
 
 
 class _Session(requests.Session):
-    """Follows redirects to where we may go, and takes no key to another host."""
+    """Follows redirects that are allowed, and sends no key to another host."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         target = super().get_redirect_target(resp)
@@ -94,7 +94,7 @@ class _Session(requests.Session):
 
 
 def _token(account: str, container: str) -> SASToken:
-    """The token of a container, as `planetary_computer.sas.get_token` gives it, but no redirect is followed blindly."""
+    """Fetches the token of a container, like `planetary_computer.sas.get_token`, but follows no redirect unchecked."""
     where = f"{TokenSettings.get().sas_url}/{account}/{container}"
     token = TOKEN_CACHE.get(where)
     if token is None or token.ttl() < SPARE:
@@ -109,7 +109,7 @@ def _token(account: str, container: str) -> SASToken:
 
 
 def _of_bucket(bucket: str, key: str) -> str:
-    """A URL that reads an object of S3: at the settings' endpoint where that has the bucket, else at AWS."""
+    """Returns a URL that reads an object of S3: at the settings' endpoint where that has the bucket, else at AWS."""
     where = settings()
     keys = where.s3_keys
     own = where.s3_endpoint if where.s3_endpoint and _is_own(bucket, where.s3_endpoint, where.region, *keys) else None
@@ -123,7 +123,7 @@ def _of_bucket(bucket: str, key: str) -> str:
 
 
 def _is_own(bucket: str, endpoint: str, *access: Any) -> bool:
-    """Whether a bucket is at the settings' endpoint: that of the products is, of others the endpoint is asked once."""
+    """Tells whether a bucket is at the settings' endpoint: the products' bucket is, others are asked for once."""
     return urlsplit(settings().storage_url).netloc == bucket or _has(bucket, endpoint, *access)
 
 
@@ -143,7 +143,7 @@ def _has(bucket: str, endpoint: str, *access: Any) -> bool:
 
 
 def learn_region(href: str, headers: Mapping[str, str]) -> bool:
-    """Takes note of the region that AWS names for a bucket; returns whether it is another than was asked."""
+    """Notes the region that AWS names for a bucket, and tells whether it differs from the one that was asked."""
     bucket, told = urlsplit(href).netloc, headers.get("x-amz-bucket-region")
     if not href.startswith("s3://") or not told or told == _regions.get(bucket, settings().region):
         return False

@@ -1,4 +1,4 @@
-"""Headers of TIFFs: which bytes of a file must be at hand before it can be opened, wherever in the file they lie.
+"""Reads headers of TIFFs: finds the bytes that must be fetched before a file can be opened, wherever they lie.
 
 TIFF 6.0 and BigTIFF. A header is a chain of directories, one per image: the pixels, overviews, and masks of either.
 """
@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-LARGEST_HEADER = 1 << 24  # bytes of all that is read of it
-MOST_DIRECTORIES, MOST_TAGS = 64, 4096  # of one file, of one directory
-SUBFILE, REDUCED, MASK = 254, 1, 4  # the tag that tells what an image is for, and two of its bits
+LARGEST_HEADER = 1 << 24  # most bytes read of a header
+MOST_DIRECTORIES, MOST_TAGS = 64, 4096  # most directories of a file, most tags of a directory
+SUBFILE, REDUCED, MASK = 254, 1, 4  # tag of the kind of image, and two of its bits
 SIZES = dict(enumerate((0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)))  # bytes of a value by its TIFF type
 
 Take = Callable[[int, int], Awaitable[bytes]]
@@ -31,7 +31,7 @@ OTHERS = {
 
 
 class CorruptHeader(Exception):
-    """Bytes that are no TIFF header, or one that contradicts itself; the text says what they are, where it is known."""
+    """Bytes that are no sound TIFF header; the text says what they are, where it is known."""
 
 
 class Layout(NamedTuple):
@@ -57,20 +57,20 @@ TIFFS = {
 
 @dataclass(frozen=True)
 class Directory:
-    """One image of a TIFF."""
+    """One image of a TIFF (a directory)."""
 
     at: int
     """Offset of the directory in the file."""
     purpose: int
     """Bits of its tag `SUBFILE`; 0 the pixels themselves."""
     arrays: tuple[tuple[int, int], ...]
-    """First and last byte of what its tags hold elsewhere."""
+    """First and last byte of tag values that lie elsewhere."""
     following: int
-    """Offset of the next one; 0: none."""
+    """Offset of the next directory; 0: none."""
 
 
 async def fetch_header(take: Take) -> int | None:
-    """Fetches all directories, and the arrays of the pixels' and of their mask's.
+    """Fetches all directories, and the arrays of the pixels and of their mask.
 
     Returns:
         The offset of the directory of the pixels' mask, if there is one.
@@ -125,6 +125,6 @@ async def _directory(take: Take, layout: Layout, at: int) -> Directory:
 
 
 def _value(layout: Layout, kind: int, field: int) -> int:
-    """The number in a tag's value field: one shorter than the field stands at its first bytes."""
+    """Returns the number in a tag's value field; a shorter number is in the field's first bytes."""
     spare = 8 * (struct.calcsize(f"={layout.offset}") - SIZES.get(kind, 0)) if layout.order == ">" else 0
     return field >> max(spare, 0)

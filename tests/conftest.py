@@ -3,9 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet
@@ -14,11 +15,13 @@ import stac_geoparquet.arrow
 from hypothesis import settings
 from prefect.testing.utilities import prefect_test_harness
 
+from infra import clusters
 from infra import sandbox as sandbox_module
 from infra.sandbox import servers
 from infra.sandbox.planet import PlanetSpec
 from tasks.core.sentinel2.items import NAMES
 from tests import providers
+from tests.waiting import until
 
 settings.register_profile("rangegrid", deadline=None, derandomize=True)
 settings.load_profile("rangegrid")
@@ -54,26 +57,47 @@ def prefect():
 @pytest.fixture(scope="module")
 def cluster(sandbox, tmp_path_factory):
     """Address of a scheduler with two workers, each a process of its own in a directory of its own."""
-    (port,) = servers.free_ports(1)
-    address = f"tcp://{servers.HOST}:{port}"
-    commands = [["scheduler", "--host", servers.HOST, "--port", str(port), "--no-dashboard"]]
-    commands += [["worker", address, "--nthreads", "1", "--no-dashboard", "--name", str(i)] for i in range(2)]
+    every_key = {"DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100000"}  # that there ever was
+    with dask_processes(tmp_path_factory.mktemp("dask"), workers=2, **every_key) as (address, _):
+        yield address
+
+
+@contextmanager
+def dask_processes(folder, workers, *flags, **variables):
+    """The address of a scheduler, which takes a port by itself, and the processes of its workers."""
+    told = folder / "scheduler.json"
+    names = ["scheduler", *map(str, range(workers))]
+    for name in names:
+        (folder / name).mkdir()
+    ours = ["--scheduler-file", told, "--no-dashboard"]
+    commands = [["scheduler", "--host", servers.HOST, "--port", "0", *ours]]
+    commands += [["worker", "--nthreads", "1", "--name", name, *ours, *flags] for name in names[1:]]
+    options = {"env": os.environ | variables, "stderr": subprocess.DEVNULL}
     started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dask", *command],
-            cwd=tmp_path_factory.mktemp("worker"),
-            env=os.environ | {"DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100000"},  # every key there ever was
-            stderr=subprocess.DEVNULL,
-        )
-        for command in commands
+        subprocess.Popen([sys.executable, "-m", "dask", *map(str, command)], cwd=folder / name, **options)
+        for name, command in zip(names, commands, strict=True)
     ]
-    until = time.monotonic() + servers.PATIENCE
-    while servers.is_free(port) and time.monotonic() < until:
-        time.sleep(0.1)
-    yield address
-    for process in reversed(started):
-        process.terminate()
-        process.wait(20)
+    try:
+        yield until(lambda: told.exists() and told.read_text() and json.loads(told.read_text())["address"]), started[1:]
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def client():
+    """A client of two threads of this process."""
+    with clusters.connect("threads", 2) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def nobody():
+    """A host and port at which nothing listens, and nothing else can meanwhile."""
+    with socket.socket() as held:
+        held.bind((servers.HOST, 0))
+        yield f"{servers.HOST}:{held.getsockname()[1]}"
 
 
 @pytest.fixture(scope="session")

@@ -13,19 +13,16 @@ from infra import storage
 from infra.addresses import as_url, name_of, shown
 from infra.errors import UserError
 from tasks.core.earth.grid import GridSpec
-from tasks.core.encoders.location import LocationEncoder
-from tasks.database.npz import export_npz, import_npz
 from tasks.evaluation.embedders import embedders
 from tasks.evaluation.label_tables import read_labels
 from tasks.grid import store
-from tasks.model.checkpoint import save_checkpoint
 from tasks.model.features import read_weights
-from tasks.model.satclip import export_satclip, import_satclip
+from tasks.model.satclip import import_satclip
 from tasks.params import EvaluateParams
 from tasks.patches.places import read_points
 from tasks.points.embed import embed_file, embed_points
 from tasks.points.sample_grid import sample_file
-from tests.core.test_retrieval import database
+from tests.flows.test_embed import write_products
 from tests.tasks.evaluation.test_embedders import Residual
 
 PLACES = np.array([[2.35, 48.86], [-179.9, -30.0], [0.0, 89.0]])
@@ -37,13 +34,7 @@ def folder(tmp_path_factory):
     """Whatever can be named, in a directory whose name has a space, a # and a letter beyond ASCII."""
     folder = tmp_path_factory.mktemp("addresses") / "my #1 things, ö"
     folder.mkdir()
-    torch.manual_seed(0)
-    save_checkpoint((folder / "checkpoint").as_uri(), LocationEncoder(6, hidden=16, dim=16, basis="analytic"))
-    keys, values, where = database(50)
-    np.savez(folder / "db.npz", locs=where, satclip_embeddings=keys, image_embeddings=values)
-    import_npz(folder / "db.npz", (folder / "database").as_uri(), (folder / "checkpoint").as_uri())
-    export_satclip((folder / "checkpoint").as_uri(), folder / "satclip.ckpt")
-    export_npz((folder / "database").as_uri(), folder / "range_db.npz")
+    write_products(folder)
     layers = [torch.nn.Linear(4, 12), torch.nn.ReLU(), *(Residual(12) for _ in range(4))]
     save_file(torch.nn.ModuleDict({"feats": torch.nn.Sequential(*layers)}).state_dict(), folder / "sinr.safetensors")
     rng = np.random.default_rng(0)

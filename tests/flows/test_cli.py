@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from flows.doctor import seen
+from tests.waiting import until
 
 PROGRAM = str(Path(sys.executable).with_name("rangegrid"))
 
@@ -47,8 +47,7 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message):
 def test_an_interrupt_says_how_to_go_on(tmp_path):
     command = [PROGRAM, "demo", "--directory", tmp_path / "box", "--output", tmp_path / "demo"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not list(tmp_path.glob("box/s3/*")):  # its first server works: the planet is being built
-            time.sleep(0.2)
+        until(lambda: list(tmp_path.glob("box/s3/*")))  # its first server works: the planet is being built
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -58,26 +57,26 @@ def test_an_interrupt_says_how_to_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("command", [["sample", "--patches", "3"], ["reconcile"], ["deploy"]])
-def test_a_server_that_is_gone_is_told_in_one_sentence(tmp_path, command):
-    ran = run(*command, PREFECT_API_URL="http://127.0.0.1:9/api", RANGEGRID_STORAGE_URL=tmp_path.as_uri())
+def test_a_server_that_is_gone_is_told_in_one_sentence(tmp_path, nobody, command):
+    ran = run(*command, PREFECT_API_URL=f"http://{nobody}/api", RANGEGRID_STORAGE_URL=tmp_path.as_uri())
     assert ran.returncode == 2
-    assert "no Prefect server answers at http://127.0.0.1:9/api" in ran.stderr
+    assert f"no Prefect server answers at http://{nobody}/api" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
-def test_what_prefect_needs_may_be_in_the_settings_file(tmp_path):
+def test_what_prefect_needs_may_be_in_the_settings_file(tmp_path, nobody):
     """It counts as set, and is asked."""
-    (tmp_path / "own.env").write_text("PREFECT_API_URL=http://127.0.0.1:9/api\n")
+    (tmp_path / "own.env").write_text(f"PREFECT_API_URL=http://{nobody}/api\n")
     ran = run("reconcile", RANGEGRID_SETTINGS=str(tmp_path / "own.env"))
     assert ran.returncode == 2
-    assert "no Prefect server answers at http://127.0.0.1:9/api" in ran.stderr
+    assert f"no Prefect server answers at http://{nobody}/api" in ran.stderr
 
 
-def test_the_doctor_tells_what_fails(tmp_path):
+def test_the_doctor_tells_what_fails(tmp_path, nobody):
     ran = run(
         "doctor",
         RANGEGRID_STORAGE_URL=tmp_path.as_uri(),
-        RANGEGRID_STAC_URL="http://127.0.0.1:9",
+        RANGEGRID_STAC_URL=f"http://{nobody}",
         RANGEGRID_CLUSTER="threads",
     )
     assert ran.returncode == 1
@@ -85,13 +84,13 @@ def test_the_doctor_tells_what_fails(tmp_path):
     assert lines["storage"].startswith("ok")
     assert lines["cluster"].startswith("ok")
     assert lines["catalog"].startswith("FAIL")
-    assert "no STAC API answers at http://127.0.0.1:9" in lines["catalog"]
+    assert f"no STAC API answers at http://{nobody}" in lines["catalog"]
 
 
-def test_the_doctor_tells_that_profiles_are_not_read(monkeypatch):
+def test_the_doctor_tells_that_profiles_are_not_read(monkeypatch, nobody):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", "s3://bucket")
-    monkeypatch.setenv("RANGEGRID_STAC_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("RANGEGRID_STAC_URL", f"http://{nobody}")
     monkeypatch.setenv("AWS_PROFILE", "lab")
     found = {name: (said, good) for name, said, good in seen()}
     assert "profiles and SSO are not read" in found["storage"][0]

@@ -28,10 +28,8 @@ from tests.flows.test_cli import run
 POINTS = np.concatenate([places(9000), SPECIAL])  # more than two batches
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A checkpoint, its database, both in the published formats too, and points as CSV and Parquet."""
-    folder = tmp_path_factory.mktemp("embed")
+def write_products(folder):
+    """A random checkpoint and a database of 50 images, both in the published formats too."""
     torch.manual_seed(0)
     save_checkpoint((folder / "checkpoint").as_uri(), LocationEncoder(6, hidden=16, dim=16, basis="analytic"))
     keys, values, where = database(50)
@@ -39,6 +37,13 @@ def home(tmp_path_factory):
     import_npz(folder / "db.npz", (folder / "database").as_uri(), (folder / "checkpoint").as_uri())
     export_satclip((folder / "checkpoint").as_uri(), folder / "satclip.ckpt")
     export_npz((folder / "database").as_uri(), folder / "range_db.npz")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A checkpoint, its database, both in the published formats too, and points as CSV and Parquet."""
+    folder = tmp_path_factory.mktemp("embed")
+    write_products(folder)
     table = pd.DataFrame({"name": [f"p{i}" for i in range(len(POINTS))], "lon": POINTS[:, 0], "lat": POINTS[:, 1]})
     table.to_csv(folder / "points.csv", index=False)
     table.to_parquet(folder / "points.parquet", index=False)
@@ -107,8 +112,8 @@ def test_evidence_and_compact(home, tmp_path):
 
 
 def test_one_call_in_python(home):
-    found = embed_points([[2.35, 48.86]], str(home / "checkpoint"), str(home / "database"))
-    assert found.shape == (1, 24)
+    found = embed_points(POINTS[:7], str(home / "checkpoint"), str(home / "database"))
+    np.testing.assert_allclose(found, expected(home, Method())[:7], atol=1e-5)
     assert embed_points(np.empty((0, 2)), str(home / "checkpoint"), str(home / "database")).shape == (0, 24)
 
 

@@ -212,15 +212,15 @@ def test_a_second_run_finds_everything_there(made, cluster, monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("RANGEGRID_STAC_URL", "http://127.0.0.1:9", "no STAC API answers at"),
+        ("RANGEGRID_STAC_URL", "http://{nobody}", "no STAC API answers at"),
         ("RANGEGRID_COLLECTION", "landsat", "no collection 'landsat'"),
         ("RANGEGRID_STORAGE_URL", "s3://no-such-bucket-here", "does not exist"),
     ],
 )
-def test_a_wrong_place_is_one_sentence(sandbox, prefect, monkeypatch, variable, value, message):
+def test_a_wrong_place_is_one_sentence(sandbox, prefect, nobody, monkeypatch, variable, value, message):
     from flows.sample import sample
 
-    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv(variable, value.format(nobody=nobody))
     with pytest.raises(UserError, match=message):
         sample(SAMPLE.model_copy(update={"seed": 9}))
 

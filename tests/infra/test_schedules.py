@@ -23,6 +23,7 @@ from infra import deployments, schedules
 from infra.deployments import deploy, on_server
 from infra.errors import UserError
 from infra.reconcile import begun, reconcile
+from infra.sandbox import servers
 
 DIGESTS = """
 import yaml
@@ -166,8 +167,9 @@ def test_a_sample_overtakes_the_grids_that_run_and_wait(client, path):
             await worker.get_and_submit_flow_runs()
             samples.append(due("sample", "sample"))
             await worker.get_and_submit_flow_runs()
-            while not client.read_flow_run(samples[0]).state.is_completed():
-                await asyncio.sleep(0.05)
+            async with asyncio.timeout(servers.PATIENCE):
+                while not client.read_flow_run(samples[0]).state.is_completed():
+                    await asyncio.sleep(0.05)
             seen = [client.read_flow_run(run).state.type.value for run in grids]
             worker.released.set()
             return seen
@@ -201,7 +203,7 @@ def test_a_wrong_file_is_refused_before_anything_is_laid(client, path, content, 
     assert on_server(client, "sample") is None
 
 
-def test_alerts_are_made_where_there_is_a_block_for_them_and_never_to_nobody(client, path, monkeypatch):
+def test_alerts_are_made_where_there_is_a_block_for_them_and_never_to_nobody(client, path, nobody, monkeypatch):
     alerts = next(line for line in deploy() if line.name == "alerts")
     assert "RANGEGRID_ALERTS" in alerts.what
     (silent,) = client.read_automations()
@@ -211,7 +213,7 @@ def test_alerts_are_made_where_there_is_a_block_for_them_and_never_to_nobody(cli
     monkeypatch.setenv("RANGEGRID_ALERTS", "custom-webhook/duty")
     with pytest.raises(UserError, match="RANGEGRID_ALERTS is 'custom-webhook/duty', and the server has no such block"):
         told()
-    block = CustomWebhookNotificationBlock(name="duty", url="http://127.0.0.1:9").save("duty", overwrite=True)
+    block = CustomWebhookNotificationBlock(name="duty", url=f"http://{nobody}").save("duty", overwrite=True)
     assert told() == told() == {}
     made = client.read_automations()
     of_file = yaml.safe_load(deployments.AUTOMATIONS.read_text())["automations"]
@@ -264,14 +266,14 @@ def test_reconcile_ends_ours_and_no_others(client, path):
         client.delete_flow_run(run.id)
 
 
-def test_without_a_server_nothing_is_looked_at(monkeypatch):
+def test_without_a_server_nothing_is_looked_at(nobody):
     with (
         temporary_settings(restore_defaults={PREFECT_API_URL}),
         pytest.raises(UserError, match="no Prefect server is set"),
     ):
         reconcile(15)
     with (
-        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
-        pytest.raises(UserError, match=r"no Prefect server answers at http://127\.0\.0\.1:9/api"),
+        temporary_settings({PREFECT_API_URL: f"http://{nobody}/api"}),
+        pytest.raises(UserError, match=f"no Prefect server answers at http://{nobody}/api"),
     ):
         reconcile(15)

@@ -41,9 +41,9 @@ def test_an_address_is_given_where_a_browser_may_read_without_keys(sandbox):
     assert web_address(URL) is None
 
 
-def test_no_address_is_given_of_a_file_or_where_nothing_answers(sandbox, tmp_path, monkeypatch):
+def test_no_address_is_given_of_a_file_or_where_nothing_answers(sandbox, tmp_path, monkeypatch, nobody):
     assert web_address(tmp_path.as_uri()) is None
-    monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", f"http://{nobody}")
     assert web_address(URL) is None
 
 

@@ -12,7 +12,7 @@ import xarray as xr
 import zarr
 from safetensors.torch import save as serialise
 
-from infra import clusters, storage
+from infra import storage
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import read_card, write_card
@@ -39,12 +39,6 @@ KINDS = {
     "int8": {"step": 10.0, "tile_cells": 6, "dtype": "int8", "overviews": 1},
 }
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def client():
-    with clusters.connect("threads", 2) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from sklearn.decomposition import PCA
 
-from infra import clusters, storage
+from infra import storage
 from infra.errors import UserError
 from tasks.cards import home_of, read_card
 from tasks.core import retrieval
@@ -56,12 +56,6 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
         yield folder
-
-
-@pytest.fixture(scope="module")
-def client():
-    with clusters.connect("threads", 2) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

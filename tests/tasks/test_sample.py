@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -83,10 +82,10 @@ def test_values_are_what_rasterio_reads(run, sandbox):
     assert "| requests |" in storage.read(storage.join(patches.url, "run.md")).decode()
 
 
-def test_the_store_is_what_it_says_to_plain_readers(run, sandbox):
+def test_the_store_is_what_it_says_to_plain_readers(run, sandbox, monkeypatch):
     """Zarr, GeoPandas and hashlib alone, on S3."""
     url = f"{sandbox.environment()['RANGEGRID_STORAGE_URL']}/plain"
-    os.environ["RANGEGRID_STORAGE_URL"] = url  # the fixture's patch takes it back
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", url)
     patches = run(patches=25)
     options = {"endpoint_url": sandbox.endpoint, "key": sandbox.keys[0], "secret": sandbox.keys[1]}
     group = zarr.open_group(f"{patches.url}/patches.zarr", mode="r", storage_options=options)

@@ -16,6 +16,7 @@ from infra import clusters
 from infra.errors import Unavailable, UserError
 from tasks import units
 from tasks.units import REPORTED, UnitsFailed, Work, in_words, progress, run_units, so_far
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +25,15 @@ def client():
         yield client
 
 
-def slowest_first(n):
-    time.sleep(0.01 * (5 - n))
+def double(n):
+    return 2 * n
+
+
+def after_the_next(directory, n):
+    """An even one ends after its successor, which another worker does meanwhile."""
+    if n % 2 == 0 and n < 4:
+        until((directory / str(n + 1)).exists)
+    (directory / str(n)).touch()
     return n
 
 
@@ -53,8 +61,10 @@ def refuses(error, _):
     raise error
 
 
-def test_results_come_in_the_order_of_the_units(client):
-    assert run_units(client, slowest_first, range(5), label="order") == [0, 1, 2, 3, 4]
+def test_results_come_in_the_order_of_the_units(client, tmp_path):
+    """Also where they end in another."""
+    assert run_units(client, partial(after_the_next, tmp_path), range(5), label="order") == [0, 1, 2, 3, 4]
+    assert (tmp_path / "1").stat().st_mtime_ns <= (tmp_path / "0").stat().st_mtime_ns
 
 
 def test_one_failure_too_many_ends_the_run_and_names_the_unit(client):
@@ -71,7 +81,7 @@ def test_failures_within_the_bound_do_not_stop_the_others(client, tmp_path):
 def test_a_report_counts_what_was_done_also_of_a_run_that_failed(client, tmp_path):
     token = REPORTED.set(parts := [])
     try:
-        run_units(client, slowest_first, range(3), label="good", there=4)
+        run_units(client, double, range(3), label="good", there=4)
         with pytest.raises(UnitsFailed):
             run_units(client, partial(leaves_a_mark, tmp_path), range(6), label="marks", max_failed_fraction=0.2)
         with progress("ends early", 10, there=2) as advance:
@@ -115,11 +125,11 @@ def test_a_display_that_fails_is_no_failure_of_the_work(client, prefect, monkeyp
 
     @flow
     def work():
-        return run_units(client, slowest_first, range(5), label="order")
+        return run_units(client, double, range(5), label="double")
 
     for name in ("create_progress_artifact", "update_progress_artifact"):
         monkeypatch.setattr(f"prefect.artifacts.{name}", gone)
-        assert work() == [0, 1, 2, 3, 4]
+        assert work() == [0, 2, 4, 6, 8]
 
 
 def test_what_only_the_user_can_mend_is_no_outage(client):

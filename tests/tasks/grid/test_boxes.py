@@ -17,7 +17,7 @@ from PIL import Image
 from pyproj import Transformer
 from pystac.validation import validate_dict
 
-from infra import clusters, storage
+from infra import storage
 from infra.errors import UserError
 from tasks.cards import home_of, read_card
 from tasks.core.earth.land import is_land, land_mask
@@ -61,12 +61,6 @@ def told(url):
 
 print(json.dumps([told(url) for url in sys.argv[1:]]))
 """
-
-
-@pytest.fixture(scope="module")
-def client():
-    with clusters.connect("threads", 2) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,6 @@
 """A database over separately started workers, against the whole in one process."""
 
-import os
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +8,15 @@ import torch
 from distributed import Client
 
 from infra.errors import UserError
-from infra.sandbox import servers
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.grid import parts
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
+from tests.conftest import dask_processes
 from tests.core.test_retrieval import close, database
 from tests.tasks.test_publish import DIM, STEP, VALUES, embeddings, images, store, store_checkpoint
+from tests.waiting import until
 
 ROWS = 200
 FEW = images(np.arange(ROWS))
@@ -29,22 +25,11 @@ FEW = images(np.arange(ROWS))
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A scheduler and three workers, each a process of its own; none takes over a busy one's work, and so its part."""
-    (port,) = servers.free_ports(1)
-    address = f"tcp://{servers.HOST}:{port}"
-    commands = [["scheduler", "--host", servers.HOST, "--port", str(port), "--no-dashboard"]]
-    commands += [["worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]] * 3
-    options = {
-        "cwd": tmp_path_factory.mktemp("w"),
-        "env": os.environ | {"DASK_DISTRIBUTED__SCHEDULER__WORK_STEALING": "False"},
-        "stderr": subprocess.DEVNULL,
-    }
-    started = [subprocess.Popen([sys.executable, "-m", "dask", *command], **options) for command in commands]
-    with Client(address, timeout="60s") as client:
+    no_stealing = {"DASK_DISTRIBUTED__SCHEDULER__WORK_STEALING": "False"}
+    started = dask_processes(tmp_path_factory.mktemp("dask"), 3, "--no-nanny", **no_stealing)
+    with started as (address, workers), Client(address, timeout="60s") as client:
         client.wait_for_workers(3, timeout=120)
-        yield client, started[1]
-    for process in reversed(started):
-        process.terminate()
-        process.wait(20)
+        yield client, workers[0]
 
 
 @pytest.fixture
@@ -107,8 +92,7 @@ def test_a_dead_worker_costs_nothing_but_time(cluster, home, small):
     made = []
     thread = threading.Thread(target=lambda: made.append(publish(client, home, FEW)))
     thread.start()
-    while not list(Path(home).rglob("grid.zarr/embedding/c/*/*/*")):
-        time.sleep(0.01)
+    until(lambda: list(home.rglob("grid.zarr/embedding/c/*/*/*")), every=0.01)
     worker.kill()
     worker.wait()
     thread.join(300)

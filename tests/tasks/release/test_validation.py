@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from infra import clusters, storage
+from infra import storage
 from infra.errors import UserError
 from tasks.cards import home_of, read_card
 from tasks.core.earth.grid import GridSpec
@@ -23,12 +23,6 @@ from tests.tasks.test_publish import DIM, VALUES, inputs
 
 STEP = {"step": 10.0, "tile_cells": 5}
 SPEC = GridSpec(10.0, 5)
-
-
-@pytest.fixture(scope="module")
-def client():
-    with clusters.connect("threads", 2) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

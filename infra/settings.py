@@ -100,7 +100,7 @@ class Settings(BaseSettings):
 
     @property
     def s3_keys(self) -> tuple[str | None, str | None]:
-        """S3 key and secret in clear: for a client of S3 alone."""
+        """Returns S3 key and secret in clear, for a client of S3 alone."""
         key, secret = (told.get_secret_value() if told else None for told in (self.access_key, self.secret_key))
         return key, secret
 

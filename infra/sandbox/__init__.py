@@ -1,4 +1,4 @@
-"""The sandbox: real STAC, S3 and Prefect servers on loopback, with the demo planet behind them."""
+"""Runs the sandbox: real STAC, S3 and Prefect servers on loopback, with the demo planet behind them."""
 
 import json
 import os
@@ -38,11 +38,11 @@ class Sandbox:
 
     @property
     def endpoint(self) -> str:
-        """URL of the S3 server."""
+        """Returns the URL of the S3 server."""
         return f"http://{servers.HOST}:{self.ports['s3'][0]}"
 
     def environment(self) -> dict[str, str]:
-        """The variables that point rangegrid, and any S3 client, at this sandbox."""
+        """Returns the variables that point rangegrid, and any S3 client, at this sandbox."""
         found = {
             "RANGEGRID_STAC_URL": f"http://{servers.HOST}:{self.ports['stac'][0]}",
             "RANGEGRID_COLLECTION": COLLECTION,
@@ -58,7 +58,7 @@ class Sandbox:
         return found
 
     def answers(self, name: str) -> bool:
-        """Whether a server (s3, stac, prefect) is ready to serve."""
+        """Tells whether a server (s3, stac, prefect) is ready to serve."""
         if name == "s3":
             return servers.s3_answers(self.ports[name])
         path = "/api/health" if name == "prefect" else "/"
@@ -78,7 +78,7 @@ def up(directory: Path, planet: PlanetSpec | None = None, prefect: bool = True) 
 
 @contextmanager
 def running(directory: Path, planet: PlanetSpec | None = None, prefect: bool = True) -> Iterator[Sandbox]:
-    """A sandbox for the length of a block; stops at its end what it started, also on Ctrl-C and SIGTERM.
+    """Yields a sandbox, and stops at the end of the block what it started, also on Ctrl-C and SIGTERM.
 
     Call it from the main thread: only there does Python take signals.
     """
@@ -105,7 +105,7 @@ def down(directory: Path) -> None:
 
 
 def status(directory: Path) -> dict[str, str]:
-    """`running` or `stopped` by server."""
+    """Returns `running` or `stopped`, by server."""
     processes = _read(directory).get("processes", {})
     return {name: "running" if servers.is_alive(servers.Process(*p)) else "stopped" for name, p in processes.items()}
 

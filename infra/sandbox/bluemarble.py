@@ -1,4 +1,4 @@
-"""The surface of the demo planet: NASA Blue Marble and MODIS NDVI, warped into a cell's UTM grid.
+"""Makes the surface of the demo planet: NASA Blue Marble and MODIS NDVI, warped into a cell's UTM grid.
 
 Blue Marble here is 5400 x 2700 pixels: 1/15 degree, about 7.4 km at the equator.
 """
@@ -38,7 +38,7 @@ class Surface:
 
 
 def linear(srgb: np.ndarray) -> np.ndarray:
-    """sRGB values 0..1 -> linear light (IEC 61966-2-1), taken as surface reflectance.
+    """Returns sRGB values in 0 to 1 as linear light (IEC 61966-2-1), taken as surface reflectance.
 
     Blue Marble is stretched for the eye, so the numbers are plausible rather than measured: snow 0.97,
     the Sahara 0.2 to 0.6, forest 0.01, ocean 0.002 to 0.03.
@@ -47,7 +47,7 @@ def linear(srgb: np.ndarray) -> np.ndarray:
 
 
 def near_infrared(red: np.ndarray, ndvi: np.ndarray) -> np.ndarray:
-    """The NIR reflectance that gives `ndvi` with `red`: red (1 + NDVI) / (1 - NDVI), within limits."""
+    """Returns the NIR reflectance that gives `ndvi` with `red`: red (1 + NDVI) / (1 - NDVI), within limits."""
     measured = np.isfinite(ndvi) & (ndvi > -1)  # the files say no data by NaN and declare -3000
     ndvi = np.clip(np.where(measured, ndvi, np.float32(NDVI_OF_WATER_AND_ICE)), -0.2, NDVI_LIMIT)
     nir = red * (1 + ndvi) / (1 - ndvi)
@@ -56,7 +56,7 @@ def near_infrared(red: np.ndarray, ndvi: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def source() -> np.ndarray:
-    """B02, B03, B04, B08 summer, B08 winter of the whole Earth: uint16 reflectance * 10000, north up.
+    """Returns B02, B03, B04, B08 summer, B08 winter of the whole Earth: uint16 reflectance * 10000, north up.
 
     146 MB; float32 would be twice that in each building process.
     """
@@ -82,7 +82,7 @@ def _fill_near_infrared(nir: np.ndarray, red: np.ndarray, name: str) -> None:
 
 
 def surface(frame: Frame) -> Surface:
-    """The clear-sky reflectance of a cell, bilinear from the source.
+    """Returns the clear-sky reflectance of a cell, bilinear from the source.
 
     Longitudes are counted from the zone's meridian and the source's columns wrap, so the cells at the
     antimeridian are like any other.
@@ -103,7 +103,7 @@ def surface(frame: Frame) -> Surface:
 
 
 def _window(frame: Frame) -> tuple[np.ndarray, Affine]:
-    """The part of the source under a frame, and its grid in degrees from the zone's meridian."""
+    """Returns the part of the source under a frame, and its grid in degrees from the zone's meridian."""
     left, bottom, right, top = frame.box.bounds
     to_degrees = frame.cell.to_degrees
     west, south, east, north = to_degrees.transform_bounds(left, bottom, right, top, densify_pts=64)

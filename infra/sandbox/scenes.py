@@ -1,4 +1,4 @@
-"""Sentinel-2-shaped scenes of the demo planet: acquisitions, their clouds, numbers and STAC items."""
+"""Makes the demo planet's scenes, like Sentinel-2's: acquisitions, their clouds, pixels and STAC items."""
 
 import zlib
 from dataclasses import dataclass, replace
@@ -52,7 +52,7 @@ class Acquisition:
 
     @property
     def offset(self) -> int:
-        """What to add to the numbers before dividing by 10000."""
+        """Returns what to add to pixel values before dividing by 10000."""
         return -1000 if self.baseline >= "04.00" else 0
 
     @property
@@ -70,7 +70,7 @@ class Acquisition:
 
 
 def acquisitions(cell: Cell, seed: int) -> list[Acquisition]:
-    """Three dates of a cell, and for every fourth cell the first one reprocessed.
+    """Returns three dates of a cell, and for every fourth cell the first one reprocessed.
 
     The first date is the local summer and nearly clear; of the others one in six is almost all cloud, and
     one in eight is cut by the edge of the swath.
@@ -122,7 +122,7 @@ def render(taken: Acquisition, surface: Surface) -> Scene:
 
 
 def _double(mask: np.ndarray) -> np.ndarray:
-    """From the SCL's grid to the bands', which is twice as fine."""
+    """Repeats pixels from the SCL's grid to the bands', which is twice as fine."""
     return mask.repeat(2, axis=0).repeat(2, axis=1)
 
 
@@ -133,7 +133,7 @@ def _covered(height: int, width: int, partial: bool) -> np.ndarray:
 
 
 def _clouds(taken: Acquisition, covered: np.ndarray) -> np.ndarray:
-    """Cloud density on the SCL's grid: 0 where clear, to 1 at the densest.
+    """Returns the cloud density on the SCL's grid, from 0, clear, to 1.
 
     Smooth noise of two scales (8 and 2 pixels), seeded by cell and day, above the quantile that leaves the
     wanted share. A reprocessed acquisition has the same clouds.
@@ -146,7 +146,7 @@ def _clouds(taken: Acquisition, covered: np.ndarray) -> np.ndarray:
 
 
 def _classes(taken: Acquisition, clear: np.ndarray, density: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """The scene classification; cloud over shadow over surface."""
+    """Returns the scene classification: cloud over shadow over surface."""
     rows, columns = SHADOW_SHIFT if taken.cell.south >= 0 else (-SHADOW_SHIFT[0], SHADOW_SHIFT[1])
     shadow = _shifted(density > 0, rows, columns)
     classes = _surface_classes(clear, taken.cell)
@@ -158,14 +158,14 @@ def _classes(taken: Acquisition, clear: np.ndarray, density: np.ndarray, covered
 
 
 def _shifted(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """The mask moved by whole pixels, with False flowing in."""
+    """Returns the mask moved by whole pixels, with False at the edges."""
     padded = np.pad(mask, 1)
     height, width = mask.shape
     return padded[1 - rows : 1 - rows + height, 1 - columns : 1 - columns + width]
 
 
 def _surface_classes(clear: np.ndarray, cell: Cell) -> np.ndarray:
-    """Vegetation, bare, water or snow by the mean reflectance of each 2 x 2 block."""
+    """Returns vegetation, bare, water or snow by the mean reflectance of each 2 x 2 block."""
     bands, height, width = clear.shape
     blue, green, red, nir = clear.reshape(bands, height // 2, 2, width // 2, 2).mean(axis=(2, 4))
     classes = np.full(blue.shape, BARE, np.uint8)
@@ -183,7 +183,7 @@ def _burn(clear: np.ndarray, density: np.ndarray, classes: np.ndarray) -> np.nda
 
 
 def cog(pixels: np.ndarray, transform: Affine, epsg: int, block: int, resampling: str) -> bytes:
-    """A (y, x) array as a Cloud Optimized GeoTIFF with overviews, nodata 0."""
+    """Returns a (y, x) array as a Cloud Optimized GeoTIFF with overviews and nodata 0."""
     height, width = pixels.shape
     profile = {"height": height, "width": width, "count": 1, "dtype": pixels.dtype, "nodata": 0}
     with MemoryFile(ext=".tif") as plain, MemoryFile(ext=".tif") as optimized:
@@ -202,7 +202,7 @@ def cog(pixels: np.ndarray, transform: Affine, epsg: int, block: int, resampling
 
 
 def files(taken: Acquisition, scene: Scene, frame: Frame) -> dict[str, bytes]:
-    """The item's COGs by file name."""
+    """Returns the item's COGs by file name."""
     coarse = frame.transform @ Affine.scale(2)
     with rasterio.Env(GDAL_CACHEMAX=64):
         made = {
@@ -214,7 +214,7 @@ def files(taken: Acquisition, scene: Scene, frame: Frame) -> dict[str, bytes]:
 
 
 def item(taken: Acquisition, scene: Scene, frame: Frame, root: str) -> dict[str, Any]:
-    """The STAC item, in the manner of Earth Search.
+    """Returns the STAC item, in the form of Earth Search's.
 
     By the cell's zone, in turn: `proj:epsg` and STAC 1.0, `proj:code` and STAC 1.1, or both; and a
     `proj:transform` of 6 or 9 elements.

@@ -1,4 +1,4 @@
-"""The sandbox's servers as child processes on loopback: S3 (SeaweedFS), STAC (rustac), Prefect."""
+"""Runs the sandbox's servers as child processes on loopback: S3 (SeaweedFS), STAC (rustac), Prefect."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def is_free(port: int) -> bool:
-    """Whether nothing listens at a port of loopback."""
+    """Tells whether nothing listens at a port of loopback."""
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) != 0
 
@@ -50,7 +50,7 @@ class Process(NamedTuple):
 
 
 def find(process: Process) -> psutil.Process | None:
-    """The process if it runs still (a zombie does not)."""
+    """Returns the process if it is still running; a zombie is not."""
     try:
         found = psutil.Process(process.pid)
         same = abs(found.create_time() - process.started) < 1 and found.status() != psutil.STATUS_ZOMBIE
@@ -60,7 +60,7 @@ def find(process: Process) -> psutil.Process | None:
 
 
 def is_alive(process: Process) -> bool:
-    """Whether a process runs."""
+    """Tells whether a process is running."""
     return find(process) is not None
 
 
@@ -123,7 +123,7 @@ def wait(name: str, answers: Callable[[], bool], process: Process, log: Path, pa
 
 
 def answers(url: str) -> bool:
-    """Whether an HTTP server answers at `url`, with whatever status."""
+    """Tells whether an HTTP server answers at `url`, with any status."""
     try:
         urllib.request.urlopen(url, timeout=5).close()
     except urllib.error.HTTPError:
@@ -134,7 +134,7 @@ def answers(url: str) -> bool:
 
 
 def s3_answers(ports: list[int]) -> bool:
-    """Whether the S3 server answers, and knows where its data are: at a restart that can come seconds later.
+    """Tells whether the S3 server answers and knows its data, which after a restart can take seconds more.
 
     Args:
         ports: Those of `s3_command`.
@@ -148,7 +148,7 @@ def s3_answers(ports: list[int]) -> bool:
 
 
 def s3_command(directory: Path, ports: list[int]) -> list[str]:
-    """The S3 server; needs five ports, of which the first is S3's."""
+    """Returns the command of the S3 server, which needs five ports; the first is S3's."""
     services = ("s3", "master", "filer", "volume", "admin")
     flags = [
         flag
@@ -176,17 +176,17 @@ def s3_command(directory: Path, ports: list[int]) -> list[str]:
 
 
 def stac_command(port: int, files: list[Path]) -> list[str]:
-    """The STAC API server over a collection and an item collection."""
+    """Returns the command of the STAC API server over a collection and an item collection."""
     return [program("rustac"), "serve", "--addr", f"{HOST}:{port}", *map(str, files)]
 
 
 def prefect_command(port: int) -> list[str]:
-    """The Prefect server."""
+    """Returns the command of the Prefect server."""
     return [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
 
 
 def program(name: str) -> str:
-    """The path of an installed program.
+    """Returns the path of an installed program.
 
     Raises:
         UserError: It is not installed.

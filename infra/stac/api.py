@@ -1,4 +1,4 @@
-"""Searches of a STAC API that come back whole or not at all.
+"""Searches a STAC API, and returns whole answers or none.
 
 Real servers answer 429 with Retry-After, 403 while they throttle, 500 and 502 to big pages, 503 while they restart;
 they repeat pages, end them too early or without a word, lead in circles, redirect a search so that its parameters are
@@ -44,16 +44,16 @@ RETRY = Retry(
     respect_retry_after_header=True,
     retry_after_max=300,
 )
-TIMEOUT = 60.0  # seconds without a byte
-HOPS = 5  # redirects on the way to an answer
+TIMEOUT = 60.0  # seconds without a byte, after which a request is given up
+HOPS = 5  # most redirects on the way to an answer
 ATTEMPTS = 5
 PAGE, SMALLEST_PAGE = 100, 6  # items: big pages of Sentinel-2 make Earth Search answer 502, so each attempt halves them
-EMPTY_PAGES = 20  # in a row, each with a next one: the server leads nowhere
-CAPS = (10, 20, 25, 50, 100, 200, 250, 500, 1000, 10_000)  # items: where servers end a page of themselves
-THROTTLED = 403  # what gateways answer beside 429
+EMPTY_PAGES = 20  # most empty pages in a row, after which the server leads nowhere
+CAPS = (10, 20, 25, 50, 100, 200, 250, 500, 1000, 10_000)  # items: sizes at which servers limit a page
+THROTTLED = 403  # status by which gateways throttle, beside 429
 GATEWAY = (413, 500, 502, 504, THROTTLED)  # statuses that a wait or a smaller page may mend
 REFUSED = (303, 400, 404, 405, 415, 422, 500, 501)  # statuses by which servers tell that they know no such request
-PADDING = 1e-4  # degrees around a box, which of one point is none
+PADDING = 1e-4  # degrees around a box, since the box of one point is empty
 FAILURES = (APIError, RequestException, pystac.STACError, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 log = logging.getLogger("rangegrid")
@@ -84,32 +84,32 @@ class Unanswered(CatalogUnavailable):
 
 
 class Request(NamedTuple):
-    """One page to ask for."""
+    """A request for one page."""
 
     method: str
     """GET or POST."""
     url: str
-    """Where."""
+    """URL of the request."""
     parameters: dict[str, Any]
-    """Of the query of a GET, or the body of a POST."""
+    """Parameters: the query of a GET, or the body of a POST."""
     headers: dict[str, str] | None = None
-    """What the link to the page wants to be sent."""
+    """Headers that the link to the page asks for."""
 
 
 class Form(NamedTuple):
-    """A way to ask; servers know some."""
+    """A form of request; servers know some of them."""
 
     method: str
     """GET or POST."""
     boxes: bool
-    """Whether by boxes around the points, for who knows no MultiPoint."""
+    """Whether to search by boxes around the points, for servers without MultiPoint."""
 
 
 class Features(dict[str, list[Any]]):
     """Features by their collection and id; where several that differ have the same, all of them."""
 
     def add(self, features: Iterable[Any]) -> "Features":
-        """Takes in features that it does not hold yet, and returns itself."""
+        """Adds features that are not held yet, and returns itself."""
         for feature in features:
             known = self.setdefault(_key(feature), [])
             if feature not in known:
@@ -193,13 +193,13 @@ class Api:
     """A STAC API that serves a collection."""
 
     client: Client
-    """Of its landing page."""
+    """URL of the landing page."""
     collection: pystac.Collection
     """The collection."""
     io: CheckedIO
-    """What asks."""
+    """HTTP client."""
     forms: list[Form]
-    """Ways to ask, from the first one on that it did not refuse."""
+    """Forms of request that the server has not refused, the preferred first."""
 
 
 @lru_cache(maxsize=8)
@@ -287,7 +287,7 @@ def search_api(
 
 
 def _places(lonlat: NDArray[np.float64], form: Form) -> list[dict[str, Any]]:
-    """The points as a form asks for them: all in one, or by a box around those of each degree."""
+    """Yields the points as a form asks for them: all in one, or a box around those of each degree."""
     if not form.boxes:
         return [{"intersects": {"type": "MultiPoint", "coordinates": np.round(lonlat, 6).tolist()}}]
     _, cells = np.unique(np.floor(lonlat), axis=0, return_inverse=True)
@@ -298,7 +298,7 @@ def _places(lonlat: NDArray[np.float64], form: Form) -> list[dict[str, Any]]:
 
 
 def _answer(api: Api, query: dict[str, Any], window: Interval, max_cloud_percent: float) -> Features:
-    """The whole answer to a query; after a failure that smaller pages may mend, in pages of half as many items."""
+    """Returns the whole answer to a query; halves the pages after failures that smaller pages may mend."""
     limit = PAGE
 
     def ask() -> Features:
@@ -314,7 +314,7 @@ def _answer(api: Api, query: dict[str, Any], window: Interval, max_cloud_percent
 
 
 def _filtered(api: Api, query: dict[str, Any], window: Interval, max_cloud_percent: float, limit: int) -> Features:
-    """The whole answer in pages of `limit`; without the filter where the server gives none with it."""
+    """Returns the whole answer in pages of `limit`, without the filter where the server answers nothing with it."""
     if api.client.conforms_to("FILTER"):
         cql = {"op": "<=", "args": [{"property": "eo:cloud_cover"}, max_cloud_percent]}
         try:
@@ -329,7 +329,7 @@ def _filtered(api: Api, query: dict[str, Any], window: Interval, max_cloud_perce
 
 
 def _patiently(url: str, call: Callable[[], T], how: Callable[[], str] = str) -> T:
-    """Calls until there is a whole answer; `how` tells what is asked next, for the log."""
+    """Calls until there is a whole answer; `how` names the next request for the log."""
 
     def tell(error: Exception) -> None:
         log.warning("%s: %s; asking again%s", url, _reason(error), how())
@@ -343,7 +343,7 @@ def _patiently(url: str, call: Callable[[], T], how: Callable[[], str] = str) ->
 
 
 def _may_mend(error: Exception) -> bool:
-    """Whether another attempt may help: a gateway's error, a broken or partial body; but no refusal.
+    """Tells whether a retry may help: after a gateway's error or a broken body, but not after a refusal.
 
     What `RETRY` waits for has been tried again already.
     """
@@ -363,7 +363,7 @@ def _cause(error: Exception) -> BaseException:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the address, which can hold a secret."""
+    """Returns what went wrong, without the address, which can hold a secret."""
     if isinstance(error, PartialAnswer):
         return str(error)
     status = _status(error)
@@ -371,31 +371,31 @@ def _reason(error: Exception) -> str:
 
 
 class Walk(NamedTuple):
-    """What the pages of a search came to, where they ended of themselves."""
+    """The pages of a search that reached its end."""
 
     found: Features
-    """What came."""
+    """Features of the pages."""
     matched: int
-    """The largest count that a page told, 0 where none did."""
+    """Largest count that a page stated; 0 where none did."""
     full: bool
-    """Whether the last page is as large as was asked for: a next one may only have been left out."""
+    """Whether the last page has as many items as asked for, so that a next one may be missing."""
     capped: bool
-    """Whether the last page is as large as the server's own limit may be, and no count says that this was all."""
+    """Whether the last page may have hit the server's own limit, and no count says that this was all."""
 
     @property
     def short(self) -> bool:
-        """Whether a count is above what came."""
+        """Tells whether a count is above the features that came."""
         return len(self.found) < self.matched
 
     def middle(self, window: Interval) -> tuple[Interval, ...]:
-        """The window cut in two at the middle of what came; nothing where no cut shortens both parts."""
+        """Returns the window cut in two at the middle of the features; None where no cut shortens both parts."""
         times = sorted({moment for feature in self.found.all() for moment in _moment(feature)})
         inside = [at for at in times if window.split(at)]
         return window.split(inside[len(inside) // 2]) or () if inside else ()
 
 
 def _moment(feature: Any) -> list[Any]:
-    """When a feature begins; empty where it does not tell."""
+    """Returns when a feature begins; empty where it does not say."""
     with suppress(KeyError, TypeError, AttributeError, UserError):
         told = feature["properties"]
         return [Interval.parse(told.get("datetime") or told["start_datetime"]).start]
@@ -403,7 +403,7 @@ def _moment(feature: Any) -> list[Any]:
 
 
 def _whole(io: StacApiIO, query: ItemSearch, window: Interval, limit: int) -> Features:
-    """Every feature of a window.
+    """Returns every feature of a window.
 
     Where the pages end in doubt, the window is asked for in two parts. A last page that is full may lack the rest: the
     parts are the answer, each whole by the same rule. A count above what came may be an estimate, and a page of ten
@@ -432,7 +432,7 @@ def _whole(io: StacApiIO, query: ItemSearch, window: Interval, limit: int) -> Fe
 
 
 def _walk(io: StacApiIO, query: ItemSearch, window: Interval, limit: int) -> Walk:
-    """What the pages of one search bring.
+    """Walks the pages of one search, and returns what they bring.
 
     An empty page is asked for twice, and is not the end while it names a next one.
 
@@ -477,7 +477,7 @@ def _page(io: StacApiIO, request: Request, follows: bool) -> dict[str, Any]:
 
 
 def _count(page: dict[str, Any], name: str) -> int:
-    """`numberMatched` or `numberReturned`, by its present name or by that of the context extension; else 0."""
+    """Returns `numberMatched` or `numberReturned`, also by the names of the context extension; else 0."""
     context = page.get("context")
     older = context.get(name.lower()) if isinstance(context, dict) else None
     told = (page.get(f"number{name}"), older)
@@ -485,7 +485,7 @@ def _count(page: dict[str, Any], name: str) -> int:
 
 
 def _next(page: dict[str, Any], asked: Request) -> Request | None:
-    """The next page as the STAC API's paging says: its body may be all of the request or what changes in it.
+    """Returns the next page by the STAC API's paging: its body may be the whole request or what changes in it.
 
     What a link leaves unset is left out, or null.
     """

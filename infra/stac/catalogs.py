@@ -1,4 +1,4 @@
-"""STAC catalogs: one search over APIs and files, whose items can be used.
+"""Searches STAC catalogs, APIs and files alike, for usable items.
 
 A catalog is the root of a STAC API, or a file: stac-geoparquet (`.parquet`, `.geoparquet`) or an item collection
 (`.json`, `.geojson`, `.ndjson`, `.jsonl`) at a path, `file://`, `s3://` or `https://`. A second one, where it is set,
@@ -29,9 +29,9 @@ from infra.stac.items import BROKEN, UsableItem
 
 T = TypeVar("T")
 
-POINTS = 150  # in one request: as a GET it stays below the 8 kB that servers take
-WIDEST = 9.0  # degrees of longitude: a scene at 84 degrees of latitude
-REST = 600.0  # seconds for which a catalog that did not answer is passed over where another stands in
+POINTS = 150  # points in one request: as a GET it stays below the 8 kB that servers take
+WIDEST = 9.0  # degrees of longitude of the widest scene, at 84 degrees of latitude
+REST = 600.0  # seconds for which a catalog that did not answer is skipped in favour of the fallback
 
 log = logging.getLogger("rangegrid")
 _rests: dict["Catalog", float] = {}  # until when, on the monotonic clock
@@ -39,7 +39,7 @@ _rests: dict["Catalog", float] = {}  # until when, on the monotonic clock
 
 @dataclass(frozen=True)
 class Catalog:
-    """Where the items of one collection are."""
+    """A catalog with one collection."""
 
     url: str
     """Root of a STAC API, or a stac-geoparquet or item-collection file."""
@@ -48,7 +48,7 @@ class Catalog:
 
 
 def catalogs() -> list[Catalog]:
-    """The catalog of the settings, and the one that stands in for it where one is set."""
+    """Returns the catalog of the settings, and the fallback catalog where one is set."""
     where = settings()
     first = Catalog(where.stac_url, where.collection)
     if where.fallback_stac_url is None:
@@ -57,7 +57,7 @@ def catalogs() -> list[Catalog]:
 
 
 def ask(question: Callable[[Catalog], T]) -> T:
-    """Asks the first catalog, or the one that stands in for it where the first does not answer.
+    """Asks the first catalog, or the fallback where the first does not answer.
 
     Raises:
         UserError: None answers, or one that does lacks the collection.
@@ -75,7 +75,7 @@ def ask(question: Callable[[Catalog], T]) -> T:
 
 
 def collection_title(catalog: Catalog) -> str:
-    """The title of the collection, empty in a file, after checking that the catalog serves it.
+    """Returns the title of the collection, empty in a file, after a check that the catalog serves it.
 
     Raises:
         UserError: Nothing answers there, or it lacks the collection.
@@ -92,7 +92,7 @@ def collection_title(catalog: Catalog) -> str:
 
 
 def search(catalog: Catalog, interval: str, lonlat: NDArray[np.float64], max_cloud_percent: float) -> list[UsableItem]:
-    """Items of a collection that hold any of the points, each once, in a stable order.
+    """Returns the items of a collection that hold any of the points, each once, in a stable order.
 
     What a server does not filter is filtered here. Items that cannot be used (no place, no time, no assets) are
     passed over and counted in the log; so are assets at addresses that nothing should be read from.
@@ -128,7 +128,7 @@ def _collection_of(feature: Any) -> Any:
 
 
 def _newer(one: UsableItem, other: UsableItem) -> UsableItem:
-    """Of two items with one id that which was updated last, else always the same one, in whatever order they come."""
+    """Returns the item with the later update of two with one id, else always the same one, in any order."""
     if one is other:
         return one
     return max(
@@ -141,7 +141,7 @@ def _plain(item: pystac.Item) -> dict[str, Any]:
 
 
 def _chunks(lonlat: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Points by the request, neighbours together, so that few items come twice.
+    """Yields the points of each request, neighbours together, so that few items come twice.
 
     Near 180 degrees the opposite side is asked for too: to a server that reckons in the plane, a footprint that was
     written unsplit lies there.
@@ -162,7 +162,7 @@ def _fits(item: UsableItem, window: Interval, lonlat: NDArray[np.float64], max_c
 
 
 def _usable(catalog: Catalog, features: Iterable[Any]) -> list[UsableItem]:
-    """Items with a place, a time and assets that may be read; what is passed over is counted in the log."""
+    """Returns items with a place, a time and readable assets; skipped ones are counted in the log."""
     items, broken, refused, hosts = [], 0, 0, settings().asset_hosts
     for feature in features:
         try:

@@ -1,4 +1,4 @@
-"""Catalogs without a server: items in stac-geoparquet or JSON, at a path, `file://`, `s3://` or `https://`.
+"""Reads catalogs without a server: items in stac-geoparquet or JSON, at a path, `file://`, `s3://` or `https://`.
 
 What the formats leave open is read as it comes: rows without type or collection, properties flat or nested, boxes as
 structs or lists, times as times or text, geometries as WKB or native GeoArrow; JSON as a collection or an item a line.
@@ -28,25 +28,25 @@ from infra.bounds import open_parquet
 from infra.errors import CatalogUnavailable, RefusedHop, UserError
 
 PARQUET, JSON = (".parquet", ".geoparquet"), (".json", ".geojson", ".ndjson", ".jsonl")
-FRESH = 600.0  # seconds for which a file of the web is kept whose server does not tell when it changes
-TOP = ("type", "stac_version", "stac_extensions", "id", "bbox", "links", "assets", "collection")  # of an item
+FRESH = 600.0  # seconds for which a web file is kept, where its server does not tell of changes
+TOP = ("type", "stac_version", "stac_extensions", "id", "bbox", "links", "assets", "collection")  # top level of an item
 NO_ITEMS = (pa.ArrowException, KeyError, ValueError, TypeError, AttributeError, shapely.errors.ShapelyError)
 
 
 class Items(NamedTuple):
-    """The items of a file, as they are there: turning all of a large file into objects would take too long."""
+    """The items of a file, unparsed: making objects of all items of a large file would take too long."""
 
     rows: pa.Table | list[Any]
     """Rows of stac-geoparquet, or features."""
     shapes: NDArray[np.object_]
-    """Geometry of each as it is written, nothing where there is none."""
+    """Geometry of each as written; None where there is none."""
     collections: list[str]
-    """Collection of each, empty where it tells none."""
+    """Collection of each; empty where it states none."""
     bounds: NDArray[np.float64]
     """(n, 4): west, south, east, north of each geometry; NaN where there is none."""
 
     def at(self, keep: NDArray[np.bool_]) -> list[Any]:
-        """Some of them as features."""
+        """Returns some items as features."""
         if isinstance(self.rows, pa.Table):
             rows = self.rows.filter(pa.array(keep)).to_pylist(maps_as_pydicts="lossy")
             return [_feature(row, shape) for row, shape in zip(rows, self.shapes[keep], strict=True)]
@@ -54,7 +54,7 @@ class Items(NamedTuple):
 
 
 def is_file(url: str) -> bool:
-    """Whether a catalog is a file rather than an API."""
+    """Tells whether a catalog is a file rather than an API."""
     return not is_web(url) or _kind(url) in PARQUET + JSON
 
 
@@ -63,7 +63,7 @@ def _kind(url: str) -> str:
 
 
 def search_file(url: str, lonlat: NDArray[np.float64]) -> list[Any]:
-    """The features whose bounds hold any of the points, and all that are wider than half the Earth.
+    """Returns the features whose bounds hold any of the points, and all that are wider than half the Earth.
 
     Args:
         url: Path, `file://`, `s3://` or `https://`.
@@ -85,7 +85,7 @@ def search_file(url: str, lonlat: NDArray[np.float64]) -> list[Any]:
 
 
 def open_file(url: str) -> Items:
-    """The items of a file, read once for as long as it does not change.
+    """Reads the items of a file, once until it changes.
 
     Raises:
         CatalogUnavailable: There is no such file, or it cannot be reached.
@@ -139,7 +139,7 @@ def _from_parquet(data: bytes) -> Items:
 
 
 def _shapes(table: pa.Table, data: bytes) -> NDArray[np.object_]:
-    """The geometries, as WKB or in GeoArrow's own layouts; none where the bytes are no geometry."""
+    """Returns geometries from WKB or GeoArrow's own layouts; None where the bytes are no geometry."""
     kind = table.schema.field("geometry").type
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
@@ -150,7 +150,7 @@ def _shapes(table: pa.Table, data: bytes) -> NDArray[np.object_]:
 
 
 def _feature(row: dict[str, Any], shape: shapely.Geometry | None) -> dict[str, Any]:
-    """A row as a feature: what is null is left out, and what is no part of an item's top is a property."""
+    """Returns a row as a feature: nulls are left out, and columns beyond an item's top level are properties."""
     plain = {name: _plain(value) for name, value in row.items() if value is not None}
     box = plain.pop("bbox", None)
     top = {name: plain.pop(name) for name in TOP if name in plain}
@@ -163,7 +163,7 @@ def _feature(row: dict[str, Any], shape: shapely.Geometry | None) -> dict[str, A
 
 
 def _plain(value: Any) -> Any:
-    """A value of a table as JSON has it, without the nulls of fields that other rows have."""
+    """Returns a value of a table for JSON, without nulls of fields that other rows have."""
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items() if each is not None}
     if isinstance(value, list):
@@ -184,7 +184,7 @@ def _from_json(data: bytes) -> Items:
 
 
 def _features(text: str) -> list[Any]:
-    """Those of a collection, a single item, or an item a line."""
+    """Returns the features of a collection, of a single item, or of an item per line."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError:

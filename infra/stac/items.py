@@ -1,4 +1,4 @@
-"""Items that can be used: parsed once, with their place and their time."""
+"""Parses usable items once, with their place and their time."""
 
 import math
 from datetime import UTC, datetime
@@ -7,7 +7,7 @@ from typing import Any, Self
 import pystac
 import shapely
 
-BROKEN = (  # what JSON that is no item raises
+BROKEN = (  # errors of JSON that is no item
     *(LookupError, TypeError, ValueError, AttributeError, OverflowError),
     *(pystac.STACError, pystac.STACTypeError, shapely.errors.ShapelyError),
 )
@@ -46,7 +46,7 @@ class UsableItem(pystac.Item):
 
 
 def _times(item: pystac.Item) -> tuple[datetime, datetime]:
-    """When the item begins and ends."""
+    """Returns when the item begins and ends."""
     known = item.common_metadata
     first, last = known.start_datetime or item.datetime, known.end_datetime or item.datetime
     ends = [time if time.tzinfo else time.replace(tzinfo=UTC) for time in (first, last or first) if time]
@@ -54,7 +54,7 @@ def _times(item: pystac.Item) -> tuple[datetime, datetime]:
 
 
 def footprint(geometry: Any) -> shapely.Geometry:
-    """The shape of a GeoJSON geometry between -180 and 180 degrees, split where it crosses the antimeridian.
+    """Returns the shape of a GeoJSON geometry within -180 and 180 degrees, split at the antimeridian.
 
     A polygon wider than half the Earth is one that crosses and was written unsplit; longitudes beyond 180 are another
     way to write the same.

@@ -1,4 +1,4 @@
-"""Which scene: the items of a catalog that hold a place's whole patch, and the one to read."""
+"""Chooses scenes: finds the items of a catalog that hold a place's whole patch, and ranks them."""
 
 import datetime
 import json
@@ -22,12 +22,12 @@ from tasks.core.sentinel2.radiometry import decide
 from tasks.params import SampleParams
 from tasks.patches.reasons import Reason
 
-MOST_SCENES = 12  # tried for one place: each costs two requests for its scene classification
+MOST_SCENES = 12  # most scenes tried for one place: each costs two requests for its scene classification
 SEASON = {month: month % 12 // 3 for month in range(1, 13)}  # 0 December to February, 3 September to November
 
 
 def find_items(lonlat: NDArray[np.float64], params: SampleParams) -> list[UsableItem]:
-    """The items that hold any of the places, from the first catalog that answers."""
+    """Returns the items that hold any of the places, from the first catalog that answers."""
     return ask(lambda catalog: search(catalog, params.datetime, lonlat, params.max_cloud_percent))
 
 
@@ -61,7 +61,7 @@ def rank_scenes(
 
 
 class Scene(NamedTuple):
-    """An item, and what decides whether it is chosen."""
+    """An item, with the facts by which it is chosen."""
 
     item: UsableItem
     """The item."""
@@ -72,17 +72,17 @@ class Scene(NamedTuple):
     version: tuple[int, int]
     """Processing baseline, (0, 0) where nothing tells it."""
     day: datetime.date
-    """When it was taken."""
+    """Time of the acquisition."""
     cloud: float
-    """Cloud cover in percent, 100 where it is not told."""
+    """Cloud cover in percent; 100 where it is not stated."""
     quarantined: bool
-    """Whether nobody knows what its numbers mean."""
+    """Whether its radiometry is quarantined."""
     bands: frozenset[str]
-    """Bands that it has, and SCL."""
+    """Its bands, and SCL."""
 
 
 def describe(item: UsableItem) -> Scene:
-    """What decides whether an item is chosen."""
+    """Returns the facts by which an item is chosen."""
     facts, told = _facts(item), item.properties.get("eo:cloud_cover")
     return Scene(
         item=item,
@@ -109,7 +109,7 @@ def _rank(scenes: list[Scene], candidate: NDArray[np.float64], params: SamplePar
 
 
 def ordered(scenes: list[Scene], params: SampleParams) -> list[Scene]:
-    """Scenes of a place in the order in which they are tried."""
+    """Returns scenes of a place in the order in which they are tried."""
     best = newest(scenes)
     newer = {scene.item.id for scene in best}
     latest = {scene.overpass: scene.item.id for scene in sorted(best, key=lambda scene: scene.item.id)}
@@ -131,7 +131,7 @@ def _days_off(scene: Scene, params: SampleParams) -> int:
 
 
 def newest(scenes: Iterable[Scene]) -> list[Scene]:
-    """Of scenes of one acquisition and tile only those of the newest processing baseline.
+    """Returns the scenes of one acquisition and tile with the newest processing baseline.
 
     There can be several such: a tile comes in two halves where its overpass was sent down in two parts.
     """
@@ -143,13 +143,13 @@ def newest(scenes: Iterable[Scene]) -> list[Scene]:
 
 
 def _facts(item: UsableItem) -> dict[str, Any]:
-    """The item as a dictionary, without copying all of it."""
+    """Returns the item as a dictionary, without copying all of it."""
     assets = {key: {"href": asset.href, **asset.extra_fields} for key, asset in item.assets.items()}
     return {"id": item.id, "properties": item.properties, "assets": assets}
 
 
 def explain(place: str) -> dict[str, Any]:
-    """How the numbers of the STAC item at a path or URL become reflectance, and why.
+    """Returns how pixel values of the STAC item at a path or URL become reflectance, and why.
 
     Returns:
         `offset` (DN), `scale`, `nodata`, `already_applied`, `reasons`, `quarantined`.
@@ -181,10 +181,10 @@ def _holds(item: UsableItem, corners: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def version(item: UsableItem) -> tuple[int, int]:
-    """The processing baseline, (0, 0) where nothing tells it."""
+    """Returns the processing baseline, (0, 0) where none is stated."""
     return baseline(_facts(item)) or (0, 0)
 
 
 def asset_keys(item: UsableItem) -> dict[str, str]:
-    """Asset key by band name (`B04`) and `SCL`."""
+    """Returns asset keys by band name, `B04` or `SCL`."""
     return band_assets(_facts(item))

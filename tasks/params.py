@@ -367,7 +367,7 @@ class PublishParams(Params):
     @model_validator(mode="after")
     def _exact(self) -> Self:
         if self.tolerance and (self.keep_sums or self.parent):
-            raise ValueError("keep_sums and parent need every cell computed exactly: give no tolerance with them")
+            raise ValueError("keep_sums and parent need every cell computed exactly: give them without a tolerance")
         if self.parent and (self.evidence or self.dtype != "float32"):
             raise ValueError(
                 "evidence, float16 and int8 need all images, and an update reads only the changed ones: give no "

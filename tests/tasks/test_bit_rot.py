@@ -138,8 +138,9 @@ def test_databases_patches_and_features_name_what_is_damaged(tmp_path, made):
         patches.read_rows(url, slice(0, 2))
         with pytest.raises(UserError, match=r"patches.zarr/pixels/c/1/0/0/0 is damaged"):
             patches.read_rows(url, slice(0, 5))
-    features._create(url, 2, 700, 4)
-    features._array(url, "r+")[:] = RNG.normal(size=(2, 700, 4)).astype("f4")
+    stored = features._table(url)
+    stored.create((2, 700, 4), dtype="f4", chunks=(1, features.SHARD, 4), fill_value=np.nan)
+    stored.open("r+")[:] = RNG.normal(size=(2, 700, 4)).astype("f4")
     with Flipped(path(url, "features.zarr/features/c/0/1/0")):
         with pytest.raises(UserError, match=r"features/c/0/1/0 is damaged"):
             features.read_features(url)

@@ -1,4 +1,8 @@
-"""Makes command-line options from the parameter models, so that both have one definition."""
+"""Makes command-line options from the parameter models, so that both have one definition.
+
+cyclopts and pydantic-settings make options of models too, but in commands of their own: the rest of the command line,
+which is typer's, would stand beside a second library with other help, refusals and exit codes.
+"""
 
 import inspect
 import json
@@ -6,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
@@ -20,7 +25,7 @@ def with_options(model: type[Params], command: Callable[..., Any]) -> Callable[.
         model: A parameter model; nested models become prefixed options, `--sample-patches`.
         command: The function to call.
     """
-    fields = dict(_fields(model))
+    fields = {"_".join(path): field for path, field in _leaves(model)}
     positional = [p for name, p in inspect.signature(command).parameters.items() if name != "params"]
     keyword = inspect.Parameter.KEYWORD_ONLY
     options = [
@@ -53,26 +58,24 @@ def build(model: type[Params], values: dict[str, Any]) -> Params:
         raise UserError(f"{given}{first['msg'].removeprefix('Value error, ')}. See --help for what fits") from None
 
 
-def _fields(model: type[Params], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def _leaves(model: type[Params], within: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Yields every field that is no model itself, by the names that lead to it."""
     for name, field in model.model_fields.items():
-        if _is_model(field):
-            yield from _fields(field.annotation, f"{prefix}{name}_")  # type: ignore[arg-type]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Params):
+            yield from _leaves(field.annotation, (*within, name))
         else:
-            yield prefix + name, field
+            yield (*within, name), field
 
 
-def _is_model(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, Params)
-
-
-def _nest(model: type[Params], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _nest(model: type[Params], values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values in a dict for each nested model, also where none of its values is given."""
     nested: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        if _is_model(field):
-            inner = {k.removeprefix(f"{name}_"): v for k, v in values.items() if k.startswith(f"{name}_")}
-            nested[name] = _nest(field.annotation, inner, f"{prefix}{name}_")  # type: ignore[arg-type]
-        elif name in values:
-            nested[name] = _parse(prefix + name, values[name])
+    for path, _ in _leaves(model):
+        inner = nested
+        for part in path[:-1]:
+            inner = inner.setdefault(part, {})
+        if (name := "_".join(path)) in values:
+            inner[path[-1]] = _parse(name, values[name])
     return nested
 
 
@@ -96,12 +99,21 @@ def _flag(name: str) -> str:
 
 
 def _option(name: str, field: FieldInfo) -> Any:
-    flag = _flag(name)
-    bounds = [str(b) for b in field.metadata if type(b).__name__ in ("Gt", "Ge", "Lt", "Le")]
-    leaves = [leaf for part in get_args(field.annotation) for leaf in get_args(part) or [part]]
-    parts = [leaf for leaf in leaves if leaf not in (type(None), Ellipsis)]
-    kind = "|".join(getattr(part, "__name__", str(part)) for part in parts or [field.annotation])
-    text = f"{field.description or ''} {' '.join(bounds)}".strip()
-    default = json.dumps(field.get_default(call_default_factory=True), default=str)
+    bounds = [str(bound) for bound in field.metadata if isinstance(bound, Gt | Ge | Lt | Le)]
     given = list[str] | None if get_origin(field.annotation) is tuple else str | None  # a list's option may come again
-    return Annotated[given, typer.Option(flag, help=text, metavar=kind.upper(), show_default=default)]
+    option = typer.Option(
+        _flag(name),
+        help=" ".join([field.description or "", *bounds]).strip(),
+        metavar="|".join(_kinds(field.annotation)).upper(),
+        show_default=json.dumps(field.get_default(call_default_factory=True), default=str),
+    )
+    return Annotated[given, option]
+
+
+def _kinds(annotation: Any) -> Iterator[str]:
+    """Yields the names of the types, or the choices, that an annotation allows beside none."""
+    inner = [part for part in get_args(annotation) if part not in (type(None), Ellipsis)]
+    for part in inner:
+        yield from _kinds(part)
+    if not inner:
+        yield getattr(annotation, "__name__", str(annotation))

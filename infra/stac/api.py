@@ -4,6 +4,9 @@ Real servers answer 429 with Retry-After, 403 while they throttle, 500 and 502 t
 they repeat pages, end them too early or without a word, lead in circles, redirect a search so that its parameters are
 lost, and send half a body. A wait mends some; for the others the search is begun anew, with smaller pages, in another
 form, or by shorter spans of time. What a server says of its own count is checked, and is not believed alone.
+
+The pages are walked here and not by pystac-client (0.9), whose walk ends at the first empty page, follows a circle of
+links for ever, and compares no count: half an answer would pass for a whole one.
 """
 
 import json

@@ -3,6 +3,8 @@
 Each block of an embedding, its visual and its location part, has one scale and one offset. So lengths and directions
 within a block stay what they were, up to rounding. value = code * scale + offset, as in CF's `scale_factor` and
 `add_offset`. Codes are clipped to [-127, 127], so that -128 is free and no value is taken for nodata.
+
+xarray packs by CF too, but with one scale an array, which it does not choose, and without telling what is lost.
 """
 
 from dataclasses import dataclass

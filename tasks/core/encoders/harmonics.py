@@ -12,6 +12,8 @@ Two bases:
   whose coefficients were printed with 15 digits: their terms cancel towards the poles, where at degree 40 the
   value is off by up to 8 %. Weights trained on these features need them with that error, so it is
   reproduced: the same coefficients, the same order of operations. It is of no use above degree 50.
+
+No library has both: scipy's are the oracle of the tests, and the published weights need their own error.
 """
 
 # ruff: noqa: E741  (l is the name of a degree in every text on harmonics)

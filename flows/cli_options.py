@@ -17,6 +17,13 @@ from pydantic.fields import FieldInfo
 from infra.errors import UserError
 from tasks.params import Params
 
+BOUNDS: dict[type, tuple[str, str]] = {  # of a number's field: its attribute, and how it is told
+    Ge: ("ge", "at least"),
+    Gt: ("gt", "above"),
+    Le: ("le", "at most"),
+    Lt: ("lt", "below"),
+}
+
 
 def with_options(model: type[Params], command: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a command with one option per field of `model` in place of its argument `params`.
@@ -99,15 +106,31 @@ def _flag(name: str) -> str:
 
 
 def _option(name: str, field: FieldInfo) -> Any:
-    bounds = [str(bound) for bound in field.metadata if isinstance(bound, Gt | Ge | Lt | Le)]
+    default = field.get_default(call_default_factory=True)
+    shown = default if isinstance(default, str) else json.dumps(default, default=str)
+    texts = [field.description or "", _bounds(field)]
+    if default not in (None, ""):
+        texts.append(f"Default: {shown}.")
     given = list[str] | None if get_origin(field.annotation) is tuple else str | None  # a list's option may come again
     option = typer.Option(
         _flag(name),
-        help=" ".join([field.description or "", *bounds]).strip(),
+        help=" ".join(text for text in texts if text),
         metavar="|".join(_kinds(field.annotation)).upper(),
-        show_default=json.dumps(field.get_default(call_default_factory=True), default=str),
+        show_default=False,  # typer's own puts every text into parentheses
     )
     return Annotated[given, option]
+
+
+def _bounds(field: FieldInfo) -> str:
+    """Returns the bounds of a number in words: `At least 2, at most 8,192.`"""
+    told = []
+    for bound in field.metadata:
+        if type(bound) in BOUNDS:
+            name, word = BOUNDS[type(bound)]
+            told.append(f"{word} {getattr(bound, name):,}".removesuffix(".0"))
+    if not told:
+        return ""
+    return ", ".join(told).capitalize() + "."
 
 
 def _kinds(annotation: Any) -> Iterator[str]:

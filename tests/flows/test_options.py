@@ -64,7 +64,7 @@ def test_without_options_the_defaults_hold(invoke):
 
 def test_help_tells_description_bound_and_default(invoke):
     text = " ".join(invoke("--help")[0].output.split())
-    for part in ("--inner-depth", "How deep.", "ge=1", "[default: (3)]"):
+    for part in ("--inner-depth", "How deep.", "At least 1.", "Default: 3."):
         assert part in text
 
 

@@ -55,7 +55,9 @@ app.command("prune")(cli_products.prune)
 def _url(place: str | None) -> str | None:
     from infra.addresses import as_url
 
-    return as_url(place) if place and place.partition(":")[0] != "newest" else place
+    if place and place.partition(":")[0] != "newest":
+        return as_url(place)
+    return place
 
 
 Patches = Annotated[str, typer.Argument(help="Directory or URL of the patches.", callback=_url)]

@@ -42,14 +42,20 @@ def describe(version: Any) -> dict[str, Any]:
     when = version.finished and version.finished.strftime("%Y-%m-%d %H:%M:%S")
     row = {"state": version.state, "fingerprint": version.fingerprint, "finished": when, "line": version.line}
     layout = version.layout
-    about = {"step": layout.step, "crs": layout.crs, "box": layout.place} if layout else dict.fromkeys(PLACED)
+    if layout:
+        about = {"step": layout.step, "crs": layout.crs, "box": layout.place}
+    else:
+        about = dict.fromkeys(PLACED)
     about |= {"dtype": layout.dtype, "dims": layout.dims} if layout else dict.fromkeys(STORED)
     return row | about | {"grid": version.grid}
 
 
 def _told(value: Any) -> str:
     """Returns the text of a cell of the table, with a space to the next one."""
-    text = f"{value:g}" if isinstance(value, float) else str(value if value is not None else "")
+    if isinstance(value, float):
+        text = f"{value:g}"
+    else:
+        text = str(value if value is not None else "")
     return f"{text[:LONGEST]} "
 
 

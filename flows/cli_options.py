@@ -89,7 +89,9 @@ def _nest(model: type[Params], values: dict[str, Any]) -> dict[str, Any]:
 def _parse(name: str, value: str | list[str]) -> Any:
     """Parses an option: lists are JSON or repeated options, `null` is None, and other text is left to pydantic."""
     if isinstance(value, list):
-        return _parse(name, value[0]) if len(value) == 1 and value[0].lstrip().startswith("[") else value
+        if len(value) == 1 and value[0].lstrip().startswith("["):
+            return _parse(name, value[0])
+        return value
     if not value.lstrip().startswith(("[", "{")) and value != "null":
         return value
     try:
@@ -107,7 +109,10 @@ def _flag(name: str) -> str:
 
 def _option(name: str, field: FieldInfo) -> Any:
     default = field.get_default(call_default_factory=True)
-    shown = default if isinstance(default, str) else json.dumps(default, default=str)
+    if isinstance(default, str):
+        shown = default
+    else:
+        shown = json.dumps(default, default=str)
     texts = [field.description or "", _bounds(field)]
     if default not in (None, ""):
         texts.append(f"Default: {shown}.")

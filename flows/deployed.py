@@ -53,7 +53,9 @@ def made(url: str) -> Any:
     whole = bool(card.kind) and (home_of(url) == url or storage.exists(storage.join(url, "zarr.json")))
     if not whole:
         raise _lost(url)
-    return Completed(message=url, data=url) if in_run() else url
+    if in_run():
+        return Completed(message=url, data=url)
+    return url
 
 
 def _lost(url: str) -> UserError:
@@ -82,7 +84,10 @@ def run_deployed(step: Flow[..., str], *arguments: Any) -> str:
     except ObjectNotFound as error:
         raise UserError(f"the step {step.name} is not deployed: `rangegrid deploy` deploys it") from error
     if run.state is None or not run.state.is_completed():
-        ended = f"{run.state.name}: {run.state.message}" if run.state else "nothing is known of it"
+        if run.state:
+            ended = f"{run.state.name}: {run.state.message}"
+        else:
+            ended = "nothing is known of it"
         raise UserError(
             f"the step {step.name} did not complete ({ended}): mend the cause and run this again, and what is there "
             f"already is kept. Its run is {run.name!r}"

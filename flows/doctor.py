@@ -53,7 +53,9 @@ def doctor() -> Any:
     found = list(seen())
     text = "\n".join(line(*check) for check in found)
     good = all(fine for *_, fine in found)
-    return Completed(message=text, data=text) if good else Failed(message=text)
+    if good:
+        return Completed(message=text, data=text)
+    return Failed(message=text)
 
 
 def line(name: str, found: str, good: bool) -> str:

@@ -30,7 +30,9 @@ def settle(**parameters: Any) -> Any:
     fixed = resolve(parameters, flow_run.scheduled_start_time)
     if fixed != parameters:
         _tell(parameters, fixed)
-    return tuple(fixed.values()) if len(fixed) > 1 else next(iter(fixed.values()))
+    if len(fixed) > 1:
+        return tuple(fixed.values())
+    return next(iter(fixed.values()))
 
 
 def _tell(asked: dict[str, Any], fixed: dict[str, Any]) -> None:

@@ -48,7 +48,9 @@ def pipeline(params: PipelineParams = PipelineParams()) -> Any:
     finally:
         show_table(rows, "pipeline", "What was made, at what cost, and what the gate said")
     message = f"{urls['grid']}: {rows[-1]['what it is']}"
-    return Completed(message=message, data=urls) if in_run() else urls
+    if in_run():
+        return Completed(message=message, data=urls)
+    return urls
 
 
 def run_steps(params: PipelineParams, run: Any, rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -93,4 +95,6 @@ def _pass_gate(grid: str, params: PipelineParams) -> str:
     if not params.publish.promote:
         return "not promoted, since `promote` is false"
     promoted = promote_evaluated(grid, params.gate_margin, params.publish.drift_alert)
-    return "promoted: readers have it" if promoted else "not promoted again, since it was rolled back"
+    if promoted:
+        return "promoted: readers have it"
+    return "not promoted again, since it was rolled back"

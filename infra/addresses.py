@@ -78,7 +78,9 @@ def shown(place: str | os.PathLike[str]) -> str:
     Either may hold a secret; in a name on disk or in a bucket `?` and `#` are letters like others.
     """
     plain = USER.sub(r"\1", os.fspath(place))
-    return urlsplit(plain)._replace(query="", fragment="").geturl() if is_web(plain) else plain
+    if is_web(plain):
+        return urlsplit(plain)._replace(query="", fragment="").geturl()
+    return plain
 
 
 def absolute(href: str, base: str) -> str:

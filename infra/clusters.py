@@ -58,7 +58,9 @@ def _outer() -> Client | None:
         client = Client.current(allow_global=True)
     except ValueError:
         return None
-    return client if client.status == "running" else None
+    if client.status == "running":
+        return client
+    return None
 
 
 def _engine(name: str) -> Engine:

@@ -187,7 +187,10 @@ def _deploy(
         schedules.keep(path, {name: there})
         yield Told(name, f"what was set in the UI is in {path} now: {tell(there)}")
     elif touched and take is None:
-        instead = "" if of_file is None else f", in place of the file's {tell(of_file)}"
+        if of_file is None:
+            instead = ""
+        else:
+            instead = f", in place of the file's {tell(of_file)}"
         yield Told(
             name,
             f"kept what was set in the UI{instead}: {tell(there)}. `rangegrid deploy --take ui` writes it into {path}, "
@@ -276,7 +279,9 @@ def _replace(content: Any, values: dict[str, Any]) -> Any:
         return {key: _replace(value, values) for key, value in content.items()}
     if isinstance(content, list):
         return [_replace(value, values) for value in content]
-    return values.get(content) or content if isinstance(content, str) else content
+    if isinstance(content, str):
+        return values.get(content) or content
+    return content
 
 
 def _block(client: SyncPrefectClient, name: str | None) -> str | None:
@@ -315,7 +320,9 @@ def _content(automation: AutomationCore) -> str:
 
 def _in_order(value: Any) -> Any:
     """Returns sets sorted, since the order of Python's differs between processes."""
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return str(value)
 
 
 def upcoming(client: SyncPrefectClient) -> list[tuple[str, str]]:

@@ -32,4 +32,6 @@ class RefusedHop(UserError):
 
 def may_pass(error: object) -> bool:
     """Returns whether an error may pass by itself: all but what a user must mend, so a lost worker or a bug too."""
-    return error.passing if isinstance(error, UserError) else True
+    if isinstance(error, UserError):
+        return error.passing
+    return True

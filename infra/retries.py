@@ -60,7 +60,9 @@ def _wait(state: RetryCallState) -> float:
 
 
 def _error(state: RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome else None
+    if state.outcome:
+        return state.outcome.exception()
+    return None
 
 
 def retry_after(told: str | None) -> float:

@@ -76,7 +76,9 @@ class Entry(BaseModel):
         """Tells it in one line."""
         when = self.cron or (f"every {self.interval:g} s" if self.interval else self.rrule)
         given = f", {self.parameters}" if self.parameters else ""
-        return f"{when} {self.timezone}{'' if self.active else ', off'}{given}" if when else f"each run{given}"
+        if when:
+            return f"{when} {self.timezone}{'' if self.active else ', off'}{given}"
+        return f"each run{given}"
 
     def content(self) -> dict[str, Any]:
         """Returns what differs from the defaults, as the file has it."""

@@ -86,9 +86,11 @@ def environment(url: str) -> dict[str, str]:
 
 
 def logging_level() -> str:
-    """Returns that of a worker and its runs, which a command has silenced for itself alone."""
+    """Returns the logging level of a worker and its runs; a command has silenced its own alone."""
     level = os.environ.get("PREFECT_LOGGING_LEVEL", "")
-    return level if level not in ("", "CRITICAL") else "INFO"
+    if level not in ("", "CRITICAL"):
+        return level
+    return "INFO"
 
 
 def server_environment(found: Settings, port: int) -> dict[str, str]:

@@ -119,7 +119,9 @@ class Settings(BaseSettings):
     @field_validator("storage_url")
     @classmethod
     def _as_url(cls, place: str) -> str:
-        return place if place.startswith("file:") or "://" in place else Path(place).absolute().as_uri()
+        if place.startswith("file:") or "://" in place:
+            return place
+        return Path(place).absolute().as_uri()
 
     @field_validator("s3_endpoint")
     @classmethod
@@ -174,7 +176,9 @@ def resolve(place: str, folder: Path) -> str:
         local, place = True, place.replace("file://", "file:", 1)
     if local:
         return (folder / unquote(place.removeprefix("file:"))).resolve().as_uri()
-    return place if "://" in place or place.startswith("file:") else str(folder / Path(place).expanduser())
+    if "://" in place or place.startswith("file:"):
+        return place
+    return str(folder / Path(place).expanduser())
 
 
 def has_scheme(url: str) -> bool:
@@ -236,7 +240,9 @@ def hand_on() -> None:
 
 def origin() -> str:
     """Returns where settings come from, for messages."""
-    return f"{file()} and the environment" if file().is_file() else f"the environment; there is no {file()}"
+    if file().is_file():
+        return f"{file()} and the environment"
+    return f"the environment; there is no {file()}"
 
 
 def _mend() -> str:
@@ -246,7 +252,8 @@ def _mend() -> str:
 def _misfit(error: ValidationError) -> UserError:
     first = error.errors()[0]
     name = str(first["loc"][0])
-    name = name if name.isupper() else PREFIX + ".".join(map(str, first["loc"])).upper()
+    if not name.isupper():
+        name = PREFIX + ".".join(map(str, first["loc"])).upper()
     value = "set" if SECRET.search(name) else repr(first["input"])
     return UserError(f"{name} is {value}: {first['msg'].removeprefix('Value error, ')}{_mend()}.")
 

@@ -90,9 +90,15 @@ def _fetch(url: str, path: Path) -> None:
 
 def upload(path: Path, url: str) -> None:
     """Writes a file, or every file of a directory, to `url`; what is named `ROOT`, which tells of the others, last."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(p for p in path.rglob("*") if p.is_file())
     for file in sorted(files, key=lambda file: file.relative_to(path).as_posix() == ROOT):
-        target = join(url, file.relative_to(path).as_posix()) if file != path else url
+        if file != path:
+            target = join(url, file.relative_to(path).as_posix())
+        else:
+            target = url
         store, name = locate(target)
         patiently(partial(obstore.put, store, name, file), target)
 
@@ -117,7 +123,9 @@ def _get(store: ObjectStore, name: str, url: str) -> tuple[bytes, str]:
 
 def _told_missing(error: Exception) -> Exception:
     """Returns the error; where a path goes on below a file, that there is no such object."""
-    return FileNotFoundError(str(error)) if BELOW_FILE in str(error) else error
+    if BELOW_FILE in str(error):
+        return FileNotFoundError(str(error))
+    return error
 
 
 def write(url: str, data: bytes) -> None:
@@ -312,7 +320,10 @@ def zarr_store(url: str, read_only: bool = False) -> Store:
         return WebStore(url)
     _, path = locate(url)
     local = url.startswith("file:")
-    store = buckets.local("/" + path) if local else buckets.s3(url.removeprefix("s3://").partition("/")[0], path)
+    if local:
+        store = buckets.local("/" + path)
+    else:
+        store = buckets.s3(url.removeprefix("s3://").partition("/")[0], path)
     return BucketStore(store, url, read_only=read_only)
 
 

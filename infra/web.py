@@ -52,7 +52,9 @@ def version(url: str) -> str:
     except (OSError, Refused):  # a signature holds for one method, and some servers know GET alone
         told = _headers(url, "GET")
     etag, modified, size = (told.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length"))
-    return f"{etag} {modified} {size}" if etag or modified else ""
+    if etag or modified:
+        return f"{etag} {modified} {size}"
+    return ""
 
 
 def _headers(url: str, method: str) -> httpx.Headers:

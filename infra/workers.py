@@ -43,7 +43,10 @@ def _refuse(client: Client, lacking: list[tuple[str, str]], way_out: str) -> Non
         return
     names = {address: worker["id"] for address, worker in client.scheduler_info(n_workers=-1)["workers"].items()}
     told = "; ".join(f"worker {names.get(address, '?')} at {address} {lack}" for address, lack in lacking[:NAMED])
-    more = f", and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
+    if len(lacking) > NAMED:
+        more = f", and {len(lacking) - NAMED} more"
+    else:
+        more = ""
     raise UserError(f"{told}{more}: {way_out}")
 
 
@@ -112,7 +115,9 @@ def reach(probe: str, token: str) -> str:
         return "it sees another one under the same URL"
     except UserError as error:
         return str(error)
-    return "" if found == token else "it sees another one under the same URL"
+    if found == token:
+        return ""
+    return "it sees another one under the same URL"
 
 
 def peak(client: Client) -> tuple[int, int]:

@@ -81,7 +81,9 @@ def check_size(array: zarr.Array, index: Any = ..., large: int = LARGE) -> None:
 
 def _place(array: zarr.Array) -> str:
     """Returns the URL of an array."""
-    return storage.join(array.store.url, array.path) if array.path else str(array.store.url)
+    if array.path:
+        return storage.join(array.store.url, array.path)
+    return str(array.store.url)
 
 
 def check_axes(url: str) -> None:
@@ -109,7 +111,9 @@ def _parts(array: zarr.Array, index: Any) -> list[range | list[int]]:
 def _along(part: Any, n: int) -> range | list[int]:
     if isinstance(part, slice):
         return range(n)[part]
-    return list(part) if isinstance(part, list | np.ndarray) else [range(n)[int(part)]]
+    if isinstance(part, list | np.ndarray):
+        return list(part)
+    return [range(n)[int(part)]]
 
 
 @dataclass(frozen=True)

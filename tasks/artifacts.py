@@ -91,7 +91,9 @@ def _data_url(png: bytes) -> str:
 def _linked(url: str) -> str:
     """Returns the URL in Markdown, as a link where a browser can read it."""
     address = web_address(url)
-    return f"[{url}]({address})" if address else f"`{url}`"
+    if address:
+        return f"[{url}]({address})"
+    return f"`{url}`"
 
 
 def web_address(url: str) -> str | None:
@@ -154,7 +156,9 @@ def _show_parts(step: str, parts: list[Work]) -> None:
 
 def _row(part: Work) -> dict[str, Any]:
     def number(count: int | None) -> int | str | None:
-        return in_words(count) if part.bytes and count is not None else count
+        if part.bytes and count is not None:
+            return in_words(count)
+        return count
 
     return {
         "what": part.name,
@@ -191,5 +195,8 @@ def opening(module: str, call: str, url: str) -> str:
         url: URL of the product.
     """
     endpoint = settings().s3_endpoint if url.startswith("s3:") else None
-    options = f', storage_options={{"endpoint_url": "{endpoint}"}}' if endpoint else ""
+    if endpoint:
+        options = f', storage_options={{"endpoint_url": "{endpoint}"}}'
+    else:
+        options = ""
     return f'import {module}\nurl = "{url}"\n{call}(url{options})'

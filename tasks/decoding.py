@@ -54,7 +54,9 @@ class _Bounded(BytesBytesCodec):
 def _size(spec: ArraySpec) -> int | None:
     """Returns the bytes of a chunk, or None where its values have no fixed length."""
     each = getattr(spec.dtype, "item_size", None)
-    return None if each is None else prod(spec.shape) * each
+    if each is None:
+        return None
+    return prod(spec.shape) * each
 
 
 class BoundedZstd(_Bounded, ZstdCodec):
@@ -77,7 +79,9 @@ def _told(packed: Bytes) -> int | None:
         return None
     single = head[4] >> 5 & 1
     at, length = 6 - single + (0, 1, 2, 4)[head[4] & 3], (single, 2, 4, 8)[head[4] >> 6]
-    return int.from_bytes(head[at : at + length], "little") + 256 * (length == 2) if length else None
+    if length:
+        return int.from_bytes(head[at : at + length], "little") + 256 * (length == 2)
+    return None
 
 
 class BoundedGzip(_Bounded, GzipCodec):
@@ -96,7 +100,9 @@ class BoundedBlosc(_Bounded, BloscCodec):
 
     def _unpacked(self, packed: Bytes, most: int) -> Any:
         size = int.from_bytes(packed[4:8].tobytes(), "little")
-        return Blosc().decode(packed, np.empty(size, np.uint8)) if size <= most else None
+        if size <= most:
+            return Blosc().decode(packed, np.empty(size, np.uint8))
+        return None
 
 
 class VLenUTF8Codec(codecs.VLenUTF8Codec):

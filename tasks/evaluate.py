@@ -137,7 +137,9 @@ def product_of(table: pd.DataFrame) -> str:
 
 def distances(checkpoint: str | None, database: str | None) -> Callable[[Lonlat], NDArray[np.float64]] | None:
     """Returns a function from places to the distance in km to the database's nearest image; None without a database."""
-    return partial(distance_km, load(checkpoint, database)[1]) if checkpoint and database else None
+    if checkpoint and database:
+        return partial(distance_km, load(checkpoint, database)[1])
+    return None
 
 
 def explain(

@@ -84,7 +84,9 @@ class Params(BaseModel):
     def at(self, when: Instant) -> Self:
         """Returns a copy with dates in place of rolling time windows, as they are at `when`."""
         rolling = {name: value.at(when) for name, value in self if isinstance(value, Params)}
-        return self.model_copy(update=rolling) if rolling else self
+        if rolling:
+            return self.model_copy(update=rolling)
+        return self
 
 
 class SampleParams(Params):
@@ -174,7 +176,9 @@ class SampleParams(Params):
     @field_validator("date")
     @classmethod
     def _day(cls, text: str | None) -> str | None:
-        return text if text is None else datetime.date.fromisoformat(text).isoformat()
+        if text is None:
+            return text
+        return datetime.date.fromisoformat(text).isoformat()
 
 
 class EncoderParams(Params):

@@ -16,7 +16,9 @@ FORMER_LAND: Literal["centre"] = "centre"  # which cells are land of a grid whos
 
 def told_land(land: str | None) -> dict[str, Any]:
     """Returns what a card tells of the rule of land: nothing where it is the first grids', which cards never told."""
-    return {} if land == FORMER_LAND else {"land": land}
+    if land == FORMER_LAND:
+        return {}
+    return {"land": land}
 
 
 def _sources(directory: str, *named: Any) -> set[Source]:

@@ -168,7 +168,9 @@ def period(database: DatabaseCard) -> dict[str, str]:
     except UserError:
         return {}
     window = patches.recipe.datetime
-    return {"rangegrid:datetime": window} if window else {}
+    if window:
+        return {"rangegrid:datetime": window}
+    return {}
 
 
 def prepare(client: Client, job: Job, database: DatabaseCard, attrs: dict[str, Any], *, whole: bool) -> None:
@@ -234,7 +236,10 @@ def publish_tiles(client: Client, job: Job, parts: dict[str, Part], tiles: list[
         if parts:
             reports = publish_in_parts(client, job, parts, left, there)
         else:
-            make = partial(update_tile, job, job.parent) if job.parent else partial(publish_tile, job)
+            if job.parent:
+                make = partial(update_tile, job, job.parent)
+            else:
+                make = partial(publish_tile, job)
             reports = run_units(client, make, left, label="publish", there=there)
         cells.done = sum(report.cells for report in reports)
     log().info("%d places retrieved for %d cells", sum(report.evaluated for report in reports), cells.done)

@@ -210,7 +210,9 @@ def _unreadable(problems: list[UserError]) -> UserError:
 def attribution() -> str:
     """Returns the attribution of the images: Copernicus', or the catalog's title where that says `standing in`."""
     title = ask(collection_title)
-    return title if "standing in" in title else "Contains modified Copernicus Sentinel data"
+    if "standing in" in title:
+        return title
+    return "Contains modified Copernicus Sentinel data"
 
 
 @dataclass

@@ -181,7 +181,10 @@ class Failure:
 
 
 def _failed(label: str, failures: list[Failure], total: int) -> UserError:
-    kind = UserError if all(failure.lasts for failure in failures) else UnitsFailed
+    if all(failure.lasts for failure in failures):
+        kind = UserError
+    else:
+        kind = UnitsFailed
     return kind(
         f"{label}: {len(failures)} of {total} units failed ({'; '.join(map(str, failures[:3]))}). What succeeded is "
         "kept: mend the cause and run again, and only the rest is done"

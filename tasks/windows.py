@@ -57,6 +57,11 @@ def _before(day: date, count: int, unit: str) -> date:
 def _begin(day: date, unit: str) -> date:
     """Returns the first day of the week, month, quarter, season or year that a day is in."""
     if unit not in MONTHS:
-        return day - day.weekday() * DAY if unit == "week" else day
-    past = day.month % 3 if unit == "season" else (day.month - 1) % MONTHS[unit]
+        if unit == "week":
+            return day - day.weekday() * DAY
+        return day
+    if unit == "season":
+        past = day.month % 3
+    else:
+        past = (day.month - 1) % MONTHS[unit]
     return day.replace(day=1) - relativedelta(months=past)

@@ -39,6 +39,10 @@ def roots(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imported(path)}
 
 
+def product_files() -> list[Path]:
+    return [path for room in ("flows", "tasks", "infra") for path in files(room)]
+
+
 def files(room: str) -> list[Path]:
     found = sorted((ROOT / room).rglob("*.py"))
     assert found, f"no modules in {room}"
@@ -85,7 +89,7 @@ def test_rooms_import_those_below_and_no_step(room):
 
 
 def test_no_file_of_a_room_uses_what_is_private_in_another():
-    for path in [path for room in ("flows", "tasks", "infra") for path in files(room)]:
+    for path in product_files():
         private = {name for name in imported(path) if name.rpartition(".")[2].startswith("_")} - {"__future__"}
         ours = {name for name in private if name.split(".")[0] in OURS}
         assert not ours, f"{path} imports {ours}"
@@ -95,3 +99,12 @@ def test_no_folder_has_more_files_than_one_overlooks():
     folders = {path.parent for room in ("flows", "tasks", "infra", "tests") for path in files(room)}
     full = {folder: count for folder in folders if (count := len(list(folder.glob("*.py")))) > MOST_FILES}
     assert not full
+
+
+def test_no_file_imports_itself_by_others():
+    """Each file's imports are taken away with it, those first that import nothing of ours: circles are left over."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in product_files()}
+    behind = {name: imported(path) & modules.keys() for name, path in modules.items()}
+    while free := [name for name, needed in behind.items() if not needed]:
+        behind = {name: needed - set(free) for name, needed in behind.items() if needed}
+    assert not behind

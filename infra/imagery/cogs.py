@@ -193,7 +193,10 @@ async def _read_asset(asset: Ranges, places: Places) -> Layer:
             with _sparse_file() as (file, name):
                 sparse = Sparse(asset, file)
                 mask = await fetch_header(sparse.take)
-                names = [name] if mask is None else [name, f"GTIFF_DIR:off:{mask}:{name}"]
+                if mask is None:
+                    names = [name]
+                else:
+                    names = [name, f"GTIFF_DIR:off:{mask}:{name}"]
                 problem, spans = await asyncio.to_thread(_plan, names, places, asset.size)
                 if problem:
                     continue  # a header has no checksum: what it says may be so on the way alone
@@ -276,7 +279,9 @@ def _large(source: rasterio.DatasetReader) -> str:
     """Returns why the tiles of an image are too large to decode; empty where they are not."""
     height, width = source.block_shapes[0]
     fits = height * width * np.dtype(source.dtypes[0]).itemsize <= LARGEST_BLOCK
-    return "" if fits else f"its tiles have {width} x {height} pixels"
+    if fits:
+        return ""
+    return f"its tiles have {width} x {height} pixels"
 
 
 def _spans(source: rasterio.DatasetReader, grids: list[Grid | None]) -> list[tuple[int, int]]:
@@ -301,7 +306,9 @@ def _spans(source: rasterio.DatasetReader, grids: list[Grid | None]) -> list[tup
 def _span(source: rasterio.DatasetReader, tile: tuple[int, int]) -> tuple[int, int] | None:
     """Returns the first byte of a tile and the one after its last, or None for a tile without bytes (nodata)."""
     where, size = (source.get_tag_item(f"BLOCK_{what}_{tile[0]}_{tile[1]}", "TIFF", 1) for what in ("OFFSET", "SIZE"))
-    return (max(0, int(where) - LEADER), int(where) + int(size) + LEADER) if where and size else None
+    if where and size:
+        return (max(0, int(where) - LEADER), int(where) + int(size) + LEADER)
+    return None
 
 
 def _decode(names: list[str], places: Places) -> Layer:

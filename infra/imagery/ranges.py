@@ -256,7 +256,9 @@ def _path(href: str) -> str:
     """Returns the file of a local href, with a URL's escapes undone, unless a file has the name as written."""
     path = unquote(urlsplit(href).path)
     literal = href.removeprefix("file://")
-    return literal if not Path(path).exists() and Path(literal).exists() else path
+    if not Path(path).exists() and Path(literal).exists():
+        return literal
+    return path
 
 
 _served: dict[str, str] = {}  # by host or bucket the href that was served last

@@ -112,7 +112,10 @@ def _of_bucket(bucket: str, key: str) -> str:
     """Returns a URL that reads an object of S3: at the settings' endpoint where that has the bucket, else at AWS."""
     where = settings()
     keys = where.s3_keys
-    own = where.s3_endpoint if where.s3_endpoint and _is_own(bucket, where.s3_endpoint, where.region, *keys) else None
+    if where.s3_endpoint and _is_own(bucket, where.s3_endpoint, where.region, *keys):
+        own = where.s3_endpoint
+    else:
+        own = None
     region = where.region if own else _regions.get(bucket, where.region)
     if own or not where.s3_endpoint:  # keys of an endpoint of one's own are none of AWS's
         try:

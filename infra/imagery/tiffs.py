@@ -126,5 +126,8 @@ async def _directory(take: Take, layout: Layout, at: int) -> Directory:
 
 def _value(layout: Layout, kind: int, field: int) -> int:
     """Returns the number in a tag's value field; a shorter number is in the field's first bytes."""
-    spare = 8 * (struct.calcsize(f"={layout.offset}") - SIZES.get(kind, 0)) if layout.order == ">" else 0
+    if layout.order == ">":
+        spare = 8 * (struct.calcsize(f"={layout.offset}") - SIZES.get(kind, 0))
+    else:
+        spare = 0
     return field >> max(spare, 0)

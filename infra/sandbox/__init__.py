@@ -236,7 +236,9 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _read(directory: Path) -> dict[str, Any]:
     path = directory / "state.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if path.exists():
+        return json.loads(path.read_text())
+    return {}
 
 
 def _write(directory: Path, state: dict[str, Any]) -> None:

@@ -113,7 +113,9 @@ def footprint(cell: Cell, outline: BaseGeometry) -> BaseGeometry:
         for low, shift in ((-540, _east), (-180, _same), (180, _west))
     ]
     kept = [piece for piece in pieces if piece.area > 0]
-    return kept[0] if len(kept) == 1 else shapely.MultiPolygon(kept)
+    if len(kept) == 1:
+        return kept[0]
+    return shapely.MultiPolygon(kept)
 
 
 def _east(points: np.ndarray) -> np.ndarray:

@@ -53,7 +53,9 @@ class PlanetSpec:
 
     def grid_cells(self) -> list[Cell]:
         """Returns the cells to build, by name."""
-        return land_cells() if self.cells is None else [parse(name) for name in sorted(set(self.cells))]
+        if self.cells is None:
+            return land_cells()
+        return [parse(name) for name in sorted(set(self.cells))]
 
 
 @dataclass(frozen=True)

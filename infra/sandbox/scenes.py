@@ -57,7 +57,9 @@ class Acquisition:
 
     @property
     def platform(self) -> str:
-        return "sentinel-2a" if int(self.day[-2:]) % 2 else "sentinel-2b"
+        if int(self.day[-2:]) % 2:
+            return "sentinel-2a"
+        return "sentinel-2b"
 
     @property
     def datetime(self) -> str:
@@ -76,11 +78,17 @@ def acquisitions(cell: Cell, seed: int) -> list[Acquisition]:
     one in eight is cut by the edge of the swath.
     """
     random = np.random.default_rng([seed, zlib.crc32(cell.name.encode())])
-    months = ("2021-01", "2022-07", "2023-10") if cell.south < 0 else ("2021-07", "2022-02", "2023-04")
+    if cell.south < 0:
+        months = ("2021-01", "2022-07", "2023-10")
+    else:
+        months = ("2021-07", "2022-02", "2023-04")
     made = []
     for month, season, baseline in zip(months, (1.0, 0.0, 0.5), ("03.01", "04.00", "05.09"), strict=True):
         overcast = season < 1 and random.random() < 1 / 6
-        cloud = random.uniform(0.7, 0.97) if overcast else random.uniform(0.01, 0.12 if season == 1 else 0.4)
+        if overcast:
+            cloud = random.uniform(0.7, 0.97)
+        else:
+            cloud = random.uniform(0.01, 0.12 if season == 1 else 0.4)
         partial = bool(season < 1 and random.random() < 1 / 8)
         day = f"{month}-{random.integers(1, 29):02d}"
         made.append(Acquisition(cell, day, season, baseline, 0, cloud, partial, seed))
@@ -129,7 +137,9 @@ def _double(mask: np.ndarray) -> np.ndarray:
 def _covered(height: int, width: int, partial: bool) -> np.ndarray:
     row, column = np.indices((height, width)) + 0.5
     slanted = column / width + SLANT * row / height < COVERED
-    return slanted if partial else np.ones((height, width), bool)
+    if partial:
+        return slanted
+    return np.ones((height, width), bool)
 
 
 def _clouds(taken: Acquisition, covered: np.ndarray) -> np.ndarray:
@@ -147,7 +157,10 @@ def _clouds(taken: Acquisition, covered: np.ndarray) -> np.ndarray:
 
 def _classes(taken: Acquisition, clear: np.ndarray, density: np.ndarray, covered: np.ndarray) -> np.ndarray:
     """Returns the scene classification: cloud over shadow over surface."""
-    rows, columns = SHADOW_SHIFT if taken.cell.south >= 0 else (-SHADOW_SHIFT[0], SHADOW_SHIFT[1])
+    if taken.cell.south >= 0:
+        rows, columns = SHADOW_SHIFT
+    else:
+        rows, columns = (-SHADOW_SHIFT[0], SHADOW_SHIFT[1])
     shadow = _shifted(density > 0, rows, columns)
     classes = _surface_classes(clear, taken.cell)
     classes[shadow] = SHADOW

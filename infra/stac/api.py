@@ -165,7 +165,10 @@ class CheckedIO(StacApiIO):
         """
         for _ in range(HOPS):
             self._check(href)
-            sent = {"json": parameters} if method == "POST" else {"params": parameters}
+            if method == "POST":
+                sent = {"json": parameters}
+            else:
+                sent = {"params": parameters}
             try:
                 answer = self.session.request(
                     method or "GET", href, headers=headers, timeout=self.timeout, allow_redirects=False, **sent
@@ -362,7 +365,9 @@ def _status(error: Exception) -> int | None:
 
 
 def _cause(error: Exception) -> BaseException:
-    return error.__cause__ or error if isinstance(error, APIError) else error
+    if isinstance(error, APIError):
+        return error.__cause__ or error
+    return error
 
 
 def _reason(error: Exception) -> str:
@@ -370,7 +375,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, PartialAnswer):
         return str(error)
     status = _status(error)
-    return f"HTTP status {status}" if status else type(_cause(error)).__name__
+    if status:
+        return f"HTTP status {status}"
+    return type(_cause(error)).__name__
 
 
 class Walk(NamedTuple):
@@ -394,7 +401,9 @@ class Walk(NamedTuple):
         """Returns the window cut in two at the middle of the features; None where no cut shortens both parts."""
         times = sorted({moment for feature in self.found.all() for moment in _moment(feature)})
         inside = [at for at in times if window.split(at)]
-        return window.split(inside[len(inside) // 2]) or () if inside else ()
+        if inside:
+            return window.split(inside[len(inside) // 2]) or ()
+        return ()
 
 
 def _moment(feature: Any) -> list[Any]:
@@ -447,7 +456,8 @@ def _walk(io: StacApiIO, query: ItemSearch, window: Interval, limit: int) -> Wal
     found, sizes, matched, empty = Features(), [0], 0, 0
     while request and empty < EMPTY_PAGES:
         page = _page(io, request, follows=len(sizes) > 1)
-        page = page if page["features"] else _page(io, request, follows=len(sizes) > 1)
+        if not page["features"]:
+            page = _page(io, request, follows=len(sizes) > 1)
         matched = max(matched, _count(page, "Matched"))
         if page["features"] and {_key(feature) for feature in page["features"]} <= found.keys():
             break
@@ -493,7 +503,10 @@ def _next(page: dict[str, Any], asked: Request) -> Request | None:
     What a link leaves unset is left out, or null.
     """
     links = page.get("links")
-    listed = [link for link in links if isinstance(link, dict)] if isinstance(links, list) else []
+    if isinstance(links, list):
+        listed = [link for link in links if isinstance(link, dict)]
+    else:
+        listed = []
     link = next((link for link in listed if link.get("rel") == "next"), None)
     if link is None:
         return None

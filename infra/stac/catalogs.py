@@ -124,7 +124,9 @@ def search(catalog: Catalog, interval: str, lonlat: NDArray[np.float64], max_clo
 
 
 def _collection_of(feature: Any) -> Any:
-    return feature.get("collection") if isinstance(feature, dict) else None
+    if isinstance(feature, dict):
+        return feature.get("collection")
+    return None
 
 
 def _newer(one: UsableItem, other: UsableItem) -> UsableItem:
@@ -186,7 +188,10 @@ def _resolve(item: pystac.Item, catalog: Catalog, hosts: tuple[str, ...]) -> int
 
     Beside a file its own address counts: the items' links tell where they once came from.
     """
-    base = catalog.url if is_file(catalog.url) else item.get_self_href() or catalog.url
+    if is_file(catalog.url):
+        base = catalog.url
+    else:
+        base = item.get_self_href() or catalog.url
     local = urlsplit(catalog.url).scheme in ("", "file")
     for asset in item.assets.values():
         asset.href = absolute(asset.href, storage.as_url(base))

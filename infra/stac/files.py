@@ -118,7 +118,9 @@ def _opened(url: str, version: str) -> Items:
     with _reaching(url):
         data = storage.read(url)
     try:
-        return _from_parquet(data) if _kind(url) in PARQUET else _from_json(data)
+        if _kind(url) in PARQUET:
+            return _from_parquet(data)
+        return _from_json(data)
     except (UserError, *NO_ITEMS) as error:
         raise _refusal(url, error) from None
 
@@ -133,7 +135,10 @@ def _refusal(url: str, error: Exception) -> UserError:
 def _from_parquet(data: bytes) -> Items:
     table = open_parquet(io.BytesIO(data), "the file", len(data)).read()
     shapes = _shapes(table, data)
-    told = table["collection"].to_pylist() if "collection" in table.column_names else [None] * len(table)
+    if "collection" in table.column_names:
+        told = table["collection"].to_pylist()
+    else:
+        told = [None] * len(table)
     rows = table.drop_columns(["geometry"])
     return Items(rows, shapes, [str(name or "") for name in told], shapely.bounds(shapes).reshape(-1, 4))
 
@@ -141,7 +146,8 @@ def _from_parquet(data: bytes) -> Items:
 def _shapes(table: pa.Table, data: bytes) -> NDArray[np.object_]:
     """Returns geometries from WKB or GeoArrow's own layouts; None where the bytes are no geometry."""
     kind = table.schema.field("geometry").type
-    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return shapely.from_wkb(np.array(table["geometry"].to_pylist(), object), on_invalid="ignore")
     if b"geo" in (table.schema.metadata or {}):
@@ -157,7 +163,10 @@ def _feature(row: dict[str, Any], shape: shapely.Geometry | None) -> dict[str, A
     found = {"type": "Feature", "stac_version": "1.0.0", "stac_extensions": [], "links": [], "assets": {}} | top
     if box:
         corners = ("xmin", "ymin", "zmin", "xmax", "ymax", "zmax")
-        found["bbox"] = [box[corner] for corner in corners if corner in box] if isinstance(box, dict) else box
+        if isinstance(box, dict):
+            found["bbox"] = [box[corner] for corner in corners if corner in box]
+        else:
+            found["bbox"] = box
     geometry = None if shape is None else shapely.geometry.mapping(shape)
     return found | {"geometry": geometry, "properties": plain.pop("properties", {}) | plain}
 
@@ -194,7 +203,9 @@ def _features(text: str) -> list[Any]:
         return lines
     if content.get("type") in ("Catalog", "Collection") and "features" not in content:
         raise UserError("a static STAC catalog, which cannot be searched")
-    return [content] if content.get("type") == "Feature" else list(content["features"])
+    if content.get("type") == "Feature":
+        return [content]
+    return list(content["features"])
 
 
 def _shape(feature: Any) -> shapely.Geometry | None:

@@ -35,7 +35,10 @@ class UsableItem(pystac.Item):
         """
         item = cls.from_dict(feature, preserve_dict=False, migrate=False)  # migration copies all, for nothing here
         cloud = item.properties.get("eo:cloud_cover")
-        item.properties["eo:cloud_cover"] = None if cloud is None or math.isnan(float(cloud)) else float(cloud)
+        if cloud is None or math.isnan(float(cloud)):
+            item.properties["eo:cloud_cover"] = None
+        else:
+            item.properties["eo:cloud_cover"] = float(cloud)
         item.begin, item.end = _times(item)
         if item.datetime is None:  # the manifest tells when an image begins
             item.datetime, item.properties["datetime"] = item.begin, item.properties["start_datetime"]

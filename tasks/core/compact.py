@@ -50,7 +50,10 @@ class Projection:
         chosen = vectors[:, ::-1][:, :dims]
         chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(0), np.arange(dims)])
         total = variances.sum()
-        explained = float(variances[::-1][:dims].sum() / total) if total > 0 else 1.0
+        if total > 0:
+            explained = float(variances[::-1][:dims].sum() / total)
+        else:
+            explained = 1.0
         return cls(mean.astype(np.float32), chosen.astype(np.float32), explained)
 
     def apply(self, values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -58,12 +58,18 @@ class Change:
         beyond = next((i for i, share in enumerate(self.shares) if share >= HALF), None)
         if beyond is None:
             return None
-        near, far = (0.0, self.distances_km[0]) if beyond == 0 else self.distances_km[beyond - 1 : beyond + 1]
+        if beyond == 0:
+            near, far = (0.0, self.distances_km[0])
+        else:
+            near, far = self.distances_km[beyond - 1 : beyond + 1]
         low = 0.0 if beyond == 0 else self.shares[beyond - 1]
         return round(near + (far - near) * (HALF - low) / (self.shares[beyond] - low), 1)
 
 
 def kernel_width_km(temperature: float) -> float:
     """Returns the full width at half maximum of the kernel exp(t (cos d - 1)), in km."""
-    half = np.arccos(max(-1.0, 1 - np.log(2) / temperature)) if temperature > 0 else np.pi
+    if temperature > 0:
+        half = np.arccos(max(-1.0, 1 - np.log(2) / temperature))
+    else:
+        half = np.pi
     return round(float(2 * half * EARTH_RADIUS_KM), 1)

@@ -228,7 +228,10 @@ def _fit(
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
     """Returns the penalty with the best mean `score(outputs, rows)` over held-out parts, and the ridge of all rows."""
     total = Moments.of(x, y)
-    held_out = by_spectrum if spectrum_pays(len(x), x.shape[1], len(parts), len(alphas)) else by_factors
+    if spectrum_pays(len(x), x.shape[1], len(parts), len(alphas)):
+        held_out = by_spectrum
+    else:
+        held_out = by_factors
     outputs = held_out(x, y, total, parts, alphas)
     scores = [[score(found[rows], rows) for rows in parts] for found in outputs]
     best = int(np.average(scores, axis=1).argmax())

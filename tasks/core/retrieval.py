@@ -72,7 +72,9 @@ class Method:
     @property
     def semantic(self) -> float:
         """Returns the semantic temperature, given or by default."""
-        return TEMPERATURES.get(self.name, 15.0) if self.temperature is None else self.temperature
+        if self.temperature is None:
+            return TEMPERATURES.get(self.name, 15.0)
+        return self.temperature
 
     @property
     def has_geodesic(self) -> bool:
@@ -178,7 +180,10 @@ class RetrievalIndex:
             raise ValueError(f"{method.name} selects no weights: only range and range+ have halves")
         self._check(queries, lonlat)
         with _tf32(self.precision == "tf32"):
-            geodesic = self._geodesic(lonlat, method.geodesic_temperature) if method.has_geodesic else None
+            if method.has_geodesic:
+                geodesic = self._geodesic(lonlat, method.geodesic_temperature)
+            else:
+                geodesic = None
             return Halves(self.by_likeness(queries, method.semantic), geodesic)
 
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
@@ -236,7 +241,9 @@ class RetrievalIndex:
         if not pays(temperature, len(self), self.expected):
             return self.by_nearness(lonlat, temperature)
         sums, far = self.spectrum(temperature).sums(lonlat)
-        return sums.replaced(far, self.by_nearness(np.asarray(lonlat)[far], temperature)) if far.any() else sums
+        if far.any():
+            return sums.replaced(far, self.by_nearness(np.asarray(lonlat)[far], temperature))
+        return sums
 
     def spectrum(self, temperature: float) -> Spectrum:
         """Returns the geodesic half's spectrum of the whole database, computed once."""

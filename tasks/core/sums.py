@@ -84,7 +84,9 @@ class Halves:
     @property
     def sums(self) -> list[Sums]:
         """Returns the sums of the halves that the method has, one or two."""
-        return [self.semantic] if self.geodesic is None else [self.semantic, self.geodesic]
+        if self.geodesic is None:
+            return [self.semantic]
+        return [self.semantic, self.geodesic]
 
     def __add__(self, other: "Halves") -> "Halves":
         return _halves([a + b for a, b in zip(self.sums, other.sums, strict=True)])

@@ -250,13 +250,18 @@ class Trainer:
     @property
     def result(self) -> Progress:
         """Returns the measurement of the weights that training ends with."""
-        return self.best if self.schedule.patience else self.history[-1]
+        if self.schedule.patience:
+            return self.best
+        return self.history[-1]
 
     @property
     def finished(self) -> bool:
         """Tells whether all steps are done, or `patience` measurements brought no improvement."""
         patience = self.schedule.patience
-        waited = len(self.history) - 1 - self.history.index(self.best) if self.history else 0
+        if self.history:
+            waited = len(self.history) - 1 - self.history.index(self.best)
+        else:
+            waited = 0
         return self.step_number >= self.schedule.steps or 0 < patience <= waited
 
     def finish(self) -> None:
@@ -315,7 +320,10 @@ def train(trainer: Trainer, pairs: Pairs, every: int) -> Iterator[Progress | Non
     part = slice(rank * schedule.batch // processes, (rank + 1) * schedule.batch // processes)
     while not trainer.finished:
         rows, views = batches(trainer.step_number)
-        near = near_pairs(pairs.lonlat[rows], schedule.mask_km) if schedule.mask_km else None
+        if schedule.mask_km:
+            near = near_pairs(pairs.lonlat[rows], schedule.mask_km)
+        else:
+            near = None
         features = torch.from_numpy(pairs.features.take(rows[part], views[part]))
         trainer.losses.append(trainer.step(harmonics(rows[part]), features, near))
         measured = trainer.step_number % every == 0 or trainer.step_number == schedule.steps
@@ -357,7 +365,10 @@ def _measure(pairs: Pairs) -> Callable[[Trainer], Progress]:
     def measure(trainer: Trainer) -> Progress:
         places, images = trainer.location.embed(lonlat), trainer.projection.keys(features)
         scale = trainer.log_scale.detach().exp().cpu()
-        value = info_nce(torch.from_numpy(places), torch.from_numpy(images), scale).item() if len(places) else 0.0
+        if len(places):
+            value = info_nce(torch.from_numpy(places), torch.from_numpy(images), scale).item()
+        else:
+            value = 0.0
         accuracy = retrieval_accuracy(places, images)
         return Progress(trainer.step_number, float(np.mean(trainer.losses)), scale.item(), accuracy, value)
 

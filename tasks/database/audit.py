@@ -79,7 +79,10 @@ def fingerprint_of(recorded: str | None, model: type[Card], url: str | None) -> 
 def by_encoding(data: Database, patches: str, checkpoint: str, sample: int, seed: int) -> Iterator[Finding]:
     """Checks a random sample by encoding it again, and that the same sample shuffled fails."""
     manifest = open_store(patches).manifest
-    same = np.array_equal(data.row_ids, manifest["row_id"]) if len(manifest) == len(data.row_ids) else False
+    if len(manifest) == len(data.row_ids):
+        same = np.array_equal(data.row_ids, manifest["row_id"])
+    else:
+        same = False
     yield Finding("row ids", same, f"{len(data.row_ids)} in the database, {len(manifest)} in the manifest")
     if not same:
         return

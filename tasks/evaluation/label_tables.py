@@ -104,7 +104,9 @@ def recognise(table: Table, params: EvaluateParams) -> list[Columns]:
             f"has none of the paper's tasks among its columns {', '.join(table.names)}: name one with --label and "
             "--kind"
         )
-    return exact if exact and not table.geometry else [replace(columns, lonlat=None) for columns in labelled]
+    if exact and not table.geometry:
+        return exact
+    return [replace(columns, lonlat=None) for columns in labelled]
 
 
 def make_labels(table: Table, columns: Columns, params: EvaluateParams) -> LabelSet:
@@ -188,7 +190,9 @@ def draw_in_polygons(
 
 def _typed(labels: NDArray, columns: Columns, source: str) -> NDArray:
     if columns.kind == "classification":
-        return labels if labels.dtype.kind in "biuf" else labels.astype(str)
+        if labels.dtype.kind in "biuf":
+            return labels
+        return labels.astype(str)
     try:
         numbers = labels.astype(np.float64)
     except ValueError as error:
@@ -197,7 +201,9 @@ def _typed(labels: NDArray, columns: Columns, source: str) -> NDArray:
         ) from None
     if columns.log1p and (numbers <= -1).any():
         raise UserError(f"{source}, column {columns.label!r}, has {numbers.min():g}, which has no log(1 + label)")
-    return np.log1p(numbers) if columns.log1p else numbers
+    if columns.log1p:
+        return np.log1p(numbers)
+    return numbers
 
 
 def _check(lonlat: NDArray[np.float64], labels: NDArray, columns: Columns, source: str) -> None:

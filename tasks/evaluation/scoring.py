@@ -209,8 +209,12 @@ def _cell(row: pd.Series, best: float) -> str:
     if row["note"]:
         return str(row["note"])
     text = f"{_spread(row['random'], row['random_std'])} / {_spread(row['blocked'], row['blocked_std'])}"
-    return f"**{text}**" if row["blocked"] == best else text
+    if row["blocked"] == best:
+        return f"**{text}**"
+    return text
 
 
 def _spread(mean: float, std: float | None) -> str:
-    return f"{mean:.2f}" if std is None or np.isnan(std) else f"{mean:.2f} ± {std:.2f}"
+    if std is None or np.isnan(std):
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ± {std:.2f}"

@@ -73,7 +73,10 @@ def multiscale(spec: GridSpec, names: list[str]) -> dict[str, Any]:
     layout: list[dict[str, Any]] = []
     for level, name in enumerate(names):
         where = placed(replace(spec, step=spec.step * 2**level))
-        source = {"derived_from": names[level - 1], "transform": {"scale": [2.0, 2.0]}} if level else {}
+        if level:
+            source = {"derived_from": names[level - 1], "transform": {"scale": [2.0, 2.0]}}
+        else:
+            source = {}
         layout.append({"asset": name} | source | {key: where[key] for key in shaped})
     attrs = {key: value for key, value in placed(spec).items() if key not in shaped}
     return declared(attrs, MULTISCALES) | {"multiscales": {"layout": layout, "resampling_method": "average"}}

@@ -112,14 +112,19 @@ def far_cells(job: Job, tile: Tile, spectrum: Spectrum | None, _: Report | None)
 
     It waits until an earlier tile is written."""
     places = land_cells(job.spec, tile).lonlat
-    return spectrum.weights.sums(places)[1] if spectrum else np.ones(len(places), bool)
+    if spectrum:
+        return spectrum.weights.sums(places)[1]
+    return np.ones(len(places), bool)
 
 
 def part_sums(job: Job, part: Part, tile: Tile, far: NDArray[np.bool_]) -> Halves:
     """Computes the sums of a tile's land cells over one part of the database, the geodesic half for far cells alone."""
     places, index, method = land_cells(job.spec, tile).lonlat, _part(job, part), job.method
     semantic = index.by_likeness(load_encoder(job.checkpoint).embed(places), method.semantic)
-    nearness = index.by_nearness(places[far], method.geodesic_temperature) if method.has_geodesic else None
+    if method.has_geodesic:
+        nearness = index.by_nearness(places[far], method.geodesic_temperature)
+    else:
+        nearness = None
     return Halves(semantic, nearness)
 
 

@@ -49,7 +49,9 @@ def empty_shard(array: dict[str, Any]) -> bytes:
 
 def _sharding(array: dict[str, Any]) -> dict[str, Any]:
     first: dict[str, Any] = next(iter(array.get("codecs", [])), {})
-    return first["configuration"] if first.get("name") == SHARDED else {}
+    if first.get("name") == SHARDED:
+        return first["configuration"]
+    return {}
 
 
 def _shard(array: dict[str, Any]) -> list[int]:

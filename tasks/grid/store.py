@@ -148,7 +148,9 @@ def _evidence(spec: GridSpec, content: Content) -> Iterator[xr.Dataset]:
 def level_url(grid: str, level: int) -> str:
     """Returns the URL of a coarser level's Zarr: beside the grid's, or in grids of earlier versions within it."""
     within = storage.join(grid, f"x{2**level}")
-    return within if storage.exists(storage.join(within, ROOT)) else storage.join(home_of(grid), f"x{2**level}.zarr")
+    if storage.exists(storage.join(within, ROOT)):
+        return within
+    return storage.join(home_of(grid), f"x{2**level}.zarr")
 
 
 def level_urls(grid: str) -> list[str]:
@@ -189,9 +191,10 @@ def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any
 
 def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]) -> xr.Dataset:
     """Returns an empty variable of (dim, y, x), or of (y, x) where `dim` has no name."""
-    dims, shape = ((dim, *spec.plane.dims), (size,)) if dim else (spec.plane.dims, ())
     import dask.array  # here, since what reads grids needs no Dask
 
+    leading = {dim: size} if dim else {}
+    dims, shape = (*leading, *spec.plane.dims), tuple(leading.values())
     data = dask.array.full((*shape, *spec.shape), np.nan, dtype="float32", chunks=(*shape, spec.tile, spec.tile))
     coords = conventions.axes(spec)
     if dim:
@@ -250,7 +253,10 @@ def write_tile(url: str, tile: Tile, values: NDArray[np.float32], variable: str 
     start = 0
     for array in _arrays(url, variable, "r+"):
         _check_whole(array, tile)
-        part = values[start : start + array.shape[0]] if array.ndim == 3 else values
+        if array.ndim == 3:
+            part = values[start : start + array.shape[0]]
+        else:
+            part = values
         start += len(part)
         array[(..., *tile.window)] = _encoded(array, part, tile)
 
@@ -270,7 +276,9 @@ def _encoded(array: zarr.Array, values: NDArray[np.float32], tile: Tile) -> NDAr
     if array.dtype == np.int8:
         return _scale(array).encode(values)
     try:
-        return half(values) if array.dtype == np.float16 else values
+        if array.dtype == np.float16:
+            return half(values)
+        return values
     except OverflowError as error:
         raise UserError(f"tile {tile}: {error}. Publish with --dtype float32 or int8") from None
 
@@ -338,7 +346,9 @@ def open_spec(url: str) -> GridSpec:
 
 def _decoded(array: zarr.Array, index: Any) -> NDArray[np.float32]:
     values = arrays.read(array, index)
-    return _scale(array).decode(values) if array.dtype == np.int8 else values.astype(np.float32, copy=False)
+    if array.dtype == np.int8:
+        return _scale(array).decode(values)
+    return values.astype(np.float32, copy=False)
 
 
 def storing(url: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:

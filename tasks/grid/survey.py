@@ -65,7 +65,10 @@ def survey(job: Job, dtype: DType, projection: Projection | None) -> Survey:
     attrs: dict[str, Any] = {"rangegrid:field": _field(changes, cell_km)}
     if dtype == "float32":
         return Survey(attrs)
-    scales = {name: Scale.fit(part) for name, part in blocks.items()} if dtype == "int8" else {}
+    if dtype == "int8":
+        scales = {name: Scale.fit(part) for name, part in blocks.items()}
+    else:
+        scales = {}
     attrs["rangegrid:loss"] = {"dtype": dtype} | _loss(flat, blocks, scales)
     return Survey(attrs | _quantization(dtype, scales), dtype, scales)
 
@@ -137,13 +140,17 @@ def _warning(parts: dict[str, dict[str, Any]]) -> dict[str, str]:
         for name, part in parts.items()
         if part["spoiled"]
     ]
-    return {"warning": f"fewer bits spoil {', '.join(bad)}; float32 loses nothing"} if bad else {}
+    if bad:
+        return {"warning": f"fewer bits spoil {', '.join(bad)}; float32 loses nothing"}
+    return {}
 
 
 def _stored(part: NDArray[np.float32], scale: Scale | None) -> NDArray[np.float32]:
     """Returns what a reader gets back."""
     try:
-        return scale.decode(scale.encode(part)) if scale else half(part).astype(np.float32)
+        if scale:
+            return scale.decode(scale.encode(part))
+        return half(part).astype(np.float32)
     except OverflowError as error:
         raise UserError(f"{error}: publish float32 or int8") from None
 

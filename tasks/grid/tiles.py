@@ -85,7 +85,9 @@ class Job:
     @property
     def projected_by(self) -> str | None:
         """Returns the URL of the Zarr with the projection in use, if there is one."""
-        return self.grid if self.params.compact_dims else None
+        if self.params.compact_dims:
+            return self.grid
+        return None
 
 
 def load(
@@ -117,7 +119,10 @@ def load_index(database: str, projected_by: str | None, queries: int | None) -> 
 
 def index_of(data: Database, projected_by: str | None, queries: int | None = None) -> RetrievalIndex:
     """Makes the index of some images, with their values projected as the grid's."""
-    values = store.read_projection(projected_by).apply(data.values) if projected_by else data.values
+    if projected_by:
+        values = store.read_projection(projected_by).apply(data.values)
+    else:
+        values = data.values
     return RetrievalIndex(data.keys, values, data.locations, queries=queries)
 
 

@@ -162,4 +162,6 @@ def changed_images(job: Job, parent: Parent) -> tuple[RetrievalIndex | None, Ret
 
 def _index(job: Job, database: str, rows: list[int]) -> RetrievalIndex | None:
     """Makes the index of some images of a database; None where no rows are asked for."""
-    return index_of(read_rows(database, rows), job.projected_by) if rows else None
+    if rows:
+        return index_of(read_rows(database, rows), job.projected_by)
+    return None

@@ -104,7 +104,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    return vars(value) if isinstance(value, argparse.Namespace) else value
+    if isinstance(value, argparse.Namespace):
+        return vars(value)
+    return value
 
 
 def _location_of(settings: dict[str, Any], weights: dict[str, Tensor]) -> LocationEncoder:
@@ -130,7 +132,10 @@ def _size(settings: dict[str, Any], name: str) -> int:
 
 
 def _floats(name: str, tensor: Tensor) -> Tensor:
-    value = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    if tensor.dtype in (torch.float32, torch.float64):
+        value = tensor
+    else:
+        value = tensor.float()
     if not torch.isfinite(value).all():
         raise UserError(f"the checkpoint's {name} has numbers that are not finite: it is damaged")
     return value
@@ -142,7 +147,10 @@ def _image_side_of(
     """Returns image encoder and projection, or neither and a note that tells why."""
     kind = settings.get("vision_layers")
     if not visual or str(kind) not in VISION:
-        why = f"vision_layers {kind!r} is none of {', '.join(VISION)}" if visual else "the file has no model.visual"
+        if visual:
+            why = f"vision_layers {kind!r} is none of {', '.join(VISION)}"
+        else:
+            why = "the file has no model.visual"
         return None, None, {"image_side": f"not imported: {why}"}
     name, head = VISION[str(kind)]
     encoder = load_tower(name, {key: _floats(key, tensor).numpy() for key, tensor in visual.items()})

@@ -42,10 +42,14 @@ def read_shard(url: str, params: SampleParams, unit: tuple[int, int]) -> None:
     choices = _planned(url, number, shard)
     pixels = _held(url, params, number, shard)
     copied = reuse.copy(store.read_part(url, "plan", number, shard), pixels, start)
-    choices = choices[~choices["position"].isin(copied["position"])] if len(copied) else choices
+    if len(copied):
+        choices = choices[~choices["position"].isin(copied["position"])]
     tables = [copied, _read(choices, Reader(params, pixels, start, meter.traffic))]
     table = pd.concat([table for table in tables if len(table)]).sort_values("position", ignore_index=True)
-    target = url if (table["reason"] == "").all() else store.held(url, number)
+    if (table["reason"] == "").all():
+        target = url
+    else:
+        target = store.held(url, number)
     store.create(target, *shape(params))
     store.write_shard(target, start, pixels)
     store.create_part(url, "parts", number, shard, meter.stamp(table))
@@ -152,7 +156,10 @@ class Reader:
         """Hrefs that can be read now, by item; the catalog is asked again for those whose query is never stored."""
         items = rows.drop_duplicates("item_id")
         found = {item: _known(assets) for item, assets in zip(items["item_id"], items["assets"], strict=True)}
-        passing = rows[rows["passing"].eq(True)] if "passing" in rows else rows[:0]
+        if "passing" in rows:
+            passing = rows[rows["passing"].eq(True)]
+        else:
+            passing = rows[:0]
         if len(passing):
             again = {item.id: hrefs(item) for item in find_items(passing[["lon", "lat"]].to_numpy(), self.params)}
             found |= {item: again.get(item, {}) for item in passing["item_id"].unique()}

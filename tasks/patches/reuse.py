@@ -54,7 +54,10 @@ def screened(sources: Sequence[str], cell: int, rows: NDArray[np.float64]) -> li
     """
     found, left = [], set(rows.tolist())
     for table in _screens(sources, cell):
-        known = table[table["row_id"].isin(left)] if set(table.columns) >= SCREENED else table[:0]
+        if set(table.columns) >= SCREENED:
+            known = table[table["row_id"].isin(left)]
+        else:
+            known = table[:0]
         if len(known):
             found.append(known)
             left -= set(known["row_id"])

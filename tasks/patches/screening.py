@@ -169,7 +169,9 @@ def _reason(nodata: float, clear: float, saturated: float, params: SampleParams)
         return Reason.NODATA
     if clear < params.min_clear_fraction:
         return Reason.NOT_CLEAR
-    return Reason.SATURATED if saturated > params.max_saturated_fraction else ""
+    if saturated > params.max_saturated_fraction:
+        return Reason.SATURATED
+    return ""
 
 
 def _share(window: NDArray, classes: tuple[int, ...]) -> float:

@@ -28,9 +28,10 @@ def bias_chart(failures: pd.DataFrame, title: str, caption: str) -> bytes:
     figure, panels = _panels(len(kinds), title, caption, height=4.4)
     for axes, by in zip(panels, kinds, strict=True):
         part = failures[failures["by"] == by]
-        groups = (
-            list(part["group"].unique()) if by == "continent" else sorted(part["group"].unique(), key=_first_number)
-        )
+        if by == "continent":
+            groups = list(part["group"].unique())
+        else:
+            groups = sorted(part["group"].unique(), key=_first_number)
         for colour, (task, rows) in zip(_colours(), part.groupby("task", sort=False), strict=False):
             _line(axes, [groups.index(g) for g in rows["group"]], rows["score"], rows["std"], colour, str(task))
         axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right", fontsize=8)

@@ -14,8 +14,8 @@ from infra.errors import UserError
 from infra.settings import settings
 from tasks.cards import GRID, Card, find_card, fingerprint
 from tasks.products import CARDS
-from tasks.release.lines import read_told, versions_in
-from tasks.release.versions import Version, versions
+from tasks.release.lines import Version, read_told, versions_in
+from tasks.release.versions import versions
 
 KINDS = {model.directory: model for model in CARDS}  # models of cards, by the name of the kind's directory
 ORDER = list(KINDS)  # each kind comes after those that it is made from
@@ -80,7 +80,9 @@ def products() -> dict[str, Product]:
 
 def _directories(kind: str) -> list[str]:
     url = storage.join(settings().storage_url, kind)
-    return versions_in(url) if kind == "grids" else storage.names(url)
+    if kind == "grids":
+        return versions_in(url)
+    return storage.names(url)
 
 
 def _product(kind: str, name: str, known: Mapping[str, Version]) -> Product | None:

@@ -6,6 +6,7 @@ number of dimensions. A version never changes its line, which its card names.
 
 import hashlib
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from infra import storage
@@ -70,7 +71,9 @@ class Told:
     @property
     def layout(self) -> Layout | None:
         """Returns the layout of the grid, or None before its metadata exist."""
-        return Layout.of(self.card.recipe, self.card.dims) if self.card.made_of else None
+        if self.card.made_of:
+            return Layout.of(self.card.recipe, self.card.dims)
+        return None
 
     @property
     def line(self) -> str:
@@ -140,3 +143,34 @@ def lines_in(directory: str) -> list[str]:
     begin, end = "latest.", ".json"
     names = [name for name in storage.names(directory) if name.startswith(begin) and name.endswith(end)]
     return [name[len(begin) : -len(end)] for name in names if name != begin + "json"]
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version: a directory under `grids/`."""
+
+    fingerprint: str
+    """Fingerprint, which is its name."""
+    grid: str
+    """URL of its Zarr."""
+    state: str
+    """`latest`, `previous`, `withdrawn`, `kept`, `unfinished` or `condemned`; the first two are those of its line."""
+    finished: datetime | None
+    """When its card was written; None while unfinished."""
+    told: Told
+    """What the version says of itself."""
+
+    @property
+    def line(self) -> str:
+        """Returns its product line; empty before its metadata exist."""
+        return self.told.line
+
+    @property
+    def layout(self) -> Layout | None:
+        """Returns its layout, or None before its metadata exist."""
+        return self.told.layout
+
+    @property
+    def parent(self) -> str | None:
+        """Returns the fingerprint of the version whose sums it was updated from."""
+        return self.told.card.recipe.parent

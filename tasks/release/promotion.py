@@ -33,7 +33,10 @@ def promote_evaluated(grid: str, margin: float, drift_alert: float) -> bool:
     card = read_scores(grid)
     if card is None:
         raise UserError(f"{grid} has no score card: evaluate it first, with `rangegrid evaluate … --grid {grid}`")
-    current = read_scores(since.grid) if since.grid and since.grid != grid else None
+    if since.grid and since.grid != grid:
+        current = read_scores(since.grid)
+    else:
+        current = None
     if refusals := gate(card, current, margin):
         message = (
             f"{grid} is not promoted ({'; '.join(map(str, refusals))}): readers keep "
@@ -51,7 +54,9 @@ def read_scores(grid: str) -> ScoreCard | None:
         UserError: It is damaged.
     """
     url = storage.join(home_of(grid), CARD)
-    return parse_card(storage.read_json(url), ScoreCard, url) if storage.exists(url) else None
+    if storage.exists(url):
+        return parse_card(storage.read_json(url), ScoreCard, url)
+    return None
 
 
 def promote_unless_withdrawn(grid: str, since: versions.Pointer, drift_alert: float) -> bool:
@@ -59,7 +64,10 @@ def promote_unless_withdrawn(grid: str, since: versions.Pointer, drift_alert: fl
     if name_of(grid) in versions.read_pointer(since.line)[0].withdrawn:
         log().warning("%s was rolled back, and is not promoted again but by `rangegrid grid promote`", grid)
         return False
-    found = tell_drift(since.grid, grid, drift_alert) if since.grid not in ("", grid) else {}
+    if since.grid not in ("", grid):
+        found = tell_drift(since.grid, grid, drift_alert)
+    else:
+        found = {}
     log().info("the latest grid of the line %s is %s", since.line, versions.promote(grid, since, found).grid)
     return True
 

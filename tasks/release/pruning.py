@@ -12,6 +12,7 @@ from typing import Any
 from infra import storage
 from tasks.release import versions
 from tasks.release.inventory import KINDS, ORDER, Product, products
+from tasks.release.lines import Version
 
 INPUTS = ("patches", "features", "checkpoints", "databases")  # kinds that a step may be reading unseen
 AT_WORK = timedelta(days=1)  # age below which an unfinished product may have a run at work
@@ -60,7 +61,7 @@ def _order(product: Product) -> int:
     return ORDER.index(product.kind)
 
 
-def _prune_grids(keep: int, unfinished: bool, delete: bool, spared: set[str]) -> list[versions.Version]:
+def _prune_grids(keep: int, unfinished: bool, delete: bool, spared: set[str]) -> list[Version]:
     if not versions.pointers():
         return []  # nothing says which grid is in use
     return versions.prune(keep, unfinished=unfinished, dry_run=not delete, spared=frozenset(spared))

@@ -22,8 +22,7 @@ from infra.settings import settings
 from tasks.cards import GRID
 from tasks.core.earth.grid import GridSpec
 from tasks.grid.conventions import COPERNICUS, LEGAL_NOTICE, spec_of
-from tasks.release.lines import versions_in
-from tasks.release.versions import Version
+from tasks.release.lines import Version, versions_in
 
 STAC, IDENTITY = "1.0.0", "rangegrid"
 ITEM, COLLECTION = "item.json", "collection.json"
@@ -82,7 +81,10 @@ def make_item(home: str) -> pystac.Item:
 def _geometry(spec: GridSpec) -> dict[str, Any]:
     """Returns the bounds of the grid as a shape, in two pieces where they cross 180 degrees."""
     west, south, east, north = spec.plane.bounds(spec.box)
-    spans = [(west, east)] if west < east else [(west, 180.0), (-180.0, east)]
+    if west < east:
+        spans = [(west, east)]
+    else:
+        spans = [(west, 180.0), (-180.0, east)]
     return mapping(union_all([box(left, south, right, north) for left, right in spans]))
 
 

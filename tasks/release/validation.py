@@ -141,7 +141,10 @@ def refuse(grid: str, findings: list[Finding]) -> None:
 
 def presence(tiles: list[Tile], missing: set[Tile]) -> Finding:
     """Checks that every tile with land has its shard."""
-    example = f", for example {min(map(str, missing))} is not" if missing else ""
+    if missing:
+        example = f", for example {min(map(str, missing))} is not"
+    else:
+        example = ""
     return Finding("shards", not missing, f"{len(tiles) - len(missing)} of {len(tiles)} land tiles are there{example}")
 
 
@@ -270,7 +273,10 @@ def chosen(spec: GridSpec, name: str) -> tuple[NDArray[np.intp], NDArray[np.intp
     """Returns rows and columns of land cells, uniform by area, the same in every call."""
     rows, columns = np.nonzero(land_mask(spec))
     rng = np.random.default_rng(int.from_bytes(name.encode()))
-    area = np.cos(np.radians(spec.y[rows])) if spec.plane.is_geographic else np.ones(len(rows))
+    if spec.plane.is_geographic:
+        area = np.cos(np.radians(spec.y[rows]))
+    else:
+        area = np.ones(len(rows))
     picked = rng.choice(len(rows), min(CANARIES, len(rows)), replace=False, p=area / area.sum())
     return rows[picked], columns[picked]
 

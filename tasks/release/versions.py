@@ -29,7 +29,6 @@ Each version counts in the line of its card, and a line without a pointer begins
 import secrets
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -41,7 +40,7 @@ from infra.errors import UserError
 from infra.settings import settings
 from tasks.cards import GRID, home_of, name_of, read_card
 from tasks.products import GridCard
-from tasks.release.lines import Layout, Told, choose_line, lines_in, read_line, read_told, versions_in
+from tasks.release.lines import Layout, Version, choose_line, lines_in, read_line, read_told, versions_in
 
 HISTORY = 100  # versions in a pointer's history
 DELETED = 1000  # deletions that a pointer records
@@ -114,37 +113,6 @@ class Pointer(Move):
             return Pointer(line=line, deleted=self.deleted)
         earlier = {"history": tuple(moves[1:]), "withdrawn": self.withdrawn, "deleted": self.deleted}
         return Pointer(**moves[0].model_dump(), **earlier)
-
-
-@dataclass(frozen=True)
-class Version:
-    """A version: a directory under `grids/`."""
-
-    fingerprint: str
-    """Fingerprint, which is its name."""
-    grid: str
-    """URL of its Zarr."""
-    state: str
-    """`latest`, `previous`, `withdrawn`, `kept`, `unfinished` or `condemned`; the first two are those of its line."""
-    finished: datetime | None
-    """When its card was written; None while unfinished."""
-    told: Told
-    """What the version says of itself."""
-
-    @property
-    def line(self) -> str:
-        """Returns its product line; empty before its metadata exist."""
-        return self.told.line
-
-    @property
-    def layout(self) -> Layout | None:
-        """Returns its layout, or None before its metadata exist."""
-        return self.told.layout
-
-    @property
-    def parent(self) -> str | None:
-        """Returns the fingerprint of the version whose sums it was updated from."""
-        return self.told.card.recipe.parent
 
 
 def directory() -> str:
@@ -261,7 +229,10 @@ def _promoted(pointer: Pointer, move: Move, known: Pointer) -> Pointer:
     check_undeleted(pointer, known, move.grid)
     check_there(pointer, move.grid)
     withdrawn = tuple(name for name in pointer.withdrawn if name != move.fingerprint)
-    history = (pointer.alone(), *pointer.history)[:HISTORY] if pointer.grid else ()
+    if pointer.grid:
+        history = (pointer.alone(), *pointer.history)[:HISTORY]
+    else:
+        history = ()
     return pointer.changed(**move.model_dump(), history=history, withdrawn=withdrawn)
 
 
@@ -372,7 +343,10 @@ def _age(version: Version) -> tuple[bool, float, str]:
 def _version(name: str, known: dict[str, Pointer]) -> Version:
     home, grid = storage.join(directory(), name), storage.join(directory(), name, GRID)
     told = read_told(grid)
-    finished = storage.modified(storage.join(home, "card.json")) if told.is_finished else None
+    if told.is_finished:
+        finished = storage.modified(storage.join(home, "card.json"))
+    else:
+        finished = None
     state = _state(name, grid, told.line, known.values(), told.is_finished)
     return Version(name, grid, state, finished, told)
 

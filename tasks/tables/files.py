@@ -74,7 +74,9 @@ class Place:
     @property
     def columns(self) -> list[str]:
         """Returns the names of the columns."""
-        return [self.geometry] if self.geometry else [self.lon, self.lat]
+        if self.geometry:
+            return [self.geometry]
+        return [self.lon, self.lat]
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,10 @@ def _check_content(path: Path, suffix: str, source: str, kind: str) -> None:
     if not start:
         raise UserError(f"{source} cannot be read as a table of {kind} (it is empty): give a header and rows")
     if (start == b"PAR1") != (suffix in PARQUET):
-        kinds = "is Parquet: name it .parquet" if start == b"PAR1" else "is no Parquet: name it by what it is"
+        if start == b"PAR1":
+            kinds = "is Parquet: name it .parquet"
+        else:
+            kinds = "is no Parquet: name it by what it is"
         raise UserError(f"{source} cannot be read as a table of {kind} (by its content it {kinds})")
 
 
@@ -232,7 +237,10 @@ def _open_text(path: Path, source: str, kind: str) -> Table:
     lines = [line for line in lines[bool(told_by_excel) :] if line.strip()]
     if not lines:
         raise UserError(f"{source} cannot be read as a table of {kind} (it is empty): give a header and rows")
-    delimiter = told_by_excel[1] if told_by_excel else _delimiter(lines[0], _suffix(path.name))
+    if told_by_excel:
+        delimiter = told_by_excel[1]
+    else:
+        delimiter = _delimiter(lines[0], _suffix(path.name))
     rows = list(csv.reader(lines[:200], delimiter=delimiter))
     names = tuple(rows[0])
     options = {
@@ -255,7 +263,9 @@ def _decimal(rows: list[list[str]]) -> str:
     """Returns the decimal mark: a comma where some number has one and none has a point."""
     cells = [cell for row in rows[:-1] or rows for cell in row]
     commas = any(COMMA.fullmatch(cell) for cell in cells)
-    return "," if commas and not any(POINT.fullmatch(cell) for cell in cells) else "."
+    if commas and not any(POINT.fullmatch(cell) for cell in cells):
+        return ","
+    return "."
 
 
 def _read_text(
@@ -328,7 +338,9 @@ def _geometry_of(schema: pa.Schema, source: str) -> Place | None:
 def _crs(crs: Any, source: str) -> str:
     if not crs:
         raise UserError(f"{source} does not say its coordinate reference system: set it, for example EPSG:4326")
-    return crs if isinstance(crs, str) else json.dumps(crs)
+    if isinstance(crs, str):
+        return crs
+    return json.dumps(crs)
 
 
 def _open_shapes(path: Path, source: str, kind: str) -> Table:
@@ -341,12 +353,18 @@ def _open_shapes(path: Path, source: str, kind: str) -> Table:
             f"{source} cannot be read as a table of {kind} (it is no GeoJSON, nor another format of features): give "
             f"{READABLE}"
         ) from None
-    place = Place(geometry="geometry", crs=_crs(about["crs"], source)) if about["geometry_type"] else None
+    if about["geometry_type"]:
+        place = Place(geometry="geometry", crs=_crs(about["crs"], source))
+    else:
+        place = None
     if place is None:
         raise UserError(f"{source} has no geometry: give its rows as .csv or .parquet")
 
     def read(columns: list[str] | None) -> Iterator[pa.RecordBatch]:
-        fields = None if columns is None else [name for name in columns if name != "geometry"]
+        if columns is None:
+            fields = None
+        else:
+            fields = [name for name in columns if name != "geometry"]
         with pyogrio.open_arrow(path, columns=fields, use_pyarrow=True, batch_size=BATCH) as (meta, reader):
             own = meta["geometry_name"] or "wkb_geometry"
             schema = _as_geoparquet(reader.schema, own, str(place.crs))
@@ -357,7 +375,9 @@ def _open_shapes(path: Path, source: str, kind: str) -> Table:
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    return column.storage if isinstance(column.type, pa.ExtensionType) else column
+    if isinstance(column.type, pa.ExtensionType):
+        return column.storage
+    return column
 
 
 def _as_geoparquet(schema: pa.Schema, geometry: str, crs: str) -> pa.Schema:
@@ -366,7 +386,10 @@ def _as_geoparquet(schema: pa.Schema, geometry: str, crs: str) -> pa.Schema:
 
     fields = []
     for field in schema:
-        kind = field.type.storage_type if isinstance(field.type, pa.ExtensionType) else field.type
+        if isinstance(field.type, pa.ExtensionType):
+            kind = field.type.storage_type
+        else:
+            kind = field.type
         fields.append(pa.field("geometry" if field.name == geometry else field.name, kind))
     column = {"encoding": "WKB", "geometry_types": [], "crs": CRS.from_user_input(crs).to_json_dict()}
     about = {"version": "1.0.0", "primary_column": "geometry", "columns": {"geometry": column}}

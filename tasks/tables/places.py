@@ -62,7 +62,9 @@ def _geometry(table: Table) -> Place | None:
     if table.geometry:
         return table.geometry
     found = [name for name in table.names if name.strip().lower() in GEOMETRIES]
-    return Place(geometry=found[0]) if len(found) == 1 else None
+    if len(found) == 1:
+        return Place(geometry=found[0])
+    return None
 
 
 def _one(table: Table, short: str, words: set[str]) -> str:
@@ -75,7 +77,10 @@ def _one(table: Table, short: str, words: set[str]) -> str:
     if found:
         raise table.refused(f"has columns {' and '.join(found)} for its coordinates: name one with --{short}")
     numbers = any(POINT.fullmatch(name) or COMMA.fullmatch(name) for name in table.names)
-    remedy = "give it a header" if numbers else f"rename one, or name one with --{short}"
+    if numbers:
+        remedy = "give it a header"
+    else:
+        remedy = f"rename one, or name one with --{short}"
     raise table.refused(f"has no column {short!r} among {', '.join(table.names)}: {remedy}")
 
 
@@ -151,7 +156,9 @@ def shapes_of(column: Any, place: Place, table: Table) -> NDArray[np.object_]:
             raise table.refused(
                 f"has no geometries in its column {place.geometry!r} ({reason}): give WKB or WKT"
             ) from None
-    return shapely.transform(found, partial(_moved, place.crs)) if place.crs != DEGREES else found
+    if place.crs != DEGREES:
+        return shapely.transform(found, partial(_moved, place.crs))
+    return found
 
 
 def _shapes(values: NDArray[np.object_]) -> NDArray[np.object_]:

@@ -85,7 +85,9 @@ def land_of(spec: GridSpec, tile: Tile) -> Cells:
     """Tells which cells of a tile are land by the grid's rule, (rows, columns); none whose centre is not on Earth."""
     if spec.land == "centre":
         return is_land(spec.lonlat(tile))
-    return _any_by_edges(spec, tile) if spec.plane.has_lonlat else _any_by_points(spec, tile)
+    if spec.plane.has_lonlat:
+        return _any_by_edges(spec, tile)
+    return _any_by_points(spec, tile)
 
 
 def _any_by_edges(spec: GridSpec, tile: Tile) -> Cells:
@@ -144,7 +146,10 @@ def _rim(spec: GridSpec) -> Cells:
 def _rim_points(spec: GridSpec) -> Float:
     """Returns points in the mask's land cells beside the sea, (n, 2) in degrees (lon, lat), near a grid."""
     row, column = np.nonzero(holds_land() & ~_inner(holds_land()))
-    west, south, east, north = GLOBE if spec.plane.is_geographic else spec.plane.bounds(spec.box)
+    if spec.plane.is_geographic:
+        west, south, east, north = GLOBE
+    else:
+        west, south, east, north = spec.plane.bounds(spec.box)
     lat, lon = row / CELLS_PER_DEGREE - 90, column / CELLS_PER_DEGREE - 180
     near = (lat > south - ROOM) & (lat < north + ROOM)
     if (width := (east - west) % 360) > 0:

@@ -57,7 +57,9 @@ class Plane:
     @property
     def dims(self) -> tuple[str, str]:
         """Returns the names of the dimensions of y and x."""
-        return ("lat", "lon") if self.is_geographic else ("y", "x")
+        if self.is_geographic:
+            return ("lat", "lon")
+        return ("y", "x")
 
     @property
     def unit(self) -> str:
@@ -67,7 +69,9 @@ class Plane:
     @property
     def metres(self) -> float:
         """Returns the length of a unit in metres; of a degree at the equator."""
-        return METRES_PER_DEGREE if self.is_geographic else 1.0
+        if self.is_geographic:
+            return METRES_PER_DEGREE
+        return 1.0
 
     def lonlat(self, xy: Float) -> Float:
         """Returns places of the plane, (..., 2), in degrees (lon, lat); NaN where the CRS has no place on Earth."""
@@ -81,7 +85,9 @@ class Plane:
 
     def xy(self, lonlat: Float) -> Float:
         """Returns degrees (lon, lat), (..., 2), as places of the plane; not finite where the plane has none."""
-        return lonlat if self.crs == WGS84 else _moved(WGS84, self.crs, lonlat)
+        if self.crs == WGS84:
+            return lonlat
+        return _moved(WGS84, self.crs, lonlat)
 
     def bounds(self, box: Box) -> Box:
         """Returns a box of the plane as west, south, east, north in degrees; west > east where it crosses 180.

@@ -39,7 +39,9 @@ def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> N
     while sum(map(len, found)) < n:
         places = uniform_places(rng, BLOCK, (-180.0, south, 180.0, north))
         found.append(places[is_land(places)])
-    return np.concatenate(found)[:n] if found else np.empty((0, 2))
+    if found:
+        return np.concatenate(found)[:n]
+    return np.empty((0, 2))
 
 
 def uniform_places(

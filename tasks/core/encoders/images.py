@@ -53,7 +53,9 @@ def take_bands(images: Images, has: tuple[str, ...], wants: tuple[str, ...]) -> 
             f"the images have the bands {', '.join(has)} and the encoder takes {', '.join(wants)}: sample patches "
             f"with {', '.join(missing)}, or use another encoder"
         )
-    return images if wants == has else images[:, [has.index(band) for band in wants]]
+    if wants == has:
+        return images
+    return images[:, [has.index(band) for band in wants]]
 
 
 def check_images(images: Images, bands: tuple[str, ...]) -> None:

@@ -76,7 +76,8 @@ def embed_csp(
     last = sum(name.endswith("linear.weight") for name in weights) - 1
     for i in range(last + 1):
         y = act(_linear(weights, f"layers.{i}.linear", x))
-        y = y + x if settings.get("skip_connection") and i < last and y.shape == x.shape else y
+        if settings.get("skip_connection") and i < last and y.shape == x.shape:
+            y = y + x
         x = _normalised(weights, f"layers.{i}.layernorm", y)
     return x.float().numpy()
 

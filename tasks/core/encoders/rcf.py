@@ -150,7 +150,10 @@ def _shares(shares: list[float], total: int) -> list[int]:
 def _fit_scale(
     images: Tensor, scale: FilterScale, count: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    coarse = functional.avg_pool2d(images, scale.coarsen) if scale.coarsen > 1 else images
+    if scale.coarsen > 1:
+        coarse = functional.avg_pool2d(images, scale.coarsen)
+    else:
+        coarse = images
     windows = _windows(coarse.numpy(), scale.width, max(WINDOWS, count), rng)
     centred = windows - windows.mean(0)
     values, vectors = np.linalg.eigh(np.cov(centred.T))

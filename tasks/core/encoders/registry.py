@@ -89,7 +89,9 @@ class TorchEncoder:
         check_images(reflectance, self.bands)
         self.module.eval()
         parts = [self._encode(reflectance[i : i + BATCH]) for i in range(0, len(reflectance), BATCH)]
-        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+        if parts:
+            return np.concatenate(parts)
+        return np.empty((0, self.dim), np.float32)
 
     def _encode(self, images: Images) -> NDArray[np.float32]:
         filled = standardise(images, np.zeros(1, np.float32), np.ones(1, np.float32))
@@ -272,7 +274,9 @@ def _source(name: str, module: str) -> ast.Module:
         folders = spec.submodule_search_locations
     read = getattr(spec.loader, "get_source", None) if spec else None
     try:
-        return ast.parse(read(module)) if read else ast.Module([], [])
+        if read:
+            return ast.parse(read(module))
+        return ast.Module([], [])
     except (ImportError, SyntaxError, TypeError, ValueError):  # compiled, or no source that this Python reads
         raise ValueError(f"{name} is in no Python source, where a mark could be seen: {MARKING}") from None
 

@@ -101,7 +101,9 @@ class VisionTransformer(nn.Module):
         tokens = self.patch_embed(images)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], 1) + self.pos_embed
         tokens = self.norm(self.blocks(tokens))
-        return tokens[:, 1:].mean(1) if self.mean else tokens[:, 0]
+        if self.mean:
+            return tokens[:, 1:].mean(1)
+        return tokens[:, 0]
 
 
 class BasicBlock(nn.Module):

@@ -109,7 +109,9 @@ def _fit(key: str, asset: Mapping[str, Any]) -> tuple[str, int] | None:
 
 def _band(name: str) -> str | None:
     """Returns the band of a name, in any case, or of a common name."""
-    return name.upper() if name.upper() in NAMES else COMMON.get(name.lower())
+    if name.upper() in NAMES:
+        return name.upper()
+    return COMMON.get(name.lower())
 
 
 def _pixel(asset: Mapping[str, Any]) -> int:
@@ -119,7 +121,10 @@ def _pixel(asset: Mapping[str, Any]) -> int:
 def number(value: Any) -> float | None:
     """Returns a finite number, or None: JSON can hold true, NaN and integers beyond any float."""
     try:
-        found = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found = float(value)
+        else:
+            found = math.nan
     except OverflowError:
         return None
     return found if math.isfinite(found) else None

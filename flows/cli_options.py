@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from infra.errors import UserError
 from tasks.params import Params
 
-BOUNDS: dict[type, tuple[str, str]] = {  # of a number's field: its attribute, and how it is told
+BOUNDS: dict[type, tuple[str, str]] = {  # by the kind of bound: its attribute, and its name in the help
     Ge: ("ge", "at least"),
     Gt: ("gt", "above"),
     Le: ("le", "at most"),

@@ -61,7 +61,7 @@ def _repeated(group: Any, texts: list[int], most: int) -> list[str]:
     """Returns the columns of a row group whose texts, stored once, could exceed a bound once each row has its own."""
     if group.num_rows * group.total_byte_size <= most:
         return []
-    columns = [group.column(j) for j in texts]  # of a damaged footer, to ask for others can end the process
+    columns = [group.column(j) for j in texts]  # texts alone: asking a damaged footer for others can end the process
     return [
         column.path_in_schema
         for column in columns

@@ -42,7 +42,7 @@ AMBIENT = (  # variables that tell a container where its keys are
 FAILURES = (BaseError, OSError)
 FORBIDDEN = (PermissionError, PermissionDeniedError, UnauthenticatedError)
 REFUSED = (AlreadyExistsError, PreconditionError)  # answers of the store, not failures
-# Of these obstore tells neither class nor number, only a text: object_store has no variant for them, see
+# obstore tells these causes by a text alone, without a class or a number: object_store has no variant for them, see
 # https://docs.rs/object_store/latest/object_store/enum.Error.html
 NO_BUCKET = "NoSuchBucket"  # S3's code for a missing bucket, in the error of a missing object
 FULL = ("No space left", "os error 28")

@@ -85,7 +85,7 @@ class Entry(BaseModel):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-Plan = tuple[Entry, ...]  # of one deployment
+Plan = tuple[Entry, ...]  # the entries of one deployment
 
 
 def plan(entries: Iterable[Entry]) -> Plan:

@@ -28,8 +28,8 @@ from infra.errors import UserError
 from infra.zarr_stores import ROOT, BucketStore, WebStore
 
 PIECE = 8 << 20  # bytes read at a time, on the way to disk
-# Of these too obstore tells a text alone, see infra.buckets. An empty object, asked for from byte 0 on, is an error by
-# S3's rules and by https://github.com/apache/arrow-rs-object-store/issues/453 on disk.
+# obstore tells these causes by a text alone too, see infra.buckets. An empty object, asked for from byte 0 on, is an
+# error by S3's rules and by https://github.com/apache/arrow-rs-object-store/issues/453 on disk.
 EMPTY = ("416 Range Not Satisfiable", "Requested range was invalid")
 BELOW_FILE = "Not a directory (os error 20)"
 

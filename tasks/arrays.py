@@ -140,7 +140,7 @@ class Table:
     """
 
     url: str
-    """Of the array: `<Zarr>/<name>`."""
+    """URL of the array: `<Zarr>/<name>`."""
 
     def create(self, shape: tuple[int, ...], **options: Any) -> None:
         """Writes the metadata of the empty array and of its group, unless they are there.

@@ -49,7 +49,7 @@ class PatchesCard(Card):
 
     @property
     def recipe(self) -> SampleRecipe:
-        """What the patches are made of."""
+        """Returns what the patches are made of."""
         return SampleRecipe.model_validate(self.made_of)
 
 
@@ -77,7 +77,7 @@ class FeaturesCard(Card):
 
     @property
     def sources(self) -> set[Source]:
-        """The patches."""
+        """Returns the patches."""
         return _sources("patches", self.made_of.get("patches"))
 
 
@@ -111,7 +111,7 @@ class CheckpointCard(Card):
 
     @property
     def sources(self) -> set[Source]:
-        """The patches, and the features that it was trained on."""
+        """Returns the patches, and the features that it was trained on."""
         made_of, encoder = self.made_of, self.made_of.get("encoder")
         found = _sources("patches", self.patches, made_of.get("patches"))
         if isinstance(encoder, dict) and {"patches", "views"} <= made_of.keys():
@@ -153,7 +153,7 @@ class DatabaseCard(Card):
 
     @property
     def sources(self) -> set[Source]:
-        """The patches, the checkpoint, and the features that the values were taken from."""
+        """Returns the patches, the checkpoint, and the features that the values were taken from."""
         patches = _sources("patches", self.patches, self.made_of.get("patches"))
         space = _sources("checkpoints", self.checkpoint, self.made_of.get("checkpoint"))
         return patches | space | _sources("features", self.values.features)
@@ -183,12 +183,12 @@ class GridRecipe(Part):
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """West, south, east and north."""
+        """Returns west, south, east and north."""
         return self.west, self.south, self.east, self.north
 
     @property
     def params(self) -> PublishParams:
-        """The parameters; the parent left out, which is known by its fingerprint alone."""
+        """Returns the parameters, without the parent, of which only the fingerprint is known."""
         return PublishParams(**self.model_dump(include=PublishParams.model_fields.keys() - {"parent"}))
 
 
@@ -216,12 +216,12 @@ class GridCard(Card):
 
     @property
     def recipe(self) -> GridRecipe:
-        """What the grid is made of."""
+        """Returns what the grid is made of."""
         return GridRecipe.model_validate(self.made_of)
 
     @property
     def sources(self) -> set[Source]:
-        """The checkpoint, the database and the parent."""
+        """Returns the checkpoint, the database and the parent."""
         recipe = self.recipe
         databases = _sources("databases", self.database, recipe.database)
         return databases | _sources("checkpoints", self.checkpoint) | _sources("grids", recipe.parent)
@@ -238,7 +238,7 @@ class ReportCard(Card):
 
     @property
     def sources(self) -> set[Source]:
-        """The database and the grid."""
+        """Returns the database and the grid."""
         return _sources("databases", self.made_of.get("database")) | _sources("grids", self.made_of.get("grid"))
 
 
@@ -251,7 +251,7 @@ class AblationCard(Card):
 
     @property
     def sources(self) -> set[Source]:
-        """The databases."""
+        """Returns the databases."""
         return _sources("databases", self.made_of.get("database"), *self.made_of.get("databases", ()))
 
 

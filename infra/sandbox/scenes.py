@@ -24,7 +24,7 @@ SHADOW_SHIFT = (
     -1,
     -1,
 )  # SCL pixels (rows, columns): the morning sun is in the east; north of the equator, south
-DARKENING = 0.5  # of the surface in shadow
+DARKENING = 0.5  # share of its reflectance that a surface in shadow keeps
 SLANT = 0.3  # share of the width by which the edge of a swath recedes from top to bottom
 COVERED = 0.8  # share of a partly covered scene's width at the top
 PIECES = ("https://stac-extensions.github.io/{}/schema.json").format

@@ -18,9 +18,7 @@ Float = NDArray[np.float64]
 LEAST_ROWS = 64  # rows, below which chance looks like a relation
 MOST_ROWS = 4000  # most rows that are used, evenly spread over the table
 COMPONENTS = 48  # principal components of each table
-LEAST_DEVIATION = (
-    1e-3  # of a component; `whiten` has no such bound, and makes rounding errors a component of variance 1
-)
+LEAST_DEVIATION = 1e-3  # divides smaller components too: sklearn's `whiten`, without it, blows up rounding errors
 RIDGE = 0.1  # penalty of the regression, as a share of the number of rows
 RUNS = 16  # runs of neighbouring rows, each of which must belong together too
 SIGMAS = 5.0  # standard errors above the shuffled mean from which a score is no chance

@@ -21,7 +21,7 @@ from tasks.plots.maps import geotiff, layer_map, principal_colours, world_map
 from tasks.units import run_units
 
 MOST_DRAWN = 500_000  # cells: as many as the picture has pixels
-BLOCKS = 64  # of a chunk's cells, that the axes are found by
+BLOCKS = 64  # samples of a chunk of cells each, by which the axes of the colours are found
 MAPS = {"world.png": "The world in embedding colours", "evidence.png": "Distance to the nearest image"}
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -52,7 +52,7 @@ x, y = {moved}
 vectors = grid.sel({x}=x, {y}=y, method="nearest", tolerance={tolerance:.10g})  # KeyError: outside of the grid"""
 DEGREES = "{west:.10g} + (lon - {west:.10g}) % 360, lat"  # as the grid counts: a box across 180 goes on beyond
 PROJECTED = 'Transformer.from_crs("EPSG:4326", grid.spatial_ref.attrs["crs_wkt"], always_xy=True).transform(lon, lat)'
-EDGE = 0.50001  # of a cell: a place on the edge between two is in one of them, whatever rounding does
+EDGE = 0.50001  # half the side of a cell and a little: an edge between two is in one of them, whatever rounding does
 
 
 def draw(client: Client, job: Job, attribution: str) -> None:

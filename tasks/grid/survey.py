@@ -26,7 +26,7 @@ from tasks.grid.tiles import Job, index_of, load, load_encoder
 from tasks.products import CheckpointCard
 from tasks.units import log
 
-BLOCK_DEGREES, FOLDS = 10.0, 5  # of the probe: one fold is scored
+BLOCK_DEGREES, FOLDS = 10.0, 5  # blocks of the probe, and their folds: one fold is scored
 
 CELLS, SHORE = 20_000, 1000  # land cells that are looked at for such as lie at sea, and of these at most
 

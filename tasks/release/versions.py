@@ -215,7 +215,8 @@ def catalogued(pointer: Pointer) -> Pointer:
 
     found = pointers()
     for position, (line, own) in enumerate(found.items()):
-        write = storage.create if position else storage.write  # of the first one it is a copy
+        # The first line's pointer is `latest.json`, so this is a copy to renew; the others have theirs here.
+        write = storage.create if position else storage.write
         write(pointer_url(line), own.model_dump_json(indent=2).encode())
     first = next(iter(found.values()), pointer)
     write_collection(directory(), first.fingerprint, {version.fingerprint: version for version in versions()})

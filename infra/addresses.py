@@ -73,14 +73,14 @@ def name_of(url: str) -> str:
 
 
 def shown(place: str | os.PathLike[str]) -> str:
-    """Returns a URL or a path as it may be told and stored: without user, one of the web also without its query.
+    """Returns a URL or a path as it may be told and stored: without user and query, which may hold a secret.
 
-    Either may hold a secret; in a name on disk or in a bucket `?` and `#` are letters like others.
+    In a name on disk or in a bucket `?` and `#` are letters like others, and stay.
     """
     plain = USER.sub(r"\1", os.fspath(place))
-    if is_web(plain):
-        return urlsplit(plain)._replace(query="", fragment="").geturl()
-    return plain
+    if urlsplit(plain).scheme in ("", "file", "s3"):
+        return plain
+    return urlsplit(plain)._replace(query="", fragment="").geturl()
 
 
 def absolute(href: str, base: str) -> str:

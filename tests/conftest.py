@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import prefect.main  # its import sets logging up: within a test, it would take the handler of caplog away
 import pyarrow.parquet
 import pytest
 import stac_geoparquet.arrow

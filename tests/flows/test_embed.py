@@ -23,7 +23,7 @@ from tasks.model.satclip import export_satclip
 from tasks.params import EmbedParams
 from tasks.points.embed import embed_file, embed_points
 from tests.core.test_retrieval import SPECIAL, database, places
-from tests.flows.test_cli import run
+from tests.flows.test_cli import run_here
 
 POINTS = np.concatenate([places(9000), SPECIAL])  # more than two batches
 
@@ -52,7 +52,7 @@ def home(tmp_path_factory):
 
 def run_embed(home, points, output, *options, checkpoint="checkpoint", database="database"):
     where = ["--checkpoint", str(home / checkpoint), "--database", str(home / database), "--output", str(output)]
-    return run("embed", str(home / points), *where, *options)
+    return run_here("embed", str(home / points), *where, *options)
 
 
 def expected(home, method):

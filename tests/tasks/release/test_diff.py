@@ -18,7 +18,7 @@ from infra.errors import UserError
 from tasks.grid import store
 from tasks.params import PruneParams
 from tasks.release import diff, validation, versions
-from tests.tasks.release.test_validation import SPEC, client, copy, good, made  # noqa: F401
+from tests.tasks.release.test_validation import SPEC, copy, good, made  # noqa: F401
 from tests.tasks.test_publish import VALUES
 
 

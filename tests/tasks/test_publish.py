@@ -34,7 +34,7 @@ from tasks.release.validation import validate_grid
 from tests.core.earth.test_land import cities
 from tests.core.test_retrieval import close, database
 
-STEP = {"step": 10.0, "tile_cells": 5}
+STEP = {"step": 10.0, "tile_cells": 8}
 KEEPS = PublishParams(**STEP, keep_sums=True)
 IMAGES, VALUES, DIM = 400, 8, 16
 PROBED = PROBES * (2 + len(DISTANCES_KM))  # places that the survey embeds: those, and their neighbours
@@ -238,7 +238,7 @@ def test_the_database_is_loaded_once_per_process(publish, home, monkeypatch):
     [
         ({"method": "range"}, "semantic_temperature 12.0 and not 15.0"),
         ({"beta": 1.0}, "geodesic_temperature 40.0 and not None"),
-        ({"tile_cells": 6}, "tile_cells 5 and not 6"),
+        ({"tile_cells": 6}, "tile_cells 8 and not 6"),
         ({"compact_dims": 2}, "compact_dims None and not 2"),
         ({"crs": "OGC:CRS84"}, "crs EPSG:4326 and not OGC:CRS84"),
     ],

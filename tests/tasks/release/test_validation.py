@@ -21,7 +21,7 @@ from tasks.release import validation, versions
 from tests.core.test_retrieval import brute_force
 from tests.tasks.test_publish import DIM, VALUES, inputs
 
-STEP = {"step": 10.0, "tile_cells": 5}
+STEP = {"step": 10.0, "tile_cells": 8}
 SPEC = GridSpec(10.0, 5)
 
 

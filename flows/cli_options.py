@@ -10,19 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from infra.errors import UserError
-from tasks.params import Params
-
-BOUNDS: dict[type, tuple[str, str]] = {  # by the kind of bound: its attribute, and its name in the help
-    Ge: ("ge", "at least"),
-    Gt: ("gt", "above"),
-    Le: ("le", "at most"),
-    Lt: ("lt", "below"),
-}
+from tasks.params import Params, described
 
 
 def with_options(model: type[Params], command: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +105,7 @@ def _option(name: str, field: FieldInfo) -> Any:
         shown = default
     else:
         shown = json.dumps(default, default=str)
-    texts = [field.description or "", _bounds(field)]
+    texts = [described(field)]
     if default not in (None, ""):
         texts.append(f"Default: {shown}.")
     given = list[str] | None if get_origin(field.annotation) is tuple else str | None  # a list's option may come again
@@ -124,18 +116,6 @@ def _option(name: str, field: FieldInfo) -> Any:
         show_default=False,  # typer's own puts every text into parentheses
     )
     return Annotated[given, option]
-
-
-def _bounds(field: FieldInfo) -> str:
-    """Returns the bounds of a number in words: `At least 2, at most 8,192.`"""
-    told = []
-    for bound in field.metadata:
-        if type(bound) in BOUNDS:
-            name, word = BOUNDS[type(bound)]
-            told.append(f"{word} {getattr(bound, name):,}".removesuffix(".0"))
-    if not told:
-        return ""
-    return ", ".join(told).capitalize() + "."
 
 
 def _kinds(annotation: Any) -> Iterator[str]:

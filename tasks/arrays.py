@@ -152,22 +152,26 @@ class Table:
         Raises:
             UserError: One of another shape is there.
         """
+        if not storage.exists(storage.join(self.url, "zarr.json")):
+            self._create(shape, **options)
+        elif (there := self.open().shape) != shape:
+            raise UserError(
+                f"{self.url} is of an unfinished product of shape {there}, not {shape}: delete it, or name another"
+            )
+
+    def _create(self, shape: tuple[int, ...], **options: Any) -> None:
         home, _, name = self.url.rpartition("/")
         group = zarr.open_group(storage.zarr_store(home), mode="a")
         with suppress(ContainsArrayError):  # of an earlier run, or of one at the same time: the same
             group.create_array(name, shape=shape, **{"compressors": packed()} | options)
-        if (there := self.open().shape) != shape:
-            raise UserError(
-                f"{self.url} is of an unfinished product of shape {there}, not {shape}: delete it, or name another"
-            )
 
     def open(self, mode: Literal["r", "r+"] = "r") -> zarr.Array:
         """Opens the array."""
         return zarr.open_array(storage.zarr_store(self.url), mode=mode)
 
-    def read(self, *index: Any) -> NDArray:
+    def read(self, index: Any) -> NDArray:
         """Reads a part of the array, as the module's `read` does."""
-        return read(self.open(), index if len(index) > 1 else index[0])
+        return read(self.open(), index)
 
     def write(self, start: int, rows: NDArray, *before: int) -> None:
         """Writes one whole object.

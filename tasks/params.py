@@ -6,7 +6,9 @@ Light to import, so that the command line is quick.
 import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from infra.intervals import Interval
 from tasks import windows
@@ -19,20 +21,36 @@ BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
 
 Instant = datetime.datetime
 LINE = r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?$"  # name of a product line; it becomes part of a path
-BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+BOUNDS: dict[type, tuple[str, str]] = {  # by the kind of bound: its attribute, and its name in form and help
+    Ge: ("ge", "at least"),
+    Gt: ("gt", "above"),
+    Le: ("le", "at most"),
+    Lt: ("lt", "below"),
+}
 
 
-def _tell(schema: dict[str, Any]) -> None:
-    """Adds each field's bounds to its description, and its position to its schema.
+def described(field: FieldInfo) -> str:
+    """Returns a field's description with its bounds in words: `Width of a layer. At least 2, at most 8,192.`"""
+    told = []
+    for bound in field.metadata:
+        if type(bound) in BOUNDS:
+            name, word = BOUNDS[type(bound)]
+            told.append(f"{word} {getattr(bound, name):,}".removesuffix(".0"))
+    description = field.description or ""
+    if not told:
+        return description
+    return f"{description} {', '.join(told).capitalize()}.".strip()
+
+
+def _tell(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Describes each field with its bounds, and adds its position to its schema.
 
     Prefect's form shows bounds nowhere else before it refuses a value. The form sorts by position, since PostgreSQL
     keeps no order of keys.
     """
-    for position, field in enumerate(schema.get("properties", {}).values()):
-        limits = field | next(iter(field.get("anyOf", [])), {})  # an optional field: in its first type
-        told = [f"{word} {limits[name]:,}".removesuffix(".0") for name, word in BOUNDS.items() if name in limits]
-        if told:
-            field["description"] += f" {', '.join(told).capitalize()}."
+    for position, (name, field) in enumerate(schema.get("properties", {}).items()):
+        if "description" in field:  # a part of the pipeline is described by its own model
+            field["description"] = described(model.model_fields[name])
         field["position"] = position
 
 

@@ -130,12 +130,15 @@ def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
 def dtype_costs(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the cost of a grid's dtype in each task: the scores of its vectors in float32, and as stored."""
     rows = [row for row in scores if row["embedder"].startswith(STORED)]
-    pairs = [(a, b) for a, b in pairwise(rows) if a["task"] == b["task"]]
-    return [
-        {"task": a["task"], "metric": a["metric"], "dtype": b["embedder"].removeprefix(STORED)}
-        | {split: {"float32": a[split], "stored": b[split]} for split in ("random", "blocked")}
-        for a, b in pairs
-    ]
+    return [_cost(exact, stored) for exact, stored in pairwise(rows) if exact["task"] == stored["task"]]
+
+
+def _cost(exact: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the cost in one task, from the scores in float32 and as stored."""
+    cost = {"task": exact["task"], "metric": exact["metric"], "dtype": stored["embedder"].removeprefix(STORED)}
+    for split in ("random", "blocked"):
+        cost[split] = {"float32": exact[split], "stored": stored[split]}
+    return cost
 
 
 def _named(spec: str, checkpoint: str | None, database: str | None, params: EmbedderParams) -> Named:

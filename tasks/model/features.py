@@ -250,7 +250,7 @@ def _table(url: str) -> arrays.Table:
 
 def read_features(url: str, rows: slice = slice(None)) -> NDArray[np.float32]:
     """Returns features of the images without augmentation, (n, feature)."""
-    return _table(url).read(0, rows)
+    return _table(url).read((0, rows))
 
 
 class StoredFeatures:

@@ -1,5 +1,6 @@
 """Draws charts of training and of scores: loss, probes, geographic bias, ablations."""
 
+import re
 from textwrap import fill
 from typing import Any
 
@@ -84,7 +85,7 @@ def _colours() -> list[str]:
 
 
 def _first_number(group: str) -> float:
-    return float("".join(c if c in "-.0123456789" else " " for c in group).split()[0])
+    return float(re.findall(r"[-.0-9]+", group)[0])
 
 
 def loss_curve(history: list[dict[str, Any]], title: str, caption: str) -> bytes:

@@ -32,10 +32,8 @@ def find_place(table: Table, lon: str | None = None, lat: str | None = None) -> 
         return Place(_there(table, lon), _there(table, lat))
     if lon or lat or {"lon", "lat"} <= set(table.names) or not _geometry(table):
         wide = _has(table, LON) or bool(lon) or _has(table, LAT) or bool(lat)
-        return Place(
-            _there(table, lon) if lon else _one(table, "lon", LON if wide else {"x"}),
-            _there(table, lat) if lat else _one(table, "lat", LAT if wide else {"y"}),
-        )
+        lons, lats = (LON, LAT) if wide else ({"x"}, {"y"})
+        return Place(_column(table, lon, "lon", lons), _column(table, lat, "lat", lats))
     if _has(table, LON) and _has(table, LAT):
         return Place(_one(table, "lon", LON), _one(table, "lat", LAT))
     return _geometry(table) or Place()
@@ -46,6 +44,13 @@ def _refuse_twice(table: Table) -> None:
     if twice:
         name = repr(twice[0]) if twice[0].strip() else "without a name"
         raise table.refused(f"has {table.names.count(twice[0])} columns {name}: rename all but one")
+
+
+def _column(table: Table, named: str | None, short: str, words: set[str]) -> str:
+    """Returns the column that was named, else the one whose name is one of the words."""
+    if named:
+        return _there(table, named)
+    return _one(table, short, words)
 
 
 def _there(table: Table, column: str) -> str:

@@ -73,7 +73,8 @@ def dask_processes(folder, workers, *flags, **variables):
     ours = ["--scheduler-file", told, "--no-dashboard"]
     commands = [["scheduler", "--host", servers.HOST, "--port", "0", *ours]]
     commands += [["worker", "--nthreads", "1", "--name", name, *ours, *flags] for name in names[1:]]
-    options = {"env": os.environ | variables, "stderr": subprocess.DEVNULL}
+    env = os.environ | {"DASK_CONFIG": str(clusters.CONFIG)} | variables  # as every worker of ours
+    options = {"env": env, "stderr": subprocess.DEVNULL}
     started = [
         subprocess.Popen([sys.executable, "-m", "dask", *map(str, command)], cwd=folder / name, **options)
         for name, command in zip(names, commands, strict=True)

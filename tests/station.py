@@ -56,6 +56,7 @@ class Station:
             "RANGEGRID_CLUSTER": self.scheduler,
             "DASK_CONFIG": str(clusters.CONFIG),
             "PREFECT_HOME": str(home / "prefect-home"),
+            "DASK_CONFIG": str(clusters.CONFIG),  # as every worker of ours
             "PYTHONDONTWRITEBYTECODE": "",  # a pipeline starts six processes: let none compile what it imports anew
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": servers.LEASES,

@@ -54,9 +54,8 @@ class Station:
             MARK: self.mark,
             "RANGEGRID_S3_ENDPOINT": self.proxy.url,
             "RANGEGRID_CLUSTER": self.scheduler,
-            "DASK_CONFIG": str(clusters.CONFIG),
-            "PREFECT_HOME": str(home / "prefect-home"),
             "DASK_CONFIG": str(clusters.CONFIG),  # as every worker of ours
+            "PREFECT_HOME": str(home / "prefect-home"),
             "PYTHONDONTWRITEBYTECODE": "",  # a pipeline starts six processes: let none compile what it imports anew
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": servers.LEASES,

@@ -207,7 +207,9 @@ def evaluate(
     if target:
         storage.check_writable(target.rpartition("/")[0])
     url = start(flow, checkpoint, database, params, grid)
-    print(storage.read(storage.join(url, "scores.md")).decode() + "\n")
+    for name in ("scores", "complementarity"):
+        if storage.exists(table := storage.join(url, f"{name}.md")):
+            print(storage.read(table).decode() + "\n")
     if target:
         storage.copy(storage.join(url, CARD), target)
     print(url)

@@ -15,6 +15,7 @@ from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places
 from tasks.cards import fingerprint, home_of, is_finished, product_url, write_card
 from tasks.core.evidence import distance_km
 from tasks.database.store import read_pair
+from tasks.evaluation import fusion
 from tasks.evaluation.embedders import Lonlat, Named, dtype_costs, embedders
 from tasks.evaluation.failures import losses, spread, where_it_fails
 from tasks.evaluation.label_tables import label_sets
@@ -46,8 +47,9 @@ def evaluate_database(
             STAC item.
 
     Returns:
-        The URL of the report: `scorecard.json`, `scores.json`, `scores.md`, `scores.csv`, `scores.png`, and for the
-        product `failures.csv`, `failures.md`, `bias.png` and `errors-TASK.png`.
+        The URL of the report: `scorecard.json`, `scores.json`, `scores.md`, `scores.csv`, `scores.png`, for fused
+        embedders `complementarity.csv` and `.md`, and for the product `failures.csv`, `failures.md`, `bias.png` and
+        `errors-TASK.png`.
 
     Raises:
         UserError: Labels, embedders or products do not exist or do not fit.
@@ -68,6 +70,8 @@ def evaluate_database(
         content = {"kind": "scorecard", "product": product, "made_of": made_of, "scores": records(scored.table)}
         if costs := dtype_costs(records(scored.table)):
             content["dtype_costs"] = costs
+        if parts := {one.name: one.parts for one in scored_by if one.parts}:
+            content["complementarity"] = compare_fused(url, scored.table, parts)
         content["geographic_bias"] = explain(url, scored, product, distances(checkpoint, database), attribution)
         storage.write_json(storage.join(url, CARD), content)
         write_card(url, ReportCard(fingerprint=fingerprint(made_of), made_of=made_of, scores=content["scores"]))
@@ -127,6 +131,15 @@ def report(url: str, scored: Scored, caption: str) -> None:
             "%s: %d places, %d left out; near-duplicates across the split: %d random, %d blocked",
             *(made.labels.name, facts["n"], facts["left_out"], facts["near_random"], facts["near_blocked"]),
         )
+
+
+def compare_fused(url: str, table: pd.DataFrame, parts: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Stores what fused embedders have above their best part, and returns it as rows."""
+    indices = fusion.complementarity(table, parts)
+    storage.write(storage.join(url, "complementarity.csv"), indices.to_csv(index=False).encode())
+    title = "Complementarity of fused embedders"
+    keep_table(storage.join(url, "complementarity.md"), fusion.markdown(indices), "complementarity", title)
+    return records(indices)
 
 
 def product_of(table: pd.DataFrame) -> str:

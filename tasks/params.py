@@ -448,7 +448,8 @@ class EmbedderParams(Params):
     """Which embedding methods to compare."""
 
     embedder: tuple[str, ...] = ()
-    """Embedding methods to compare: names, NAME=WEIGHTS for those that need weights, or URLs of grids. Unset: all."""
+    """Embedding methods to compare: names, NAME=WEIGHTS for those that need weights, or URLs of grids. Several joined
+    by + are one, with their vectors side by side: geoclip+range+. Unset: all."""
     interpolation: Sampling = "nearest"
     """How a grid is read at a place: its nearest cell, or bilinear interpolation of four cells."""
 

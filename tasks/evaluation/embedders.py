@@ -12,6 +12,7 @@ satclip, sinr, csp   published weights, as NAME=PATH or NAME=URL; without them, 
 location encoder     our location encoder, without retrieval
 range, range+        retrieval from our database
 URL of a grid        the vectors of a published grid
+several, joined by + their vectors side by side, such as `geoclip+range+`; the parts are scored too
 ==================== ==========================================================================
 """
 
@@ -38,6 +39,7 @@ from tasks.core.encoders.harmonics import spherical_harmonics
 from tasks.core.encoders.peers import embed_csp, embed_sinr
 from tasks.core.retrieval import Method
 from tasks.core.retrieval import embed as embed_ours
+from tasks.evaluation.fusion import JOINT, parts_of, side_by_side
 from tasks.evaluation.geoclip import embed_geoclip
 from tasks.grid.store import read_projection, storing
 from tasks.grid.tiles import load
@@ -83,10 +85,12 @@ class Named:
     """A text that changes when the weights do."""
     partial: bool = False
     """Whether it lacks vectors for some places."""
+    parts: tuple[str, ...] = ()
+    """Names of the embedders that it has side by side; none where it is one embedder."""
 
 
 def embedders(checkpoint: str | None, database: str | None, grid: str | None, params: EmbedderParams) -> list[Named]:
-    """Returns the embedders that were asked for, or all, in the order of the table.
+    """Returns the embedders that were asked for, or all, in the order of the table, parts before what is fused of them.
 
     Args:
         checkpoint: URL of our location encoder.
@@ -95,10 +99,10 @@ def embedders(checkpoint: str | None, database: str | None, grid: str | None, pa
         params: Names of the embedders.
 
     Raises:
-        UserError: A name is unknown, or an embedder lacks its weights or products.
+        UserError: A name is unknown or of two embedders, or an embedder lacks its weights or products.
     """
     asked = params.embedder or tuple(name for name in NAMES if name not in OURS or (checkpoint and database))
-    chosen = [_named(spec, checkpoint, database, params) for spec in asked]
+    chosen = _once([one for spec in asked for one in _rows(spec, checkpoint, database, params)])
     if grid:
         chosen.append(_grid("grid", grid, params))
         if checkpoint and database:
@@ -141,6 +145,30 @@ def _cost(exact: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     return cost
 
 
+def _once(found: list[Named]) -> list[Named]:
+    """Returns each embedder once; refuses two that a table could not tell apart."""
+    by_name: dict[str, Named] = {}
+    for one in found:
+        if by_name.setdefault(one.name, one).version != one.version:
+            raise UserError(f"two embedders would both be named {one.name}: evaluate one after the other")
+    return list(by_name.values())
+
+
+def _rows(spec: str, checkpoint: str | None, database: str | None, params: EmbedderParams) -> list[Named]:
+    """Returns an embedder, after its parts where it is fused."""
+    specs = parts_of(spec, NAMES)
+    if len(specs) == 1:
+        return [_named(spec, checkpoint, database, params)]
+    parts = [_named(part, checkpoint, database, params) for part in specs if part]
+    names = tuple(one.name for one in parts)
+    if len(set(names)) < max(2, len(specs)):
+        raise UserError(f"the embedder {spec!r} needs two or more different ones, each once, such as geoclip+range+")
+    embeds = [one.embed for one in parts if one.embed]
+    embed = partial(side_by_side, embeds) if len(embeds) == len(parts) else None
+    version = JOINT.join(one.version for one in parts)
+    return [*parts, Named(JOINT.join(names), embed, version, any(one.partial for one in parts), names)]
+
+
 def _named(spec: str, checkpoint: str | None, database: str | None, params: EmbedderParams) -> Named:
     name, _, path = spec.partition("=")
     name = name.strip().lower()
@@ -156,7 +184,7 @@ def _named(spec: str, checkpoint: str | None, database: str | None, params: Embe
         return Named("GeoCLIP", embed_geoclip if find_spec("geoclip") else None)
     if name in OURS:
         return _ours(name, checkpoint, database)
-    raise UserError(f"the embedder {spec!r} is unknown: use {', '.join(NAMES)}, or the URL of a grid")
+    raise UserError(f"the embedder {spec!r} is unknown: use {', '.join(NAMES)}, the URL of a grid, or some joined by +")
 
 
 def _ours(name: str, checkpoint: str | None, database: str | None) -> Named:

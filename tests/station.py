@@ -54,6 +54,7 @@ class Station:
             MARK: self.mark,
             "RANGEGRID_S3_ENDPOINT": self.proxy.url,
             "RANGEGRID_CLUSTER": self.scheduler,
+            "DASK_CONFIG": str(clusters.CONFIG),  # as every worker of ours
             "PREFECT_HOME": str(home / "prefect-home"),
             "PYTHONDONTWRITEBYTECODE": "",  # a pipeline starts six processes: let none compile what it imports anew
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -16,11 +16,12 @@ from tasks.cards import fingerprint, home_of, is_finished, product_url, write_ca
 from tasks.core.evidence import distance_km
 from tasks.database.store import read_pair
 from tasks.evaluation import fusion
-from tasks.evaluation.embedders import Lonlat, Named, dtype_costs, embedders
+from tasks.evaluation.embedders import Lonlat, Named, beside_grids, dtype_costs, embedders
 from tasks.evaluation.failures import losses, spread, where_it_fails
 from tasks.evaluation.label_tables import label_sets
 from tasks.evaluation.labels import LabelSet
-from tasks.evaluation.scoring import Scored, digest, keep_scores, records, score_all
+from tasks.evaluation.score_tables import keep_scores, named_apart, records
+from tasks.evaluation.scoring import Scored, digest, find_reference, score_all
 from tasks.grid.tiles import load
 from tasks.params import EvaluateParams
 from tasks.plots.charts import bias_chart, score_chart
@@ -30,7 +31,10 @@ from tasks.release.gate import CARD
 from tasks.release.stac import ITEM, write_item
 from tasks.units import log, progress
 
-CAPTION = "Linear probes; wide pale bars: random split; narrow full bars: whole blocks held out, deviation over folds."
+CAPTION = (
+    "Linear probes; wide pale bars: random split; narrow full bars: whole blocks held out, deviation over splits; "
+    "▲ ▼: beyond noise above or below the reference."
+)
 PRODUCTS = ("grid", "RANGE+", "RANGE", "location encoder")  # the score card is about the first of these that is scored
 
 
@@ -58,12 +62,13 @@ def evaluate_database(
     if grid:
         check_grid(grid)
     scored_by = embedders(checkpoint, database, grid, params)
+    find_reference(scored_by, params.reference)
     sets = label_sets(params)
     made_of = made_from(card, scored_by, sets, params, grid)
     url = product_url("reports", made_of)
     if not is_finished(url):
         with progress("evaluate", len(scored_by)) as advance:
-            scored = score_all(sets, scored_by, params, advance)
+            scored = score_all(sets, scored_by, params, advance, beside_grids(checkpoint, database, scored_by))
         attribution = card.attribution if card else ""
         report(url, scored, f"{CAPTION} {attribution}")
         product = product_of(scored.table)
@@ -123,14 +128,16 @@ def made_from(
 def report(url: str, scored: Scored, caption: str) -> None:
     """Stores the scores as JSON, CSV, Markdown and a picture."""
     keep_scores(url, "scores", scored.table, "scores", "Scores of linear probes")
-    picture = score_chart(scored.table, "What the embeddings know", caption)
+    picture = score_chart(named_apart(scored.table), "What the embeddings know", caption)
     keep_picture(storage.join(url, "scores.png"), picture, "score-chart", "Scores of linear probes")
-    for made in scored.trials:
-        facts = made.facts
-        log().info(
-            "%s: %d places, %d left out; near-duplicates across the split: %d random, %d blocked",
-            *(made.labels.name, facts["n"], facts["left_out"], facts["near_random"], facts["near_blocked"]),
-        )
+    for section in scored.sections:
+        for made in section.trials:
+            facts = made.facts
+            log().info(
+                "%s, %s: %d places, %d left out; near-duplicates across the split: %d random, %d blocked",
+                *(made.labels.name, section.name, facts["n"], facts["left_out"]),
+                *(facts["near_random"], facts["near_blocked"]),
+            )
 
 
 def compare_fused(url: str, table: pd.DataFrame, parts: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
@@ -169,8 +176,8 @@ def explain(
     caption = f"Blocks held out. {attribution}"
     picture = bias_chart(table, f"Geographic bias of {product}", f"Bars are standard errors. {caption}")
     keep_picture(storage.join(url, "bias.png"), picture, "geographic-bias", f"Where {product} fails")
-    files = slugs(made.labels.name for made in scored.trials)
-    for made in scored.trials:
+    files = slugs(made.labels.name for made in scored.trials_of(product))
+    for made in scored.trials_of(product):
         name = made.labels.name
         lost = losses(made, scored.predicted[product, name])
         _error_map(url, f"errors-{files[name]}", made.labels.lonlat, lost, f"Errors of {product}: {name}", caption)

@@ -477,6 +477,12 @@ class EvaluateParams(EmbedderParams):
     """Number of random splits. The first is the one of the paper."""
     folds: int = Field(5, ge=2, le=100)
     """Number of folds of spatial cross-validation, made of whole blocks."""
+    fold_seeds: int = Field(3, ge=1, le=100)
+    """Number of times that the blocks are dealt to the folds, each time by another seed. A blocked score is the mean
+    over all of these splits."""
+    reference: str | None = None
+    """Embedding method to which the others are compared, split by split. Unset: the location encoder where it is
+    scored, else coordinates, else the first."""
     block_degrees: float | None = Field(None, ge=0.01, le=90)
     """Side of a block of spatial cross-validation in degrees. Unset: 10, and 1 for California housing."""
     near_km: float = Field(1.0, gt=0, le=1000)

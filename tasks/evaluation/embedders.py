@@ -62,6 +62,7 @@ FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
 BY_PATH = ("satclip", "sinr", "csp")
 OURS = {"location encoder": Method("none"), "range": Method("range"), "range+": Method("range+")}
 NAMES = (*FIXED, "spherical harmonics", "geoclip", *BY_PATH, *OURS)
+WITHOUT_IMAGES = "location encoder"  # what retrieval adds to
 STORED = "grid's vectors, "  # prefix of the names of a grid's vectors at exact places, before their dtype
 NOT_GIVEN = "weights not given"
 
@@ -108,6 +109,17 @@ def embedders(checkpoint: str | None, database: str | None, grid: str | None, pa
         if checkpoint and database:
             chosen += _stored(grid, checkpoint, database)
     return chosen
+
+
+def beside_grids(checkpoint: str | None, database: str | None, chosen: list[Named]) -> list[Named]:
+    """Returns what is scored beside a grid on its places, asked for or not: the location encoder, if there is one.
+
+    By the difference the gate tells what the images add.
+    """
+    there = [one for one in chosen if one.name == WITHOUT_IMAGES]
+    if not there and checkpoint and database:
+        there = [_ours(WITHOUT_IMAGES, checkpoint, database)]
+    return there
 
 
 def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:

@@ -40,7 +40,7 @@ def where_it_fails(
         distance_km: Gives the distance of places to the nearest image of the database; None without a database.
     """
     parts = []
-    for made in scored.trials:
+    for made in scored.trials_of(product):
         lost = losses(made, scored.predicted[product, made.labels.name])
         for by, groups in groupings(made.labels.lonlat, distance_km).items():
             table = pd.DataFrame({"group": groups, "lost": lost}).groupby("group", observed=True, sort=True)["lost"]

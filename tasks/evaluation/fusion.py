@@ -62,7 +62,8 @@ def complementarity(table: pd.DataFrame, fused: Mapping[str, Sequence[str]]) -> 
     """Returns the complementarity index of every fused embedder for every task.
 
     Args:
-        table: Scores, with columns task, embedder, random and blocked; a row for every fused embedder and every part.
+        table: Scores, with columns places, task, embedder, random and blocked; a row for every fused embedder and, on
+            the same places, every part.
         fused: Names of the parts, by the name of the fused embedder.
 
     Returns:
@@ -71,7 +72,8 @@ def complementarity(table: pd.DataFrame, fused: Mapping[str, Sequence[str]]) -> 
     """
     rows = []
     for name, parts in fused.items():
-        for task, scores in table.groupby("task", sort=False):
+        places = table.loc[table["embedder"] == name, "places"].iloc[0]
+        for task, scores in table[table["places"] == places].groupby("task", sort=False):
             for split in SPLITS:
                 by_name = scores.set_index("embedder")[split].astype(float)
                 of_parts, together = by_name.loc[list(parts)], by_name[name]

@@ -1,9 +1,14 @@
-"""Scores every embedder on every task, on the paper's split and on held-out blocks."""
+"""Scores every embedder on every task, on the paper's split and on held-out blocks, and compares it with a reference.
+
+An embedder is scored on all places. One that may lack vectors, as a grid does at sea, is scored on the places that it
+knows, in a section of its own; the reference is scored there again, so that the two are compared on the same places.
+"""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from infra import storage
 from infra.errors import UserError
-from tasks.artifacts import cell, keep_table, show_table
 from tasks.cards import fingerprint
 from tasks.core.probes import (
     CLASS_FOLDS,
@@ -26,11 +29,13 @@ from tasks.core.probes import (
     predict,
     random_split,
 )
+from tasks.evaluation.comparison import compare
 from tasks.evaluation.embedders import NOT_GIVEN, Embeddings, Lonlat, Named
 from tasks.evaluation.labels import LabelSet
 from tasks.params import EvaluateParams
 
-SCORES = ("random", "random_std", "blocked", "blocked_std")
+REFERENCES = ("location encoder", "coordinates")  # the first of these that is scored, where none is named
+EVERYWHERE = "all"  # the section of the embedders that know all places
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,21 @@ class Trial:
     random: list[Split]
     """Random splits, the paper's first."""
     blocked: list[Split]
-    """Folds of whole blocks, which score every place once."""
+    """Folds of whole blocks, those of one fold seed after those of another; those of each score every place once."""
     facts: dict[str, Any]
     """Facts that are the same for every embedder: counts, and near-duplicates across the splits."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Embedders that are compared on the same places."""
+
+    name: str
+    """Whose places these are."""
+    embedders: list[Named]
+    """What is scored on them, in the order of the table."""
+    trials: list[Trial]
+    """The tasks on them."""
 
 
 @dataclass(frozen=True)
@@ -54,46 +71,108 @@ class Scored:
     """Results of the scoring."""
 
     table: pd.DataFrame
-    """One row per task and embedder."""
+    """One row per section, embedder and task."""
     predicted: dict[tuple[str, str], NDArray]
-    """Predictions of the blocked folds' probes for each place, by embedder and task."""
-    trials: list[Trial]
-    """The tasks."""
+    """Predictions for each place by embedder and task, of the blocked probes of the first fold seed; of an embedder in
+    several sections those of the first."""
+    sections: list[Section]
+    """The embedders that know all places, and those that may not."""
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Returns the tasks on all places."""
+        return self.sections[0].trials
+
+    def trials_of(self, embedder: str) -> list[Trial]:
+        """Returns the tasks on the places on which an embedder was scored first."""
+        return next(one.trials for one in self.sections if embedder in {each.name for each in one.embedders})
 
 
 def score_all(
-    sets: list[LabelSet], embedders: list[Named], params: EvaluateParams, advance: Callable[..., None]
+    sets: list[LabelSet],
+    embedders: list[Named],
+    params: EvaluateParams,
+    advance: Callable[..., None],
+    beside: Sequence[Named] = (),
 ) -> Scored:
-    """Scores every embedder on every task, all on the same places.
-
-    Places where some embedder has no vector, as a grid has none at sea, are left out for all, and counted.
+    """Scores every embedder on every task, and compares it with the reference on the same splits.
 
     Args:
         sets: The tasks. Embedders see their places, never their labels.
         embedders: The embedders; those without weights stay in the table, without scores.
-        params: The splits.
+        params: The splits, and the name of the reference.
         advance: Called with 1 after every embedder.
+        beside: Embedders of all places that are scored, as the reference is, on the places of those that lack some.
 
     Raises:
-        UserError: A task has too few blocks, or classes that are too rare.
+        UserError: A task has too few blocks, or classes that are too rare; or there is no such reference.
     """
+    reference = find_reference(embedders, params.reference)
     places, where = distinct(sets)
-    partial = {one.name: one.embed(places) for one in embedders if one.embed and one.partial}
-    known = np.all([np.isfinite(v[:, 0]) for v in partial.values()] or [np.ones(len(places), bool)], axis=0)
-    trials = [trial(labels, rows, known[rows], params) for labels, rows in zip(sets, where, strict=True)]
-    rows, predicted = [], {}
+    again = [*beside, *(one for one in embedders if one.name == reference and one not in beside)]
+    vectors = {one: _embedding(one, places, keep=one.partial or one in again) for one in (*again, *embedders)}
+    rows: list[dict[str, Any]] = []
+    predicted: dict[tuple[str, str], NDArray] = {}
+    sections = list(_sections(sets, where, embedders, vectors, again, params))
+    for section in sections:
+        for one in section.embedders:
+            features = vectors[one]()
+            for made in section.trials:
+                row, said = _score(one.name, features, made)
+                rows.append(row | {"places": section.name})
+                if said is not None:
+                    predicted.setdefault((one.name, made.labels.name), said)
+            if one.partial or section.name == EVERYWHERE:
+                advance(1)
+    return Scored(compare(pd.DataFrame(rows), reference), predicted, sections)
+
+
+def find_reference(embedders: list[Named], asked: str | None) -> str:
+    """Returns the name of the embedder to compare with; empty where none knows all places.
+
+    Raises:
+        UserError: The one that is asked for is not scored on all places.
+    """
+    there = {one.name.lower(): one.name for one in embedders if one.embed and not one.partial}
+    if asked is not None and asked.strip().lower() not in there:
+        raise UserError(
+            f"the reference {asked!r} is not scored on all places: name one of {', '.join(there.values()) or 'more'}"
+        )
+    wanted = [asked.strip().lower()] if asked is not None else [*REFERENCES, *there]
+    return next((there[name] for name in wanted if name in there), "")
+
+
+def _embedding(one: Named, places: Lonlat, keep: bool) -> Callable[[], Embeddings | None]:
+    """Returns what embeds the places, once where the vectors are to be kept."""
+    if one.embed is None:
+        return lambda: None
+    embed = partial(one.embed, places)
+    return cache(embed) if keep else embed
+
+
+def _sections(
+    sets: list[LabelSet],
+    where: list[NDArray[np.int64]],
+    embedders: list[Named],
+    vectors: dict[Named, Callable[[], Any]],
+    beside: list[Named],
+    params: EvaluateParams,
+) -> Iterator[Section]:
+    """Yields the embedders of all places, then those that know the same ones, behind their parts and what is beside."""
+
+    def trials(known: NDArray[np.bool_] | None) -> list[Trial]:
+        return [trial(labels, rows, known, params) for labels, rows in zip(sets, where, strict=True)]
+
+    yield Section(EVERYWHERE, [one for one in embedders if not one.partial], trials(None))
+    alike: dict[bytes, list[Named]] = {}
     for one in embedders:
-        vectors = partial.pop(one.name, None)
-        if vectors is None and one.embed:
-            vectors = one.embed(places)
-        for made in trials:
-            row, said = _score(one.name, vectors, made)
-            rows.append(row)
-            if said is not None:
-                predicted[one.name, made.labels.name] = said
-        advance(1)
-    table = pd.DataFrame(rows)
-    return Scored(table.astype(dict.fromkeys(SCORES, float) | {"dims": "Int64"}), predicted, trials)
+        if one.partial:
+            alike.setdefault(np.isfinite(vectors[one]()[:, 0]).tobytes(), []).append(one)
+    for known, group in alike.items():
+        parts = {part for one in group for part in one.parts}
+        whole = [one for one in embedders if one.name in parts and not one.partial and one not in beside]
+        name = ", ".join(one.name for one in group)
+        yield Section(name, [*beside, *whole, *group], trials(np.frombuffer(known, bool)))
 
 
 def distinct(sets: list[LabelSet]) -> tuple[Lonlat, list[NDArray[np.int64]]]:
@@ -102,13 +181,15 @@ def distinct(sets: list[LabelSet]) -> tuple[Lonlat, list[NDArray[np.int64]]]:
     return places, np.split(which.ravel(), np.cumsum([len(s.lonlat) for s in sets])[:-1])
 
 
-def trial(labels: LabelSet, rows: NDArray[np.int64], known: NDArray[np.bool_], params: EvaluateParams) -> Trial:
-    """Returns a task on the places that every embedder knows, with its splits and their near-duplicates."""
-    kept = LabelSet(
-        labels.name, labels.kind, labels.lonlat[known], labels.labels[known], labels.source, labels.block_degrees
-    )
+def trial(labels: LabelSet, rows: NDArray[np.int64], known: NDArray[np.bool_] | None, params: EvaluateParams) -> Trial:
+    """Returns a task on the places that are known, or on all, with its splits and their near-duplicates."""
+    here = np.ones(len(rows), bool) if known is None else known[rows]
+    kept = replace(labels, lonlat=labels.lonlat[here], labels=labels.labels[here])
+    seeds = [SEED + i for i in range(params.fold_seeds)]
     try:
-        blocked = blocked_folds(kept.lonlat, kept.block_degrees, params.folds)
+        blocked = [
+            fold for seed in seeds for fold in blocked_folds(kept.lonlat, kept.block_degrees, params.folds, seed)
+        ]
     except ValueError as error:
         raise UserError(f"{labels.name}: {error}, by --block-degrees") from None
     random = [random_split(len(kept.labels), SEED + i) for i in range(params.repeats)]
@@ -116,14 +197,15 @@ def trial(labels: LabelSet, rows: NDArray[np.int64], known: NDArray[np.bool_], p
         _check_classes(kept, [*random, *blocked])
     facts = {
         "n": len(kept.labels),
-        "left_out": int((~known).sum()),
+        "left_out": int((~here).sum()),
         "block_degrees": kept.block_degrees,
         "folds": params.folds,
+        "fold_seeds": params.fold_seeds,
         "labels": digest(kept),
         "near_random": near_duplicates(kept.lonlat, random[0], params.near_km),
-        "near_blocked": sum(near_duplicates(kept.lonlat, split, params.near_km) for split in blocked),
+        "near_blocked": sum(near_duplicates(kept.lonlat, split, params.near_km) for split in blocked[: params.folds]),
     }
-    return Trial(kept, rows[known], random, blocked, facts)
+    return Trial(kept, rows[here], random, blocked, facts)
 
 
 def _check_classes(labels: LabelSet, splits: list[Split]) -> None:
@@ -141,80 +223,32 @@ def digest(labels: LabelSet) -> str:
     return fingerprint([labels.lonlat.round(6).tolist(), labels.labels.tolist()])
 
 
-def keep_scores(url: str, name: str, table: pd.DataFrame, key: str, description: str) -> None:
-    """Stores a table of scores as JSON, CSV and Markdown, and shows it as the run's artifacts.
-
-    Args:
-        url: Directory of the files.
-        name: Name of the files, without their suffix.
-        table: The scores.
-        key: Lower-case name of the artifacts.
-        description: What the artifacts show.
-    """
-    rows = records(table)
-    storage.write_json(storage.join(url, f"{name}.json"), rows)
-    storage.write(storage.join(url, f"{name}.csv"), table.to_csv(index=False).encode())
-    keep_table(storage.join(url, f"{name}.md"), markdown(table), key, description)
-    show_table(rows, f"{key}-table", description)
-
-
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Returns the rows for JSON, with null for missing values."""
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(name): value for name, value in row.items()} for row in rows]
-
-
 def _score(name: str, vectors: Embeddings | None, made: Trial) -> tuple[dict[str, Any], NDArray | None]:
-    """Returns one embedder's row for one task, and its blocked probes' predictions for every place."""
+    """Returns one embedder's row for one task, and the predictions for every place."""
     row = {"task": made.labels.name, "metric": METRICS[made.labels.kind], "embedder": name}
     if vectors is None:
-        return row | dict.fromkeys(SCORES) | {"dims": None, **made.facts, "note": NOT_GIVEN}, None
+        blank = dict.fromkeys(("random", "random_splits", "blocked", "blocked_splits", "dims"))
+        return row | blank | made.facts | {"note": NOT_GIVEN}, None
     features, labels, kind = vectors[made.places], made.labels.labels, made.labels.kind
     splits = [*made.random, *made.blocked]
     said = list(_parallel([(features, labels, kind, split) for split in splits]))
     scores = [judge(kind, labels[split.test], answer) for split, answer in zip(splits, said, strict=True)]
-    random, blocked = scores[: len(made.random)], scores[len(made.random) :]
+    count = len(made.random)
     everywhere = np.empty_like(labels)
-    for split, answer in zip(made.blocked, said[len(made.random) :], strict=True):
+    for split, answer in list(zip(splits, said, strict=True))[count : count + made.facts["folds"]]:
         everywhere[split.test] = answer
-    found = {
-        "random": round(float(np.mean(random)), 4),
-        "random_std": round(float(np.std(random)), 4) if len(random) > 1 else None,
-        "blocked": round(float(np.mean(blocked)), 4),
-        "blocked_std": round(float(np.std(blocked)), 4),
-    }
+    found = _summary("random", scores[:count]) | _summary("blocked", scores[count:])
     return row | found | {"dims": features.shape[1], **made.facts, "note": ""}, everywhere
+
+
+def _summary(name: str, scores: list[float]) -> dict[str, Any]:
+    """Returns the mean of the splits' scores, their sample deviation where there are several, and the scores."""
+    std = round(float(np.std(scores, ddof=1)), 4) if len(scores) > 1 else None
+    each = [round(score, 6) for score in scores]
+    return {name: round(float(np.mean(scores)), 4), f"{name}_std": std, f"{name}_splits": each}
 
 
 def _parallel(jobs: list[tuple[Any, ...]]) -> Iterator[NDArray]:
     """Fits probes side by side, one core each: their matrices are too small for one product to use several cores."""
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(lambda job: predict(*job), jobs)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """Returns a table of embedders by tasks, `random / blocked`, with the best blocked score of a task in bold."""
-    tasks = list(table["task"].unique())
-    metric = table.groupby("task")["metric"].first()
-    best = table.groupby("task")["blocked"].max()
-    lines = ["| random / blocked | " + " | ".join(f"{cell(task)} ({metric[task]})" for task in tasks) + " |"]
-    lines.append("|---" * (len(tasks) + 1) + "|")
-    for name, rows in table.groupby("embedder", sort=False):
-        cells = [_cell(rows[rows["task"] == task].iloc[0], best[task]) for task in tasks]
-        lines.append(f"| {cell(name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(row: pd.Series, best: float) -> str:
-    if row["note"]:
-        return str(row["note"])
-    text = f"{_spread(row['random'], row['random_std'])} / {_spread(row['blocked'], row['blocked_std'])}"
-    if row["blocked"] == best:
-        return f"**{text}**"
-    return text
-
-
-def _spread(mean: float, std: float | None) -> str:
-    if std is None or np.isnan(std):
-        return f"{mean:.2f}"
-    return f"{mean:.2f} ± {std:.2f}"

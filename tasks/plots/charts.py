@@ -13,6 +13,7 @@ from tasks.plots.style import ACCENT, FAINT, INK, SECOND, canvas, plain, png
 
 COLOURS = (ACCENT, SECOND, "#6a8f3c", "#8a5fa8", "#b8912b", "#4a6fa5", "#b5524b", "#5c9a94")
 COLUMNS = 5  # most panels in a row
+MARKS = {"above": "▲", "below": "▼"}  # beyond noise above or below the reference
 WRAP = 14  # letters of a line of a panel's title
 LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out recall@1 %"}
 
@@ -108,7 +109,8 @@ def score_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:
     """Draws bars by task and embedder, pale for the random split, full for blocks with their deviation; returns a PNG.
 
     Args:
-        table: Columns task, metric, embedder, random, blocked, and perhaps blocked_std; NaN where not scored.
+        table: Columns task, metric, embedder, random, blocked, and perhaps blocked_std and verdict, whose marks stand
+            beside the bars; NaN where not scored.
         title: Text above the chart.
         caption: Text below the chart.
     """
@@ -131,6 +133,9 @@ def _score_bars(axes: Axes, rows: pd.DataFrame, task: str) -> None:
     spread = rows.get("blocked_std")
     style = {"ecolor": INK, "elinewidth": 0.8}
     axes.barh(place, rows["blocked"].clip(lower=0), xerr=spread, color=colours, height=0.44, error_kw=style)
+    ends = rows[["random", "blocked"]].max(axis=1).clip(lower=0)
+    for y, end, verdict in zip(place, ends, rows.get("verdict", [""] * len(rows)), strict=True):
+        axes.text(end + 0.05, y, MARKS.get(verdict, ""), fontsize=7, color=INK, va="center")
     for y in place[rows["blocked"].isna()]:
         axes.text(0.02, y, "weights not given", fontsize=7, color=FAINT, va="center")
     axes.set_title(f"{fill(task, WRAP)}\n({rows['metric'].iloc[0]})", fontsize=10, color=INK, loc="left")

@@ -7,7 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import t
+from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
+from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler
 from typer.testing import CliRunner
 
 from flows.cli import app
@@ -87,6 +92,56 @@ def test_the_report_and_the_score_card(products):
     )
 
 
+def test_scores_are_means_over_folds_and_seeds_and_differ_from_the_reference_by_a_corrected_interval(products):
+    """By scikit-learn's probe on scikit-learn's folds, and the t-test of the corrected variance."""
+    checkpoint, images, path = products
+    options = params(path, fold_seeds=2, repeats=3, reference="WRAP")
+    card = read(evaluate_database(checkpoint, images, options), "scorecard.json")
+    rows, table = {row["embedder"]: row for row in card["scores"]}, pd.read_csv(path)
+    assert (rows["wrap"]["verdict"], rows["wrap"]["difference"]) == ("", None)
+    block = (table["lon"] + 180) // 10 * 1000 + (table["lat"] + 90) // 10
+    places, scores = table[["lon", "lat"]].to_numpy("f4"), []
+    for seed in (42, 43):
+        for train, test in GroupKFold(3, shuffle=True, random_state=seed).split(places, groups=block):
+            probe = make_pipeline(MinMaxScaler(), RidgeCV((0.1, 1, 10), cv=3))
+            scores.append(probe.fit(places[train], table["east"][train]).score(places[test], table["east"][test]))
+    row = rows["coordinates"]
+    assert row["blocked_splits"] == pytest.approx(scores, abs=2e-6)
+    assert (row["blocked"], row["blocked_std"]) == pytest.approx((np.mean(scores), np.std(scores, ddof=1)), abs=1e-4)
+    assert len(row["random_splits"]) == 3
+    found = np.subtract(scores, rows["wrap"]["blocked_splits"])
+    half = t.ppf(0.975, 5) * np.sqrt((1 / 6 + 1 / 2) * np.var(found, ddof=1))
+    assert row["difference"] == pytest.approx(found.mean(), abs=1e-4)
+    assert row["difference_high"] - row["difference_low"] == pytest.approx(2 * half, abs=2e-4)
+    assert row["verdict"] == "below"
+
+
+def test_what_is_best_beyond_noise_is_bold(products, tmp_path):
+    """And of labels that are noise, nothing is."""
+    url = evaluate_database(*products[:2], params(products[2], embedder=("coordinates", "wrap", "unit vectors")))
+    text = storage.read(storage.join(url, "scores.md")).decode()
+    rows = {row["embedder"]: row for row in read(url, "scores.json")}
+    assert {name: (row["verdict"], row["best"]) for name, row in rows.items()} == {
+        "coordinates": ("", False), "wrap": ("above", True), "unit vectors": ("above", False),
+    }  # fmt: skip
+    assert re.search(r"^\| wrap \| \*\*[\d.]+ / [\d.]+ ± [\d.]+\*\* ▲ \|$", text, re.M), text
+    assert re.search(r"^\| unit vectors \| [\d.]+ / [\d.]+ ± [\d.]+ ▲ \|$", text, re.M), text
+    assert re.search(r"^\| wrap \| \+\d\.\d{3} \(\+\d\.\d{3} to \+\d\.\d{3}\) ▲ \|$", text, re.M), text
+    assert "over 9 splits, 3 folds of blocks dealt 3 times" in text
+    table = pd.read_csv(products[2])
+    table["east"] = np.random.default_rng(1).normal(size=len(table))
+    table.to_csv(tmp_path / "noise.csv", index=False)
+    url = evaluate_database(*products[:2], params(str(tmp_path / "noise.csv")))
+    assert not any(row["best"] or row["verdict"] == "above" for row in read(url, "scores.json"))
+    assert "**" not in storage.read(storage.join(url, "scores.md")).decode()
+
+
+@pytest.mark.parametrize("reference", ["geoclip", "SatCLIP", "nobody"])
+def test_a_reference_that_is_not_scored_is_refused(products, reference):
+    with pytest.raises(UserError, match=f"the reference '{reference}' is not scored on all places: name one of coord"):
+        evaluate_database(*products[:2], params(products[2], reference=reference))
+
+
 def test_labels_of_any_name_are_evaluated_in_a_run(products, prefect, tmp_path):
     """Names of files and artifact keys are made of the column's: in a run, where Prefect checks them."""
     table = pd.read_csv(products[2]).rename(columns={"east": "Höhe | m"})
@@ -127,7 +182,7 @@ def test_a_grid_beside_which_nothing_can_be_written_is_refused_before_any_work(p
         evaluate_database(*products[:2], params("gone.csv"), "file/grids/grid.zarr")
 
 
-def test_a_grid_gets_its_card_and_places_at_sea_are_left_out_for_all(products, tmp_path):
+def test_a_grid_gets_its_card_and_is_scored_with_the_location_encoder_on_the_places_that_it_holds(products, tmp_path):
     checkpoint, images, table = products
     url, spec = (tmp_path / "grids/one/grid.zarr").as_uri(), GridSpec(10, 20)
     create(url, spec, template(spec, Content(2, 2), {}))
@@ -141,11 +196,21 @@ def test_a_grid_gets_its_card_and_places_at_sea_are_left_out_for_all(products, t
     assert card == read(report, "scorecard.json")
     assert card["product"] == "grid"
     beyond = int((pd.read_csv(table)["lat"] > 50).sum())
-    assert {(row["n"], row["left_out"]) for row in card["scores"]} == {(COUNT - beyond, beyond)}
-    rows = {row["embedder"]: row for row in card["scores"]}
-    assert rows["grid"]["blocked"] > rows["coordinates"]["blocked"]
+    rows = {(row["places"], row["embedder"]): row for row in card["scores"]}
+    counts = {key: (row["n"], row["left_out"]) for key, row in rows.items()}
+    everywhere = ["coordinates", "wrap", "SatCLIP", "location encoder", "RANGE+"]
+    assert counts == dict.fromkeys((("all", name) for name in everywhere), (COUNT, 0)) | dict.fromkeys(
+        (("grid", name) for name in ("location encoder", "grid")), (COUNT - beyond, beyond)
+    )
+    assert rows["grid", "grid"]["verdict"] == "above"
+    without = evaluate_database(checkpoint, images, params(table))
+    assert [row for row in card["scores"] if row["places"] == "all"] == read(without, "scores.json")
     alone = evaluate_database(None, None, params(table, embedder=("wrap", url)))
     assert read(alone, "scorecard.json")["product"] == url
+    few = evaluate_database(checkpoint, images, params(table, embedder=("wrap",)), url)
+    compared = {row["embedder"]: row for row in read(few, "scores.json") if row["places"] == "grid"}
+    assert list(compared) == ["location encoder", "wrap", "grid"]
+    assert compared["location encoder"]["blocked_splits"] == rows["grid", "location encoder"]["blocked_splits"]
 
 
 def test_the_card_of_a_grid_tells_what_its_dtype_costs_each_task(products, tmp_path):

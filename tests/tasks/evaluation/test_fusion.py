@@ -116,27 +116,28 @@ def test_the_index_is_the_share_of_what_the_best_part_left(labels, grid):
     asked = ("wrap+coordinates", f"coordinates+{grid}", "satclip+wrap")
     url = evaluate_database(None, None, EvaluateParams(**labels, embedder=asked))
     card = json.loads(storage.read(storage.join(url, "scorecard.json")))
-    rows = {row["embedder"]: row for row in card["scores"]}
+    rows = {(row["places"], row["embedder"]): row for row in card["scores"]}
+    held = f"{grid}, coordinates + {grid}"
     found = {(row["embedder"], row["split"]): row for row in card["complementarity"]}
-    for name, parts in {
-        "wrap + coordinates": ["wrap", "coordinates"],
-        f"coordinates + {grid}": ["coordinates", grid],
-    }.items():
+    for places, name, parts in (
+        ("all", "wrap + coordinates", ["wrap", "coordinates"]),
+        (held, f"coordinates + {grid}", ["coordinates", grid]),
+    ):
         for split in ("random", "blocked"):
-            best = max(parts, key=lambda part: rows[part][split])
+            score = {part: rows[places, part][split] for part in (*parts, name)}
+            best = max(parts, key=lambda part: score[part])
             assert found[name, split]["best_part"] == best
-            left = 1 - rows[best][split]
             assert found[name, split]["index"] == pytest.approx(
-                (rows[name][split] - rows[best][split]) / left, abs=1e-4
+                (score[name] - score[best]) / (1 - score[best]), abs=1e-4
             )
     assert found["SatCLIP + wrap", "blocked"]["index"] is None
-    assert rows["SatCLIP + wrap"]["note"] == "weights not given"
-    kept = PLACES[PLACES[:, 1] <= 50]
-    table = pd.read_csv(labels["labels"][0]).query("lat <= 50")["of two"].to_numpy()
-    split, probe = random_split(len(kept)), make_pipeline(MinMaxScaler(), RidgeCV(alphas=[0.1, 1, 10], cv=3))
-    features = np.hstack([wrap(kept), kept])
+    assert rows["all", "SatCLIP + wrap"]["note"] == "weights not given"
+    table = pd.read_csv(labels["labels"][0])["of two"].to_numpy()
+    split, probe = random_split(len(PLACES)), make_pipeline(MinMaxScaler(), RidgeCV(alphas=[0.1, 1, 10], cv=3))
+    features = np.hstack([wrap(PLACES), PLACES])
     expected = probe.fit(features[split.train], table[split.train]).score(features[split.test], table[split.test])
-    assert rows["wrap + coordinates"]["random"] == pytest.approx(expected, abs=1e-3)
+    assert rows["all", "wrap + coordinates"]["random"] == pytest.approx(expected, abs=1e-3)
+    assert rows[held, "coordinates"]["n"] == (PLACES[:, 1] <= 50).sum()
 
 
 def test_a_part_of_large_numbers_drowns_no_other(labels, monkeypatch):
@@ -151,8 +152,8 @@ def test_a_part_of_large_numbers_drowns_no_other(labels, monkeypatch):
 
 def test_a_perfect_part_leaves_nothing_to_share():
     table = pd.DataFrame(
-        [("t", name, score, score) for name, score in (("a", 1.0), ("b", 0.5), ("a + b", 1.0))],
-        columns=["task", "embedder", "random", "blocked"],
+        [("all", "t", name, score, score) for name, score in (("a", 1.0), ("b", 0.5), ("a + b", 1.0))],
+        columns=["places", "task", "embedder", "random", "blocked"],
     )
     assert complementarity(table, {"a + b": ("a", "b")})["index"].isna().all()
     assert "| a + b | none |" in markdown(complementarity(table, {"a + b": ("a", "b")}))

@@ -17,6 +17,7 @@ from scipy.stats import t
 CONFIDENCE = 0.95  # of the two-sided interval
 
 Verdict = Literal["above", "level", "below"]
+MARKS = {"above": "▲", "below": "▼"}  # how tables and charts show what is beyond noise
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import pandas as pd
 
 from infra import storage
 from tasks.artifacts import cell, keep_table, show_table
-from tasks.core.paired import CONFIDENCE
+from tasks.core.paired import CONFIDENCE, MARKS
 from tasks.evaluation.scoring import EVERYWHERE
-from tasks.plots.charts import MARKS
 
 SPLITS = ["random_splits", "blocked_splits"]  # columns of lists, which only JSON has
 

@@ -9,11 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tasks.core.paired import MARKS
 from tasks.plots.style import ACCENT, FAINT, INK, SECOND, canvas, plain, png
 
 COLOURS = (ACCENT, SECOND, "#6a8f3c", "#8a5fa8", "#b8912b", "#4a6fa5", "#b5524b", "#5c9a94")
 COLUMNS = 5  # most panels in a row
-MARKS = {"above": "▲", "below": "▼"}  # beyond noise above or below the reference
 WRAP = 14  # letters of a line of a panel's title
 LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out recall@1 %"}
 

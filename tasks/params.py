@@ -223,7 +223,7 @@ class TrainParams(Params):
     hidden: int = Field(512, ge=8, le=4096)
     """Width of the two hidden layers, which have sine activations."""
     dim: int = Field(256, ge=2, le=4096)
-    """Length of a location embedding, and of a key of the database."""
+    """Length of a location embedding, and of a key of the database; with members, of each."""
     smoothness: float = Field(2.0, ge=0, le=4)
     """Harmonics of degree l are scaled by (1 + l) ** -smoothness before the network. 0 is SatCLIP's choice."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -251,6 +251,9 @@ class TrainParams(Params):
     model is evaluated on the held-out pairs 20 times over the run. 0 turns early stopping off."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the batches and the choice of held-out blocks."""
+    members: int = Field(1, ge=1, le=16)
+    """Number of location encoders that are trained with the seeds seed, seed + 1 ... and put side by side: an embedding
+    has dim numbers of each. All share the image features and the held-out blocks."""
     save_every: int = Field(100, ge=1, le=1_000_000)
     """Steps between saved training states. A run that was killed resumes from the last one."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -87,7 +87,20 @@ class Architecture(Part):
     degree: int
     """Degrees of spherical harmonics."""
     dim: int
-    """Length of a location embedding."""
+    """Length of a location embedding, of all members together."""
+    members: int = 1
+    """Number of location encoders side by side."""
+
+
+class MemberFacts(Part):
+    """How one of several members was trained."""
+
+    seed: int
+    """Seed of its initial weights, of its batches and of its dropout."""
+    metrics: dict[str, Any]
+    """What was measured at the end of its training."""
+    history: tuple[dict[str, Any], ...] = ()
+    """What was measured during its training."""
 
 
 class CheckpointCard(Card):
@@ -105,9 +118,11 @@ class CheckpointCard(Card):
     image_side: str | None = None
     """Why the image side was not imported."""
     metrics: dict[str, Any] | None = None
-    """What was measured at the end of training."""
+    """What was measured at the end of training, of all members together."""
     history: tuple[dict[str, Any], ...] = ()
-    """What was measured during training."""
+    """What was measured during training; nothing where there are several members."""
+    members: tuple[MemberFacts, ...] = ()
+    """The training of each of several members."""
 
     @property
     def sources(self) -> set[Source]:

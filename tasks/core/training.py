@@ -17,7 +17,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from tasks.core.contrastive import FIRST_SCALE, LARGEST_SCALE, ImageProjection, info_nce, near_pairs, process, summed
-from tasks.core.encoders.location import LocationEncoder
+from tasks.core.encoders.location import LocationEncoder, PlaceEncoder
+from tasks.core.ensemble import Projections
 
 FITTED_ON = 16_384  # pairs whose features give the projection its mean and standard deviation
 MEASURED = 8192  # most held-out pairs that are measured: the cost grows with their square, the precision hardly
@@ -356,10 +357,7 @@ def _harmonics(location: LocationEncoder, lonlat: NDArray[np.float64]) -> Callab
 
 def _measure(pairs: Pairs) -> Callable[[Trainer], Progress]:
     """Returns a function that measures a trainer on the held-out pairs, which are read once."""
-    held = np.flatnonzero(pairs.held_out)
-    if len(held) > MEASURED:
-        held = np.sort(np.random.default_rng(0).choice(held, MEASURED, replace=False))
-    lonlat, features = pairs.lonlat[held], pairs.untouched(held)
+    lonlat, features = _measured(pairs)
 
     @torch.no_grad()
     def measure(trainer: Trainer) -> Progress:
@@ -373,6 +371,20 @@ def _measure(pairs: Pairs) -> Callable[[Trainer], Progress]:
         return Progress(trainer.step_number, float(np.mean(trainer.losses)), scale.item(), accuracy, value)
 
     return measure
+
+
+def _measured(pairs: Pairs) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Returns places and image features of the held-out pairs that are measured."""
+    held = np.flatnonzero(pairs.held_out)
+    if len(held) > MEASURED:
+        held = np.sort(np.random.default_rng(0).choice(held, MEASURED, replace=False))
+    return pairs.lonlat[held], pairs.untouched(held)
+
+
+def held_out_accuracy(pairs: Pairs, location: PlaceEncoder, projection: Projections) -> float:
+    """Returns the recall@1 % of several members together, on the held-out pairs that each was measured on."""
+    lonlat, features = _measured(pairs)
+    return retrieval_accuracy(location.embed(lonlat), projection.keys(features))
 
 
 def _agreed(measure: Callable[[Trainer], Progress], trainer: Trainer) -> Progress:

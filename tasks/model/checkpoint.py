@@ -4,9 +4,10 @@
 object                       content
 ============================ ======================================================================
 model.safetensors            `location.*`: the location encoder's weights; `projection.*`: the
-                             image projection; `encoder.*`: the fitted arrays of the image encoder
+                             image projection; `encoder.*`: the fitted arrays of the image encoder.
+                             Of several members `location.members.0.*`, `projection.members.0.*` ...
 card.json                    architecture, image encoder, fingerprint of the weights, data,
-                             metrics, history
+                             metrics, history; of several members a history of each
 ============================ ======================================================================
 
 An imported SatCLIP checkpoint has all three where its image encoder is a published one. Otherwise it has the location
@@ -34,8 +35,9 @@ from tasks.arrays import damaged
 from tasks.cards import read_card, write_card
 from tasks.core.contrastive import ImageProjection
 from tasks.core.encoders.images import ImageEncoder
-from tasks.core.encoders.location import LocationEncoder
+from tasks.core.encoders.location import PlaceEncoder
 from tasks.core.encoders.registry import load_encoder
+from tasks.core.ensemble import Projections, projection_for, rebuild
 from tasks.products import Architecture, CheckpointCard, EncoderFacts
 
 ZIP, DIGEST = b"PK\x03\x04", 32  # first bytes of a `torch.save`; length in bytes of the SHA-256 before it
@@ -45,9 +47,9 @@ ZIP, DIGEST = b"PK\x03\x04", 32  # first bytes of a `torch.save`; length in byte
 class Checkpoint:
     """The models of one embedding space."""
 
-    location: LocationEncoder
+    location: PlaceEncoder
     """Maps places into the space."""
-    projection: ImageProjection | None
+    projection: ImageProjection | Projections | None
     """Maps image features into the space; None where only the location encoder was imported."""
     encoder: ImageEncoder | None
     """Maps images to features; None where only the location encoder was imported."""
@@ -57,8 +59,8 @@ class Checkpoint:
 
 def save_checkpoint(
     url: str,
-    location: LocationEncoder,
-    projection: ImageProjection | None = None,
+    location: PlaceEncoder,
+    projection: ImageProjection | Projections | None = None,
     encoder: ImageEncoder | None = None,
     **told: Any,
 ) -> CheckpointCard:
@@ -66,8 +68,8 @@ def save_checkpoint(
 
     Args:
         url: Directory of the checkpoint.
-        location: The location encoder.
-        projection: The image projection; given together with `encoder`.
+        location: The location encoder, of one or several members.
+        projection: The image projection, of the same members; given together with `encoder`.
         encoder: The image encoder that the projection was trained on.
         **told: More entries of the card, such as data, metrics and history.
     """
@@ -111,8 +113,9 @@ def load_checkpoint(url: str) -> Checkpoint:
     if hashlib.sha256(data).hexdigest()[:12] != card.fingerprint:
         raise UserError(f"the weights at {url} are not those of its card: copy the checkpoint again, whole")
     tensors = parse(data)
-    location = LocationEncoder(**card.architecture.model_dump()).to(tensors["location.layers.0.weight"].dtype)
-    location.load_state_dict(part_of(tensors, "location"))
+    weights = part_of(tensors, "location")
+    location = rebuild(card.architecture.model_dump(exclude_unset=True))
+    location.to(next(iter(weights.values())).dtype).load_state_dict(weights)
     location.eval()
     if card.encoder is None:
         return Checkpoint(location, None, None, card)
@@ -121,7 +124,7 @@ def load_checkpoint(url: str) -> Checkpoint:
         encoder = load_encoder(card.encoder.name, arrays, card.encoder.bands)
     except ValueError as error:
         raise UserError(f"the image encoder of {url} cannot be loaded: {error}") from error
-    projection = ImageProjection(encoder.dim, location.dim)
+    projection = projection_for(location, encoder.dim)
     projection.load_state_dict(part_of(tensors, "projection"))
     return Checkpoint(location, projection.eval(), encoder, card)
 

@@ -17,7 +17,7 @@ from tasks.cards import made_before
 from tasks.core.contrastive import ImageProjection
 from tasks.core.encoders.harmonics import Basis
 from tasks.core.encoders.images import ImageEncoder
-from tasks.core.encoders.location import LocationEncoder
+from tasks.core.encoders.location import LocationEncoder, PlaceEncoder
 from tasks.core.encoders.registry import load_tower
 from tasks.foreign import check_free, read_file, write_file
 from tasks.model.checkpoint import Checkpoint, load_checkpoint, named, part_of, save_checkpoint
@@ -192,14 +192,32 @@ def export_satclip(url: str, target: str | Path, overwrite: bool = False) -> str
 
     Returns:
         The file's URL.
+
+    Raises:
+        UserError: The format has no place for the checkpoint's location encoder, or the file is there.
     """
     check_free(target, overwrite)
     model = load_checkpoint(url)
+    location = _of_satclip(url, model.location)
     visual, settings = _visual_of(model)
-    weights = named(FOREIGN_LOCATION, _their_location(model.location)) | named("model.visual", visual)
+    weights = named(FOREIGN_LOCATION, _their_location(location)) | named("model.visual", visual)
     buffer = io.BytesIO()
-    torch.save({"hyper_parameters": _settings_of(model.location) | settings, "state_dict": weights}, buffer)
+    torch.save({"hyper_parameters": _settings_of(location) | settings, "state_dict": weights}, buffer)
     return write_file(target, buffer.getvalue(), overwrite)
+
+
+def _of_satclip(url: str, location: PlaceEncoder) -> LocationEncoder:
+    """Returns the location encoder, if it is one that SatCLIP's format can hold.
+
+    Raises:
+        UserError: It is another.
+    """
+    if isinstance(location, LocationEncoder):
+        return location
+    raise UserError(
+        f"{url} has {location.architecture['members']} members and SatCLIP's format has room for one location encoder: "
+        "export a checkpoint that was trained with --members 1"
+    )
 
 
 def _their_location(location: LocationEncoder) -> dict[str, Tensor]:
@@ -214,10 +232,10 @@ def _their_location(location: LocationEncoder) -> dict[str, Tensor]:
 def _visual_of(model: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the image tower as SatCLIP has it, with standardisation folded into the last layer; empty if none."""
     kinds = {name: (kind, head) for kind, (name, head) in VISION.items()}
-    if model.encoder is None or model.projection is None or model.encoder.name not in kinds:
+    projection = model.projection
+    if model.encoder is None or not isinstance(projection, ImageProjection) or model.encoder.name not in kinds:
         return {}, {}
     kind, head = kinds[model.encoder.name]
-    projection = model.projection
     weight = projection.linear.weight.detach() / projection.std
     last = {"weight": weight, "bias": projection.linear.bias.detach() - weight @ projection.mean}
     tower = {name: torch.from_numpy(array) for name, array in model.encoder.arrays().items()}

@@ -1,6 +1,7 @@
 """Draws charts of training and of scores: loss, probes, geographic bias, ablations."""
 
 import re
+from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
@@ -89,14 +90,14 @@ def _first_number(group: str) -> float:
     return float(re.findall(r"[-.0-9]+", group)[0])
 
 
-def loss_curve(history: list[dict[str, Any]], title: str, caption: str) -> bytes:
-    """Draws loss and held-out recall by step; returns a PNG."""
+def loss_curve(histories: Sequence[Sequence[Mapping[str, Any]]], title: str, caption: str) -> bytes:
+    """Draws loss and held-out recall by step, with a line for each training; returns a PNG."""
     figure, axes = canvas(9, 4.8, title, caption)
     axes.set_axis_on()
     axes.set_aspect("auto")
-    steps = [entry["step"] for entry in history]
     for name, colour, axis in (("loss", ACCENT, axes), ("accuracy", SECOND, axes.twinx())):
-        axis.plot(steps, [entry[name] for entry in history], color=colour, lw=2)
+        for history in histories:
+            axis.plot([e["step"] for e in history], [e[name] for e in history], color=colour, lw=2)
         axis.set_ylabel(LABELS[name], color=colour)
         axis.tick_params(colors=FAINT)
         for side in ("top", "left", "right"):

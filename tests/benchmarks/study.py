@@ -39,12 +39,12 @@ from tasks.core.training import Pairs, hold_out, train
 from tasks.evaluation.geoclip import embed_geoclip
 from tasks.evaluation.labels import demo_labels
 from tasks.model.features import RUN, RUNS, view_of
+from tasks.model.fitting import BLOCK_DEGREES, new_trainer
 from tasks.params import EncoderParams, SampleParams, TrainParams
 from tasks.patches.store import Patches, open_patches
 from tasks.plots.charts import score_chart
 from tasks.plots.style import INK, SECOND
 from tasks.sample import sample_patches
-from tasks.train import BLOCK_DEGREES, new_trainer
 from tests.core.feature_array import FeatureArray
 
 SANDBOX = Path(".sandbox")

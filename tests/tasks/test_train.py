@@ -132,7 +132,7 @@ def test_a_killed_training_resumes_to_the_same_weights(client, home, tmp_path, m
 CHILD = """
 import os, signal, sys
 from distributed import Client
-from tasks.core.contrastive import Trainer
+from tasks.core.training import Trainer
 from tasks.params import TrainParams
 from tasks.train import train_model
 from tasks.products import CheckpointCard, PatchesCard

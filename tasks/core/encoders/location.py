@@ -1,8 +1,9 @@
-"""Defines the location encoder: spherical harmonics, then a sinusoidal network (SIREN), as in SatCLIP."""
+"""Defines what every location encoder offers, and SatCLIP's: spherical harmonics, then a sinusoidal network (SIREN)."""
 
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,33 @@ FIRST_FREQUENCY = 30.0  # w0 of SIREN's first layer; the others have 1
 SHARED = 8  # places per distinct latitude from which the first layer is cheaper by rows of latitude
 
 
-class LocationEncoder(nn.Module):
+class PlaceEncoder(nn.Module):
+    """What every location encoder offers, whether one network or several side by side."""
+
+    dim: int
+    """Length of an embedding."""
+    degree: int
+    """Number of degrees of spherical harmonics."""
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Returns the arguments that rebuild this encoder."""
+        raise NotImplementedError
+
+    def embed(self, lonlat: NDArray[np.float64], batch: int = 4096) -> NDArray[np.float32]:
+        """Returns unit embeddings of many places, without gradients and dropout.
+
+        Args:
+            lonlat: (n, 2) longitude and latitude in degrees.
+            batch: Places computed at a time.
+
+        Returns:
+            (n, dim) float32, each of length 1.
+        """
+        raise NotImplementedError
+
+
+class LocationEncoder(PlaceEncoder):
     """Maps places to vectors: L * L harmonics, `layers` sine layers of `hidden`, a linear layer to `dim`.
 
     The harmonics are always computed in float64. The network computes in the dtype of its weights (`encoder.double()`).
@@ -58,7 +85,7 @@ class LocationEncoder(nn.Module):
         self.register_buffer("damping", (1.0 + degrees) ** -smoothness, persistent=False)
 
     @property
-    def architecture(self) -> dict[str, int | float | str]:
+    def architecture(self) -> dict[str, Any]:
         """Returns the arguments that rebuild this encoder."""
         return {
             "degree": self.degree,

@@ -1,0 +1,71 @@
+"""Puts several location encoders of one recipe side by side, with an image projection each.
+
+Their unit vectors are joined and divided by the root of their number. So joined vectors have length 1 again, and the
+cosine of two of them is the mean of the members' cosines.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from tasks.core.contrastive import ImageProjection
+from tasks.core.encoders.location import LocationEncoder, PlaceEncoder
+
+
+class Ensemble(PlaceEncoder):
+    """Several location encoders side by side, used as one."""
+
+    def __init__(self, members: Iterable[LocationEncoder]) -> None:
+        """Takes encoders of one architecture."""
+        super().__init__()
+        found = list(members)
+        self.members = nn.ModuleList(found)
+        self.dim, self.degree = sum(member.dim for member in found), found[0].degree
+        self._member = found[0].architecture
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Returns a member's architecture, with the number of members and the length of the joined vectors."""
+        return {**self._member, "dim": self.dim, "members": len(self.members)}
+
+    def embed(self, lonlat: NDArray[np.float64], batch: int = 4096) -> NDArray[np.float32]:
+        """Returns the members' unit embeddings side by side, (n, dim) float32, each of length 1."""
+        return side_by_side([member.embed(lonlat, batch) for member in self.members])
+
+
+class Projections(nn.Module):
+    """The image projections of an ensemble's members."""
+
+    def __init__(self, members: Iterable[ImageProjection]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def keys(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns the members' unit keys of (n, feature) features side by side, (n, dim), each of length 1."""
+        return side_by_side([member.keys(features) for member in self.members])
+
+
+def side_by_side(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Joins unit vectors, (n, dim) each, to unit vectors of (n, parts * dim)."""
+    return np.concatenate(parts, axis=1) / np.float32(math.sqrt(len(parts)))
+
+
+def rebuild(architecture: Mapping[str, Any]) -> PlaceEncoder:
+    """Makes a location encoder of what one told as its architecture, with weights still to be replaced."""
+    one = dict(architecture)
+    members = one.pop("members", None)
+    if members is None:
+        return LocationEncoder(**one)
+    one["dim"] //= members
+    return Ensemble(LocationEncoder(**one) for _ in range(members))
+
+
+def projection_for(location: PlaceEncoder, features: int) -> ImageProjection | Projections:
+    """Makes the projection of image features of a length into an encoder's space, with weights still to be replaced."""
+    if isinstance(location, Ensemble):
+        return Projections(ImageProjection(features, location.dim // len(location.members)) for _ in location.members)
+    return ImageProjection(features, location.dim)

@@ -70,9 +70,12 @@ def draw(client: Client, job: Job, attribution: str) -> None:
     for tile, part in zip(tiles, parts, strict=True):
         whole[(slice(None), *drawn.window(tile))] = part
     where = "world" if job.spec.is_globe else "land"
-    colours = principal_colours(whole[:3])
+    latitudes = drawn.latitudes(job.spec)
+    colours = principal_colours(
+        whole[:3], np.broadcast_to(areas(job.spec)[drawn.rows, None], latitudes.shape), latitudes
+    )
     title = f"The {where} in {job.method.name.upper()} colours, {job.spec.size}"
-    caption = f"First three principal components of the embeddings. {attribution}."
+    caption = f"First three principal components of the embeddings, as lightness and two axes of hue. {attribution}."
     picture = world_map(colours, job.spec, title, caption)
     keep_picture(storage.join(job.home, "world.png"), picture, "world-map", title)
     storage.write(storage.join(job.home, "world.tif"), geotiff(colours, job.spec))
@@ -95,6 +98,10 @@ class Drawn:
         times, (rows, columns) = max(1.0, np.sqrt(np.prod(spec.shape) / MOST_DRAWN)), spec.shape
         return cls(_spread(rows, times), _spread(columns, times))
 
+    def latitudes(self, spec: GridSpec) -> NDArray[np.float64]:
+        """Returns the latitudes of their centres in degrees, (rows, columns)."""
+        return spec.plane.lonlat(np.stack(np.meshgrid(spec.x[self.columns], spec.y[self.rows]), axis=-1))[..., 1]
+
     def window(self, tile: Tile) -> tuple[slice, slice]:
         """Returns which of them are in a tile."""
         rows, columns = tile.window
@@ -113,17 +120,29 @@ def _within(cells: NDArray[np.intp], part: slice) -> slice:
     return slice(start, stop)
 
 
+def areas(spec: GridSpec) -> NDArray[np.float64]:
+    """Returns the relative areas of the cells of each row; in a projected plane all are alike."""
+    if spec.plane.is_geographic:
+        return np.cos(np.radians(spec.y))
+    return np.ones(spec.shape[0])
+
+
 def axes_of(job: Job) -> NDArray[np.float32]:
-    """Returns the principal axes of a grid's embeddings, (dim, 3), from some blocks of its land."""
+    """Returns the principal axes of a grid's embeddings, (dim, 3), from some blocks of its land.
+
+    Of smaller cells as many fewer count: else ice, which has a quarter of a globe's land cells, would decide them.
+    """
     vectors, land, side = store.open_vectors(job.grid), land_mask(job.spec), min(CHUNK_CELLS, job.spec.tile)
     rows, columns = np.nonzero(land)
     blocks = np.unique(np.column_stack([rows, columns]) // side, axis=0)
-    picked = np.random.default_rng(0).permutation(len(blocks))[:BLOCKS]
-    found = []
-    for i, j in blocks[np.sort(picked)]:
+    rng = np.random.default_rng(0)
+    found, sizes = [], []
+    for i, j in blocks[np.sort(rng.permutation(len(blocks))[:BLOCKS])]:
         window = slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)
         found.append(vectors[(slice(None), *window)][:, land[window]].T)
-    return Projection.fit(np.concatenate(found), 3).components
+        sizes.append(areas(job.spec)[window[0]][np.nonzero(land[window])[0]])
+    size = np.concatenate(sizes)
+    return Projection.fit(np.concatenate(found)[rng.random(len(size)) < size / size.max()], 3).components
 
 
 def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:

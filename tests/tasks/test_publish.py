@@ -397,7 +397,7 @@ def test_pictures_are_drawn_once_after_the_card_from_a_bounded_number_of_cells(p
     monkeypatch.setattr(previews, "MOST_DRAWN", 100)
     drawn, order = [], []
     real = previews.principal_colours
-    monkeypatch.setattr(previews, "principal_colours", lambda seen: (drawn.append(seen.shape), real(seen))[1])
+    monkeypatch.setattr(previews, "principal_colours", lambda seen, *at: (drawn.append(seen.shape), real(seen, *at))[1])
     keep = storage.write
     monkeypatch.setattr(storage, "write", lambda url, data: (order.append(url.rpartition("/")[2]), keep(url, data))[1])
     params = PublishParams(**STEP, beta=0.7, evidence=True)
@@ -408,6 +408,9 @@ def test_pictures_are_drawn_once_after_the_card_from_a_bounded_number_of_cells(p
     with rasterio.open(storage_path(home_of(grid)) / "world.tif") as file:
         assert file.shape == (rows, columns)
         assert tuple(file.bounds) == (-180, -90, 180, 90)
+        colours, there = file.read((1, 2, 3)), file.read(4) > 0
+    assert there.any()
+    assert colours[:, there].max(0).min() > 80  # of 255: no land is black
     assert publish(before, params) == grid
     assert len(drawn) == 1
     storage.delete(storage.join(home_of(grid), "world.tif"))

@@ -1,33 +1,98 @@
-"""Pictures: colours against scikit-learn, and what is drawn where, against pyproj's Equal Earth."""
+"""Pictures: colours by another way to OKLab, and what is drawn where, against pyproj's Equal Earth."""
 
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from pyproj import Proj
-from sklearn.decomposition import PCA
+from scipy.stats import rankdata, spearmanr
+from sklearn.metrics import r2_score
 
-from tasks.core.compact import Projection
 from tasks.core.earth.grid import GridSpec
+from tasks.core.earth.land import land_mask
+from tasks.grid import previews
 from tasks.grid.previews import MOST_DRAWN, Drawn
 from tasks.plots import maps
 from tasks.plots.maps import principal_colours
 from tasks.plots.style import ACCENT, OCEAN, SECOND
+from tests.tasks.plots.test_oklab import oklab
 
 
-def test_colours_are_ranks_of_the_principal_components():
-    rng = np.random.default_rng(0)
-    vectors = (rng.normal(size=(6, 67, 9)) * np.array([9, 5, 3, 1, 1, 1])[:, None, None]).astype(np.float32)
-    vectors[:, rng.random(vectors.shape[1:]) < 0.4] = np.nan
-    known = np.isfinite(vectors[0])
-    axes = Projection.fit(vectors[:, known].T, 3).components
-    colours = principal_colours(np.tensordot(axes.T, vectors, 1))
+def land(seed=0, shape=(90, 180)):
+    """Three components of land, of which some cells are extreme; with areas and latitudes of the cells."""
+    rng = np.random.default_rng(seed)
+    components = rng.lognormal(0, 1, (3, *shape)).astype(np.float32)
+    latitudes = np.broadcast_to(np.linspace(89, -89, shape[0])[:, None], shape)
+    components[1] *= np.cos(np.radians(latitudes))
+    components[:, rng.random(shape) < 0.6] = np.nan
+    return components, np.cos(np.radians(latitudes)), latitudes
+
+
+def test_colours_use_all_of_the_lightness_by_area():
+    """Each tenth of the lightness has a tenth of the land, in the order of the first component; nothing is black."""
+    components, areas, latitudes = land()
+    colours = principal_colours(components, areas, latitudes)
+    known = np.isfinite(components[0])
     np.testing.assert_array_equal(colours[..., 3], known)
-    expected = PCA(3).fit_transform(vectors[:, known].T.astype("f8"))
-    for found, component in zip(colours[known, :3].T, expected.T, strict=True):
-        agreement = np.corrcoef(found, component.argsort().argsort())[0, 1]
-        assert abs(agreement) > 0.9999
+    assert (colours[~known] == 0).all()
+    lab = oklab(colours[known, :3].astype(float))
+    counts, _ = np.histogram(lab[:, 0], np.linspace(0.435, 0.935, 11), weights=areas[known])
+    np.testing.assert_allclose(counts / counts.sum(), 0.1, atol=0.02)
+    assert spearmanr(lab[:, 0], components[0][known]).statistic > 0.9999
+    luminance = ((colours[known, :3] + 0.055) / 1.055) ** 2.4 @ [0.2126, 0.7152, 0.0722]
+    assert (116 * np.cbrt(luminance) - 16).min() > 33
+
+
+def test_hues_are_a_plane_of_the_second_and_third_component():
+    components, areas, latitudes = land()
+    colours = principal_colours(components, areas, latitudes)
+    known = np.isfinite(components[0])
+    plane = oklab(colours[known, :3].astype(float))[:, 1:]
+    ranks = np.stack([rankdata(part[known]) for part in components[1:]])
+    middle = np.abs(oklab(colours[known, :3].astype(float))[:, 0] - 0.65) < 0.1  # where sRGB has all of the chroma
+    ranks = ranks[:, middle] - ranks[:, middle].mean(1, keepdims=True)
+    fit, *_ = np.linalg.lstsq(ranks.T, plane[middle], rcond=None)
+    assert r2_score(plane[middle], ranks.T @ fit) > 0.95
+    np.testing.assert_allclose(fit @ fit.T / (fit @ fit.T)[0, 0], np.eye(2), atol=0.15)
+
+
+def test_signs_of_axes_do_not_matter_and_the_tropics_are_warm():
+    components, areas, latitudes = land()
+    expected = principal_colours(components, areas, latitudes)
+    for signs in ([-1, 1, 1], [1, -1, 1], [1, 1, -1], [-1, -1, -1]):
+        turned = components * np.array(signs, np.float32)[:, None, None]
+        np.testing.assert_array_equal(principal_colours(turned, areas, latitudes), expected)
+    known = expected[..., 3] == 1
+    hue = oklab(expected[..., :3].astype(float))[..., 2]
+    tropics, poles = known & (np.abs(latitudes) < 20), known & (np.abs(latitudes) > 70)
+    assert hue[tropics].mean() > hue[poles].mean() + 0.05
+
+
+def test_equal_cells_have_one_colour_and_no_land_has_none():
+    components, areas, latitudes = land()
+    colours = principal_colours(np.where(np.isfinite(components), 3, np.nan), areas, latitudes)
+    assert len(np.unique(colours[colours[..., 3] == 1], axis=0)) == 1
+    assert not principal_colours(np.full_like(components, np.nan), areas, latitudes).any()
+
+
+def test_axes_of_colours_count_land_by_area(monkeypatch):
+    """By the number of cells the ice varies more than the tropics, by area less."""
+    spec, rng = GridSpec(2.0), np.random.default_rng(0)
+    lat = np.abs(spec.y)[:, None]
+    vectors = 0.1 * rng.normal(size=(4, *spec.shape)).astype(np.float32)
+    vectors[0] += rng.normal(size=spec.shape) * np.where(lat > 70, 2.4, 0)
+    vectors[1] += rng.normal(size=spec.shape) * np.where(lat < 70, 1.0, 0)
+    known = land_mask(spec)
+    flat, areas = vectors[:, known].T, np.cos(np.radians(np.broadcast_to(lat, spec.shape)))[known]
+    cells, weighted = flat.var(0), np.average(flat**2, axis=0, weights=areas)
+    assert cells[0] > 1.5 * cells[1]
+    assert weighted[1] > weighted[0]
+    monkeypatch.setattr(previews.store, "open_vectors", lambda grid: vectors)
+    monkeypatch.setattr(previews, "BLOCKS", 1000)
+    axes = previews.axes_of(SimpleNamespace(grid="", spec=spec))
+    assert np.abs(axes).argmax(0).tolist()[:2] == [1, 0]
 
 
 @pytest.mark.parametrize("spec", [GridSpec(10.0, 5), GridSpec(0.5), GridSpec(0.05, 120), GridSpec(0.01, 480)])
@@ -101,6 +166,7 @@ def cells(values):
     [
         (lambda layer: maps.layer_map(layer, GRID, "layer", "of four", "km"), [0, 100, 200, 300]),
         (lambda layer: maps.change_map(layer, GRID, "change", "of four"), [1e-6, 1e-4, 1e-2, 1]),
+        (lambda layer: maps.change_map(layer, GRID, "change", "of three"), [0, 1e-4, 1e-2, 1]),
     ],
 )
 def test_cells_have_the_colour_of_their_number(draw, values):

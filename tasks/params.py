@@ -156,7 +156,8 @@ class SampleParams(Params):
     """Share of the units of work (searches of the catalog, shards) that may fail before the run gives up. A rerun does
     only those that failed."""
     preset: Preset | None = Field(None, exclude=True)
-    """Sets the fields that are left at their default for a quick trial, a continent or the globe."""
+    """Sets the fields that are left at their default for a quick trial, a continent or the globe, or as SatCLIP was
+    trained."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -225,7 +226,7 @@ class TrainParams(Params):
     dim: int = Field(256, ge=2, le=4096)
     """Length of a location embedding, and of a key of the database; with members, of each."""
     smoothness: float = Field(2.0, ge=0, le=4)
-    """Harmonics of degree l are scaled by (1 + l) ** -smoothness before the network. 0 is SatCLIP's choice."""
+    """Harmonics of degree l are scaled by (1 + l) ** -smoothness before the network. 0: not at all, as in SatCLIP."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout: share of hidden units dropped in training."""
     steps: int = Field(150, ge=1, le=1_000_000)
@@ -244,6 +245,8 @@ class TrainParams(Params):
     mask_km: float = Field(0.0, ge=0, le=2000)
     """Pairs of a batch whose places are within this distance in km are no negatives of each other. 0: all are
     negatives."""
+    jitter_degrees: float = Field(0.0, ge=0, le=5)
+    """Longitude and latitude of a place are moved at random by up to this many degrees each way, anew in each step."""
     held_out_share: float = Field(0.1, ge=0, le=0.5)
     """Share of the 10° blocks of the Earth that are held out: their pairs are used for evaluation only."""
     patience: int = Field(0, ge=0, le=20)
@@ -261,7 +264,8 @@ class TrainParams(Params):
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the matrix products after the spherical harmonics. bf16 is for GPUs."""
     preset: Preset | None = Field(None, exclude=True)
-    """Sets the fields that are left at their default for a quick trial, a continent or the globe."""
+    """Sets the fields that are left at their default for a quick trial, a continent or the globe, or as SatCLIP was
+    trained."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -349,7 +353,8 @@ class PublishParams(Params):
     drift_alert: float = Field(0.1, ge=0, le=2)
     """Drift of the embeddings since the latest version, as 1 - mean cosine similarity, from which an alert is sent."""
     preset: Preset | None = Field(None, exclude=True)
-    """Sets the fields that are left at their default for a quick trial, a continent or the globe."""
+    """Sets the fields that are left at their default for a quick trial, a continent or the globe, or as SatCLIP was
+    trained."""
 
     @field_validator("crs")
     @classmethod
@@ -493,7 +498,8 @@ class EvaluateParams(EmbedderParams):
     seed: Seed = 2
     """Seed of the evaluated places. Choose another seed than that of the sample."""
     preset: Preset | None = Field(None, exclude=True)
-    """Sets the fields that are left at their default for a quick trial, a continent or the globe."""
+    """Sets the fields that are left at their default for a quick trial, a continent or the globe, or as SatCLIP was
+    trained."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -528,7 +534,8 @@ class PipelineParams(Params):
     """The parameters of every step of the pipeline."""
 
     preset: Preset | None = Field(None, exclude=True)
-    """Sets the fields that are left at their default for a quick trial, a continent or the globe."""
+    """Sets the fields that are left at their default for a quick trial, a continent or the globe, or as SatCLIP was
+    trained."""
     sample: SampleParams = Field(default_factory=SampleParams)
     """Where, when and how many Sentinel-2 patches to sample."""
     train: TrainParams = Field(default_factory=TrainParams)

@@ -1,6 +1,7 @@
 """Holds the presets: sets of parameters under one name, for the steps that have the fields.
 
 The numbers of patches are those that a try, a continent and the paper's S2-100K take; the rest follows from them.
+`satclip` is what SatCLIP's published code does, as far as it is a parameter here: `docs/model.md` tells what is not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
-Preset = Literal["trial", "continent", "globe"]
+Preset = Literal["trial", "continent", "globe", "satclip"]
 
 EUROPE = {"west": -25.0, "south": 34.0, "east": 45.0, "north": 72.0}
 PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
@@ -27,6 +28,24 @@ PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
         "SampleParams": {"patches": 100_000},
         "TrainParams": {"batch": 8192, "steps": 1000, "patience": 5},
         "PublishParams": {"step": 0.25, "compact_dims": 64},
+    },
+    "satclip": {
+        "SampleParams": {
+            "patches": 100_000,
+            "places": "tile",
+            "datetime": "2021-01-01/2023-05-17",
+            "max_cloud_percent": 20.0,
+        },
+        "TrainParams": {
+            "degree": 40,
+            "smoothness": 0.0,
+            "dropout": 0.5,
+            "jitter_degrees": 0.005,
+            "views": 8,
+            "lr": 1e-4,
+            "batch": 8192,
+            "steps": 5500,
+        },
     },
 }
 

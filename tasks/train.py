@@ -26,7 +26,7 @@ from tasks.products import MemberFacts, PatchesCard
 
 PATIENCE = timedelta(days=7)  # how long the other processes wait for the first, which encodes the features
 NOT_CONTENT = {"device", "save_every"}  # parameters that do not change the result
-ADDED = {"members"}  # parameters that came later: the default, as it always was, is not told
+ADDED = {"members", "jitter_degrees"}  # parameters that came later: the default, as it always was, is not told
 
 
 def train_model(client: Client | None, patches: str, params: TrainParams) -> str:

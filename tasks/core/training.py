@@ -23,6 +23,7 @@ from tasks.core.ensemble import Projections
 FITTED_ON = 16_384  # pairs whose features give the projection its mean and standard deviation
 MEASURED = 8192  # most held-out pairs that are measured: the cost grows with their square, the precision hardly
 HARMONICS_BYTES = 1 << 30  # bytes of the harmonics of all training places; above it each batch computes its own
+JITTER = 1  # third part of the jitter's seed; that of the batches has two
 Precision = Literal["float32", "bf16"]
 
 
@@ -46,6 +47,8 @@ class Schedule:
     """Pairs that are shuffled together."""
     mask_km: float = 0.0
     """Pairs of a batch whose places are within this distance in km are no negatives of each other. 0: all are."""
+    jitter_degrees: float = 0.0
+    """Longitude and latitude of a place are moved by up to this many degrees each way, anew in each step."""
     patience: int = 0
     """Early stopping: measurements without improvement after which training ends with the best weights. 0: never."""
     precision: Precision = "float32"
@@ -317,7 +320,7 @@ def train(trainer: Trainer, pairs: Pairs, every: int) -> Iterator[Progress | Non
     """
     schedule, (rank, processes) = trainer.schedule, process()
     batches = plan(pairs.held_out, schedule, pairs.features.run, pairs.features.shape[0])
-    harmonics, measure = _harmonics(trainer.location, pairs.lonlat), _measure(pairs)
+    harmonics, measure = _harmonics(trainer.location, pairs.lonlat, schedule), _measure(pairs)
     part = slice(rank * schedule.batch // processes, (rank + 1) * schedule.batch // processes)
     while not trainer.finished:
         rows, views = batches(trainer.step_number)
@@ -326,7 +329,7 @@ def train(trainer: Trainer, pairs: Pairs, every: int) -> Iterator[Progress | Non
         else:
             near = None
         features = torch.from_numpy(pairs.features.take(rows[part], views[part]))
-        trainer.losses.append(trainer.step(harmonics(rows[part]), features, near))
+        trainer.losses.append(trainer.step(harmonics(trainer.step_number, rows, part), features, near))
         measured = trainer.step_number % every == 0 or trainer.step_number == schedule.steps
         if measured:
             trainer.check()
@@ -347,12 +350,26 @@ def plan(held_out: NDArray[np.bool_], schedule: Schedule, run: int, views: int) 
     return Batches(np.flatnonzero(~held_out), schedule.batch, schedule.seed, run, schedule.window, views)
 
 
-def _harmonics(location: LocationEncoder, lonlat: NDArray[np.float64]) -> Callable[[NDArray[np.int64]], Tensor]:
-    """Returns a function from rows of places to their harmonics, which are kept where all fit in memory."""
+def _harmonics(
+    location: LocationEncoder, lonlat: NDArray[np.float64], schedule: Schedule
+) -> Callable[[int, NDArray[np.int64], slice], Tensor]:
+    """Returns a function from a step, the rows of its batch and a part of them to the harmonics of that part's places.
+
+    They are constants, kept where all fit in memory, unless places are moved in each step.
+    """
+    if schedule.jitter_degrees:
+        return lambda step, rows, part: location.harmonics(jittered(lonlat[rows], schedule, step)[part])
     if 4 * len(lonlat) * location.degree**2 > HARMONICS_BYTES:
-        return lambda rows: location.harmonics(lonlat[rows])
+        return lambda _, rows, part: location.harmonics(lonlat[rows[part]])
     whole = location.harmonics(lonlat).contiguous()
-    return lambda rows: whole[torch.from_numpy(rows).to(whole.device)]
+    return lambda _, rows, part: whole[torch.from_numpy(rows[part]).to(whole.device)]
+
+
+def jittered(lonlat: NDArray[np.float64], schedule: Schedule, step: int) -> NDArray[np.float64]:
+    """Returns the (n, 2) places of a whole batch, moved at random; the seed and the step alone decide where to."""
+    rng = np.random.default_rng([schedule.seed, step, JITTER])
+    lon, lat = (lonlat + rng.uniform(-1, 1, lonlat.shape) * schedule.jitter_degrees).T
+    return np.stack([(lon + 180) % 360 - 180, lat.clip(-90, 90)], axis=1)
 
 
 def _measure(pairs: Pairs) -> Callable[[Trainer], Progress]:

@@ -34,6 +34,7 @@ def schedule(params: TrainParams) -> Schedule:
         seed=params.seed,
         window=params.shuffle,
         mask_km=params.mask_km,
+        jitter_degrees=params.jitter_degrees,
         patience=params.patience,
         precision=params.precision,
     )

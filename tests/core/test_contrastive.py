@@ -21,6 +21,7 @@ from tasks.core.training import (
     Schedule,
     Trainer,
     hold_out,
+    jittered,
     plan,
     retrieval_accuracy,
     train,
@@ -140,7 +141,9 @@ def test_training_learns_held_out_blocks(pairs):
     assert history[-1].accuracy > 0.08  # chance is 0.01
 
 
-@pytest.mark.parametrize("changes", [{}, {"patience": 3, "mask_km": 300.0}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"patience": 3, "mask_km": 300.0}, {"precision": "bf16"}, {"jitter_degrees": 2.0}]
+)
 def test_resumed_training_is_bit_exact(pairs, changes):
     whole = run(new_trainer(pairs, **changes), pairs, 10)
     broken, saved = new_trainer(pairs, **changes), io.BytesIO()
@@ -155,6 +158,30 @@ def test_resumed_training_is_bit_exact(pairs, changes):
     for ours, theirs in zip(weights_of(whole), weights_of(resumed), strict=True):
         assert torch.equal(ours, theirs)
     assert resumed.history == whole.history
+
+
+def test_places_are_moved_anew_in_each_step_and_stay_on_earth():
+    lonlat = np.concatenate([scattered(2000), [[180, 10], [-180, -10], [0, 90], [90, -90]]])
+    schedule = replace(SCHEDULE, jitter_degrees=0.5)
+    first, second = jittered(lonlat, schedule, 7), jittered(lonlat, schedule, 8)
+    np.testing.assert_array_equal(jittered(lonlat, schedule, 7), first)
+    assert (first != second).any(axis=1).all()
+    assert abs(first[:, 0]).max() <= 180
+    assert abs(first[:, 1]).max() <= 90
+    east = (first[:, 0] - lonlat[:, 0] + 180) % 360 - 180
+    for moved in (east, first[:2000, 1] - lonlat[:2000, 1]):
+        assert 0.49 < abs(moved).max() <= 0.5 + 1e-9
+        assert abs(moved.mean()) < 4 * 0.5 / np.sqrt(3 * 2000)  # no shift: four standard errors of a uniform mean
+
+
+def test_moved_places_are_what_is_trained_on(pairs):
+    """A jitter that no float32 can tell trains as none does, a large one otherwise."""
+    plain, tiny, large = (
+        run(new_trainer(pairs, dropout=0.0, jitter_degrees=degrees), pairs).history[-1].loss
+        for degrees in (0, 1e-12, 5.0)
+    )
+    assert tiny == pytest.approx(plain, rel=1e-4)
+    assert large > plain * 1.01
 
 
 def test_bf16_trains_as_float32_does(pairs):

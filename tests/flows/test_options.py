@@ -83,6 +83,7 @@ def test_an_unknown_option_is_refused(invoke):
         ("trial", 500, 100, 128, 2.0, -180.0, None, 500),
         ("continent", 20_000, 300, 2048, 0.1, -25.0, 64, None),
         ("globe", 100_000, 1000, 8192, 0.25, -180.0, 64, None),
+        ("satclip", 100_000, 5500, 8192, 0.5, -180.0, None, None),
     ],
 )
 def test_a_preset_is_what_the_page_says(preset, patches, steps, batch, step, west, dims, points):

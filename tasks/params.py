@@ -114,8 +114,9 @@ class SampleParams(Params):
     """Number of patches."""
     seed: Seed = 0
     """Seed of the places. The same seed with more patches extends the same sample."""
-    places: Literal["area", "tile", "class", "list"] = "area"
-    """How places are drawn. `area`: uniformly over the land area. `tile`: by Sentinel-2 tile, with the bias of S2-100K.
+    places: Literal["even", "area", "tile", "class", "list"] = "even"
+    """How places are drawn. `even`: evenly over the land area, without holes (a sequence of low discrepancy). `area`:
+    uniformly over the land area, each independent of the others. `tile`: by Sentinel-2 tile, with the bias of S2-100K.
     `class`: equally from each class of a raster. `list`: the places of a table."""
     source: str | None = None
     """Path or URL of the source of places. For `class`: a GeoTIFF in longitude and latitude, where 0 is no class. For

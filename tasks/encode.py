@@ -5,6 +5,7 @@ from functools import partial
 from distributed import Client
 
 from tasks.cards import fingerprint, is_finished, product_url, read_card
+from tasks.database.heads import told_curves
 from tasks.database.store import create_database, finish_database, write_rows, written_shards
 from tasks.model.checkpoint import describe, keys_of
 from tasks.model.features import encode_features, encode_rows, identity, image_encoder, load, open_store, read_features
@@ -51,6 +52,7 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
     run_units(client, job, shards, label="encode", there=len(done))
     finish_database(
         url,
+        measure=partial(told_curves, load(checkpoint).location),
         fingerprint=fingerprint(made_of),
         made_of=made_of,
         patches=source.fingerprint,

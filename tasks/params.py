@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from infra.intervals import Interval
 from tasks import windows
+from tasks.core.methods import Head, Method
 from tasks.presets import Preset, laid_under
 
 if TYPE_CHECKING:
@@ -114,8 +115,9 @@ class SampleParams(Params):
     """Number of patches."""
     seed: Seed = 0
     """Seed of the places. The same seed with more patches extends the same sample."""
-    places: Literal["area", "tile", "class", "list"] = "area"
-    """How places are drawn. `area`: uniformly over the land area. `tile`: by Sentinel-2 tile, with the bias of S2-100K.
+    places: Literal["even", "area", "tile", "class", "list"] = "even"
+    """How places are drawn. `even`: evenly over the land area, without holes (a sequence of low discrepancy). `area`:
+    uniformly over the land area, each independent of the others. `tile`: by Sentinel-2 tile, with the bias of S2-100K.
     `class`: equally from each class of a raster. `list`: the places of a table."""
     source: str | None = None
     """Path or URL of the source of places. For `class`: a GeoTIFF in longitude and latitude, where 0 is no class. For
@@ -299,6 +301,23 @@ class EncodeParams(Params):
     """Images in one Zarr shard, which is one unit of work."""
 
 
+def check_heads(heads: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns heads as they are written, each once.
+
+    Raises:
+        ValueError: A text is no head, or is there twice.
+    """
+    told = tuple(str(Head.parse(head)) for head in heads)
+    if len(set(told)) < len(told):
+        raise ValueError("give each head once")
+    return told
+
+
+def method_of(name: Any, heads: tuple[str, ...], beta: float, k: int = 10) -> Method:
+    """Returns the retrieval method that parameters tell."""
+    return Method(name, beta, k, side_by_side=tuple(map(Head.parse, heads)))
+
+
 class PublishParams(Params):
     """Which grid to publish, and how."""
 
@@ -318,8 +337,12 @@ class PublishParams(Params):
     land: Literal["any", "centre"] | None = None
     """Which cells get an embedding: those with any land, or those with land at their centre. Unset: as the parent grid
     has it, else any."""
-    method: Literal["range+", "range"] = "range+"
-    """Retrieval method: RANGE+ (by semantic and geodesic similarity) or RANGE (by semantic similarity only)."""
+    method: Literal["multi-head", "range+", "range"] = "multi-head"
+    """Retrieval method: multi-head (selections of images side by side, as sharp as the database allows), or as
+    published RANGE+ (a mixture of semantic and geodesic similarity) or RANGE (by semantic similarity only)."""
+    heads: tuple[str, ...] = ()
+    """Heads of multi-head: semantic:T and geodesic:T at a temperature, or nearest:K with the bandwidth of the k-th
+    nearest image. Unset: those that the database's own images choose, without labels."""
     beta: float = Field(0.5, ge=0, le=1)
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
     tile_cells: int | None = Field(None, ge=1, le=1024)
@@ -329,7 +352,10 @@ class PublishParams(Params):
     """Largest relative error of the retrieved (visual) part that interpolation between cells may leave, as the 99th
     percentile of a tile. 0 computes every cell exactly."""
     compact_dims: int | None = Field(None, ge=1, le=8192)
-    """Principal components to keep of the visual part, for example 64; unset, all of it."""
+    """Principal components to keep of the visual part, for example 64, of each head in multi-head. Unset: all of it,
+    and 128 in multi-head."""
+    location_dims: int | None = Field(None, ge=1, le=8192)
+    """Dimensions to keep of the location part in multi-head. Unset: 256, or all if fewer."""
     dtype: Literal["float32", "float16", "int8"] = "float32"
     """How each number is stored, in 4, 2 or 1 bytes. The error of the smaller types is measured and written to the
     attributes of the grid."""
@@ -355,6 +381,8 @@ class PublishParams(Params):
     preset: Preset | None = Field(None, exclude=True)
     """Sets the fields that are left at their default for a quick trial, a continent or the globe, or as SatCLIP was
     trained."""
+
+    _heads = field_validator("heads")(check_heads)
 
     @field_validator("crs")
     @classmethod
@@ -383,6 +411,16 @@ class PublishParams(Params):
         return self
 
     @property
+    def retrieval(self) -> Method:
+        """Returns the retrieval method. Where multi-head has no heads, `tasks.publish.settled` sets them."""
+        return method_of(self.method, self.heads, self.beta)
+
+    @property
+    def is_compact(self) -> bool:
+        """Tells whether values are projected."""
+        return self.compact_dims is not None
+
+    @property
     def box(self) -> tuple[float, float, float, float]:
         """Returns west, south, east and north in the units of the CRS."""
         return self.west, self.south, self.east, self.north
@@ -405,6 +443,20 @@ class PublishParams(Params):
             )
         return self
 
+    @model_validator(mode="after")
+    def _of_one_method(self) -> Self:
+        if self.method != "multi-head" and (self.heads or self.location_dims):
+            raise ValueError(
+                f"heads and location_dims are of multi-head: give method multi-head, or {self.method} alone"
+            )
+        reaching = [head for head in self.heads if not Head.parse(head).is_additive]
+        if reaching and (self.keep_sums or self.parent):
+            raise ValueError(
+                f"the bandwidth of {reaching[0]} depends on all images, so that its sums cannot be updated: give heads "
+                "geodesic:T, or neither keep_sums nor parent"
+            )
+        return self
+
 
 class PruneParams(Params):
     """Which versions of the grid to delete. The latest and the previous version of each line, and what they need,
@@ -423,14 +475,21 @@ class PruneParams(Params):
 class EmbedParams(Params):
     """How to embed points."""
 
-    method: Literal["range+", "range", "top1", "topk", "none"] = "range+"
-    """Retrieval method: soft (range+, range) or hard (top1, topk). none gives the location embedding alone."""
+    method: Literal["multi-head", "range+", "range", "top1", "topk", "none"] = "multi-head"
+    """Retrieval method: soft (multi-head, or as published range+ and range) or hard (top1, topk). none gives the
+    location embedding alone."""
+    heads: tuple[str, ...] = ()
+    """Heads of multi-head: semantic:T and geodesic:T at a temperature, or nearest:K with the bandwidth of the k-th
+    nearest image. Unset: those that the database's own images choose, without labels."""
     beta: float = Field(0.5, ge=0, le=1)
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
     k: int = Field(10, ge=1, le=10_000_000)
     """Number of images that topk averages."""
     compact_dims: int | None = Field(None, ge=1, le=8192)
-    """Principal components to keep of the visual part, for example 64; unset, all of it."""
+    """Principal components to keep of the visual part, for example 64, of each head in multi-head. Unset: all of it,
+    and 128 in multi-head."""
+    location_dims: int | None = Field(None, ge=1, le=8192)
+    """Dimensions to keep of the location part in multi-head. Unset: 256, or all if fewer."""
     evidence: bool = False
     """Adds columns that tell how well a point is supported: effective_images, largest_weight and distance_km to the
     nearest image."""
@@ -442,8 +501,19 @@ class EmbedParams(Params):
     """Precision of the matrix products. float64 takes three times as long. tf32 needs cuda. bf16 rounds weights and
     values."""
 
+    _heads = field_validator("heads")(check_heads)
+
+    @property
+    def retrieval(self) -> Method:
+        """Returns the retrieval method; multi-head must have its heads."""
+        return method_of(self.method, self.heads, self.beta, self.k)
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.method != "multi-head" and (self.heads or self.location_dims):
+            raise ValueError(
+                f"heads and location_dims are of multi-head: give method multi-head, or {self.method} alone"
+            )
         if self.precision == "tf32" and self.device == "cpu":
             raise ValueError("precision tf32 is a mode of cuda: give device cuda, or precision float32")
         return self

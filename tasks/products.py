@@ -165,6 +165,8 @@ class DatabaseCard(Card):
     """The image encoder of the keys."""
     values: Values = Values()
     """What made the values; an imported database does not tell."""
+    heads: tuple[dict[str, Any], ...] | None = None
+    """How well heads restore images that were left out (`tasks.core.bandwidths.Curve`); former cards have none."""
 
     @property
     def sources(self) -> set[Source]:
@@ -193,8 +195,16 @@ class GridRecipe(Part):
     """Which cells have a vector."""
     tile_cells: int | None = None
     """Cells along one side of a tile."""
+    compact_dims: int | None = None
+    """Dimensions of the values that were kept."""
+    location_dims: int | None = None
+    """Dimensions of the location part that were kept."""
     dtype: str = "float32"
     """How a number is stored."""
+    method: Literal["multi-head", "range+", "range"] = "range+"
+    """Retrieval method."""
+    heads: tuple[str, ...] = ()
+    """Heads of multi-head."""
 
     @property
     def box(self) -> tuple[float, float, float, float]:

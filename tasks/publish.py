@@ -17,10 +17,11 @@ from infra.settings import settings
 from tasks.artifacts import keep_table, opening, show_places
 from tasks.cards import fingerprint, home_of, is_finished, product_url, read_card, write_card
 from tasks.core.adaptive import Report
-from tasks.core.compact import Projection
+from tasks.core.compact import Compact
 from tasks.core.earth.grid import Tile
 from tasks.core.earth.land import land_mask
-from tasks.database.store import read_pair, stored_values
+from tasks.database import heads
+from tasks.database.store import read_pair
 from tasks.grid import conventions, store
 from tasks.grid.overviews import publish_overviews
 from tasks.grid.parts import Part, parts_of, publish_in_parts
@@ -38,6 +39,7 @@ from tasks.release.stac import ITEM, write_item
 from tasks.release.validation import refuse, validate_grid
 from tasks.units import Work, counted, log, run_units
 
+INHERITED = ("tile_cells", "land", "heads", "compact_dims", "location_dims")  # the parent's, unless given
 INT8 = (
     "int8 is for maps, likeness and classes: a probe for the latitude scores {float32} in float32 and {stored} as "
     "stored (R², blocks held out), and others may lose more; `rangegrid evaluate --grid` tells it per task"
@@ -98,8 +100,7 @@ class GridPlan:
             UserError: The inputs do not belong together, or there is nothing to make.
         """
         images = read_pair(checkpoint, database)
-        check_compact(params, images)
-        params = settled(params, images)
+        params = settled(params, checkpoint, database)
         tiles = land_tiles(params.spec)
         if not tiles:
             raise UserError(f"the box {params.box} in {params.crs} has no land in any cell: give another one")
@@ -130,31 +131,33 @@ class GridPlan:
         return attrs | {f"rangegrid:{name}": value for name, value in made.items()}
 
 
-def check_compact(params: PublishParams, database: DatabaseCard) -> None:
-    """Refuses more components than a database's values have."""
-    most = min(database.images, database.value_dim)
-    if params.compact_dims and not params.parent and params.compact_dims > most:
-        raise UserError(f"--compact-dims {params.compact_dims}: the database's values have {most} components")
+def settled(params: PublishParams, checkpoint: str, database: str) -> PublishParams:
+    """Settles heads and dimensions, tile size and rule of land: the parent's, or the database's and by SHARD_BYTES.
 
-
-def settled(params: PublishParams, database: DatabaseCard) -> PublishParams:
-    """Settles tile size and rule of land: the parent's, or a tile size by SHARD_BYTES and any land."""
+    Raises:
+        UserError: More components are asked for than there are.
+    """
+    card = read_card(database, DatabaseCard)
     if params.parent:
-        made_of = read_card(home_of(params.parent), GridCard).recipe
-        tile, land = made_of.tile_cells, made_of.land
-    else:
-        tile, land = store.tile_cells(dims_of(database, params), params.dtype), "any"
-    return params.model_copy(update={"tile_cells": params.tile_cells or tile, "land": params.land or land})
+        parent = read_card(home_of(params.parent), GridCard).recipe
+        names = INHERITED if parent.method == params.method == "multi-head" else INHERITED[:2]
+        params = params.model_copy(update={n: getattr(parent, n) for n in names if not getattr(params, n)})
+    params = heads.settled(params, card, partial(heads.measured_at, checkpoint, database))
+    tile = params.tile_cells or store.tile_cells(dims_of(card, params), params.dtype)
+    return params.model_copy(update={"tile_cells": tile, "land": params.land or "any"})
 
 
 def dims_of(database: DatabaseCard, params: PublishParams) -> int:
     """Returns the length of a vector."""
-    return (params.compact_dims or database.value_dim) + database.key_dim
+    visual = params.retrieval.width * (params.compact_dims or database.value_dim)
+    return visual + (params.location_dims or database.key_dim)
 
 
 def decisive(database: DatabaseCard, params: PublishParams, parent: Parent | None) -> dict[str, Any]:
     """Returns everything that decides a grid, as its fingerprint hashes it."""
     untold = {"promote", "drift_alert", "line", "land"} - told_land(params.land).keys()
+    if not params.retrieval.is_side_by_side:
+        untold |= {"heads", "location_dims"}  # so that grids of before are found again
     decides = {"database": database.fingerprint} | params.model_dump(mode="json", exclude=untold)
     return decides | {"parent": parent.fingerprint if parent else None}
 
@@ -187,32 +190,31 @@ def prepare(client: Client, job: Job, database: DatabaseCard, attrs: dict[str, A
         return
     if job.parent:
         write_changes(job, job.parent, database.images)
-    params, spec, visual = job.params, job.spec, job.params.compact_dims or database.value_dim
+    params, spec, values = job.params, job.spec, job.params.compact_dims or database.value_dim
     if params.keep_sums:
-        store.create(job.sums, spec, store.sums_template(spec, visual, 1 + job.method.has_geodesic, attrs))
-    projection = find_projection(job)
-    found = measure(client, job, projection) if whole else Survey({})
-    content = store.Content(visual, database.key_dim, found.dtype, found.scales, params.evidence)
+        store.create(job.sums, spec, store.sums_template(spec, values, len(job.method.heads), attrs))
+    compact = find_compact(job)
+    found = measure(client, job, compact) if whole else Survey({})
+    visual, location = values * job.method.width, params.location_dims or database.key_dim
+    content = store.Content(visual, location, found.dtype, found.scales, params.evidence, job.method.blocks)
     store.create_levels(job.grid, spec, content, attrs, params.overviews)
-    store.create(job.grid, spec, store.template(spec, content, attrs | found.attrs, projection))
+    store.create(job.grid, spec, store.template(spec, content, attrs | found.attrs, compact))
 
 
-def find_projection(job: Job) -> Projection | None:
-    """Returns the parent's projection, in whose space its sums are, or principal components; None for whole values."""
-    if not job.params.compact_dims:
-        return None
+def find_compact(job: Job) -> Compact:
+    """Returns the parent's projections, in whose space its sums are, or those of the database."""
     if job.parent:
-        return store.read_projection(job.parent.grid)
-    return Projection.fit(stored_values(job.database), job.params.compact_dims)
+        return store.read_compact(job.parent.grid)
+    return heads.stored_compact(job.params, job.checkpoint, job.database)
 
 
-def measure(client: Client, job: Job, projection: Projection | None) -> Survey:
+def measure(client: Client, job: Job, compact: Compact) -> Survey:
     """Returns the survey of the field: the parent's for an update, else one that a worker measures now."""
     if job.parent:
         attrs = zarr.open_group(storage.zarr_store(job.parent.grid), mode="r").attrs
         return Survey({name: attrs[name] for name in ("rangegrid:field",) if name in attrs})
     look = partial(survey, job, job.params.dtype)
-    return run_units(client, look, [projection], label="survey", name=lambda _: "the field")[0]
+    return run_units(client, look, [compact], label="survey", name=lambda _: "the field")[0]
 
 
 def fill(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile]) -> None:
@@ -280,4 +282,4 @@ def show(client: Client, job: Job, attribution: str) -> None:
     write_item(job.home)
     places = {"page": page, "map": storage.join(job.home, "world.png"), "STAC item": storage.join(job.home, ITEM)}
     opens = opening("xarray as xr", "grid = xr.open_zarr", job.grid)
-    show_places(places, opens, "grid", f"The {job.method.name.upper()} grid, {job.spec.size}")
+    show_places(places, opens, "grid", f"The {job.method.title} grid, {job.spec.size}")

@@ -1,6 +1,6 @@
 """Runs the sample step: from a STAC catalog to a patch store.
 
-1. Places are drawn from the seed's stream: uniformly by area on land, or as `places` says.
+1. Places are drawn from the seed's stream: evenly by area on land, or as `places` says.
 2. Places are *screened*, one unit per grid-zone cell (`tasks.patches.screening`): search the catalog, choose a scene
    that holds the patch, decide its radiometry, read the scene classification around it.
 3. Pixels are *read*, one unit per shard (`tasks.patches.reading`).
@@ -47,6 +47,7 @@ from tasks.products import PatchesCard
 from tasks.units import log, run_units
 
 PLACES = {
+    "even": "even by area on land",
     "area": "uniform by area on land",
     "tile": "uniform by tile",
     "class": "by class in turn",

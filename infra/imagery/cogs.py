@@ -9,7 +9,7 @@ import asyncio
 import os
 import struct
 import warnings
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -36,6 +36,7 @@ T = TypeVar("T")
 READINGS = 3  # reads of an asset whose bytes do not decode: damage on the way passes, damage at the source does not
 HEADER = 16_384  # bytes of the first read: the header of a 10,980-pixel band with overviews takes 7,000
 LARGEST_BLOCK = 1 << 28  # most bytes of a decoded tile or strip: a whole 10,980-pixel band takes 0.9 of it
+TOGETHER = 1 << 22  # most pixels that are read at once for several windows
 LEADER = 4  # bytes around a tile, in which GDAL's COGs repeat its size and its end
 NUMBERS = ("uint8", "uint16")  # types of the scene classification and the bands
 NODATA = 0  # nodata in what is returned, whatever the file has
@@ -44,6 +45,7 @@ GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_CACHEMAX": 128}
 
 Grid = tuple[NDArray[np.intp], NDArray[np.intp]]
 """Columns and rows of the asset under each column and row of a window."""
+Grids = Sequence[Grid | None]
 Windows = list[NDArray | None]
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)  # of masks, which lie on their pixels' grid
 CORRUPT = (CorruptHeader, RasterioError, CRSError, ProjError, TransformNotInvertibleError, struct.error)
@@ -197,11 +199,11 @@ async def _read_asset(asset: Ranges, places: Places) -> Layer:
                     names = [name]
                 else:
                     names = [name, f"GTIFF_DIR:off:{mask}:{name}"]
-                problem, spans = await asyncio.to_thread(_plan, names, places, asset.size)
+                problem, spans, grids = await asyncio.to_thread(_plan, names, places, asset.size)
                 if problem:
                     continue  # a header has no checksum: what it says may be so on the way alone
                 await _all(sparse.fetch(*span) for span in merged(spans))
-                return await asyncio.to_thread(_decode, names, places)
+                return await asyncio.to_thread(_decode, names, grids)
         except CORRUPT as error:
             problem = str(error) if isinstance(error, CorruptHeader) else ""
     raise asset.failure(UnreadableAsset, problem or "its bytes are corrupt")
@@ -245,24 +247,27 @@ class Sparse:
         return os.pread(self.file, stop - start, start)
 
 
-def _plan(names: list[str], places: Places, size: int) -> tuple[str, list[tuple[int, int]]]:
-    """Returns why an asset is unfit, or else the byte ranges of the tiles under the windows, of its mask too."""
+def _plan(names: list[str], places: Places, size: int) -> tuple[str, list[tuple[int, int]], Grids]:
+    """Returns why an asset is unfit, or else the byte ranges of the tiles under the windows, of its mask too.
+
+    The pixels under each window come with them.
+    """
     spans: list[tuple[int, int]] = []
     with rasterio.Env(**GDAL), rasterio.open(names[0], driver="GTiff") as source:
         if problem := _problem(source):
-            return problem, []
+            return problem, [], []
         grids = places.grids(source)
         spans += _spans(source, grids)
         for name in names[1:]:
             with rasterio.open(name, driver="GTiff") as mask:
                 if mask.shape != source.shape or mask.count != 1:
-                    return f"its mask of {mask.shape} is not for its {source.shape} pixels", []
+                    return f"its mask of {mask.shape} is not for its {source.shape} pixels", [], []
                 if problem := _large(mask):
-                    return f"of its mask, {problem}", []
+                    return f"of its mask, {problem}", [], []
                 spans += _spans(mask, grids)
     if any(stop > size + LEADER for _, stop in spans):
         raise CorruptHeader
-    return "", spans
+    return "", spans, grids
 
 
 def _problem(source: rasterio.DatasetReader) -> str:
@@ -284,23 +289,30 @@ def _large(source: rasterio.DatasetReader) -> str:
     return f"its tiles have {width} x {height} pixels"
 
 
-def _spans(source: rasterio.DatasetReader, grids: list[Grid | None]) -> list[tuple[int, int]]:
+def _spans(source: rasterio.DatasetReader, grids: Grids) -> list[tuple[int, int]]:
     """Returns the byte ranges of the tiles under the windows.
 
     Raises:
         CorruptHeader: A tile is longer than any of its pixels.
     """
+    spans = [span for tile in _tiles(source, grids) if (span := _span(source, tile))]
     height, width = source.block_shapes[0]
-    tiles = {
-        tile
-        for columns, rows in filter(None, grids)
-        for tile in product(np.unique(columns // width), np.unique(rows // height))
-    }
-    spans = [span for tile in tiles if (span := _span(source, tile))]
     largest = 2 * width * height * np.dtype(source.dtypes[0]).itemsize  # deflate adds less than a thousandth
     if any(stop - start > largest + 2 * LEADER for start, stop in spans):
         raise CorruptHeader
     return spans
+
+
+def _tiles(source: rasterio.DatasetReader, grids: Grids) -> set[tuple[int, int]]:
+    """Returns column and row of the tiles under the windows."""
+    height, width = source.block_shapes[0]
+    return {
+        tile
+        for columns, rows in filter(None, grids)
+        for tile in product(
+            range(columns[0] // width, columns[-1] // width + 1), range(rows[0] // height, rows[-1] // height + 1)
+        )
+    }
 
 
 def _span(source: rasterio.DatasetReader, tile: tuple[int, int]) -> tuple[int, int] | None:
@@ -311,21 +323,37 @@ def _span(source: rasterio.DatasetReader, tile: tuple[int, int]) -> tuple[int, i
     return None
 
 
-def _decode(names: list[str], places: Places) -> Layer:
+def _decode(names: list[str], grids: Grids) -> Layer:
     with rasterio.Env(**GDAL), rasterio.open(names[0], driver="GTiff") as source:
-        grids = places.grids(source)
-        windows: Windows = [grid and _read(source, *grid) for grid in grids]
+        windows = _read(source, grids)
         for window in windows:
             if window is not None and source.nodata:
                 window[window == source.nodata] = NODATA
         for name in names[1:]:
             with rasterio.open(name, driver="GTiff") as mask:
-                for window, grid in zip(windows, grids, strict=True):
-                    if window is not None and grid is not None:
-                        window[_read(mask, *grid) == 0] = NODATA
+                for window, hidden in zip(windows, _read(mask, grids), strict=True):
+                    if window is not None:
+                        window[hidden == 0] = NODATA
         return Layer(windows, source.crs, (source.transform.c, source.transform.f))
 
 
-def _read(source: rasterio.DatasetReader, columns: NDArray[np.intp], rows: NDArray[np.intp]) -> NDArray:
-    data = source.read(1, window=Window(columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1))
-    return data[np.ix_(rows - rows[0], columns - columns[0])]
+def _read(source: rasterio.DatasetReader, grids: Grids) -> Windows:
+    """Returns the pixels under each window: read at once where no other tile lies among theirs, else one by one.
+
+    A read costs a fraction of a millisecond however small the window is, and a tile among theirs may not be there.
+    """
+    inside = [grid for grid in grids if grid is not None]
+    if not inside:
+        return [None] * len(grids)
+    columns, rows = (np.sort(np.concatenate(axis)) for axis in zip(*inside, strict=True))
+    is_small = (columns[-1] - columns[0] + 1) * (rows[-1] - rows[0] + 1) <= TOGETHER
+    if is_small and _tiles(source, [(columns, rows)]) == _tiles(source, grids):
+        return _within(source, (columns, rows), grids)
+    return [grid and _within(source, grid, [grid])[0] for grid in grids]
+
+
+def _within(source: rasterio.DatasetReader, extent: Grid, grids: Grids) -> Windows:
+    """Returns windows by one read of all from the first to the last pixel of an extent, which holds them."""
+    columns, rows = extent
+    data = source.read(1, window=Window.from_slices((rows[0], rows[-1] + 1), (columns[0], columns[-1] + 1)))
+    return [grid and data[np.ix_(grid[1] - rows[0], grid[0] - columns[0])] for grid in grids]

@@ -126,14 +126,14 @@ def embed_cells(
         (m, v + d) visual, then location part, and how they were made. The same tile gives the same numbers.
     """
     places, cells = cells.lonlat, cells.cropped
-    location = encoder.embed(places)
-    spent = 0
+    queries = encoder.embed(places)
+    location, spent = index.location_part(queries), 0
     if tolerance:
         visual, report = _interpolated(encoder, index, cells, method, tolerance)
         if visual is not None:
             return np.concatenate([visual, location], axis=1), report
         spent = report.evaluated
-    visual = index.retrieve(location, places, method)
+    visual = index.retrieve(queries, places, method)
     return np.concatenate([visual, location], axis=1), Report(len(places), spent + len(places), 0, 0.0)
 
 

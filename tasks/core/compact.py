@@ -2,6 +2,11 @@
 
 The weights of a soft selection add to 1, so the selection of projected values is the projection of the selection. A
 compact product is therefore exact in its own space, at a fraction of the cost.
+
+Components that are set side by side are of standardised values, so that no feature counts more for its unit, and
+rotated: each of the new dimensions then has about the same variance, a mixture of all components. What rescales
+dimensions one by one, such as a probe's MinMaxScaler or int8, would otherwise blow up the least components to the size
+of the first.
 """
 
 from collections.abc import Iterator
@@ -32,9 +37,12 @@ class Projection:
     mean: NDArray[np.float32]
     """(v,)."""
     components: NDArray[np.float32]
-    """(v, dims) orthonormal columns, by falling variance. The largest entry of each is positive, to fix its sign."""
+    """(v, dims) columns: orthonormal, by falling variance, the largest entry of each positive to fix its sign. Or
+    rotated, of values divided by `deviation`."""
     explained: float
     """Share of the values' variance that the components keep."""
+    deviation: NDArray[np.float32] | None = None
+    """(v,) standard deviations, where the components are of standardised values."""
 
     @classmethod
     def fit(cls, values: Rows, dims: int = 64) -> "Projection":
@@ -45,20 +53,72 @@ class Projection:
         """
         if not 1 <= dims <= values.shape[1]:
             raise ValueError(f"values of length {values.shape[1]} have no {dims} components: use 1 to that many")
-        mean = sum(block.sum(0, dtype=np.float64) for block in _blocks(values)) / values.shape[0]
-        variances, vectors = np.linalg.eigh(_covariance(values, mean))
-        chosen = vectors[:, ::-1][:, :dims]
-        chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(0), np.arange(dims)])
-        total = variances.sum()
-        if total > 0:
-            explained = float(variances[::-1][:dims].sum() / total)
-        else:
-            explained = 1.0
+        mean, covariance = _moments(values)
+        chosen, explained = _principal(covariance, dims)
         return cls(mean.astype(np.float32), chosen.astype(np.float32), explained)
+
+    @classmethod
+    def rotated(cls, values: Rows, dims: int, standardise: bool = True) -> "Projection":
+        """Fits components of standardised (n, v) values, or of the values as they are, and rotates them at random.
+
+        The rotation depends on `dims` alone.
+
+        Raises:
+            ValueError: The values have fewer than `dims` dimensions.
+        """
+        if not 1 <= dims <= values.shape[1]:
+            raise ValueError(f"values of length {values.shape[1]} have no {dims} components: use 1 to that many")
+        mean, covariance = _moments(values)
+        if standardise:
+            deviation = np.sqrt(np.diag(covariance))
+            deviation[deviation == 0] = 1.0
+        else:
+            deviation = np.ones(len(mean))
+        chosen, explained = _principal(covariance / np.outer(deviation, deviation), dims)
+        turned = chosen @ rotation(dims) / deviation[:, None]
+        return cls(mean.astype(np.float32), turned.astype(np.float32), explained, deviation.astype(np.float32))
 
     def apply(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the values in the compact space, (n, dims)."""
         return np.concatenate([(block - self.mean) @ self.components for block in _blocks(values)])
+
+    def restore(self, compact: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns the values that are nearest to those of compact ones, (n, v)."""
+        found = compact @ self.components.T
+        return (found if self.deviation is None else found * self.deviation**2) + self.mean
+
+
+@dataclass(frozen=True)
+class Compact:
+    """What makes a product's vectors of fewer dimensions."""
+
+    values: Projection | None = None
+    """Projects the values, and so each head; None: they are as they are."""
+    location: Projection | None = None
+    """Projects the location part; None: it is as it is."""
+
+
+def rotation(dims: int) -> NDArray[np.float64]:
+    """Returns a random rotation, (dims, dims), always the same."""
+    factor, triangle = np.linalg.qr(np.random.default_rng(0).normal(size=(dims, dims)))
+    return factor * np.sign(np.diag(triangle))  # which makes the factors unique
+
+
+def _principal(covariance: NDArray[np.float64], dims: int) -> tuple[NDArray[np.float64], float]:
+    """Returns the first eigenvectors, (v, dims), and their share of the variance."""
+    variances, vectors = np.linalg.eigh(covariance)
+    chosen = vectors[:, ::-1][:, :dims]
+    chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(0), np.arange(dims)])
+    total = variances.sum()
+    if total > 0:
+        return chosen, float(variances[::-1][:dims].sum() / total)
+    return chosen, 1.0
+
+
+def _moments(values: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns mean and covariance, in two passes."""
+    mean = sum(block.sum(0, dtype=np.float64) for block in _blocks(values)) / values.shape[0]
+    return mean, _covariance(values, mean)
 
 
 def _covariance(values: Rows, mean: NDArray[np.float64]) -> NDArray[np.float64]:

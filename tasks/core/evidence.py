@@ -90,21 +90,29 @@ def distance_km(index: RetrievalIndex, lonlat: NDArray[np.float64]) -> NDArray[n
 def _weights(
     index: RetrievalIndex, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method, room: Room
 ) -> Tensor:
-    """Returns the weight of every image for every place, (m, n), in the first rows of the room; rows add to 1."""
+    """Returns the weight of every image for every place, (m, n), in the first rows of the room; rows add to 1.
+
+    Heads side by side count alike.
+    """
     g = torch.as_tensor(queries, dtype=index.dtype, device=index.device)
+    weights, other = room.weights[: len(g)], room.other[: len(g)]
     if method.name in ("top1", "topk"):
         k = 1 if method.name == "top1" else min(method.k, len(index))
-        return room.weights[: len(g)].zero_().scatter_(1, index.nearest(queries, k)[1], 1 / k)
-    weights = _softmax(method.semantic * g, index.keys, room.weights[: len(g)])
-    if not method.has_geodesic:
-        return weights
+        return weights.zero_().scatter_(1, index.nearest(queries, k)[1], 1 / k)
     x = torch.as_tensor(unit_vectors(lonlat), device=index.device).to(g)
-    geodesic = _softmax(method.geodesic_temperature * x, room.places, room.other[: len(g)])
-    return weights.mul_(method.beta).add_(geodesic, alpha=1 - method.beta)
+    weights.zero_()
+    for head, share in zip(method.heads, method.shares, strict=True):
+        if head.kind == "semantic":
+            _softmax(head.at * g, index.keys, other)
+        else:
+            temperatures = torch.as_tensor(index.temperatures(lonlat, head), device=index.device).to(g)
+            _softmax(temperatures[:, None] * x, room.places, other)
+        weights.add_(other, alpha=share)
+    return weights
 
 
-def _softmax(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
+def _softmax(queries: Tensor, keys: Tensor, out: Tensor) -> None:
     """Computes the softmax of queries' products with keys, in `out`."""
     torch.mm(queries, keys.T, out=out)
     out.sub_(out.amax(1, keepdim=True)).exp_()
-    return out.div_(out.sum(1, keepdim=True))
+    out.div_(out.sum(1, keepdim=True))

@@ -1,16 +1,11 @@
-"""Computes RANGE and RANGE+ retrieval: exact soft attention over a database of images.
+"""Computes retrieval: exact soft attention over a database of images, by the heads of a method (`tasks.core.methods`).
 
-With unit vectors g (query), k_j (key), x (place), x_j (place of image j) and values v_j:
+Heads are kept as `Sums`, a numerator and a denominator, which add over parts of a database. Each costs what it must:
 
-- RANGE:  sum_j softmax_j(t * g.k_j) v_j, with t = 15;
-- RANGE+: beta * sum_j softmax_j(12 * g.k_j) v_j + (1 - beta) * sum_j softmax_j(40 * x.x_j) v_j.
-
-Both halves are kept as `Sums`, a numerator and a denominator, which add over parts of a database. Each costs what
-it must:
-
-- the semantic half is two matrix products per tile of weights, which stays in the cache between them;
-- the geodesic half has the spectrum of its kernel (`geodesic.Spectrum`) where many places are asked of many
-  images, so that the values are read once, and any number of betas costs as much as one.
+- a semantic head is two matrix products per tile of weights, which stays in the cache between them;
+- a broad geodesic head has the spectrum of its kernel (`geodesic.Spectrum`) where many places are asked of many
+  images, so that the values are read once, and any number of betas costs as much as one;
+- a sharp geodesic head looks at the few images that matter (`neighbours`).
 
 Source: RANGE (CVPR 2025), arXiv 2502.19781, and its released code.
 """
@@ -18,7 +13,6 @@ Source: RANGE (CVPR 2025), arXiv 2502.19781, and its released code.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Literal, Protocol
 
@@ -28,58 +22,19 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from tasks.core import neighbours
+from tasks.core.compact import Projection
 from tasks.core.earth.sphere import unit_vectors
 from tasks.core.geodesic import Spectrum, pays
-from tasks.core.sums import Halves, Sums
+from tasks.core.methods import Head, Method
+from tasks.core.sums import Selections, Sums
 
-Name = Literal["range+", "range", "top1", "topk", "none"]
 Precision = Literal["float32", "float64", "tf32", "bf16"]
 VALUES = {"float32": torch.float32, "float64": torch.float64, "tf32": torch.float32, "bf16": torch.bfloat16}
-NAMES: tuple[Name, ...] = ("range+", "range", "top1", "topk", "none")
-TEMPERATURES = {"range": 15.0, "range+": 12.0}
 SAFE_TEMPERATURE = 60.0  # exp(60) times 1e7 images stays below float32's largest, exp(-60) above its smallest
 QUERY_TILE, KEY_TILE = 1000, 2048  # a tile of weights (8 MB) stays in the cache between the two products
 GPU_QUERIES, GPU_SHARE = 4096, 0.125  # on a GPU: queries of a tile, and share of the free memory for its weights
 BATCH = 500  # places of one batch: its float64 sums and harmonics take 100 MB
-
-
-@dataclass(frozen=True)
-class Method:
-    """A retrieval method."""
-
-    name: Name = "range+"
-    """Soft (`range`, `range+`), hard (`top1`, `topk`) or no retrieval."""
-    beta: float = 0.5
-    """Share of the semantic half in RANGE+; 1 is purely semantic."""
-    k: int = 10
-    """Number of images that `topk` averages."""
-    temperature: float | None = None
-    """Semantic temperature; None: the paper's, 15 for RANGE and 12 for RANGE+."""
-    geodesic_temperature: float = 40.0
-    """Temperature of the geodesic half."""
-
-    def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise ValueError(f"retrieval method {self.name!r} is unknown: use one of {', '.join(NAMES)}")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta {self.beta} is not between 0 (geodesic) and 1 (semantic)")
-        if self.k < 1:
-            raise ValueError(f"k {self.k} is not positive: topk averages at least one image")
-        for value in (self.semantic, self.geodesic_temperature):
-            if not 0 <= value < np.inf:
-                raise ValueError(f"temperature {value} is not a number from 0 (the mean) upwards (the nearest)")
-
-    @property
-    def semantic(self) -> float:
-        """Returns the semantic temperature, given or by default."""
-        if self.temperature is None:
-            return TEMPERATURES.get(self.name, 15.0)
-        return self.temperature
-
-    @property
-    def has_geodesic(self) -> bool:
-        """Tells whether the method has a geodesic half."""
-        return self.name == "range+" and self.beta < 1
 
 
 class Encodes(Protocol):
@@ -101,6 +56,7 @@ class RetrievalIndex:
         queries: int | None = None,
         device: str = "cpu",
         precision: Precision = "float32",
+        location: Projection | None = None,
     ) -> None:
         """Takes unit keys (n, d), values (n, v) and locations (n, 2) in degrees (lon, lat).
 
@@ -115,6 +71,7 @@ class RetrievalIndex:
                 key, since the rounding of the cosine counts `temperature` times); `float64` takes three times
                 as long. `tf32` (cuda alone) rounds the factors to 11 bits; `bf16` rounds weights and values
                 to 8 bits, with keys and sums in float32.
+            location: What makes the location part of fewer dimensions than the queries have; unset, they are it.
 
         Raises:
             ValueError: The three do not belong together, or the keys are not unit vectors.
@@ -127,7 +84,7 @@ class RetrievalIndex:
         norms = np.sqrt(np.einsum("ij,ij->i", keys, keys))  # without a copy of the keys
         if not np.allclose(norms, 1, atol=1e-3):
             raise ValueError(f"keys are not unit vectors (norms from {norms.min():g} to {norms.max():g})")
-        self.device, self.precision, self.expected = device, precision, queries
+        self.device, self.precision, self.expected, self.location = device, precision, queries, location
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         self.keys = torch.as_tensor(np.ascontiguousarray(keys, np.float32)).to(device, self.dtype)
         self.values = torch.as_tensor(np.ascontiguousarray(values, np.float32)).to(device, VALUES[precision])
@@ -148,7 +105,7 @@ class RetrievalIndex:
     def retrieve(
         self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method
     ) -> NDArray[np.float32]:
-        """Returns the visual part, (m, v).
+        """Returns the visual part, (m, v), or (m, heads * v) of heads side by side.
 
         Args:
             queries: Unit location embeddings, (m, d).
@@ -158,7 +115,7 @@ class RetrievalIndex:
         if method.name == "none":
             return np.empty((len(queries), 0), np.float32)
         self._check(queries, lonlat)
-        out = np.empty((len(queries), self.values.shape[1]), np.float32)
+        out = np.empty((len(queries), method.width * self.values.shape[1]), np.float32)
         for rows in _tiles(len(queries), max(BATCH, self.query_tile)):
             out[rows] = self._retrieve(queries[rows], lonlat[rows], method)
         return out
@@ -169,22 +126,39 @@ class RetrievalIndex:
         if method.name in ("top1", "topk"):
             rows = self.nearest(queries, 1 if method.name == "top1" else method.k)[1]
             return self.values[rows].float().mean(1).cpu().numpy()
-        return self.halves(queries, lonlat, method).mix(method.beta)
+        return self.select(queries, lonlat, method).visual(method)
 
-    def halves(self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method) -> Halves:
-        """Returns both halves of RANGE+, or the one of RANGE, as sums that add over parts of a database.
+    def location_part(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns the location part of embeddings: the queries, or what is kept of their dimensions."""
+        if self.location is None:
+            return queries
+        return self.location.apply(queries)
 
-        The values of one call serve every beta: `halves.mix(0.3)`.
+    def select(self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method) -> Selections:
+        """Returns the selections of a method's heads, as sums that add over parts of a database.
+
+        The values of one call serve every beta: `selections.mix(0.3)`. Sums of a head `nearest` do not add.
+
+        Raises:
+            ValueError: The method selects no weights, or the queries do not fit.
         """
-        if method.name not in ("range", "range+"):
-            raise ValueError(f"{method.name} selects no weights: only range and range+ have halves")
+        heads = method.heads
         self._check(queries, lonlat)
         with _tf32(self.precision == "tf32"):
-            if method.has_geodesic:
-                geodesic = self._geodesic(lonlat, method.geodesic_temperature)
-            else:
-                geodesic = None
-            return Halves(self.by_likeness(queries, method.semantic), geodesic)
+            return Selections(tuple(self._head(queries, lonlat, head) for head in heads))
+
+    def _head(self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], head: Head) -> Sums:
+        if head.kind == "semantic":
+            return self.by_likeness(queries, head.at)
+        if head.kind == "geodesic":
+            return self._geodesic(lonlat, head.at)
+        return self._by_distance(lonlat, self.temperatures(lonlat, head))
+
+    def temperatures(self, lonlat: NDArray[np.float64], head: Head) -> NDArray[np.float64]:
+        """Returns the temperature of a head by distance at each place, (m,)."""
+        if head.kind == "nearest":
+            return neighbours.reaching(self.tree, unit_vectors(lonlat), int(head.at))
+        return np.full(len(lonlat), head.at)
 
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
         """Returns cosines and rows of the `k` most similar keys, or all if fewer, best first, each (m, k)."""
@@ -213,7 +187,7 @@ class RetrievalIndex:
             )
 
     def by_likeness(self, queries: NDArray[np.float32], temperature: float) -> Sums:
-        """Sums the semantic half, image by image."""
+        """Sums a semantic head, image by image."""
         g = torch.as_tensor(queries, dtype=self.dtype, device=self.device)
         sums = Sums(g.new_zeros(len(g), self.values.shape[1]), g.new_zeros(len(g)), g.new_zeros(len(g)))
         if temperature > SAFE_TEMPERATURE:
@@ -253,10 +227,23 @@ class RetrievalIndex:
             return self._spectra[temperature]
 
     def by_nearness(self, lonlat: NDArray[np.float64], temperature: float) -> Sums:
-        """Sums the geodesic half, image by image; angles in float64, since float32's last bit times 40 would show."""
-        x = torch.as_tensor(unit_vectors(lonlat), device=self.device) * temperature
-        shape = (len(x), self.values.shape[1])
-        zeros = x.new_zeros(shape, dtype=self.dtype)
+        """Sums a geodesic head of one temperature over the images."""
+        return self._by_distance(lonlat, np.full(len(lonlat), float(temperature)))
+
+    def _by_distance(self, lonlat: NDArray[np.float64], temperatures: NDArray[np.float64]) -> Sums:
+        """Sums over the images that matter where they are few, else image by image."""
+        points = unit_vectors(lonlat)
+        if not neighbours.pays(temperatures, len(self)):
+            return self._by_all(points, temperatures)
+        sums, far = neighbours.sums_near(self.tree, self.values, points, temperatures, self.dtype)
+        if far.any():
+            return sums.replaced(far, self._by_all(points[far], temperatures[far]))
+        return sums
+
+    def _by_all(self, points: NDArray[np.float64], temperatures: NDArray[np.float64]) -> Sums:
+        """Sums image by image; angles in float64, since float32's last bit times the temperature would show."""
+        x = torch.as_tensor(points * temperatures[:, None], device=self.device)
+        zeros = x.new_zeros((len(x), self.values.shape[1]), dtype=self.dtype)
         sums = Sums(zeros, zeros.new_zeros(len(x)), x.new_zeros(len(x)))
         for rows in _tiles(len(x), self.query_tile):
             part = Sums(sums.numerator[rows], sums.denominator[rows], sums.shift[rows])
@@ -296,7 +283,7 @@ def _tiles(count: int, size: int) -> Iterator[slice]:
 
 
 def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], method: Method) -> NDArray[np.float32]:
-    """Returns RANGE embeddings, (m, v + d): the visual part, then the unit location part.
+    """Returns embeddings, (m, v + d): the visual part, then the location part.
 
     Args:
         encoder: The location encoder in whose space the index's keys live.
@@ -305,4 +292,4 @@ def embed(encoder: Encodes, index: RetrievalIndex, lonlat: NDArray[np.float64], 
         method: How to retrieve; `none` gives the location part alone.
     """
     queries = encoder.embed(lonlat)
-    return np.concatenate([index.retrieve(queries, lonlat, method), queries], axis=1)
+    return np.concatenate([index.retrieve(queries, lonlat, method), index.location_part(queries)], axis=1)

@@ -6,7 +6,6 @@ is the share of that weight that is left. Rounding errors are relative to exp(sh
 the difference of large numbers has few correct digits, and such places are retrieved anew.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from tasks.core.methods import Method
 
 KEPT = 0.05  # smallest share of a place's weight left, for its sums to be updated: float32's 1e-7 becomes 1e-7 / 0.05
 
@@ -73,62 +74,57 @@ def _replaced(old: Tensor, where: Tensor, new: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Halves:
-    """Both halves of a soft retrieval method, before they are mixed."""
+class Selections:
+    """The soft selections of a retrieval method, one of each head, before they are mixed or set side by side."""
 
-    semantic: Sums
-    """Selection by similarity of the embeddings."""
-    geodesic: Sums | None
-    """Selection by distance on the sphere; None where the method has no such half."""
+    sums: tuple[Sums, ...]
+    """In the order of the method's heads."""
 
-    @property
-    def sums(self) -> list[Sums]:
-        """Returns the sums of the halves that the method has, one or two."""
-        if self.geodesic is None:
-            return [self.semantic]
-        return [self.semantic, self.geodesic]
+    def __add__(self, other: "Selections") -> "Selections":
+        return Selections(tuple(a + b for a, b in zip(self.sums, other.sums, strict=True)))
 
-    def __add__(self, other: "Halves") -> "Halves":
-        return _halves([a + b for a, b in zip(self.sums, other.sums, strict=True)])
+    def __sub__(self, other: "Selections") -> "Selections":
+        return Selections(tuple(a - b for a, b in zip(self.sums, other.sums, strict=True)))
 
-    def __sub__(self, other: "Halves") -> "Halves":
-        return _halves([a - b for a, b in zip(self.sums, other.sums, strict=True)])
+    def visual(self, method: Method) -> NDArray[np.float32]:
+        """Returns the visual part of the embedding, (m, v) mixed, or (m, heads * v) side by side."""
+        if method.is_side_by_side:
+            return torch.cat([sums.mean.float() for sums in self.sums], 1).cpu().numpy()
+        return self.mix(method.beta)
 
     def mix(self, beta: float) -> NDArray[np.float32]:
-        """Returns the visual part of the embedding for one beta, (m, v)."""
-        if self.geodesic is None:
-            return self.semantic.mean.float().cpu().numpy()
-        semantic, geodesic = self.semantic.mean, self.geodesic.mean
+        """Returns the visual part of RANGE+ for one beta, or of RANGE, (m, v)."""
+        if len(self.sums) == 1:
+            return self.sums[0].mean.float().cpu().numpy()
+        semantic, geodesic = (sums.mean for sums in self.sums)
         return torch.lerp(geodesic, semantic.to(geodesic), beta).float().cpu().numpy()
 
-    def scaled(self, least: float = 0.0) -> "Halves":
-        """Returns both halves scaled."""
-        return _halves([sums.scaled(least) for sums in self.sums])
+    def scaled(self, least: float = 0.0) -> "Selections":
+        """Returns the selections scaled."""
+        return Selections(tuple(sums.scaled(least) for sums in self.sums))
 
-    def replaced(self, where: NDArray[np.bool_], by: "Halves") -> "Halves":
-        """Returns these halves with those of `by` at some places, (m,) true."""
-        return _halves([a.replaced(where, b) for a, b in zip(self.sums, by.sums, strict=True)])
+    def replaced(self, where: NDArray[np.bool_], by: "Selections") -> "Selections":
+        """Returns these selections with those of `by` at some places, (m,) true."""
+        return Selections(tuple(a.replaced(where, b) for a, b in zip(self.sums, by.sums, strict=True)))
 
     def pack(self) -> NDArray[np.float32]:
-        """Returns one array to store, (m, halves * (v + 2)): numerators, denominator and shift of each half.
+        """Returns one array to store, (m, heads * (v + 2)): numerators, denominator and shift of each head.
 
-        The halves must be `scaled`.
+        The selections must be `scaled`.
         """
         columns = [c for s in self.sums for c in (s.numerator, s.denominator[:, None], s.shift[:, None])]
         return torch.cat([c.float().cpu() for c in columns], 1).numpy()
 
     @classmethod
-    def unpack(cls, kept: NDArray[np.float32], halves: int) -> "Halves":
-        """Returns what `pack` stored of one half or two."""
-        parts = torch.from_numpy(kept).double().chunk(halves, 1)
-        return _halves([Sums(part[:, :-2], part[:, -2], part[:, -1]) for part in parts])
+    def unpack(cls, kept: NDArray[np.float32], heads: int) -> "Selections":
+        """Returns what `pack` stored of so many heads."""
+        parts = torch.from_numpy(kept).double().chunk(heads, 1)
+        return cls(tuple(Sums(part[:, :-2], part[:, -2], part[:, -1]) for part in parts))
 
 
-def _halves(sums: Sequence[Sums]) -> Halves:
-    return Halves(sums[0], sums[1] if len(sums) > 1 else None)
-
-
-def updated(before: Halves, added: Halves | None, removed: Halves | None) -> tuple[Halves, NDArray[np.bool_]]:
+def updated(
+    before: Selections, added: Selections | None, removed: Selections | None
+) -> tuple[Selections, NDArray[np.bool_]]:
     """Updates the sums of some places after images were added and removed, with work in proportion to the change.
 
     Args:

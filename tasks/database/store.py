@@ -14,7 +14,7 @@ made the keys.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from tasks import arrays
 from tasks.cards import read_card, write_card
 from tasks.products import CheckpointCard, DatabaseCard
 
+Measure = Callable[[NDArray, NDArray, NDArray], Any]
 READ_ROWS = 1024  # rows read at a time: reading all at once takes a quarter more memory than the database
 NAMES = ("keys", "values", "locations", "row_ids")
 MISSING = {"f4": math.nan, "f8": math.nan, "i8": -1}  # what an array has where nothing is written
@@ -88,10 +89,21 @@ def written_shards(url: str) -> set[int]:
     return _table(url, "keys").written()
 
 
-def finish_database(url: str, **told: Any) -> DatabaseCard:
-    """Checks the whole database, writes its card, and returns the card."""
+def finish_database(url: str, measure: Measure | None = None, **told: Any) -> DatabaseCard:
+    """Checks the whole database, writes its card, and returns the card.
+
+    Args:
+        url: Directory of the database.
+        measure: Measures on keys, values and locations how well heads restore images, for the card; None: nothing.
+        **told: More entries of the card.
+
+    Raises:
+        UserError: The database is not sound.
+    """
     data = _read(url)
     check(data["keys"], data["values"], data["locations"], url)
+    if measure:
+        told["heads"] = measure(data["keys"], data["values"], data["locations"])
     card = DatabaseCard(
         images=len(data["keys"]), key_dim=data["keys"].shape[1], value_dim=data["values"].shape[1], **told
     )

@@ -10,7 +10,8 @@ spherical harmonics  the fixed features below the location encoder
 geoclip              the weights in the package `geoclip`
 satclip, sinr, csp   published weights, as NAME=PATH or NAME=URL; without them, shown as not given
 location encoder     our location encoder, without retrieval
-range, range+        retrieval from our database
+range, range+        retrieval from our database, as published
+multi-head           retrieval by heads side by side, those that the database chooses
 URL of a grid        the vectors of a published grid
 several, joined by + their vectors side by side, such as `geoclip+range+`; the parts are scored too
 ==================== ==========================================================================
@@ -18,7 +19,7 @@ several, joined by + their vectors side by side, such as `geoclip+range+`; the p
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -36,16 +37,19 @@ from infra.errors import UserError
 from tasks.core.earth.sphere import unit_vectors
 from tasks.core.encoders.encodings import theory, wrap
 from tasks.core.encoders.harmonics import spherical_harmonics
+from tasks.core.encoders.location import LocationEncoder
 from tasks.core.encoders.peers import embed_csp, embed_sinr
-from tasks.core.retrieval import Method
+from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.retrieval import embed as embed_ours
+from tasks.database.heads import index_of
+from tasks.database.store import open_database
 from tasks.evaluation.fusion import JOINT, parts_of, side_by_side
 from tasks.evaluation.geoclip import embed_geoclip
-from tasks.grid.store import read_projection, storing
-from tasks.grid.tiles import load
+from tasks.grid.store import storing
+from tasks.grid.tiles import load, load_encoder
 from tasks.model.checkpoint import load_checkpoint
 from tasks.model.satclip import import_satclip, load_foreign
-from tasks.params import EmbedderParams
+from tasks.params import EmbedderParams, EmbedParams
 from tasks.points.sample_grid import sample_grid
 from tasks.products import GridRecipe
 
@@ -61,7 +65,8 @@ FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
 }
 BY_PATH = ("satclip", "sinr", "csp")
 OURS = {"location encoder": Method("none"), "range": Method("range"), "range+": Method("range+")}
-NAMES = (*FIXED, "spherical harmonics", "geoclip", *BY_PATH, *OURS)
+MULTI_HEAD = "multi-head"
+NAMES = (*FIXED, "spherical harmonics", "geoclip", *BY_PATH, *OURS, MULTI_HEAD)
 WITHOUT_IMAGES = "location encoder"  # what retrieval adds to
 STORED = "grid's vectors, "  # prefix of the names of a grid's vectors at exact places, before their dtype
 NOT_GIVEN = "weights not given"
@@ -102,7 +107,8 @@ def embedders(checkpoint: str | None, database: str | None, grid: str | None, pa
     Raises:
         UserError: A name is unknown or of two embedders, or an embedder lacks its weights or products.
     """
-    asked = params.embedder or tuple(name for name in NAMES if name not in OURS or (checkpoint and database))
+    ours = {*OURS, MULTI_HEAD}
+    asked = params.embedder or tuple(name for name in NAMES if name not in ours or (checkpoint and database))
     chosen = _once([one for spec in asked for one in _rows(spec, checkpoint, database, params)])
     if grid:
         chosen.append(_grid("grid", grid, params))
@@ -132,13 +138,11 @@ def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
     if dtype == "float32" or not made:
         return []
     params, kept = GridRecipe.model_validate(made).params, storing(as_url(grid))
-    method = Method(params.method, params.beta)
-    projection = read_projection(as_url(grid)) if params.compact_dims else None
+    projected_by = as_url(grid) if params.is_compact else None
 
     def exact(lonlat: Lonlat) -> Embeddings:
-        encoder, index = load(checkpoint, database)
-        visual, location = np.split(embed_ours(encoder, index, lonlat, method), [index.values.shape[1]], axis=1)
-        return np.concatenate([projection.apply(visual) if projection else visual, location], axis=1)
+        encoder, index = load(checkpoint, database, projected_by)
+        return embed_ours(encoder, index, lonlat, params.retrieval)
 
     return [Named(f"{STORED}float32", exact), Named(STORED + dtype, lambda lonlat: kept(exact(lonlat)))]
 
@@ -194,7 +198,7 @@ def _named(spec: str, checkpoint: str | None, database: str | None, params: Embe
         return Named(name, partial(_harmonics, load_checkpoint(checkpoint).location.degree if checkpoint else DEGREE))
     if name == "geoclip":
         return Named("GeoCLIP", embed_geoclip if find_spec("geoclip") else None)
-    if name in OURS:
+    if name in OURS or name == MULTI_HEAD:
         return _ours(name, checkpoint, database)
     raise UserError(f"the embedder {spec!r} is unknown: use {', '.join(NAMES)}, the URL of a grid, or some joined by +")
 
@@ -205,9 +209,20 @@ def _ours(name: str, checkpoint: str | None, database: str | None) -> Named:
     shown = name.upper() if name.startswith("range") else name
 
     def ours(lonlat: Lonlat) -> Embeddings:
+        if name == MULTI_HEAD:
+            encoder, index, method = _multi_head(checkpoint, database)
+            return embed_ours(encoder, index, lonlat, method)
         return embed_ours(*load(checkpoint, database), lonlat, OURS[name])
 
     return Named(shown, ours)
+
+
+@lru_cache(maxsize=1)
+def _multi_head(checkpoint: str, database: str) -> tuple[LocationEncoder, RetrievalIndex, Method]:
+    """Opens a database for the multi-head method by default."""
+    encoder = load_encoder(checkpoint)
+    index, params, _ = index_of(encoder, open_database(database), EmbedParams())
+    return encoder, index, params.retrieval
 
 
 def _harmonics(degree: int, lonlat: Lonlat) -> Embeddings:

@@ -7,6 +7,7 @@ github.com/zarr-conventions; tests hold a grid to them.
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -82,16 +83,24 @@ def multiscale(spec: GridSpec, names: list[str]) -> dict[str, Any]:
     return declared(attrs, MULTISCALES) | {"multiscales": {"layout": layout, "resampling_method": "average"}}
 
 
-def embedding(spec: GridSpec, visual: int, location: int, dtype: str) -> dict[str, Any]:
-    """Returns the attributes of the vectors; `provenance` adds what made them."""
+def embedding(spec: GridSpec, parts: dict[str, int], dtype: str) -> dict[str, Any]:
+    """Returns the attributes of the vectors; `provenance` adds what made them.
+
+    Args:
+        spec: The grid.
+        parts: Length of each part of a vector, in order, the location part last.
+        dtype: How a number is stored.
+    """
+    edges = np.cumsum([0, *parts.values()]).tolist()
+    named = {name: list(edge) for name, edge in zip(parts, pairwise(edges), strict=True)}
     return {
         "geoemb:type": "pixel",
-        "geoemb:dimensions": visual + location,
+        "geoemb:dimensions": edges[-1],
         "geoemb:data_type": dtype,
         "geoemb:gsd": spec.gsd,
         **({"geoemb:spatial_layout": "global"} if spec.is_globe else {}),
         "geoemb:dimensions_axis": "embedding_dim",
-        "geoemb:blocks": {"visual": [0, visual], "location": [visual, visual + location]},
+        "geoemb:blocks": {"visual": [0, edges[-2]]} | named,
     }
 
 

@@ -18,10 +18,11 @@ from infra.errors import UserError
 from tasks.core.adaptive import Report
 from tasks.core.earth.grid import Tile
 from tasks.core.geodesic import Spectrum, pays
+from tasks.core.methods import Head
 from tasks.core.retrieval import RetrievalIndex
-from tasks.core.sums import Halves
+from tasks.core.sums import Selections, Sums
 from tasks.database.store import read_rows
-from tasks.grid.tiles import LOADING, Job, deliver, index_of, land_cells, load_encoder
+from tasks.grid.tiles import LOADING, Job, deliver, index_of, land_cells, load_compact, load_encoder
 from tasks.products import DatabaseCard
 from tasks.units import RETRIES, follow
 
@@ -61,6 +62,8 @@ def refuse_whole(job: Job, size: int) -> None:
     """Refuses a job that needs the database whole, `size` bytes, where no worker can hold it."""
     if job.params.tolerance or job.parent:
         needs, without = "interpolation and updates need", "without --tolerance and --parent"
+    elif not all(head.is_additive for head in job.method.heads):
+        needs, without = "the bandwidth of the k-th nearest image needs", "heads geodesic:T in place of nearest:K"
     elif job.params.evidence or job.params.dtype != "float32":
         needs, without = "evidence and the scales of a smaller dtype need", "float32 without evidence"
     else:
@@ -73,21 +76,25 @@ def refuse_whole(job: Job, size: int) -> None:
 
 def publish_in_parts(client: Client, job: Job, parts: dict[str, Part], tiles: list[Tile], there: int) -> list[Report]:
     """Publishes tiles from a database in parts, by worker; `there` tiles were made before."""
-    spectrum = _spectrum(client, job, parts)
+    spectra = _spectra(client, job, parts)
     made: list[Future] = []
     for i, tile in enumerate(tiles):
         earlier = made[i - AHEAD] if i >= AHEAD else None
-        far = _submit(client, far_cells, job, tile, spectrum, earlier)
+        far = _submit(client, far_cells, job, tile, spectra, earlier)
         sums = [_submit(client, part_sums, job, part, tile, far, workers=[w]) for w, part in parts.items()]
-        made.append(_submit(client, finish_tile, job, tile, _added(client, sums), far, spectrum))
+        made.append(_submit(client, finish_tile, job, tile, _added(client, sums), far, spectra))
     return follow(client, made, tiles, label="publish", there=there)
 
 
-def _spectrum(client: Client, job: Job, parts: dict[str, Part]) -> Future | None:
-    """Computes the geodesic half's spectrum over the whole database, where one pays, so that parts need not sum it."""
-    if not (job.method.has_geodesic and pays(job.method.geodesic_temperature, sum(b - a for a, b in parts.values()))):
-        return None
-    return _added(client, [_submit(client, part_spectrum, job, part, workers=[w]) for w, part in parts.items()])
+def _spectra(client: Client, job: Job, parts: dict[str, Part]) -> dict[float, Future]:
+    """Computes the spectrum of each geodesic head that has one over the whole database: parts need not sum these."""
+    images = sum(b - a for a, b in parts.values())
+    made: dict[float, Future] = {}
+    for head in job.method.heads:
+        if head.kind == "geodesic" and pays(head.at, images):
+            of_parts = [_submit(client, part_spectrum, job, part, head.at, workers=[w]) for w, part in parts.items()]
+            made[head.at] = _added(client, of_parts)
+    return made
 
 
 def _submit(client: Client, *call: Any, workers: list[str] | None = None) -> Future:
@@ -102,38 +109,46 @@ def _added(client: Client, sums: list[Future]) -> Future:
     return sums[0]
 
 
-def part_spectrum(job: Job, part: Part) -> Spectrum:
-    """Computes the spectrum over one part."""
-    return _part(job, part).spectrum(job.method.geodesic_temperature)
+def part_spectrum(job: Job, part: Part, temperature: float) -> Spectrum:
+    """Computes the spectrum of a temperature over one part."""
+    return _part(job, part).spectrum(temperature)
 
 
-def far_cells(job: Job, tile: Tile, spectrum: Spectrum | None, _: Report | None) -> NDArray[np.bool_]:
-    """Tells which land cells of a tile are too far from all images for the spectrum, (m,): the parts sum these.
+Far = dict[float, NDArray[np.bool_]]  # by temperature: which land cells of a tile are too far from all images, (m,)
+
+
+def far_cells(job: Job, tile: Tile, spectra: dict[float, Spectrum], _: Report | None) -> Far:
+    """Tells which land cells of a tile are too far from all images for each spectrum: the parts sum these.
 
     It waits until an earlier tile is written."""
     places = land_cells(job.spec, tile).lonlat
-    if spectrum:
-        return spectrum.weights.sums(places)[1]
-    return np.ones(len(places), bool)
+    return {at: spectrum.weights.sums(places)[1] for at, spectrum in spectra.items()}
 
 
-def part_sums(job: Job, part: Part, tile: Tile, far: NDArray[np.bool_]) -> Halves:
-    """Computes the sums of a tile's land cells over one part of the database, the geodesic half for far cells alone."""
-    places, index, method = land_cells(job.spec, tile).lonlat, _part(job, part), job.method
-    semantic = index.by_likeness(load_encoder(job.checkpoint).embed(places), method.semantic)
-    if method.has_geodesic:
-        nearness = index.by_nearness(places[far], method.geodesic_temperature)
-    else:
-        nearness = None
-    return Halves(semantic, nearness)
+def part_sums(job: Job, part: Part, tile: Tile, far: Far) -> Selections:
+    """Computes the sums of a tile's land cells over a part of the database, what has a spectrum for far cells alone."""
+    places, index = land_cells(job.spec, tile).lonlat, _part(job, part)
+    queries = load_encoder(job.checkpoint).embed(places)
+
+    def of(head: Head) -> Sums:
+        if head.kind == "semantic":
+            return index.by_likeness(queries, head.at)
+        return index.by_nearness(places[far.get(head.at, slice(None))], head.at)
+
+    return Selections(tuple(of(head) for head in job.method.heads))
 
 
-def finish_tile(job: Job, tile: Tile, sums: Halves, far: NDArray[np.bool_], spectrum: Spectrum | None) -> Report:
+def finish_tile(job: Job, tile: Tile, sums: Selections, far: Far, spectra: dict[float, Spectrum]) -> Report:
     """Writes a tile from its sums over all parts."""
     places = land_cells(job.spec, tile).lonlat
-    if spectrum and sums.geodesic:
-        sums = Halves(sums.semantic, spectrum.sums(places)[0].replaced(far, sums.geodesic))
-    return deliver(job, tile, load_encoder(job.checkpoint).embed(places), sums.scaled(), len(places))
+
+    def whole(head: Head, found: Sums) -> Sums:
+        if head.kind == "geodesic" and head.at in spectra:
+            return spectra[head.at].sums(places)[0].replaced(far[head.at], found)
+        return found
+
+    selections = Selections(tuple(map(whole, job.method.heads, sums.sums)))
+    return deliver(job, tile, load_encoder(job.checkpoint).embed(places), selections.scaled(), len(places))
 
 
 def _part(job: Job, part: Part) -> RetrievalIndex:
@@ -144,4 +159,4 @@ def _part(job: Job, part: Part) -> RetrievalIndex:
 @lru_cache(maxsize=1)
 def load_part(database: str, part: Part, projected_by: str | None) -> RetrievalIndex:
     """Reads a worker's part, once per process."""
-    return index_of(read_rows(database, slice(*part)), projected_by)
+    return index_of(read_rows(database, slice(*part)), load_compact(projected_by))

@@ -74,7 +74,7 @@ def draw(client: Client, job: Job, attribution: str) -> None:
     colours = principal_colours(
         whole[:3], np.broadcast_to(areas(job.spec)[drawn.rows, None], latitudes.shape), latitudes
     )
-    title = f"The {where} in {job.method.name.upper()} colours, {job.spec.size}"
+    title = f"The {where} in {job.method.title} colours, {job.spec.size}"
     caption = f"First three principal components of the embeddings, as lightness and two axes of hue. {attribution}."
     picture = world_map(colours, job.spec, title, caption)
     keep_picture(storage.join(job.home, "world.png"), picture, "world-map", title)
@@ -159,7 +159,7 @@ def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArr
 
 def draw_evidence(job: Job, away: NDArray[np.float32], attribution: str) -> None:
     """Writes a map of the distance to the nearest image: far from all images, an embedding is an extrapolation."""
-    title = f"What the {job.method.name.upper()} embeddings rest on, {job.spec.size}"
+    title = f"What the {job.method.title} embeddings rest on, {job.spec.size}"
     caption = f"Great-circle distance from a cell to the nearest image of the database. {attribution}."
     picture = layer_map(away, job.spec, title, caption, "km")
     keep_picture(storage.join(job.home, "evidence.png"), picture, "evidence-map", title)

@@ -5,17 +5,21 @@ variable         dims                  dtype   meaning
 ================ ===================== ======= ======================================================
 embedding        embedding, lat, lon   float32 visual part (the retrieved values), then location part
                                        float16 (the unit location embedding); NaN: no land, no data
-block            embedding             string  `visual` or `location`, of each dimension
+block            embedding             string  `visual` or `location`, of each dimension; of heads side by side
+                                               the head in place of `visual`
 lat              lat                   float64 cell centres, degrees north, from north to south
 lon              lon                   float64 cell centres, degrees east, from west to east
 spatial_ref                            int64   no value; its attributes are the CRS
 effective_images lat, lon              float32 with evidence: exp of the entropy of the weights
 largest_weight   lat, lon              float32 with evidence: 1 where one image has all the weight
 distance_km      lat, lon              float32 with evidence: to the nearest image of the database
-components       value, compact        float32 of a compact grid: orthonormal principal components, so that
-                                               embedding[:compact] @ components.T + mean restores the values
-mean             value                 float32 of a compact grid: mean of the values. Both are coordinates;
-                                               in grids of earlier versions, variables
+components       value, compact        float32 of a compact grid: principal components, so that
+                                               embedding[:compact] @ components.T + mean restores the values;
+                                               these are coordinates, in grids of earlier versions variables
+mean             value                 float32 of a compact grid: mean of the values
+deviation        value                 float32 of heads side by side, whose components are rotated and of values
+                                               divided by it: head @ components.T * deviation**2 + mean
+location_components  query, location   float32 of a projected location part, with its mean `location_mean`
 ================ ===================== ======= ======================================================
 
 A grid in a projected CRS has the dimensions and coordinates `y` and `x`, in metres, in place of `lat` and `lon`.
@@ -24,7 +28,7 @@ A grid of int8 has, in place of `embedding`, the two variables `visual` and `loc
 `scale_factor` and `add_offset`, and -128 for no data: xarray decodes them by itself.
 
 Where sums are kept for updates, `sums.zarr` lies beside the grid. It has the same tiles and one variable `sums`,
-(sum, y, x) float32: for each half of the retrieval numerators, denominator and shift (`tasks.core.sums`).
+(sum, y, x) float32: for each head of the retrieval numerators, denominator and shift (`tasks.core.sums`).
 
 One shard holds all dimensions of one tile and is written with one PUT. The shard of a land tile is the completion
 marker of the tile. Where a tile has shards in several variables, the one written last is the marker. Where there is no
@@ -50,7 +54,7 @@ from infra.addresses import shown
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import GRID, home_of
-from tasks.core.compact import Projection
+from tasks.core.compact import Compact, Projection
 from tasks.core.earth.grid import CHUNK_CELLS, GridSpec, Tile, check_tile
 from tasks.core.quantize import NODATA_CODE, DType, Scale, half
 from tasks.grid import conventions
@@ -58,6 +62,7 @@ from tasks.grid import conventions
 VARIABLE = "embedding"
 BLOCKS = ("visual", "location")
 SUMS = "sums"
+PROJECTIONS = ("components", "mean", "deviation", "location_components", "location_mean")
 EVIDENCE = {
     "effective_images": "effective number of images, exp of the entropy of their weights",
     "largest_weight": "largest weight of an image",
@@ -84,6 +89,14 @@ class Content:
     """Scale of each block, for int8."""
     evidence: bool = False
     """Whether the grid has the layers of evidence."""
+    heads: tuple[str, ...] = ()
+    """Names of the heads that the retrieved part is made of, side by side; none where they are mixed."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Returns the length of each part of a vector that a reader may want alone, in order."""
+        visual = dict.fromkeys(self.heads, self.visual // len(self.heads)) if self.heads else {"visual": self.visual}
+        return visual | {"location": self.location}
 
 
 def tile_cells(dims: int, dtype: DType) -> int:
@@ -92,28 +105,38 @@ def tile_cells(dims: int, dtype: DType) -> int:
     return int(min(np.ceil(side / TILE_CELLS) * TILE_CELLS, MOST_CELLS))
 
 
-def template(
-    spec: GridSpec, content: Content, attrs: dict[str, Any], projection: Projection | None = None
-) -> xr.Dataset:
+def template(spec: GridSpec, content: Content, attrs: dict[str, Any], compact: Compact = Compact()) -> xr.Dataset:
     """Returns the empty grid: coordinates, attributes and lazily empty variables.
 
     Args:
         spec: The grid.
         content: The variables.
         attrs: Attributes to add: provenance, attribution.
-        projection: The projection of a compact grid.
+        compact: The projections of a compact grid.
     """
     dataset = xr.merge([_embedding(spec, content), *_evidence(spec, content)], compat="override")
-    own = conventions.embedding(spec, content.visual, content.location, content.dtype)
+    own = conventions.embedding(spec, content.parts, content.dtype)
     attrs = conventions.declared(conventions.placed(spec) | own, conventions.GEOEMB) | attrs
-    if projection is not None:
-        back = {
-            "components": (("value_dim", "compact_dim"), projection.components),
-            "mean": ("value_dim", projection.mean),
-        }
-        dataset = dataset.assign_coords(back)  # not variables, which tools that clip or warp expect to have cells
-        attrs["rangegrid:explained_variance"] = round(projection.explained, 6)
+    if compact.values:
+        attrs["rangegrid:explained_variance"] = round(compact.values.explained, 6)
+    dataset = dataset.assign_coords(
+        _projections(compact)
+    )  # no variables: tools that clip or warp expect these to have cells
     return dataset.assign_attrs(attrs)
+
+
+def _projections(compact: Compact) -> dict[str, Any]:
+    """Returns the projections as coordinates."""
+    found: dict[str, Any] = {}
+    if compact.values:
+        found["components"] = ("value_dim", "compact_dim"), compact.values.components
+        found["mean"] = "value_dim", compact.values.mean
+        if compact.values.deviation is not None:
+            found["deviation"] = "value_dim", compact.values.deviation
+    if compact.location:
+        found["location_components"] = ("query_dim", "location_dim"), compact.location.components
+        found["location_mean"] = "query_dim", compact.location.mean
+    return found
 
 
 def _embedding(spec: GridSpec, content: Content) -> xr.Dataset:
@@ -135,7 +158,7 @@ def _embedding(spec: GridSpec, content: Content) -> xr.Dataset:
         return xr.merge(parts, compat="override")
     found = _empty(spec, VARIABLE, "embedding_dim", sum(sizes.values()), {"long_name": "RANGE embedding"} | about)
     found[VARIABLE].encoding = {"dtype": content.dtype, "_FillValue": np.dtype(content.dtype).type(np.nan)}
-    names = np.repeat(np.array(BLOCKS, dtype=object), list(sizes.values()))
+    names = np.repeat(np.array(list(content.parts), dtype=object), list(content.parts.values()))
     return found.assign_coords(block=("embedding_dim", names, {"long_name": "part of the embedding"}))
 
 
@@ -184,9 +207,9 @@ def create_tree(grid: str, levels: int) -> None:
     storage.write_json(storage.join(home, ROOT), root | {"consolidated_metadata": listed})
 
 
-def sums_template(spec: GridSpec, visual: int, halves: int, attrs: dict[str, Any]) -> xr.Dataset:
-    """Returns the empty sums of a grid: for each half the numerators, then denominator and shift."""
-    return _empty(spec, SUMS, "sum", halves * (visual + 2), {}).assign_attrs(attrs)
+def sums_template(spec: GridSpec, values: int, heads: int, attrs: dict[str, Any]) -> xr.Dataset:
+    """Returns the empty sums of a grid: for each head the numerators, then denominator and shift."""
+    return _empty(spec, SUMS, "sum", heads * (values + 2), {}).assign_attrs(attrs)
 
 
 def _empty(spec: GridSpec, name: str, dim: str, size: int, attrs: dict[str, str]) -> xr.Dataset:
@@ -374,8 +397,14 @@ def read_tile(url: str, tile: Tile, variable: str = VARIABLE) -> NDArray[np.floa
     return Vectors(tuple(_arrays(url, variable, "r")))[(..., *tile.window)]
 
 
-def read_projection(url: str) -> Projection:
-    """Reads the projection of a compact grid."""
+def read_compact(url: str) -> Compact:
+    """Reads the projections of a grid, as far as it has them."""
     group = zarr.open_group(storage.zarr_store(url), mode="r")
-    mean, components = (arrays.read(group[name], ...) for name in ("mean", "components"))
-    return Projection(mean, components, group.attrs["rangegrid:explained_variance"])
+    found = {name: arrays.read(group[name], ...) for name in PROJECTIONS if name in group}
+    values, location = None, None
+    if "components" in found:
+        explained = group.attrs["rangegrid:explained_variance"]
+        values = Projection(found["mean"], found["components"], explained, found.get("deviation"))
+    if "location_components" in found:
+        location = Projection(found["location_mean"], found["location_components"], 1.0)
+    return Compact(values, location)

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from infra.errors import UserError
 from tasks.cards import read_card
-from tasks.core.compact import Projection
+from tasks.core.compact import Compact
 from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.land import is_land, land_mask
 from tasks.core.field import DISTANCES_KM, FINER, Change, kernel_width_km, probe_places
+from tasks.core.methods import Head
 from tasks.core.probes import blocked_folds, score
 from tasks.core.quantize import DType, Scale, half, loss, lost_by_dimension
 from tasks.core.retrieval import embed
@@ -45,13 +46,13 @@ class Survey:
     """Scale of each block, for int8."""
 
 
-def survey(job: Job, dtype: DType, projection: Projection | None) -> Survey:
+def survey(job: Job, dtype: DType, compact: Compact) -> Survey:
     """Embeds the probes and measures.
 
     Args:
         job: The grid.
         dtype: How its numbers will be stored.
-        projection: What makes its visual part compact.
+        compact: Its projections.
     """
     cell_km = round(job.spec.gsd / 1000, 1)
     distances = tuple(sorted({cell_km, *DISTANCES_KM}))
@@ -59,7 +60,7 @@ def survey(job: Job, dtype: DType, projection: Projection | None) -> Survey:
     flat = places.reshape(-1, 2)
     if dtype == "int8":
         flat = np.concatenate([flat, shore_cells(job.spec)])
-    blocks = dict(zip(BLOCKS, _embedded(job, flat, projection), strict=True))
+    blocks = dict(zip(BLOCKS, _embedded(job, flat, compact), strict=True))
     probed = {name: part[: places[..., 0].size].reshape(*places.shape[:2], -1) for name, part in blocks.items()}
     changes = {name: Change.of(part, distances) for name, part in probed.items()}
     attrs: dict[str, Any] = {"rangegrid:field": _field(changes, cell_km)}
@@ -81,15 +82,14 @@ def shore_cells(spec: GridSpec) -> NDArray[np.float64]:
     return centres[~is_land(centres)][:SHORE]
 
 
-def _embedded(job: Job, places: NDArray[np.float64], projection: Projection | None) -> list[NDArray[np.float32]]:
-    """Returns visual and location part; projecting the result equals projecting the values first."""
-    if projection is None:
+def _embedded(job: Job, places: NDArray[np.float64], compact: Compact) -> list[NDArray[np.float32]]:
+    """Returns visual and location part."""
+    if compact == Compact():
         encoder, index = load(job.checkpoint, job.database)
-    else:  # the tiles will want the projected values: these are not to stay in memory beside them
-        encoder, index = load_encoder(job.checkpoint), index_of(open_database(job.database), None, len(places))
+    else:  # there is no grid yet from which tiles, and so `load`, could take the projections
+        encoder, index = load_encoder(job.checkpoint), index_of(open_database(job.database), compact, len(places))
     vectors = embed(encoder, index, places, job.method)
-    visual, location = np.split(vectors, [index.values.shape[1]], axis=1)
-    return [visual if projection is None else projection.apply(visual), location]
+    return np.split(vectors, [job.method.width * index.values.shape[1]], axis=1)
 
 
 def _field(changes: dict[str, Change], cell_km: float) -> dict[str, Any]:
@@ -164,8 +164,17 @@ def _quantization(dtype: DType, scales: dict[str, Scale]) -> dict[str, Any]:
 def kernels(job: Job) -> dict[str, Any]:
     """Returns what is known of the retrieval's kernels without measuring."""
     method, architecture = job.method, read_card(job.checkpoint, CheckpointCard).architecture
-    found = {"semantic_temperature": method.semantic, "harmonic_degree": architecture.degree - 1}
-    if method.has_geodesic:
-        found["geodesic_temperature"] = method.geodesic_temperature
-        found["geodesic_width_km"] = kernel_width_km(method.geodesic_temperature)
+    found: dict[str, Any] = {"harmonic_degree": architecture.degree - 1}
+    if method.is_side_by_side:
+        return {"rangegrid:kernels": found | {"heads": [_told(head) for head in method.heads]}}
+    semantic, *geodesic = method.heads
+    found["semantic_temperature"] = semantic.at
+    for head in geodesic:
+        found |= {"geodesic_temperature": head.at, "geodesic_width_km": kernel_width_km(head.at)}
     return {"rangegrid:kernels": found}
+
+
+def _told(head: Head) -> dict[str, Any]:
+    """Returns what is known of a head, with its width where that is the same everywhere."""
+    width = {"width_km": kernel_width_km(head.at)} if head.kind == "geodesic" else {}
+    return {"kind": head.kind, "k" if head.kind == "nearest" else "temperature": head.at} | width

@@ -11,12 +11,13 @@ from infra import storage
 from infra.metrics import CELLS
 from tasks.cards import GRID, SUMS
 from tasks.core.adaptive import Cells, Report, embed_cells
+from tasks.core.compact import Compact
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.land import land_mask, land_of
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.evidence import evidence
 from tasks.core.retrieval import Method, RetrievalIndex
-from tasks.core.sums import Halves
+from tasks.core.sums import Selections
 from tasks.database.store import Database, open_database
 from tasks.grid import store
 from tasks.model.checkpoint import load_checkpoint
@@ -70,7 +71,7 @@ class Job:
     @property
     def method(self) -> Method:
         """Returns the retrieval method."""
-        return Method(self.params.method, self.params.beta)
+        return self.params.retrieval
 
     @property
     def grid(self) -> str:
@@ -84,8 +85,8 @@ class Job:
 
     @property
     def projected_by(self) -> str | None:
-        """Returns the URL of the Zarr with the projection in use, if there is one."""
-        if self.params.compact_dims:
+        """Returns the URL of the Zarr with the projections in use, if there are any."""
+        if self.params.is_compact:
             return self.grid
         return None
 
@@ -98,7 +99,7 @@ def load(
     Args:
         checkpoint: URL of the checkpoint.
         database: URL of the database.
-        projected_by: URL of the grid's Zarr with the projection of the values; unset, they are as they are.
+        projected_by: URL of the grid's Zarr with the projections; unset, values and location part are as they are.
         queries: Places that will be asked for altogether; unset, many.
     """
     with LOADING:
@@ -114,16 +115,22 @@ def load_encoder(checkpoint: str) -> LocationEncoder:
 @lru_cache(maxsize=2)
 def load_index(database: str, projected_by: str | None, queries: int | None) -> RetrievalIndex:
     """Loads the whole database, once per worker process."""
-    return index_of(open_database(database), projected_by, queries)
+    return index_of(open_database(database), load_compact(projected_by), queries)
 
 
-def index_of(data: Database, projected_by: str | None, queries: int | None = None) -> RetrievalIndex:
-    """Makes the index of some images, with their values projected as the grid's."""
-    if projected_by:
-        values = store.read_projection(projected_by).apply(data.values)
+@lru_cache(maxsize=2)
+def load_compact(projected_by: str | None) -> Compact:
+    """Reads a grid's projections, once per worker process."""
+    return store.read_compact(projected_by) if projected_by else Compact()
+
+
+def index_of(data: Database, compact: Compact, queries: int | None = None) -> RetrievalIndex:
+    """Makes the index of some images, with their values projected."""
+    if compact.values:
+        values = compact.values.apply(data.values)
     else:
         values = data.values
-    return RetrievalIndex(data.keys, values, data.locations, queries=queries)
+    return RetrievalIndex(data.keys, values, data.locations, queries=queries, location=compact.location)
 
 
 def land_tiles(spec: GridSpec) -> list[Tile]:
@@ -149,7 +156,7 @@ def publish_tile(job: Job, tile: Tile) -> Report:
         write_cells(job.grid, tile, cells, vectors, store.VARIABLE)
         return report
     places, location = cells.lonlat, encoder.embed(cells.lonlat)
-    return deliver(job, tile, location, index.halves(location, places, job.method).scaled(), len(places))
+    return deliver(job, tile, location, index.select(location, places, job.method).scaled(), len(places))
 
 
 def write_evidence(job: Job, tile: Tile, cells: Cells, encoder: LocationEncoder, index: RetrievalIndex) -> None:
@@ -164,22 +171,25 @@ def write_evidence(job: Job, tile: Tile, cells: Cells, encoder: LocationEncoder,
         write_cells(job.grid, tile, cells, values[:, None].astype(np.float32), name)
 
 
-def deliver(job: Job, tile: Tile, location: NDArray[np.float32], halves: Halves, evaluated: int) -> Report:
+def deliver(job: Job, tile: Tile, queries: NDArray[np.float32], selections: Selections, evaluated: int) -> Report:
     """Writes a tile from its sums, and keeps them where asked for. The grid's shard comes last, as completion marker.
 
     Args:
         job: The grid.
         tile: The tile.
-        location: Location embeddings of its land cells, (m, d).
-        halves: Their sums, scaled.
+        queries: Location embeddings of its land cells, (m, d).
+        selections: Their sums, scaled.
         evaluated: Cells that were retrieved for it.
     """
     cells = land_cells(job.spec, tile)
     if job.params.keep_sums:
-        write_cells(job.sums, tile, cells, halves.pack(), store.SUMS)
-    vectors = np.concatenate([halves.mix(job.method.beta), location], axis=1)
-    write_cells(job.grid, tile, cells, vectors, store.VARIABLE)
-    return Report(len(location), evaluated, 0, 0.0)
+        write_cells(job.sums, tile, cells, selections.pack(), store.SUMS)
+    compact = load_compact(job.projected_by)
+    location = compact.location.apply(queries) if compact.location else queries
+    write_cells(
+        job.grid, tile, cells, np.concatenate([selections.visual(job.method), location], axis=1), store.VARIABLE
+    )
+    return Report(len(queries), evaluated, 0, 0.0)
 
 
 def write_cells(url: str, tile: Tile, cells: Cells, vectors: NDArray[np.float32], variable: str) -> None:

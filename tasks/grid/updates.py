@@ -19,11 +19,12 @@ from infra.errors import UserError
 from tasks.cards import home_of, read_card
 from tasks.core.adaptive import Report
 from tasks.core.earth.grid import Tile
-from tasks.core.retrieval import Method, RetrievalIndex
-from tasks.core.sums import Halves, updated
+from tasks.core.methods import Method
+from tasks.core.retrieval import RetrievalIndex
+from tasks.core.sums import Selections, updated
 from tasks.database.store import Database, read_blocks, read_rows
 from tasks.grid import store
-from tasks.grid.tiles import LOADING, Job, Parent, deliver, index_of, land_cells, load, load_encoder
+from tasks.grid.tiles import LOADING, Job, Parent, deliver, index_of, land_cells, load, load_compact, load_encoder
 from tasks.params import PublishParams
 from tasks.products import DatabaseCard, GridCard, told_land
 from tasks.units import log
@@ -38,7 +39,6 @@ FEW = 1000  # about how many cells of a tile an update retrieves anew: too few f
 
 def kept_sums(card: DatabaseCard, params: PublishParams) -> dict[str, Any]:
     """Returns what sums must have in common to be updated: everything that decides them except the images."""
-    method = Method(params.method, params.beta)
     return {
         "checkpoint": card.checkpoint,
         "crs": params.crs,
@@ -46,11 +46,18 @@ def kept_sums(card: DatabaseCard, params: PublishParams) -> dict[str, Any]:
         "step": params.step,
         "tile_cells": params.tile_cells,
         **told_land(params.land),
-        "semantic_temperature": method.semantic,
-        "geodesic_temperature": method.geodesic_temperature if method.has_geodesic else None,
+        **_told_heads(params.retrieval),
         "value_dim": card.value_dim,
         "compact_dims": params.compact_dims,
     }
+
+
+def _told_heads(method: Method) -> dict[str, Any]:
+    """Returns the heads, by the names that cards have for them."""
+    if method.is_side_by_side:
+        return {"heads": [str(head) for head in method.heads]}
+    semantic, *geodesic = method.heads
+    return {"semantic_temperature": semantic.at, "geodesic_temperature": geodesic[0].at if geodesic else None}
 
 
 def read_parent(grid: str, ours: dict[str, Any]) -> Parent:
@@ -144,12 +151,12 @@ def update_tile(job: Job, parent: Parent, tile: Tile) -> Report:
     kept = store.read_tile(parent.sums, tile, store.SUMS)[:, cells.wanted].T
     with LOADING:
         came, went = changed_images(job, parent)
-    added = came.halves(location, places, job.method) if came else None
-    removed = went.halves(location, places, job.method) if went else None
-    after, anew = updated(Halves.unpack(kept, 1 + job.method.has_geodesic), added, removed)
+    added = came.select(location, places, job.method) if came else None
+    removed = went.select(location, places, job.method) if went else None
+    after, anew = updated(Selections.unpack(kept, len(job.method.heads)), added, removed)
     if anew.any():
         _, index = load(job.checkpoint, job.database, job.projected_by, FEW)
-        after = after.replaced(anew, index.halves(location[anew], places[anew], job.method).scaled())
+        after = after.replaced(anew, index.select(location[anew], places[anew], job.method).scaled())
     return deliver(job, tile, location, after, int(anew.sum()))
 
 
@@ -163,5 +170,5 @@ def changed_images(job: Job, parent: Parent) -> tuple[RetrievalIndex | None, Ret
 def _index(job: Job, database: str, rows: list[int]) -> RetrievalIndex | None:
     """Makes the index of some images of a database; None where no rows are asked for."""
     if rows:
-        return index_of(read_rows(database, rows), job.projected_by)
+        return index_of(read_rows(database, rows), load_compact(job.projected_by))
     return None

@@ -10,7 +10,7 @@ from infra import storage
 from infra.addresses import as_url, shown
 from infra.bounds import check_expansion
 from infra.errors import UserError
-from tasks.core.earth.sampling import draw_classes, draw_land, thin
+from tasks.core.earth.sampling import draw_classes, draw_even, draw_land, thin
 from tasks.params import SampleParams
 from tasks.tables.files import BATCH
 from tasks.tables.points import check_points, open_points, rows_of
@@ -36,6 +36,8 @@ def _places(count: int, params: SampleParams) -> NDArray[np.float64]:
         if params.places == "class":
             classes, bounds = read_classes(str(params.source))
             return draw_classes(count, params.seed, classes, bounds, params.south, params.north)
+        if params.places == "even":
+            return draw_even(count, params.seed, params.south, params.north)
         return draw_land(count, params.seed, params.south, params.north)
     except ValueError as error:
         raise UserError(str(error)) from None

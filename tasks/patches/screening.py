@@ -6,6 +6,7 @@ read.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from infra.stac.items import UsableItem
 from tasks.core.sentinel2.radiometry import decide
 from tasks.params import SampleParams
 from tasks.patches import reuse, store
-from tasks.patches.estimate import Meter
+from tasks.patches.estimate import THREADS, Meter
 from tasks.patches.reasons import Reason
 from tasks.patches.scenes import asset_keys, find_items, rank_scenes, version
 
@@ -56,19 +57,23 @@ def _screen(candidates: NDArray[np.float64], params: SampleParams, traffic: Traf
     """Returns the rows of candidates, by asking the catalog and the archive."""
     items = find_items(candidates[:, 1:3], params)
     ranked = rank_scenes(items, candidates, params)
+    chosen = {scene.id: scene for scenes, _ in ranked for scene in scenes}
+    facts = {name: _facts(scene) for name, scene in chosen.items()}
     table = pd.DataFrame(
-        [row for candidate, choice in zip(candidates, ranked, strict=True) for row in _rows(candidate, *choice)]
+        [row for candidate, choice in zip(candidates, ranked, strict=True) for row in _rows(candidate, *choice, facts)]
     )
     judge_in_order(table, {item.id: hrefs(item) for item in items}, params, traffic)
     metrics.count(metrics.PLACES, by_place(table)["reason"])
     return table
 
 
-def _rows(candidate: NDArray[np.float64], scenes: list[UsableItem], reason: str) -> list[dict[str, Any]]:
-    """Returns a place's rows: one per scene, or one that says why it has none."""
+def _rows(
+    candidate: NDArray[np.float64], scenes: list[UsableItem], reason: str, facts: Mapping[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns a place's rows: one per scene, with the scene's facts, or one that says why it has none."""
     place = {"row_id": int(candidate[0]), "lon": candidate[1], "lat": candidate[2], "rank": 0, "item_id": ""}
     place |= {"reason": reason} | dict.fromkeys(JUDGED[1:], np.nan)
-    return [place | {"rank": rank} | _facts(scene) for rank, scene in enumerate(scenes)] or [place]
+    return [place | {"rank": rank} | facts[scene.id] for rank, scene in enumerate(scenes)] or [place]
 
 
 def _facts(scene: UsableItem) -> dict[str, Any]:
@@ -118,8 +123,11 @@ def judge_in_order(
     for rank in range(int(table["rank"].max()) + 1):
         served = table.loc[table["reason"] == "", "row_id"]
         turn = table[(table["rank"] == rank) & (table["reason"] == Reason.UNTRIED) & ~table["row_id"].isin(served)]
-        for item, group in turn.groupby("item_id"):
-            table.loc[group.index, JUDGED] = judge(group, full[str(item)], params, traffic, refused)
+        groups = [(group, full[str(item)]) for item, group in turn.groupby("item_id")]
+        with ThreadPoolExecutor(THREADS) as pool:
+            verdicts = list(pool.map(lambda job: judge(job[0], job[1], params, traffic, refused), groups))
+        if verdicts:
+            table.loc[turn.index, JUDGED] = pd.concat(verdicts)
     settle(refused)
 
 
@@ -142,13 +150,11 @@ def judge(
     except RefusedAsset as error:
         refused.append(error)
         return verdict.assign(reason=Reason.REFUSED)
-    for i, window in zip(group.index, found["SCL"], strict=True):
-        if window is None:
-            verdict.loc[i, "reason"] = Reason.EDGE
-            continue
-        clear, saturated = 1 - _share(window, CLOUDY), _share(window, SATURATED)
-        reason = _reason(_share(window, NO_DATA), clear, saturated, params)
-        verdict.loc[i, JUDGED] = reason, clear, saturated, _share(window, DARK)
+    inside = np.array([window is not None for window in found["SCL"]])
+    verdict.loc[~inside, "reason"] = Reason.EDGE
+    if inside.any():
+        windows = np.stack([window for window in found["SCL"] if window is not None])
+        verdict.loc[inside, JUDGED] = _verdicts(windows, params).set_axis(verdict.index[inside])
     return verdict
 
 
@@ -163,16 +169,18 @@ def settle(refused: list[RefusedAsset]) -> None:
             raise error
 
 
-def _reason(nodata: float, clear: float, saturated: float, params: SampleParams) -> str:
-    """Returns why a window of the scene classification with these shares is rejected; empty where it is good."""
-    if nodata > params.max_nodata_fraction:
-        return Reason.NODATA
-    if clear < params.min_clear_fraction:
-        return Reason.NOT_CLEAR
-    if saturated > params.max_saturated_fraction:
-        return Reason.SATURATED
-    return ""
+def _verdicts(windows: NDArray, params: SampleParams) -> pd.DataFrame:
+    """Returns the verdicts (`JUDGED`) on windows of the scene classification, (place, y, x)."""
+    clear, saturated = 1 - _shares(windows, CLOUDY), _shares(windows, SATURATED)
+    faults = {
+        Reason.NODATA: _shares(windows, NO_DATA) > params.max_nodata_fraction,
+        Reason.NOT_CLEAR: clear < params.min_clear_fraction,
+        Reason.SATURATED: saturated > params.max_saturated_fraction,
+    }
+    reasons = np.select(list(faults.values()), list(faults), "")  # the first fault counts
+    return pd.DataFrame(dict(zip(JUDGED, (reasons, clear, saturated, _shares(windows, DARK)), strict=True)))
 
 
-def _share(window: NDArray, classes: tuple[int, ...]) -> float:
-    return float(np.isin(window, classes).mean())
+def _shares(windows: NDArray, classes: tuple[int, ...]) -> NDArray[np.float64]:
+    """Returns the share of each window's pixels that have one of the classes."""
+    return np.isin(windows, classes).mean((1, 2))

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tasks.core.field import kernel_width_km
 from tasks.core.paired import MARKS
 from tasks.plots.style import ACCENT, FAINT, INK, SECOND, canvas, plain, png
 
@@ -17,6 +18,9 @@ COLOURS = (ACCENT, SECOND, "#6a8f3c", "#8a5fa8", "#b8912b", "#4a6fa5", "#b5524b"
 COLUMNS = 5  # most panels in a row
 WRAP = 14  # letters of a line of a panel's title
 LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out recall@1 %"}
+LABELS |= {"one_out": "one image left out", "block_out": "10-degree blocks left out"}
+TRIED = {"nearest": "reach: to which nearest image"}  # of a kind of head, what else than a temperature was tried
+LEAST_SHARE = -0.5  # of the variance restored that is drawn: a head may be worse than the mean
 
 
 def bias_chart(failures: pd.DataFrame, title: str, caption: str) -> bytes:
@@ -104,6 +108,42 @@ def loss_curve(histories: Sequence[Sequence[Mapping[str, Any]]], title: str, cap
             axis.spines[side].set_visible(False)
     axes.set_xlabel("step", color=INK)
     return png(figure)
+
+
+def kernel_chart(heads: Sequence[Mapping[str, Any]], title: str, caption: str) -> bytes:
+    """Draws how well heads restore images that were left out, a panel for each kind of head; returns a PNG.
+
+    Args:
+        heads: Curves as a database's card has them: `kind`, what was tried in `at`, the shares of the variance that
+            were restored in `one_out` and `block_out`, and `chosen`, such as `geodesic:1000`.
+        title: Text above the chart.
+        caption: Text below the chart.
+    """
+    figure, panels = _panels(len(heads), title, caption, height=3.8)
+    for axes, head in zip(panels, heads, strict=True):
+        for name, colour in (("one_out", ACCENT), ("block_out", SECOND)):
+            axes.plot(head["at"], head[name], color=colour, marker="o", ms=4, lw=1.8, label=LABELS[name])
+        axes.set_xscale("log")
+        axes.set_xticks(head["at"][::2], [f"{at:,.10g}" for at in head["at"][::2]])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(TRIED.get(head["kind"], "temperature"), color=INK, fontsize=9)
+        axes.set_title(head["kind"], fontsize=10, color=INK, loc="left")
+        axes.tick_params(colors=FAINT, which="both", length=0, labelsize=8)
+        plain(axes, "y")
+        _mark_chosen(axes, float(head["chosen"].rpartition(":")[2]), head["kind"])
+    low = min(min(head["one_out"] + head["block_out"]) for head in heads)
+    for axes in panels:
+        axes.set_ylim(min(0.0, max(low, LEAST_SHARE)), 1)
+    panels[0].set_ylabel("share of the variance restored", color=INK, fontsize=9)
+    names = panels[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    return png(figure)
+
+
+def _mark_chosen(axes: Axes, at: float, kind: str) -> None:
+    axes.axvline(at, color=INK, lw=1, ls=(0, (4, 3)), zorder=0)
+    width = f", {kernel_width_km(at):,.0f} km wide" if kind == "geodesic" else ""
+    axes.set_title(f"chosen: {at:g}{width}", fontsize=8, color=FAINT, loc="right")
 
 
 def score_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:

@@ -30,12 +30,12 @@ from infra.addresses import as_url, name_of
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import read_card
-from tasks.core.compact import Projection
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.evidence import evidence
-from tasks.core.retrieval import BATCH, Method, RetrievalIndex
+from tasks.core.retrieval import BATCH, RetrievalIndex
+from tasks.database.heads import index_of
 from tasks.database.npz import import_npz
-from tasks.database.store import Database, open_database
+from tasks.database.store import open_database
 from tasks.model.checkpoint import load_checkpoint
 from tasks.model.satclip import import_satclip
 from tasks.params import EmbedParams
@@ -64,10 +64,10 @@ class PointEmbedder:
 
     def columns(self, lonlat: NDArray[np.float64]) -> dict[str, NDArray]:
         """Returns the new columns of a batch of points, by name."""
-        params, method = self.params, _method(self.params)
+        params, method = self.params, self.params.retrieval
         queries = self.encoder.embed(lonlat)
         visual = self.index.retrieve(queries, lonlat, method)
-        found: dict[str, NDArray] = {"embedding": np.concatenate([visual, queries], axis=1)}
+        found: dict[str, NDArray] = {"embedding": np.concatenate([visual, self.index.location_part(queries)], axis=1)}
         if params.evidence or params.top_images:
             rests_on = evidence(self.index, queries, lonlat, method, params.top_images)
             if params.evidence:
@@ -86,7 +86,7 @@ def embed_points(
         lonlat: (n, 2) longitude and latitude in degrees.
         checkpoint: Directory or URL of the checkpoint, or a SatCLIP `.ckpt`.
         database: Directory or URL of the database, or a `range_db_*.npz`.
-        params: How to embed; by default RANGE+.
+        params: How to embed; by default multi-head.
 
     Returns:
         (n, visual + location) float32.
@@ -156,18 +156,9 @@ def open_embedder(checkpoint: str, database: str, params: EmbedParams, points: i
             f"the database {database} was encoded with checkpoint {data.card.checkpoint}, not with {ours}: "
             "its keys mean nothing to this encoder. Give the two that belong together"
         )
-    values, compact = _compact(data, params.compact_dims)
-    attrs = {
-        "method": params.method,
-        "beta": params.beta,
-        "checkpoint": ours,
-        "database": data.card.fingerprint,
-        "attribution": data.card.attribution,
-        **compact,
-    }
-    index = RetrievalIndex(
-        data.keys, values, data.locations, queries=points, device=params.device, precision=params.precision
-    )
+    options = {"queries": points, "device": params.device, "precision": params.precision}
+    index, params, told = index_of(encoder, data, params, **options)
+    attrs = {"checkpoint": ours, "database": data.card.fingerprint, "attribution": data.card.attribution, **told}
     return PointEmbedder(encoder, index, data.row_ids, params, attrs)
 
 
@@ -177,19 +168,6 @@ def _imported(source: str, suffix: str, read: Callable[[str, str], Any], scratch
         read(source, url := Path(scratch).as_uri())
         return url
     return as_url(source)
-
-
-def _compact(data: Database, dims: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    if dims is None:
-        return data.values, {}
-    if dims > min(data.values.shape):
-        raise UserError(f"--compact-dims {dims}: the database's values have {min(data.values.shape)} components")
-    projection = Projection.fit(data.values, dims)
-    return projection.apply(data.values), {"explained_variance": round(projection.explained, 6)}
-
-
-def _method(params: EmbedParams) -> Method:
-    return Method(params.method, params.beta, params.k)
 
 
 def _check_device(device: str) -> None:

@@ -6,7 +6,7 @@ coordinates. The same comparison with mirrored places must fail: a check that ca
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 
@@ -19,12 +19,12 @@ from infra import storage
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import fingerprint, home_of, name_of
-from tasks.core.compact import Projection
+from tasks.core.compact import Compact, Projection
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.land import land_mask
 from tasks.core.earth.plane import GLOBE, Box
 from tasks.core.earth.sphere import unit_vectors
-from tasks.core.retrieval import Method
+from tasks.core.methods import Head, Method
 from tasks.database.store import Database, read_blocks
 from tasks.findings import Finding
 from tasks.grid import store
@@ -115,7 +115,7 @@ def validate_grid(client: Client, grid: str, card: GridCard) -> list[Finding]:
     if any(finding.passed is False for finding in findings):
         return [*findings, Finding("values", None, "none read: first mend what failed")]
     checks = run_units(client, partial(check_tile, grid, spec, blocks(grid)), tiles, label="validate")
-    findings += shards(checks, UNIT[params.dtype])
+    findings += shards(checks, None if params.location_dims else UNIT[params.dtype])
     if any(check.error for check in checks):
         return findings
     findings += storage_loss(grid)
@@ -221,14 +221,21 @@ def check_tile(grid: str, spec: GridSpec, parts: dict[str, list[int]], tile: Til
     return TileCheck(str(tile), "", int(misplaced.sum()), length, visual.min(1), visual.max(1))
 
 
-def shards(checks: list[TileCheck], unit: float) -> Iterator[Finding]:
-    """Checks the shards together; `unit` is the largest deviation of a location part's length from 1."""
+def shards(checks: list[TileCheck], unit: float | None) -> Iterator[Finding]:
+    """Checks the shards together.
+
+    Args:
+        checks: What was found of each.
+        unit: Largest deviation of a location part's length from 1; None where it is projected, and of any length.
+    """
     bad = [f"{check.tile} ({check.error})" for check in checks if check.error]
     yield Finding("decoding", not bad, f"{len(checks) - len(bad)} of {len(checks)} shards decode {'; '.join(bad[:3])}")
     wrong = [check.tile for check in checks if check.misplaced]
     cells = sum(check.misplaced for check in checks)
     where = f", in {', '.join(wrong[:3])}" if wrong else ""
     yield Finding("land and sea", not cells, f"{cells} cells with a value at sea or without one on land{where}")
+    if unit is None:
+        return
     length = max((check.length for check in checks), default=0.0)
     yield Finding("location part", length < unit, f"of length 1 to {length:.1g}")
 
@@ -261,12 +268,11 @@ def canaries(grid: str, spec: GridSpec, card: GridCard, params: PublishParams) -
     rows, columns = chosen(spec, name_of(grid))
     stored = store.open_vectors(grid).at(rows, columns)
     places = np.column_stack([dataset[x].values[columns], dataset[y].values[rows]])
-    projection = store.read_projection(grid) if params.compact_dims else None
+    compact = store.read_compact(grid)
     everywhere = plane.lonlat(np.concatenate([places, *wrong(places, spec.box).values()]))
     everywhere = np.where(np.isfinite(everywhere), everywhere, 0)  # where the plane has no place, any is wrong
-    location = load_checkpoint(card.checkpoint).location.embed(everywhere).astype(np.float64)
-    method = Method(params.method, params.beta)
-    return stored, refer(card.database, location, everywhere, method, projection)
+    queries = load_checkpoint(card.checkpoint).location.embed(everywhere).astype(np.float64)
+    return stored, refer(card.database, queries, everywhere, params.retrieval, compact)
 
 
 def chosen(spec: GridSpec, name: str) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -319,25 +325,71 @@ def agree(errors: Float, tolerance: float, exact: float) -> tuple[bool, str]:
     return bool(good), f"{share:.0%} of {len(errors)} agree; largest relative error {errors.max():.1g}"
 
 
-def refer(database: str, location: Float, places: Float, method: Method, projection: Projection | None) -> Reference:
-    """Computes the selection at some places by its formula, streaming through the database."""
+def refer(database: str, queries: Float, places: Float, method: Method, compact: Compact) -> Reference:
+    """Computes the selections at some places by their formulas, streaming through the database."""
     low, high = np.asarray(np.inf), np.asarray(-np.inf)
-    semantic, geodesic = np.zeros(()), np.zeros(())
-    for data, values in rows_of(database, projection):
+    points = unit_vectors(places)
+    told = [Running(head, queries, temperatures(database, points, head)) for head in method.heads]
+    for data, values in rows_of(database, compact.values):
         low, high = np.minimum(low, values.min(0)), np.maximum(high, values.max(0))
         table = np.column_stack([values, np.abs(values), np.ones(len(values))])
-        semantic = semantic + kernel(method.semantic, location, data.keys.astype(np.float64)) @ table
-        near = kernel(method.geodesic_temperature, unit_vectors(places), unit_vectors(data.locations))
-        geodesic = geodesic + near @ table
-    beta = method.beta if method.has_geodesic else 1.0
-    mixed = sum(share * sums[:, :-1] / sums[:, -1:] for share, sums in ((beta, semantic), (1 - beta, geodesic)))
-    visual, magnitude = np.split(np.asarray(mixed), 2, axis=1)
-    return Reference(visual, np.linalg.norm(magnitude, axis=1), location, low, high)
+        for head in told:
+            if head.head.kind == "semantic":
+                head.add(queries @ data.keys.astype(np.float64).T, table)
+            else:
+                head.add(points @ unit_vectors(data.locations).T, table)
+    visual, magnitude = zip(*(np.split(head.mean, 2, axis=1) for head in told), strict=True)
+    if method.is_side_by_side:
+        selected, scale = np.concatenate(visual, axis=1), np.concatenate(magnitude, axis=1)
+    else:
+        selected, scale = (
+            sum(s * part for s, part in zip(method.shares, parts, strict=True)) for parts in (visual, magnitude)
+        )
+    location = (queries - compact.location.mean) @ compact.location.components if compact.location else queries
+    bounds = np.tile(low, method.width), np.tile(high, method.width)
+    return Reference(selected, np.linalg.norm(scale, axis=1), location, *bounds)
 
 
-def kernel(temperature: float, queries: Float, keys: Float) -> Float:
-    """Returns the weights of unit vectors, (m, n), at most 1."""
-    return np.exp(temperature * (queries @ keys.T - 1))
+def temperatures(database: str, points: Float, head: Head) -> Float:
+    """Returns the temperature of a head at points of the unit sphere, (m, 1)."""
+    if head.kind != "nearest":
+        return np.full((len(points), 1), head.at)
+    squares = np.empty((len(points), 0))
+    for data in read_blocks(database, BLOCK):
+        squares = np.column_stack([squares, 2 - 2 * points @ unit_vectors(data.locations).T])
+        squares = np.sort(squares, axis=1)[:, : int(head.at)]
+    return 1 / np.maximum(squares[:, -1:], np.finfo(np.float64).tiny)
+
+
+@dataclass
+class Running:
+    """The sums of a head over the images so far, relative to the largest weight so far."""
+
+    head: Head
+    """The head."""
+    queries: Float
+    """(m, d), for the number of places."""
+    at: Float
+    """(m, 1) temperature at each place."""
+    largest: Float = field(init=False)
+    """(m, 1) logarithm of the largest weight."""
+    sums: Float = field(init=False)
+    """(m, 2 v + 1)."""
+
+    def __post_init__(self) -> None:
+        self.largest, self.sums = np.full((len(self.queries), 1), -np.inf), np.zeros(())
+
+    def add(self, cosines: Float, table: Float) -> None:
+        """Adds images, by their cosines (m, n) and their values, magnitudes and ones, (n, 2 v + 1)."""
+        logits = self.at * cosines
+        largest = np.maximum(self.largest, logits.max(1, keepdims=True))
+        self.sums = self.sums * np.exp(self.largest - largest) + np.exp(logits - largest) @ table
+        self.largest = largest
+
+    @property
+    def mean(self) -> Float:
+        """Returns the selection of values and of magnitudes, (m, 2 v)."""
+        return self.sums[:, :-1] / self.sums[:, -1:]
 
 
 def rows_of(database: str, projection: Projection | None) -> Iterator[tuple[Database, Float]]:

@@ -141,7 +141,7 @@ def _encoders(folder: Path, *arrays: NDArray) -> tuple[LocationEncoder, dict[str
 
 
 def _betas(encoder: LocationEncoder, index: RetrievalIndex, asked: NDArray) -> list[NDArray]:
-    halves = index.halves(encoder.embed(asked), asked, Method())
+    halves = index.select(encoder.embed(asked), asked, Method())
     return [halves.mix(beta) for beta in BETAS]
 
 

@@ -14,7 +14,7 @@ from tasks.core import retrieval
 from tasks.core.earth.sphere import unit_vectors
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.retrieval import Method, RetrievalIndex, embed
-from tasks.core.sums import Halves, updated
+from tasks.core.sums import Selections, updated
 from tasks.model.checkpoint import save_checkpoint
 from tasks.model.satclip import export_satclip
 
@@ -150,7 +150,7 @@ def test_the_sums_of_shards_add(cuts, method, hot):
     method = Method(method.name, method.beta, temperature=hot, geodesic_temperature=hot or 40.0)
     index, queries, lonlat = database(40), unit(RNG.normal(size=(3, 16))), places(3)
     shards = [RetrievalIndex(*parts) for parts in zip(*(np.split(a, sorted(cuts)) for a in index), strict=True)]
-    found = reduce(add, (shard.halves(queries, lonlat, method) for shard in shards)).mix(method.beta)
+    found = reduce(add, (shard.select(queries, lonlat, method) for shard in shards)).mix(method.beta)
     close(found, RetrievalIndex(*index).retrieve(queries, lonlat, method), 1e-4 if hot else 1e-6)
 
 
@@ -165,7 +165,7 @@ def test_an_updated_database_is_a_rebuilt_one(rows):
     old, new = np.arange(len(near)) < rows, np.arange(len(near)) >= rows // 10
     for gone, come in ((old & ~new, ~old), (old & near, ~old & ~near)):
         sums = {
-            name: RetrievalIndex(*(a[chosen] for a in index)).halves(queries, lonlat, Method())
+            name: RetrievalIndex(*(a[chosen] for a in index)).select(queries, lonlat, Method())
             for name, chosen in {"old": old, "come": come, "gone": gone, "all": (old | come) & ~gone}.items()
         }
         after, anew = updated(sums["old"].scaled(), sums["come"], sums["gone"])
@@ -177,8 +177,8 @@ def test_an_updated_database_is_a_rebuilt_one(rows):
 @pytest.mark.parametrize("method", [Method(), Method("range"), Method(temperature=300.0)])
 def test_kept_sums_are_the_sums(method):
     index, queries, lonlat = RetrievalIndex(*database(60)), unit(RNG.normal(size=(9, 16))), places(9)
-    halves = index.halves(queries, lonlat, method).scaled()
-    kept = Halves.unpack(halves.pack(), 1 + method.has_geodesic)
+    halves = index.select(queries, lonlat, method).scaled()
+    kept = Selections.unpack(halves.pack(), len(method.heads))
     close(kept.mix(0.3), halves.mix(0.3))
     for sums, exact in zip(kept.sums, halves.sums, strict=True):
         torch.testing.assert_close(sums.denominator, torch.ones(9, dtype=torch.float64), atol=1e-5, rtol=0)
@@ -197,7 +197,7 @@ def test_spectra_of_shards_add():
 def test_beta_is_linear(beta):
     index, queries, lonlat = RetrievalIndex(*database(40)), unit(RNG.normal(size=(3, 16))), places(3)
     ends = [index.retrieve(queries, lonlat, Method(beta=b)) for b in (0, 1)]
-    halves = index.halves(queries, lonlat, Method())
+    halves = index.select(queries, lonlat, Method())
     close(halves.mix(beta), (1 - beta) * ends[0] + beta * ends[1])
     close(halves.mix(beta), index.retrieve(queries, lonlat, Method(beta=beta)))
 
@@ -326,4 +326,4 @@ def test_queries_of_another_encoder_are_refused():
     with pytest.raises(ValueError, match="keys of length 16: embed the places with the encoder"):
         index.retrieve(unit(RNG.normal(size=(3, 8))), places(3), Method())
     with pytest.raises(ValueError, match="only range and range"):
-        index.halves(unit(RNG.normal(size=(3, 16))), places(3), Method("top1"))
+        index.select(unit(RNG.normal(size=(3, 16))), places(3), Method("top1"))

@@ -49,7 +49,7 @@ def gate(grid):
 
 with tags("rangegrid"):
     for beta in (1.0, 0.0):
-        grid = publish(checkpoint, database, PublishParams(step=10.0, tile_cells=5, beta=beta))
+        grid = publish(checkpoint, database, PublishParams(step=10.0, tile_cells=5, method="range+", beta=beta))
         print(grid)
     for wrong in (lambda: publish(checkpoint, database + "-lost"), lambda: gate(grid)):
         try:

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
 BUCKET = "faults"
 COMMON = f"s3://{BUCKET}/common"
-OLD, NEW, THIRD = (PublishParams(step=10.0, tile_cells=5, beta=beta) for beta in (0.5, 0.3, 0.7))
+OLD, NEW, THIRD = (PublishParams(step=10.0, tile_cells=5, method="range+", beta=beta) for beta in (0.5, 0.3, 0.7))
 RUNS = 3  # at most: what stays broken after a rerun or two is a fault of ours
 IMAGES = 300
 
@@ -324,7 +324,7 @@ from tasks.params import PublishParams
 from tasks.publish import publish_grid
 try:
     with clusters.connect() as client:
-        params = PublishParams(step=10.0, tile_cells=5, beta=float(sys.argv[2]))
+        params = PublishParams(step=10.0, tile_cells=5, method="range+", beta=float(sys.argv[2]))
         print(publish_grid(client, sys.argv[1] + "/checkpoint", sys.argv[1] + "/database", params))
 except UserError as error:
     print(error)

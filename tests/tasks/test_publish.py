@@ -14,27 +14,32 @@ from infra import storage
 from infra.errors import UserError
 from tasks.cards import home_of, read_card
 from tasks.core import retrieval
+from tasks.core.bandwidths import curves
+from tasks.core.compact import Compact
 from tasks.core.earth.land import is_land
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.evidence import evidence
 from tasks.core.field import DISTANCES_KM, PROBES
+from tasks.core.methods import Head
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.database.store import create_database, finish_database, write_rows
 from tasks.grid import previews, updates
 from tasks.grid import tiles as tiles_module
-from tasks.grid.store import read_projection
+from tasks.grid.store import read_compact
 from tasks.grid.survey import survey
 from tasks.grid.tiles import Job
-from tasks.model.checkpoint import save_checkpoint
+from tasks.model.checkpoint import load_checkpoint, save_checkpoint
 from tasks.params import PublishParams
 from tasks.points.sample_grid import sample_grid
 from tasks.products import CheckpointCard, GridCard
 from tasks.publish import publish_grid
 from tasks.release.validation import validate_grid
 from tests.core.earth.test_land import cities
+from tests.core.test_heads import weights
 from tests.core.test_retrieval import close, database
 
-STEP = {"step": 10.0, "tile_cells": 8}
+STEP = {"step": 10.0, "tile_cells": 8, "method": "range+"}
+SIDE_BY_SIDE = {"method": "multi-head", "heads": ("semantic:12", "geodesic:40", "geodesic:2000"), "location_dims": 10}
 KEEPS = PublishParams(**STEP, keep_sums=True)
 IMAGES, VALUES, DIM = 400, 8, 16
 PROBED = PROBES * (2 + len(DISTANCES_KM))  # places that the survey embeds: those, and their neighbours
@@ -67,13 +72,13 @@ def publish(home, client):
 def products(monkeypatch):
     """The (place, image) pairs that were computed."""
     counted = []
-    real = RetrievalIndex.halves
+    real = RetrievalIndex.select
 
-    def halves(index, queries, lonlat, method):
+    def select(index, queries, lonlat, method):
         counted.append(len(queries) * len(index))
         return real(index, queries, lonlat, method)
 
-    monkeypatch.setattr(RetrievalIndex, "halves", halves)
+    monkeypatch.setattr(RetrievalIndex, "select", select)
     return counted
 
 
@@ -139,12 +144,43 @@ def storage_path(url):
     return Path(url.removeprefix("file://"))
 
 
+def weights_of(text, index, encoder, lonlat):
+    return weights(Head.parse(text), index, encoder.embed(lonlat), lonlat)
+
+
+@pytest.mark.parametrize("heads", [(), ("nearest:4", "semantic:9")])
+def test_heads_are_published_side_by_side(publish, home, before, heads):
+    """By their formulas, from the projections that the grid has with it; left out, the heads are the database's."""
+    grid = publish(before, PublishParams(step=10.0, tile_cells=8, heads=heads, compact_dims=5, location_dims=10))
+    opened, arrays = xr.open_zarr(grid), images(np.arange(IMAGES))
+    encoder, index = load_checkpoint(f"{home.as_uri()}/checkpoint").location, database(1000, DIM, VALUES)
+    index = tuple(array[:IMAGES] for array in index)
+    told = read_card(home_of(grid), GridCard).recipe.heads
+    if not heads:
+        found = {curve.kind: str(curve.chosen) for curve in curves(encoder.embed(index[2]), *index)}
+        assert told == (found["semantic"], found["geodesic"])
+    land = np.isfinite(opened.embedding.values[0])
+    rows, columns = np.nonzero(land)
+    lonlat = np.column_stack([opened.lon.values[columns], opened.lat.values[rows]])
+    parts = {name: slice(*edges) for name, edges in opened.attrs["geoemb:blocks"].items()}
+    scaled = (arrays["values"] - opened["mean"].values) @ opened.components.values
+    for text in told:
+        kind = text.partition(":")[0]
+        found = opened.embedding.values[parts[kind]][:, land].T
+        close(found, weights_of(text, index, encoder, lonlat) @ scaled, 1e-5, scale=np.abs(scaled).max())
+        np.testing.assert_array_equal(opened.block.values[parts[kind]], kind)
+    location = (encoder.embed(lonlat) - opened.location_mean.values) @ opened.location_components.values
+    close(opened.embedding.values[parts["location"]][:, land].T, location, 1e-5)
+    restored = (scaled @ opened.components.values.T) * opened.deviation.values**2 + opened["mean"].values
+    assert np.corrcoef(restored.ravel(), arrays["values"].ravel())[0, 1] > 0.7  # 5 of 8 components
+
+
 FURTHER = [pytest.param(options, marks=pytest.mark.further) for options in ({"method": "range"}, {"beta": 1.0})]
 
 
-@pytest.mark.parametrize("options", [{}, {"compact_dims": 3}, *FURTHER])
+@pytest.mark.parametrize("options", [{}, {"compact_dims": 3}, SIDE_BY_SIDE, *FURTHER])
 def test_an_update_is_a_grid_made_anew(publish, before, after, products, options):
-    params = PublishParams(**STEP, keep_sums=True, **options)
+    params = PublishParams(**STEP | options, keep_sums=True)
     parent = publish(before, params)
     stored = contents(parent)
     cells = int(np.isfinite(embeddings(parent)[0]).sum())
@@ -154,13 +190,17 @@ def test_an_update_is_a_grid_made_anew(publish, before, after, products, options
     assert contents(parent) == stored
     assert child != parent
     products.clear()
-    if "compact_dims" in options:
+    if "heads" in options:  # projections are of a database, so a child is in those of its parent
+        found, whole = (embeddings(grid) for grid in (child, publish(after, params)))
+        assert read_card(home_of(child), GridCard).recipe.heads == options["heads"]
+        assert np.isfinite(found).sum() == np.isfinite(whole).sum()
+    elif "compact_dims" in options:
         expected = publish(after, PublishParams(**STEP))
-        projection = read_projection(parent)
+        projection = read_compact(parent).values
         visual = projection.apply(np.moveaxis(embeddings(expected)[:VALUES], 0, -1))
         found = np.moveaxis(embeddings(child)[:3], 0, -1)
         close(found[np.isfinite(found)], visual[np.isfinite(visual)], 1e-5)
-        np.testing.assert_array_equal(read_projection(child).components, projection.components)
+        np.testing.assert_array_equal(read_compact(child).values.components, projection.components)
     else:
         same(child, publish(after, params))
         assert sum(products) == (cells + PROBED) * 408
@@ -249,7 +289,7 @@ def test_a_parent_of_another_kind_is_refused(publish, parent, before, params, me
 
 
 def test_a_child_takes_the_tiles_of_its_parent(publish, parent, after):
-    child = publish(after, PublishParams(step=10.0, keep_sums=True, parent=parent))
+    child = publish(after, PublishParams(step=10.0, method="range+", keep_sums=True, parent=parent))
     assert read_card(home_of(child), GridCard).made_of["tile_cells"] == STEP["tile_cells"]
 
 
@@ -335,8 +375,13 @@ def test_a_grid_finer_than_its_field_says_so(publish, home, before):
     assert told["cell_km"] in told["distances_km"]
     assert "warning" not in told
     assert 0 < told["location_change"][0] < told["location_change"][-1]
-    job = Job(home="", checkpoint=f"{home.as_uri()}/checkpoint", database=before, params=PublishParams(step=0.01))
-    fine = survey(job, "float32", None).attrs["rangegrid:field"]
+    job = Job(
+        home="",
+        checkpoint=f"{home.as_uri()}/checkpoint",
+        database=before,
+        params=PublishParams(step=0.01, method="range+"),
+    )
+    fine = survey(job, "float32", Compact()).attrs["rangegrid:field"]
     assert fine["warning"].startswith("finer than the field: over one cell (1.1 km)")
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
+from itertools import count, islice
 from pathlib import Path
 
 import geopandas as gpd
@@ -19,6 +21,7 @@ from rasterio.windows import Window
 
 from infra import clusters, storage
 from infra.errors import UserError
+from tasks.core.earth.land import is_land
 from tasks.core.earth.sampling import grid_zone
 from tasks.params import BANDS, SampleParams
 from tasks.patches.estimate import Archive, estimate
@@ -176,6 +179,36 @@ def test_the_classes_of_a_raster_in_turn(run, tmp_path):
         raster.write(classes, 1)
     found = run(places="class", source=str(tmp_path / "classes.tif"), patches=24).manifest
     np.testing.assert_array_equal(found.row_id % 2, (found.lon > 6).astype(int))
+
+
+def even_places(seed, south, north):
+    """The sequence in whole numbers and plain floats: 1 / 1.3247... and its square, from the seed's shift, on land."""
+    root = (1 << 200) * 132471795724474602596090885447809734073440405690173336453401505 // 10**62
+    shift = [int(one) << 136 for one in np.random.default_rng(seed).integers(0, 2**64, 2, dtype=np.uint64)]
+    steps = [(1 << 400) // root, (1 << 600) // root**2]
+    for n in count():
+        u, v = ((first + n * step) % (1 << 200) / (1 << 200) for first, step in zip(shift, steps, strict=True))
+        place = [360 * u - 180, math.degrees(math.asin(2 * v - 1))]
+        if south <= place[1] <= north and is_land(np.array([place]))[0]:
+            yield place
+
+
+def test_even_places_are_those_of_the_sequence_and_more_extend_them(run, caplog):
+    """Rejected places are followed by the next ones; a larger sample copies what a smaller one read."""
+    caplog.set_level("INFO", "rangegrid")
+    small, large = run(places="even", seed=3, patches=12), run(places="even", seed=3, patches=20)
+    expected = np.array(list(islice(even_places(3, 43, 52), large.card.tried)))
+    for found in (small.manifest, large.manifest):
+        np.testing.assert_allclose(found[["lon", "lat"]], expected[found.row_id], rtol=0, atol=1e-9)
+    assert sum(large.card.rejected.values()) > 0, "nothing was refilled"
+    assert sorted(small.manifest.row_id) == sorted(large.manifest.row_id)[:12]
+    assert "12 of 20 places were read for" in caplog.text
+
+
+def test_even_is_the_default_and_seasons_share_its_places(run):
+    found = run(scene="seasons", patches=4, seed=3, max_tries=100).manifest
+    expected = np.array(list(islice(even_places(3, 43, 52), found.row_id.max() // 4 + 1)))
+    np.testing.assert_allclose(found[["lon", "lat"]], expected[found.row_id // 4], rtol=0, atol=1e-9)
 
 
 def test_every_season_of_a_place(run, points):

@@ -3,6 +3,9 @@
 The order of a stream depends on its seed alone, so that asking for more places extends it.
 """
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,11 +14,16 @@ from tasks.core.earth.sphere import EARTH_RADIUS_KM
 
 BLOCK = 4096  # places drawn at a time, always so many: the stream must not depend on how many are asked for
 ZONE_DEGREES, BAND_DEGREES = 6.0, 8.0  # degrees of longitude of a UTM zone, and of latitude of an MGRS band
+THIN = 3e-3  # share of the globe between two latitudes, below which a sequence over all of it takes long to meet them
+# 2**64 over the plastic number 1.32471795724474602596 and over its square: the steps of R2, a point sequence of low
+# discrepancy (Roberts 2018), in 2**-64 of a side. Whole numbers wrap where they should, so the n-th point is within
+# n * 2**-64 of the true one, 5.5e-12 of the hundred millionth; n * step in float64 would be off by 1e-8 there.
+STEPS = np.array([0xC13FA9A902A6328F, 0x91E10DA5C79E7B1D], np.uint64)
 TILES = 6  # most MGRS tiles that hold one place: two by two of its zone, and two of the next
 
 
 def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> NDArray[np.float64]:
-    """Returns the first `n` places of the seed's stream, uniform over the land area.
+    """Returns the first `n` places of the seed's stream, uniform over the land area, each independent of the others.
 
     Longitude and the sine of latitude are uniform, and places off land are skipped. The same seed and a larger `n`
     extends the same places.
@@ -32,26 +40,71 @@ def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> N
     Raises:
         ValueError: There is no land between the limits.
     """
+    rng, box = np.random.default_rng(seed), (-180.0, south, 180.0, north)
+    return _first_on_land(n, (uniform_places(rng, BLOCK, box) for _ in itertools.count()), south, north)
+
+
+def draw_even(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> NDArray[np.float64]:
+    """Returns the first `n` places of a sequence that covers the land area evenly: no holes, and no clusters.
+
+    An additive recurrence (`STEPS`) in longitude and the sine of latitude, which the seed shifts as a whole. It covers
+    the globe, and limits cut it as the sea does: stretched to a narrow band, it would leave holes again. Arguments,
+    result and errors are those of `draw_land`, and a larger `n` extends the same places here too.
+    """
+    shift = np.random.default_rng(seed).integers(0, 2**64, 2, dtype=np.uint64)
+    if np.ptp(np.sin(np.radians([south, north]))) / 2 < THIN:
+        box = (-180.0, south, 180.0, north)
+    else:
+        box = (-180.0, -90.0, 180.0, 90.0)
+    blocks = (_by_area(recurrence(start, BLOCK, shift), box) for start in itertools.count(0, BLOCK))
+    return _first_on_land(n, (block[_between(block, south, north)] for block in blocks), south, north)
+
+
+def _first_on_land(n: int, blocks: Iterator[NDArray[np.float64]], south: float, north: float) -> NDArray[np.float64]:
+    """Returns the first `n` places on land of blocks of places, (m, 2), that lie between two latitudes."""
     if not has_land(south, north):
         raise ValueError(f"there is no land between {south} and {north} degrees: widen --south and --north")
-    rng = np.random.default_rng(seed)
-    found: list[NDArray[np.float64]] = []
-    while sum(map(len, found)) < n:
-        places = uniform_places(rng, BLOCK, (-180.0, south, 180.0, north))
+    found, there = [np.empty((0, 2))], 0
+    while there < n:
+        places = next(blocks)
         found.append(places[is_land(places)])
-    if found:
-        return np.concatenate(found)[:n]
-    return np.empty((0, 2))
+        there += len(found[-1])
+    return np.concatenate(found)[:n]
+
+
+def _between(lonlat: NDArray[np.float64], south: float, north: float) -> NDArray[np.bool_]:
+    """Tells which (n, 2) places lie between two latitudes."""
+    return (south <= lonlat[:, 1]) & (lonlat[:, 1] <= north)
+
+
+def recurrence(start: int, count: int, shift: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Returns some points of R2 in the unit square: the n-th lies at shift + n * `STEPS`, modulo 1.
+
+    Args:
+        start: Number of the first point.
+        count: Number of points.
+        shift: (2,) in 2**-64 of a side.
+
+    Returns:
+        (count, 2), at least 0 and below 1.
+    """
+    turns = np.arange(start, start + count, dtype=np.uint64)[:, None] * STEPS + shift  # modulo 2**64
+    return np.ldexp((turns >> np.uint64(11)).astype(np.float64), -53)  # 53 bits, which float64 holds exactly
 
 
 def uniform_places(
     rng: np.random.Generator, count: int, bounds: tuple[float, float, float, float]
 ) -> NDArray[np.float64]:
     """Draws places uniform by area within west, south, east and north in degrees, (count, 2)."""
+    return _by_area(rng.random((count, 2)), bounds)
+
+
+def _by_area(points: NDArray[np.float64], bounds: tuple[float, float, float, float]) -> NDArray[np.float64]:
+    """Spreads (n, 2) points of the unit square over a box, equal parts over equal areas; in degrees."""
     west, south, east, north = bounds
     low, high = np.sin(np.radians([south, north]))
-    u = rng.random((count, 2))
-    return np.column_stack([west + (east - west) * u[:, 0], np.degrees(np.arcsin(low + (high - low) * u[:, 1]))])
+    lon, sine = west + (east - west) * points[:, 0], low + (high - low) * points[:, 1]
+    return np.column_stack([lon, np.degrees(np.arcsin(sine))])
 
 
 def grid_zone(lonlat: NDArray[np.float64]) -> NDArray[np.int64]:

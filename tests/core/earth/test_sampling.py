@@ -1,14 +1,20 @@
 """Where places are drawn."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.spatial import cKDTree
 from scipy.stats import chisquare
 
 from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.land import is_land, land_mask, mask
-from tasks.core.earth.sampling import draw_classes, draw_land, grid_zone, square
+from tasks.core.earth.sampling import draw_classes, draw_even, draw_land, grid_zone, recurrence, square
+from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
+
+BOTH = pytest.mark.parametrize("draw", [draw_land, draw_even])
 
 
 @pytest.mark.parametrize(
@@ -24,9 +30,11 @@ def test_mask_by_cells_is_the_mask_by_points():
     assert land_mask(spec).tolist() == [[is_land(np.array([[x, y]]))[0] for x in spec.x] for y in spec.y]
 
 
-def test_more_places_extend_the_same_sample():
-    np.testing.assert_array_equal(draw_land(3000, 5)[:100], draw_land(100, 5))
-    assert not np.array_equal(draw_land(100, 5), draw_land(100, 6))
+@BOTH
+def test_more_places_extend_the_same_sample(draw):
+    np.testing.assert_array_equal(draw(3000, 5)[:100], draw(100, 5))
+    assert not np.array_equal(draw(100, 5), draw(100, 6))
+    assert draw(0, 5).shape == (0, 2)
 
 
 def land_by_row():
@@ -35,10 +43,11 @@ def land_by_row():
     return rows, np.cos(np.radians(rows)) * mask().sum(1) * (rows > -80) * (rows < 84)
 
 
+@BOTH
 @pytest.mark.parametrize("seed", [0, 1])
-def test_places_are_uniform_by_area(seed):
+def test_places_are_uniform_by_area(seed, draw):
     """Chi-square over bands of latitude, and over blocks of longitude, against the land's area."""
-    lonlat = draw_land(40_000, seed)
+    lonlat = draw(40_000, seed)
     assert is_land(lonlat).all()
     rows, area = land_by_row()
     edges = np.arange(-80, 85, 4.0)
@@ -63,9 +72,68 @@ def test_the_test_of_uniformity_sees_a_sample_by_degrees():
     assert chisquare(found[some], expected[some] / expected.sum() * found.sum()).pvalue < 1e-9
 
 
-def test_limits_without_land_are_refused():
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize(("south", "north"), [(-80, 84), (-11, 12.5)])
+def test_even_places_leave_smaller_holes(seed, south, north):
+    """Land lies nearer to them, on average and where it is far; so it does among the first of them."""
+    land = draw_land(20_000, 99, south, north)
+    for count in (100, 3000):
+        even, independent = (km_to_nearest(draw(count, seed, south, north), land) for draw in (draw_even, draw_land))
+        assert even.mean() < 0.92 * independent.mean()
+        assert np.percentile(even, 95) < 0.9 * np.percentile(independent, 95)
+
+
+def km_to_nearest(places, lonlat):
+    return 2 * EARTH_RADIUS_KM * np.arcsin(cKDTree(unit_vectors(places)).query(unit_vectors(lonlat))[0] / 2)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_even_places_share_land_as_its_area_is(seed):
+    """In blocks of land counts are nearer to the area than independent places can be: these are off by sqrt(n)."""
+    lon, lat = np.meshgrid(np.arange(-180 + 1 / 24, 180, 1 / 12), np.arange(-90 + 1 / 24, 90, 1 / 12))
+    area = mask() * np.cos(np.radians(lat)) * (lat > -80) * (lat < 84)
+    edges = np.arange(-180, 181, 20), np.arange(-80, 85, 16)
+    expected = np.histogram2d(lon.ravel(), lat.ravel(), edges, weights=area.ravel())[0]
+    expected *= 20_000 / expected.sum()
+    some = expected > 20
+    off = [
+        ((np.histogram2d(*draw(20_000, seed).T, edges)[0] - expected)[some] ** 2 / expected[some]).mean()
+        for draw in (draw_even, draw_land)
+    ]
+    assert off[0] < 0.2
+    assert 0.7 < off[1] < 1.4, "the measure is one of independent places"
+
+
+def plastic(bits):
+    """The root of x**3 = x + 1 to so many bits after the point, by bisection in whole numbers."""
+    one = 1 << bits
+    low, high = one, 2 * one
+    while high - low > 1:
+        middle = (low + high) // 2
+        if middle**3 > (middle + one) * one**2:
+            high = middle
+        else:
+            low = middle
+    return Fraction(low, one)
+
+
+@pytest.mark.parametrize("start", [0, 1, 12_345, 10**8, 7 * 10**9])
+def test_the_recurrence_is_exact_far_out(start):
+    """Against fractions: the n-th point is off by n * 2**-64 at most, and by what float64 rounds."""
+    shift = np.random.default_rng(start).integers(0, 2**64, 2, dtype=np.uint64)
+    found, root = recurrence(start, 3, shift), plastic(200)
+    for number, point in enumerate(found, start):
+        for value, first, step in zip(point, shift, (1 / root, 1 / root**2), strict=True):
+            true = (Fraction(int(first), 2**64) + number * step) % 1
+            off = (Fraction(float(value)) - true) % 1
+            assert min(off, 1 - off) <= Fraction(number, 2**64) + Fraction(1, 2**53)
+    assert ((found >= 0) & (found < 1)).all()
+
+
+@BOTH
+def test_limits_without_land_are_refused(draw):
     with pytest.raises(ValueError, match=r"no land between -61\.85 and -61\.55"):
-        draw_land(5, 0, -61.85, -61.55)
+        draw(5, 0, -61.85, -61.55)
 
 
 def test_grid_zone_cells():

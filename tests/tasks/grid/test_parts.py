@@ -15,7 +15,7 @@ from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tests.conftest import dask_processes
 from tests.core.test_retrieval import close, database
-from tests.tasks.test_publish import DIM, STEP, VALUES, embeddings, images, store, store_checkpoint
+from tests.tasks.test_publish import DIM, SIDE_BY_SIDE, STEP, VALUES, embeddings, images, same, store, store_checkpoint
 from tests.waiting import until
 
 ROWS = 200
@@ -63,14 +63,19 @@ def expected(grid, arrays, beta=0.5):
     return land, embed(encoder, index, lonlat, Method(beta=beta))
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 0.2, "keep_sums": True}])
+@pytest.mark.parametrize("options", [{}, {"beta": 0.2, "keep_sums": True}, SIDE_BY_SIDE])
 def test_the_parts_are_the_whole(cluster, home, small, options):
     client = cluster[0]
     small(ROWS)
     client.run(parts.load_part.cache_clear)
     grid = publish(client, home, FEW, **options)
-    land, vectors = expected(grid, FEW, options.get("beta", 0.5))
-    close(embeddings(grid)[:, land].T, vectors, 1e-5)
+    if "heads" in options:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parts, "MEMORY_SHARE", 0.5)  # the whole in one worker, of another version
+            same(grid, publish(client, home, FEW, **options, evidence=True))
+    else:
+        land, vectors = expected(grid, FEW, options.get("beta", 0.5))
+        close(embeddings(grid)[:, land].T, vectors, 1e-5)
     assert [info.misses for info in client.run(parts.load_part.cache_info).values()] == [1, 1, 1]  # not once a tile
 
 

@@ -1,0 +1,120 @@
+"""Chooses the temperatures and bandwidths of heads without labels: by how well they restore images that were left out.
+
+At the place of an image the head answers from the other images, and its answer is compared with the image's own values
+(leave-one-out cross-validation of a kernel regression). Two kinds of leaving out bound what a user's place is like:
+
+- *one out*: only the image itself. A place among images, as far from the nearest as images are apart.
+- *block out*: all images of its block of 10 degrees. A place where no image is near.
+
+Sharper kernels win the first, broader ones the second. A head is chosen by the mean of both.
+
+Source: Stone (1974), Cross-validatory choice and assessment of statistical predictions; blocks after Roberts et al.
+(2017), Cross-validation strategies for data with temporal, spatial, hierarchical, or phylogenetic structure.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.core.compact import Projection
+from tasks.core.earth.sphere import unit_vectors
+from tasks.core.methods import Head, Kind
+from tasks.core.probes import block_of
+
+ASKED, PAIRS = 500, 100_000_000  # images left out, fewer where their pairs with all images are more than that
+LEAST = 100  # fewest images left out: of fewer images there is nothing to choose by
+TOGETHER = 10_000_000  # pairs held at a time: 80 MB each of some arrays
+DIMS = 64  # rotated components of the standardised values that are restored
+BLOCK_DEGREES = 10.0
+TRIED: dict[Kind, tuple[float, ...]] = {
+    "semantic": (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128),
+    "geodesic": (10, 40, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000),
+    "nearest": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+}
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How well heads of one kind restore what was left out."""
+
+    kind: Kind
+    """The kind of head."""
+    at: tuple[float, ...]
+    """Temperatures, or numbers of images, that were tried."""
+    one_out: tuple[float, ...]
+    """Share of the values' variance restored where one image is left out."""
+    block_out: tuple[float, ...]
+    """Share restored where all images of a block are left out."""
+
+    @property
+    def chosen(self) -> Head:
+        """Returns the head with the best mean of both."""
+        return Head(self.kind, self.at[int(np.argmax(np.add(self.one_out, self.block_out)))])
+
+
+def curves(
+    queries: NDArray[np.float32], keys: NDArray[np.float32], values: NDArray[np.float32], locations: Float
+) -> list[Curve]:
+    """Measures every head of TRIED on a database.
+
+    Args:
+        queries: Unit location embeddings of the images' places, (n, d).
+        keys: Unit keys, (n, d).
+        values: (n, v).
+        locations: (n, 2) degrees (lon, lat).
+
+    Returns:
+        A curve for each kind of head; none where there are fewer than LEAST images or one block alone.
+    """
+    count, blocks = len(keys), block_of(locations, BLOCK_DEGREES)
+    if count < LEAST or len(np.unique(blocks)) < 2:
+        return []
+    wanted = Projection.rotated(values, min(DIMS, *values.shape)).apply(values).astype(np.float64)
+    asked = np.random.default_rng(0).permutation(count)[: max(LEAST, min(ASKED, PAIRS // count))]
+    points = unit_vectors(locations)
+    others = count - np.unique(blocks, return_counts=True)[1].max()  # images that are left where a block is out
+    tried = {kind: tuple(at for at in every if kind != "nearest" or at <= others) for kind, every in TRIED.items()}
+    lost = {kind: np.zeros((2, len(every))) for kind, every in tried.items()}
+    for start in range(0, len(asked), rows := max(1, TOGETHER // count)):
+        some = asked[start : start + rows]
+        left_out = some[:, None] == np.arange(count), blocks[some][:, None] == blocks
+        for kind, every in tried.items():
+            if kind == "semantic":
+                cosines = queries[some].astype(np.float64) @ keys.T.astype(np.float64)
+            else:
+                cosines = points[some] @ points.T
+            lost[kind] += [_lost(np.where(out, -np.inf, cosines), wanted, some, kind, every) for out in left_out]
+    total = ((wanted[asked] - wanted.mean(0)) ** 2).sum()
+    shares = {kind: (1 - sums / total).round(4).tolist() for kind, sums in lost.items()}
+    return [Curve(kind, tried[kind], *map(tuple, shares[kind])) for kind in tried]
+
+
+def _lost(cosines: Float, wanted: Float, asked: NDArray[np.int64], kind: Kind, tried: tuple[float, ...]) -> Float:
+    """Returns the squared errors of heads at images, summed, for each number tried.
+
+    Args:
+        cosines: Of the images' places or embeddings with all images, (m, n); -inf for those that are left out.
+        wanted: Values, (n, v).
+        asked: Rows of the m images.
+        kind: Kind of the heads.
+        tried: Numbers of the heads.
+    """
+    told = (weights @ wanted / weights.sum(1, keepdims=True) for weights in _weights(cosines, kind, tried))
+    return np.array([((wanted[asked] - found) ** 2).sum() for found in told])
+
+
+def _weights(cosines: Float, kind: Kind, tried: tuple[float, ...]) -> Iterator[Float]:
+    """Yields the weights of images by their cosines, (m, n), -inf for those that are left out."""
+    excess = cosines - cosines.max(1, keepdims=True)
+    if kind == "nearest":
+        most = int(max(tried))
+        nearest = -np.sort(np.partition(-cosines, most - 1, axis=1)[:, :most], axis=1)
+    for at in tried:
+        if kind == "nearest":
+            yield np.exp(excess / np.maximum(2 - 2 * nearest[:, int(at) - 1 : int(at)], np.finfo(np.float64).tiny))
+        else:
+            yield np.exp(at * excess)

@@ -1,0 +1,142 @@
+"""Settles what the multi-head method leaves open: heads that the database's own images choose, and projections."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import lru_cache, partial
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.errors import UserError
+from tasks.cards import read_card
+from tasks.core.bandwidths import Curve, curves
+from tasks.core.compact import Compact, Projection, Rows
+from tasks.core.methods import Head, Kind
+from tasks.core.retrieval import Encodes, RetrievalIndex
+from tasks.database.store import Database, open_database, read_rows, stored_values
+from tasks.model.checkpoint import load_checkpoint
+from tasks.params import EmbedParams, PublishParams
+from tasks.products import DatabaseCard
+
+DEFAULT: dict[Kind, float] = {"semantic": 12.0, "geodesic": 1000.0}  # heads by default, where too few images choose
+HEAD_DIMS, LOCATION_DIMS = 128, 256  # dimensions of a head and of the location part by default
+FITTED_ON = 16_384  # images at whose places the projection of the location part is fitted
+
+MultiHead = TypeVar("MultiHead", PublishParams, EmbedParams)
+
+
+def told_curves(
+    encoder: Encodes, keys: NDArray[np.float32], values: NDArray[np.float32], locations: NDArray[np.float64]
+) -> list[dict[str, Any]]:
+    """Returns the curves of a database as its card tells them, each with what it chose."""
+    found = curves(encoder.embed(locations), keys, values, locations)
+    return [asdict(curve) | {"chosen": str(curve.chosen)} for curve in found]
+
+
+def curves_of(card: DatabaseCard, measure: Callable[[], list[Curve]]) -> list[Curve]:
+    """Returns the curves of a database: those of its card, or where a former card has none, measured now."""
+    if card.heads is None:
+        return measure()
+    return [Curve(c["kind"], tuple(c["at"]), tuple(c["one_out"]), tuple(c["block_out"])) for c in card.heads]
+
+
+def settled(params: MultiHead, card: DatabaseCard, measure: Callable[[], list[Curve]]) -> MultiHead:
+    """Returns parameters with the heads and dimensions of multi-head settled; those of other methods as they are.
+
+    Args:
+        params: What was asked for.
+        card: The database's card.
+        measure: Measures the curves, where heads are left open and the card has none.
+
+    Raises:
+        UserError: More components are asked for than there are.
+    """
+    most = min(card.images, card.value_dim)
+    if params.compact_dims and params.compact_dims > most:
+        raise UserError(f"--compact-dims {params.compact_dims}: the database's values have {most} components")
+    if params.method != "multi-head":
+        return params
+    if params.location_dims and params.location_dims > card.key_dim:
+        raise UserError(f"--location-dims {params.location_dims}: the location encoder has {card.key_dim} dimensions")
+    heads = params.heads or tuple(map(str, chosen(curves_of(card, measure))))
+    location = params.location_dims or LOCATION_DIMS
+    return params.model_copy(
+        update={
+            "heads": heads,
+            "compact_dims": params.compact_dims or min(HEAD_DIMS, most),
+            "location_dims": location if location < card.key_dim else None,
+        }
+    )
+
+
+def chosen(found: list[Curve]) -> list[Head]:
+    """Returns the heads of multi-head by default."""
+    best = {curve.kind: curve.chosen for curve in found}
+    return [best.get(kind, Head(kind, at)) for kind, at in DEFAULT.items()]
+
+
+def measured(encoder: Encodes, data: Database) -> list[Curve]:
+    """Measures the curves of a database in memory."""
+    return curves(encoder.embed(data.locations), data.keys, data.values, data.locations)
+
+
+@lru_cache(maxsize=4)
+def measured_at(checkpoint: str, database: str) -> list[Curve]:
+    """Measures the curves of a stored database, once per process."""
+    return measured(load_checkpoint(checkpoint).location, open_database(database))
+
+
+def index_of(
+    encoder: Encodes, data: Database, params: EmbedParams, **options: Any
+) -> tuple[RetrievalIndex, EmbedParams, dict[str, Any]]:
+    """Makes the index of a database in memory, as parameters ask for it.
+
+    Args:
+        encoder: The location encoder.
+        data: The database.
+        params: What was asked for.
+        **options: Options of the index.
+
+    Returns:
+        The index, the settled parameters, and what to tell of them beside the vectors.
+
+    Raises:
+        UserError: More components are asked for than there are.
+    """
+    params = settled(params, data.card, partial(measured, encoder, data))
+    compact = compact_of(params, encoder, data.values, data.locations[:FITTED_ON])
+    values = compact.values.apply(data.values) if compact.values else data.values
+    index = RetrievalIndex(data.keys, values, data.locations, location=compact.location, **options)
+    told: dict[str, Any] = {"method": params.method, "beta": params.beta}
+    if params.heads:
+        told = {"method": params.method, "heads": list(params.heads)}
+    if compact.values:
+        told["explained_variance"] = round(compact.values.explained, 6)
+    return index, params, told
+
+
+def compact_of(params: MultiHead, encoder: Encodes, values: Rows, places: NDArray[np.float64]) -> Compact:
+    """Returns the projections of settled parameters.
+
+    Args:
+        params: Settled parameters.
+        encoder: The location encoder.
+        values: The database's values, (n, v).
+        places: Places of images, of all or of some, (m, 2) degrees.
+    """
+    if params.method != "multi-head":
+        return Compact(Projection.fit(values, params.compact_dims) if params.compact_dims else None)
+    assert params.compact_dims  # for the type checker: settled
+    location = None
+    if params.location_dims:
+        location = Projection.rotated(encoder.embed(places), params.location_dims, standardise=False)
+    return Compact(Projection.rotated(values, params.compact_dims), location)
+
+
+def stored_compact(params: PublishParams, checkpoint: str, database: str) -> Compact:
+    """Returns the projections for settled parameters of a stored database, whose values are read in blocks."""
+    images = read_card(database, DatabaseCard).images
+    some = np.random.default_rng(0).permutation(images)[:FITTED_ON]
+    places = read_rows(database, np.sort(some).tolist()).locations if params.location_dims else np.empty((0, 2))
+    return compact_of(params, load_checkpoint(checkpoint).location, stored_values(database), places)

@@ -207,7 +207,7 @@ def evaluate(
     if target:
         storage.check_writable(target.rpartition("/")[0])
     url = start(flow, checkpoint, database, params, grid)
-    for name in ("scores", "complementarity"):
+    for name in ("scores", "complementarity", "uncertainty"):
         if storage.exists(table := storage.join(url, f"{name}.md")):
             print(storage.read(table).decode() + "\n")
     if target:

@@ -13,19 +13,23 @@ from infra.addresses import is_web, shown
 from infra.errors import UserError
 from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places, slugs
 from tasks.cards import fingerprint, home_of, is_finished, product_url, write_card
-from tasks.core.evidence import distance_km
+from tasks.core.conformal import COVERAGE
+from tasks.core.evidence import distance_km, evidence
+from tasks.core.retrieval import Method
 from tasks.database.store import read_pair
 from tasks.evaluation import fusion
-from tasks.evaluation.embedders import Lonlat, Named, beside_grids, dtype_costs, embedders
+from tasks.evaluation.embedders import OURS, Lonlat, Named, beside_grids, dtype_costs, embedders
 from tasks.evaluation.failures import losses, spread, where_it_fails
 from tasks.evaluation.label_tables import label_sets
 from tasks.evaluation.labels import LabelSet
 from tasks.evaluation.score_tables import keep_scores, named_apart, records
 from tasks.evaluation.scoring import Scored, digest, find_reference, score_all
+from tasks.evaluation.uncertainty import Uncertainty, uncertainty
+from tasks.evaluation.uncertainty import markdown as uncertainty_tables
 from tasks.grid.tiles import load
 from tasks.params import EvaluateParams
 from tasks.plots.charts import bias_chart, score_chart
-from tasks.plots.maps import error_map
+from tasks.plots.maps import error_map, place_map
 from tasks.products import DatabaseCard, ReportCard
 from tasks.release.gate import CARD
 from tasks.release.stac import ITEM, write_item
@@ -52,8 +56,8 @@ def evaluate_database(
 
     Returns:
         The URL of the report: `scorecard.json`, `scores.json`, `scores.md`, `scores.csv`, `scores.png`, for fused
-        embedders `complementarity.csv` and `.md`, and for the product `failures.csv`, `failures.md`, `bias.png` and
-        `errors-TASK.png`.
+        embedders `complementarity.csv` and `.md`, and for the product `failures.csv`, `failures.md`, `bias.png`,
+        `errors-TASK.png`, `uncertainty.csv`, `uncertainty.md`, `signals.csv` and `uncertainty-TASK.png`.
 
     Raises:
         UserError: Labels, embedders or products do not exist or do not fit.
@@ -78,6 +82,9 @@ def evaluate_database(
         if parts := {one.name: one.parts for one in scored_by if one.parts}:
             content["complementarity"] = compare_fused(url, scored.table, parts)
         content["geographic_bias"] = explain(url, scored, product, distances(checkpoint, database), attribution)
+        content["uncertainty"] = tell_uncertainty(
+            url, scored, product, layers(checkpoint, database, product), attribution
+        )
         storage.write_json(storage.join(url, CARD), content)
         write_card(url, ReportCard(fingerprint=fingerprint(made_of), made_of=made_of, scores=content["scores"]))
     places = {"score card": storage.join(url, CARD), "table": storage.join(url, "scores.md")}
@@ -182,6 +189,68 @@ def explain(
         lost = losses(made, scored.predicted[product, name])
         _error_map(url, f"errors-{files[name]}", made.labels.lonlat, lost, f"Errors of {product}: {name}", caption)
     return spread(table)
+
+
+def layers(checkpoint: str | None, database: str | None, product: str) -> Callable[[Lonlat], dict[str, NDArray]] | None:
+    """Returns a function from places to the evidence of their embeddings by name; None without a database."""
+    if not checkpoint or not database:
+        return None
+    encoder, index = load(checkpoint, database)
+    method = OURS.get(product.lower(), Method())
+
+    def layers_at(lonlat: Lonlat) -> dict[str, NDArray]:
+        if method.name == "none":
+            return {"distance_km": distance_km(index, lonlat)}
+        found = evidence(index, encoder.embed(lonlat), lonlat, method)
+        return {"effective_images": found.images, "largest_weight": found.largest, "distance_km": found.distance_km}
+
+    return layers_at
+
+
+def tell_uncertainty(
+    url: str,
+    scored: Scored,
+    product: str,
+    layers_at: Callable[[Lonlat], dict[str, NDArray]] | None,
+    attribution: str,
+) -> dict[str, Any]:
+    """Stores how far predictions from the product can be trusted, and returns it as rows.
+
+    Args:
+        url: Directory of the files.
+        scored: The scores.
+        product: Name of the embedder.
+        layers_at: Gives the evidence of embeddings of places, by name; None without a database.
+        attribution: Below the maps.
+    """
+    vectors = scored.vectors[product]()
+    assert vectors is not None, "the product was scored"
+    found = []
+    for made in scored.trials_of(product):
+        told = layers_at(made.labels.lonlat) if layers_at else {}
+        found.append(uncertainty(made, vectors[made.places], told))
+    tables = {
+        "uncertainty": pd.DataFrame([row for one in found for row in one.coverage]),
+        "signals": pd.DataFrame([row for one in found for row in one.signals]),
+    }
+    for name, table in tables.items():
+        storage.write(storage.join(url, f"{name}.csv"), table.to_csv(index=False).encode())
+    title = f"How far predictions from {product} can be trusted"
+    keep_table(storage.join(url, "uncertainty.md"), uncertainty_tables(**tables), "uncertainty", title)
+    files = slugs(one.labels.name for one in found)
+    for one in found:
+        _uncertainty_map(url, f"uncertainty-{files[one.labels.name]}", one, product, attribution)
+    return {name: records(table.replace(np.inf, np.nan)) for name, table in tables.items()}
+
+
+def _uncertainty_map(url: str, name: str, found: Uncertainty, product: str, attribution: str) -> None:
+    title = f"Uncertainty of {product}: {found.labels.name}"
+    numbers = found.labels.kind == "regression"
+    size, unit = (found.size / 2, "± units of the label") if numbers else (found.size, "classes in the set")
+    caption = f"Conformal regions of {COVERAGE:.0%} coverage, calibrated on held-out blocks by distance. {attribution}"
+    keep_picture(
+        storage.join(url, f"{name}.png"), place_map(found.labels.lonlat, size, title, caption, unit), name, title
+    )
 
 
 def _error_map(url: str, name: str, lonlat: NDArray[np.float64], lost: NDArray, title: str, caption: str) -> None:

@@ -77,6 +77,8 @@ class Scored:
     several sections those of the first."""
     sections: list[Section]
     """The embedders that know all places, and those that may not."""
+    vectors: dict[str, Callable[[], Embeddings | None]]
+    """What gives the vectors of all tasks' distinct places, by embedder."""
 
     @property
     def trials(self) -> list[Trial]:
@@ -124,7 +126,8 @@ def score_all(
                     predicted.setdefault((one.name, made.labels.name), said)
             if one.partial or section.name == EVERYWHERE:
                 advance(1)
-    return Scored(compare(pd.DataFrame(rows), reference), predicted, sections)
+    by_name = {one.name: embedded for one, embedded in vectors.items()}
+    return Scored(compare(pd.DataFrame(rows), reference), predicted, sections, by_name)
 
 
 def find_reference(embedders: list[Named], asked: str | None) -> str:

@@ -198,3 +198,26 @@ def error_map(lonlat: NDArray[np.float64], lost: NDArray[np.float64], title: str
     x, y = equal_earth(*lonlat[order].T)
     axes.scatter(x, y, c=lost[order], cmap=ERRORS, vmin=0, vmax=1, s=5, linewidths=0)
     return png(figure)
+
+
+def place_map(lonlat: NDArray[np.float64], values: NDArray[np.float64], title: str, caption: str, unit: str) -> bytes:
+    """Draws one number per place, the largest on top, with a scale in `unit`; returns a PNG.
+
+    Args:
+        lonlat: Places, (n, 2) in degrees.
+        values: (n,) from 0 upwards; what is not finite has the highest colour.
+        title: Above the map.
+        caption: Below it.
+        unit: Of the values.
+    """
+    figure, axes = canvas(12, 6.6, title, caption)
+    outline(axes)
+    _land(axes)
+    known = values[np.isfinite(values)]
+    highest = float(np.quantile(known, SHOWN)) if len(known) else 1.0
+    order = np.argsort(values, kind="stable")
+    x, y = equal_earth(*lonlat[order].T)
+    shown = np.minimum(values[order], highest)
+    marks = axes.scatter(x, y, c=shown, cmap="viridis_r", vmin=0, vmax=highest, s=5, linewidths=0)
+    figure.colorbar(marks, cax=axes.inset_axes(SCALE), extend="max").set_label(unit, color=FAINT)
+    return png(figure)

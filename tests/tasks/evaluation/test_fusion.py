@@ -159,9 +159,11 @@ def test_a_perfect_part_leaves_nothing_to_share():
     assert "| a + b | none |" in markdown(complementarity(table, {"a + b": ("a", "b")}))
 
 
-def test_the_command_prints_the_index(labels, prefect):
+def test_the_command_prints_index_and_uncertainty(labels, prefect):
     options = ["--labels", labels["labels"][0], "--label", "of two", "--kind", "regression", "--folds", "3"]
     ran = CliRunner().invoke(app, ["evaluate", *options, "--embedder", "wrap+coordinates"])
     assert ran.exit_code == 0, ran.output
     assert "| complementarity, random / blocked | of two |" in ran.stdout
     assert "| wrap + coordinates | +" in ran.stdout
+    assert "| covered of 0.90 promised; mean size | random | blocked | blocked, by distance |" in ran.stdout
+    assert "| Spearman's correlation with the error | feature distance | km to labels |" in ran.stdout

@@ -153,6 +153,13 @@ def test_errors_are_coloured_by_their_size_and_the_worst_lie_on_top():
         assert away(mark[None], colour) < 20
 
 
+def test_numbers_of_places_have_the_colour_of_the_scale_and_what_is_unbounded_the_last():
+    marks = seen(maps.place_map(PLACES, np.array([0.0, 150.0, 300.0, np.inf]), "places", "four", "km"), PLACES)
+    dark = marks.sum(-1).min(axis=(1, 2))
+    assert (np.diff(dark[:3]) < -40).all()
+    assert abs(dark[3] - dark[2]) < 20
+
+
 def cells(values):
     """A layer of nothing but the cells of the places."""
     layer = np.full(GRID.shape, np.nan, np.float32)

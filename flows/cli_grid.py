@@ -18,7 +18,7 @@ Line = Annotated[str, typer.Option(help="Product line. `rangegrid grid list` sho
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PLACED, STORED = ("step", "crs", "box"), ("dtype", "dims")
 COLUMNS = {"state": 11, "fingerprint": 14, "finished": 21, "line": 32} | {"step": 8, "crs": 11, "box": 18}
-COLUMNS |= {"dtype": 9, "dims": 6}  # columns of the table, with their widths in letters
+COLUMNS |= {"dtype": 9, "dims": 6, "resolution_km": 15}  # columns of the table, with their widths in letters
 LONGEST = 60  # letters; longest text in a cell of the table, since WKT has thousands
 MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 
@@ -47,7 +47,7 @@ def describe(version: Any) -> dict[str, Any]:
     else:
         about = dict.fromkeys(PLACED)
     about |= {"dtype": layout.dtype, "dims": layout.dims} if layout else dict.fromkeys(STORED)
-    return row | about | {"grid": version.grid}
+    return row | about | {"resolution_km": version.told.card.resolution_km, "grid": version.grid}
 
 
 def _told(value: Any) -> str:

@@ -229,6 +229,9 @@ class GridCard(Card):
     """URL of the checkpoint; the first cards have none."""
     dims: int | None = None
     """Numbers of a vector; former cards have none, and the grid's metadata tell."""
+    resolution_km: float | str | None = None
+    """Distance over which the embeddings change by half of their variance, or the text ">3200" where that is beyond;
+    none where the field was not measured, as of former cards."""
     loss: dict[str, Any] | None = None
     """What fewer bits lost; none of float32."""
     sums: dict[str, Any] | None = None

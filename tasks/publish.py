@@ -252,27 +252,28 @@ def finish(plan: GridPlan, since: versions.Pointer) -> None:
     """Writes the grid's card, unless it exists, since its time is the version's age; a prune meanwhile removes it."""
     job = plan.job
     if not is_finished(job.home):
+        attrs = zarr.open_group(storage.zarr_store(job.grid), mode="r").attrs
         told = {"line": since.line, "dims": plan.dims, "sums": plan.sums if job.params.keep_sums else None}
-        if lost := warn_of_loss(job):
+        if lost := attrs.get("rangegrid:loss"):
+            warn_of_loss(job, lost)
             told["loss"] = lost
+        if resolution := attrs.get("rangegrid:field", {}).get("whole_half_km"):
+            told["resolution_km"] = resolution
         write_card(job.home, plan.card.model_copy(update=told))
     versions.confirm(job.grid, since)
 
 
-def warn_of_loss(job: Job) -> dict[str, Any] | None:
-    """Returns what the card tells of the dtype's loss, by dimension, and warns where that is large."""
-    attrs = zarr.open_group(storage.zarr_store(job.grid), mode="r").attrs
-    lost = attrs.get("rangegrid:loss")
-    if lost and lost["dtype"] == "int8":
+def warn_of_loss(job: Job, lost: dict[str, Any]) -> None:
+    """Warns of what fewer bits lose, with a table of the dimensions where that is large."""
+    if lost["dtype"] == "int8":
         log().warning("%s: %s", job.grid, INT8.format(**lost["latitude_probe_r2"]))
-    if lost and "warning" in lost:
+    if "warning" in lost:
         log().warning("%s: %s", job.grid, lost["warning"])
         rows = [
             f"| {name} | {i} | {share:.0%} |" for name in store.BLOCKS for i, share in enumerate(lost[name]["lost"])
         ]
         table = "\n".join([lost["warning"], "", "| part | dimension | lost of its deviation |", "|---|---|---|", *rows])
         keep_table(storage.join(job.home, "loss.md"), table, "grid-loss", f"What {lost['dtype']} loses")
-    return lost
 
 
 def show(client: Client, job: Job, attribution: str) -> None:

@@ -201,12 +201,21 @@ def _facts(attrs: dict[str, Any]) -> dict[str, Any]:
         "stored as": attrs["geoemb:data_type"],
         "loss": lost and f"cosine with float32 {lost['cosine_mean']} on average, {lost['cosine_min']} at least",
         "lost dimensions": lost.get("warning"),
+        "effective resolution": _resolution(field),
         "resolution": field.get("warning"),
         "made by": attrs["geoemb:build_version"],
         "checkpoint": attrs["rangegrid:checkpoint"],
         "database": attrs["rangegrid:database"],
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _resolution(field: dict[str, Any]) -> str | None:
+    """Returns how fine the field is in words; None where it was not measured, as of grids of earlier versions."""
+    if "whole_half_km" not in field:
+        return None
+    low, high = field["whole_interval_km"]
+    return f"{field['whole_half_km']} km ({low} to {high}), over which an embedding changes by half of its variance"
 
 
 def _text(value: object) -> str:

@@ -16,7 +16,7 @@ from tasks.cards import read_card
 from tasks.core.compact import Compact
 from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.land import is_land, land_mask
-from tasks.core.field import DISTANCES_KM, FINER, Change, kernel_width_km, probe_places
+from tasks.core.field import DISTANCES_KM, FINER, Change, kernel_width_km, probe_places, whole
 from tasks.core.methods import Head
 from tasks.core.probes import blocked_folds, score
 from tasks.core.quantize import DType, Scale, half, loss, lost_by_dimension
@@ -62,7 +62,8 @@ def survey(job: Job, dtype: DType, compact: Compact) -> Survey:
         flat = np.concatenate([flat, shore_cells(job.spec)])
     blocks = dict(zip(BLOCKS, _embedded(job, flat, compact), strict=True))
     probed = {name: part[: places[..., 0].size].reshape(*places.shape[:2], -1) for name, part in blocks.items()}
-    changes = {name: Change.of(part, distances) for name, part in probed.items()}
+    parts = _parted(probed, job.method.blocks)
+    changes = {name: Change.of(part, distances) for name, part in (parts | {"whole": whole(parts.values())}).items()}
     attrs: dict[str, Any] = {"rangegrid:field": _field(changes, cell_km)}
     if dtype == "float32":
         return Survey(attrs)
@@ -92,12 +93,21 @@ def _embedded(job: Job, places: NDArray[np.float64], compact: Compact) -> list[N
     return np.split(vectors, [job.method.width * index.values.shape[1]], axis=1)
 
 
+def _parted(probed: dict[str, NDArray[np.float32]], heads: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
+    """Returns the parts that a reader may want alone: of heads side by side each, in place of all."""
+    if not heads:
+        return probed
+    visual, location = (probed[name] for name in BLOCKS)
+    return dict(zip(heads, np.split(visual, len(heads), axis=-1), strict=True)) | {BLOCKS[1]: location}
+
+
 def _field(changes: dict[str, Change], cell_km: float) -> dict[str, Any]:
     distances = next(iter(changes.values())).distances_km
     found: dict[str, Any] = {"distances_km": list(distances), "cell_km": cell_km}
     for name, change in changes.items():
         found[f"{name}_change"] = list(change.shares)
         found[f"{name}_half_km"] = change.half_km
+        found[f"{name}_interval_km"] = list(change.interval_km)
     cell = distances.index(cell_km)
     largest = [max(change.shares[i] for change in changes.values()) for i in range(len(distances))]
     enough = next((d for d, share in zip(distances, largest, strict=True) if share >= FINER), None)

@@ -98,6 +98,8 @@ def _described(spec: GridSpec, attrs: dict[str, Any], arrays: dict[str, Any]) ->
         "emb:spatial_coverage": "global land" if spec.is_globe else "land",
         "rangegrid:code": attrs["geoemb:build_version"],
     }
+    if (resolution := attrs.get("rangegrid:field", {}).get("whole_half_km")) is not None:
+        found["rangegrid:resolution_km"] = resolution
     if quantization := attrs.get("geoemb:quantization"):
         scaled = [arrays[name]["attributes"] for name in ("visual", "location") if name in arrays]
         scales = {

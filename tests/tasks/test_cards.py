@@ -58,6 +58,7 @@ def test_cards_of_the_first_version_are_listed_with_what_they_are_made_of(home):
     put(f"{home}/grids/{name}", {"kind": "grid", "fingerprint": name, "made_of": FORMER, "line": None, "new": [1]})
     found = {row["fingerprint"]: row for row in run("grid", "list")}
     assert (found[name]["step"], found[name]["box"], found[name]["dims"]) == (2.0, "globe", None)
+    assert {row["resolution_km"] for row in found.values()} == {None}
     assert (found[name]["line"], found["abc"]["line"]) == ("epsg4326-2-float32", "epsg4326-0.5-float32")
     assert {row["product"]: row["made_of"] for row in run("ls")}[f"grids/{name}"] == ["grids/abc"]
 

@@ -1,5 +1,6 @@
 """Grids as the publish step stores them: compact ones, kept sums, and updates against grids made anew."""
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import rasterio
 import torch
 import xarray as xr
 from sklearn.decomposition import PCA
+from typer.testing import CliRunner
 
+from flows.cli import app
 from infra import storage
 from infra.errors import UserError
 from tasks.cards import home_of, read_card
@@ -383,6 +386,30 @@ def test_a_grid_finer_than_its_field_says_so(publish, home, before):
     )
     fine = survey(job, "float32", Compact()).attrs["rangegrid:field"]
     assert fine["warning"].startswith("finer than the field: over one cell (1.1 km)")
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [({}, ["visual", "location"]), (SIDE_BY_SIDE, ["semantic", "geodesic:40", "geodesic:2000", "location"])],
+)
+def test_a_grid_tells_its_effective_resolution_wherever_it_is_looked_for(publish, before, method, parts):
+    """Read off the curve of the whole, in which each part counts alike: in card, item, page and list."""
+    grid = publish(before, PublishParams(**STEP | method))
+    told = xr.open_zarr(grid).attrs["rangegrid:field"]
+    curves = np.array([told[f"{part}_change"] for part in parts])
+    np.testing.assert_allclose(told["whole_change"], curves.mean(0), atol=2e-5)
+    expected = np.exp(np.interp(0.5, told["whole_change"], np.log(told["distances_km"])))
+    assert told["whole_half_km"] == pytest.approx(expected, abs=0.1)
+    low, high = told["whole_interval_km"]
+    assert low < told["whole_half_km"] < high
+    assert read_card(home_of(grid), GridCard).resolution_km == told["whole_half_km"]
+    assert (
+        storage.read_json(f"{home_of(grid)}/item.json")["properties"]["rangegrid:resolution_km"]
+        == told["whole_half_km"]
+    )
+    assert f"{told['whole_half_km']} km ({low} to {high})" in storage.read(f"{home_of(grid)}/index.html").decode()
+    listed = json.loads(CliRunner().invoke(app, ["grid", "list", "--json"], catch_exceptions=False).stdout)
+    assert {row["grid"]: row["resolution_km"] for row in listed}[grid] == told["whole_half_km"]
 
 
 def test_grids_of_before_keep_their_rule_of_land(client, publish, before, after):

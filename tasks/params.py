@@ -55,6 +55,7 @@ def _tell(schema: dict[str, Any], model: type[BaseModel]) -> None:
         field["position"] = position
 
 
+BETA = 0.5  # share of the semantic half in RANGE+, as published
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # the range that NumPy's and PyTorch's generators share
 RCF_PIXELS = 12  # smallest side of an image for `rcf`: its widest window is 3 pixels, on an image coarsened by 4
 
@@ -313,6 +314,18 @@ def check_heads(heads: tuple[str, ...]) -> tuple[str, ...]:
     return told
 
 
+def check_method(params: Any) -> None:
+    """Refuses parameters of another method than the one that was chosen.
+
+    Raises:
+        ValueError: It names them.
+    """
+    if params.method != "multi-head" and (params.heads or params.location_dims):
+        raise ValueError(f"heads and location_dims are of multi-head: give method multi-head, or {params.method} alone")
+    if params.method == "multi-head" and params.beta != BETA:
+        raise ValueError(f"beta {params.beta:g} mixes the halves of range+: give method range+, or leave beta out")
+
+
 def method_of(name: Any, heads: tuple[str, ...], beta: float, k: int = 10) -> Method:
     """Returns the retrieval method that parameters tell."""
     return Method(name, beta, k, side_by_side=tuple(map(Head.parse, heads)))
@@ -343,7 +356,7 @@ class PublishParams(Params):
     heads: tuple[str, ...] = ()
     """Heads of multi-head: semantic:T and geodesic:T at a temperature, or nearest:K with the bandwidth of the k-th
     nearest image. Unset: those that the database's own images choose, without labels."""
-    beta: float = Field(0.5, ge=0, le=1)
+    beta: float = Field(BETA, ge=0, le=1)
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
     tile_cells: int | None = Field(None, ge=1, le=1024)
     """Side of a tile in cells. A tile is one Zarr shard and one unit of work. Must be a multiple of 20. Unset: chosen
@@ -445,10 +458,7 @@ class PublishParams(Params):
 
     @model_validator(mode="after")
     def _of_one_method(self) -> Self:
-        if self.method != "multi-head" and (self.heads or self.location_dims):
-            raise ValueError(
-                f"heads and location_dims are of multi-head: give method multi-head, or {self.method} alone"
-            )
+        check_method(self)
         reaching = [head for head in self.heads if not Head.parse(head).is_additive]
         if reaching and (self.keep_sums or self.parent):
             raise ValueError(
@@ -481,7 +491,7 @@ class EmbedParams(Params):
     heads: tuple[str, ...] = ()
     """Heads of multi-head: semantic:T and geodesic:T at a temperature, or nearest:K with the bandwidth of the k-th
     nearest image. Unset: those that the database's own images choose, without labels."""
-    beta: float = Field(0.5, ge=0, le=1)
+    beta: float = Field(BETA, ge=0, le=1)
     """Share of the semantic half in RANGE+; 1 is purely semantic."""
     k: int = Field(10, ge=1, le=10_000_000)
     """Number of images that topk averages."""
@@ -510,10 +520,7 @@ class EmbedParams(Params):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.method != "multi-head" and (self.heads or self.location_dims):
-            raise ValueError(
-                f"heads and location_dims are of multi-head: give method multi-head, or {self.method} alone"
-            )
+        check_method(self)
         if self.precision == "tf32" and self.device == "cpu":
             raise ValueError("precision tf32 is a mode of cuda: give device cuda, or precision float32")
         return self

@@ -156,7 +156,9 @@ def dims_of(database: DatabaseCard, params: PublishParams) -> int:
 def decisive(database: DatabaseCard, params: PublishParams, parent: Parent | None) -> dict[str, Any]:
     """Returns everything that decides a grid, as its fingerprint hashes it."""
     untold = {"promote", "drift_alert", "line", "land"} - told_land(params.land).keys()
-    if not params.retrieval.is_side_by_side:
+    if params.retrieval.is_side_by_side:
+        untold.add("beta")
+    else:
         untold |= {"heads", "location_dims"}  # so that grids of before are found again
     decides = {"database": database.fingerprint} | params.model_dump(mode="json", exclude=untold)
     return decides | {"parent": parent.fingerprint if parent else None}

@@ -12,9 +12,12 @@ import pytest
 import torch
 import xarray as xr
 from rangegeo import RANGE
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 
 from infra.errors import UserError
 from tasks.core.encoders.location import LocationEncoder
+from tasks.core.methods import Head
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.database.npz import export_npz, import_npz
 from tasks.database.store import open_database
@@ -22,6 +25,7 @@ from tasks.model.checkpoint import load_checkpoint, save_checkpoint
 from tasks.model.satclip import export_satclip
 from tasks.params import EmbedParams
 from tasks.points.embed import embed_file, embed_points
+from tests.core.test_heads import weights
 from tests.core.test_retrieval import SPECIAL, database, places
 from tests.flows.test_cli import run_here
 
@@ -63,7 +67,7 @@ def expected(home, method):
 
 @pytest.mark.parametrize("points", ["points.csv", "points.parquet"])
 def test_points_keep_their_columns_and_gain_an_embedding(home, tmp_path, points):
-    ran = run_embed(home, points, tmp_path / "out.parquet", "--beta", "0.3")
+    ran = run_embed(home, points, tmp_path / "out.parquet", "--method", "range+", "--beta", "0.3")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == str(tmp_path / "out.parquet")
     assert "embed" in ran.stderr  # the progress
@@ -89,7 +93,8 @@ def test_zarr_opens_in_xarray(home, tmp_path, method):
 
 
 def test_the_published_formats_serve_as_they_are(home, tmp_path):
-    ran = run_embed(home, "points.csv", tmp_path / "out.zarr", checkpoint="satclip.ckpt", database="range_db.npz")
+    published = {"checkpoint": "satclip.ckpt", "database": "range_db.npz"}
+    ran = run_embed(home, "points.csv", tmp_path / "out.zarr", "--method", "range+", **published)
     assert ran.returncode == 0, ran.stderr
     theirs = RANGE("RANGE+", pretrained_path=str(home / "satclip.ckpt"), db_path=str(home / "range_db.npz"))
     np.testing.assert_allclose(xr.open_zarr(tmp_path / "out.zarr").embedding, theirs.encode(POINTS), atol=1e-5)
@@ -103,7 +108,7 @@ def test_evidence_and_compact(home, tmp_path):
     assert list(out) == [
         "name", "lon", "lat", "embedding", "effective_images", "largest_weight", "distance_km", "image_ids"
     ]  # fmt: skip
-    assert len(out["embedding"][0]) == 3 + 16
+    assert len(out["embedding"][0]) == 2 * 3 + 16  # two heads
     assert out["effective_images"].between(1, 50).all()
     assert len(out["image_ids"][0]) == 2
     ran = run_embed(home, "points.parquet", tmp_path / "out.zarr", *options)
@@ -112,9 +117,28 @@ def test_evidence_and_compact(home, tmp_path):
 
 
 def test_one_call_in_python(home):
-    found = embed_points(POINTS[:7], str(home / "checkpoint"), str(home / "database"))
+    products = str(home / "checkpoint"), str(home / "database")
+    found = embed_points(POINTS[:7], *products, EmbedParams(method="range+"))
     np.testing.assert_allclose(found, expected(home, Method())[:7], atol=1e-5)
-    assert embed_points(np.empty((0, 2)), str(home / "checkpoint"), str(home / "database")).shape == (0, 24)
+    assert embed_points(np.empty((0, 2)), *products, EmbedParams(method="range+")).shape == (0, 24)
+
+
+def test_heads_of_points_are_their_formulas(home, tmp_path):
+    """Too few images to choose by, so the heads are the documented ones."""
+    ran = run_embed(home, "points.csv", tmp_path / "out.parquet", "--compact-dims", "4", "--location-dims", "5")
+    assert ran.returncode == 0, ran.stderr
+    out = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert json.loads(out.schema.metadata[b"rangegrid"])["heads"] == ["semantic:12", "geodesic:1000"]
+    found, some = np.stack(out["embedding"].to_pandas()), slice(None, None, 50)
+    assert found.shape == (len(POINTS), 4 + 4 + 5)
+    data = open_database((home / "database").as_uri())
+    queries = load_checkpoint((home / "checkpoint").as_uri()).location.embed(POINTS[some])
+    scaled = StandardScaler().fit_transform(data.values.astype(np.float64))
+    kept = PCA(4).fit_transform(scaled)
+    for text, part in zip(("semantic:12", "geodesic:1000"), np.split(found[some, :8], 2, axis=1), strict=True):
+        selected = weights(Head.parse(text), (data.keys, data.values, data.locations), queries, POINTS[some]) @ kept
+        np.testing.assert_allclose(part @ part.T, selected @ selected.T, atol=1e-4)  # but for a rotation
+    assert "beta 0.3 mixes the halves" in run_embed(home, "points.csv", tmp_path / "x.zarr", "--beta", "0.3").stderr
 
 
 CSV = {

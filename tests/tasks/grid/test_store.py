@@ -13,7 +13,7 @@ import zarr_cm
 
 from infra import storage
 from infra.errors import UserError
-from tasks.core.compact import Projection
+from tasks.core.compact import Compact, Projection
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.quantize import Scale
 from tasks.grid import conventions, store
@@ -135,13 +135,13 @@ def test_layers_of_evidence_stand_beside_the_embedding(tmp_path):
 @pytest.mark.parametrize("dtype", CONTENTS)
 def test_tools_of_rasters_take_a_compact_grid_whole(tmp_path, dtype):
     """What leads back to the values is no variable: rioxarray would look for cells in it, and raise."""
-    url, back = (tmp_path / "grid.zarr").as_uri(), Projection(np.ones(30), np.eye(30, 16), 0.9)
+    url, back = (tmp_path / "grid.zarr").as_uri(), Compact(Projection(np.ones(30), np.eye(30, 16), 0.9))
     content = replace(CONTENTS[dtype], evidence=True)
     store.create(url, SPEC, store.template(SPEC, content, {}, back))
     tile = list(SPEC.tiles())[3]
     store.write_tile(url, tile, np.full((24, 5, 5), 0.5, np.float32))
     grid = xr.open_zarr(url)
-    for name, values in (("components", back.components), ("mean", back.mean)):
+    for name, values in (("components", back.values.components), ("mean", back.values.mean)):
         np.testing.assert_array_equal(grid[name], values)
     clipped = grid.rio.clip([shapely.box(-30, 40, 20, 90)])
     assert (clipped.lat.size, clipped.lon.size) == (5, 5)

@@ -8,6 +8,7 @@ import zarr
 from infra import storage
 from infra.errors import UserError
 from tasks.cards import home_of, read_card
+from tasks.core.compact import Compact
 from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.sphere import unit_vectors
 from tasks.core.retrieval import Method
@@ -18,10 +19,11 @@ from tasks.params import PublishParams
 from tasks.products import GridCard
 from tasks.publish import publish_grid
 from tasks.release import validation, versions
+from tests.core.test_heads import HEADS, weights
 from tests.core.test_retrieval import brute_force
 from tests.tasks.test_publish import DIM, VALUES, inputs
 
-STEP = {"step": 10.0, "tile_cells": 8}
+STEP = {"step": 10.0, "tile_cells": 8, "method": "range+"}
 SPEC = GridSpec(10.0, 5)
 
 
@@ -103,9 +105,13 @@ def test_the_reference_is_the_brute_force(made, good):
     places = np.column_stack([rng.uniform(-180, 180, 9), rng.uniform(-80, 80, 9)])
     queries = rng.normal(size=(9, DIM))
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    index = database.keys, database.values, database.locations
+    side_by_side = Method("multi-head", side_by_side=HEADS)
+    found = validation.refer(card.database, queries, places, side_by_side, Compact())
+    for head, part in zip(HEADS, np.split(found.visual, len(HEADS), axis=1), strict=True):
+        np.testing.assert_allclose(part, weights(head, index, queries, places) @ database.values, rtol=1e-6, atol=1e-9)
     for method in (Method("range+", 0.3), Method("range")):
-        found = validation.refer(card.database, queries, places, method, None)
-        index = database.keys, database.values, database.locations
+        found = validation.refer(card.database, queries, places, method, Compact())
         expected = brute_force(index, queries, places, method)
         np.testing.assert_allclose(found.visual, expected, rtol=1e-9, atol=1e-12)
     assert unit_vectors(places).shape == (9, 3)

@@ -15,10 +15,9 @@ from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places
 from tasks.cards import fingerprint, home_of, is_finished, product_url, write_card
 from tasks.core.conformal import COVERAGE
 from tasks.core.evidence import distance_km, evidence
-from tasks.core.retrieval import Method
 from tasks.database.store import read_pair
 from tasks.evaluation import fusion
-from tasks.evaluation.embedders import OURS, Lonlat, Named, beside_grids, dtype_costs, embedders
+from tasks.evaluation.embedders import Lonlat, Named, beside_grids, dtype_costs, embedders, retrieval_of
 from tasks.evaluation.failures import losses, spread, where_it_fails
 from tasks.evaluation.label_tables import label_sets
 from tasks.evaluation.labels import LabelSet
@@ -83,7 +82,7 @@ def evaluate_database(
             content["complementarity"] = compare_fused(url, scored.table, parts)
         content["geographic_bias"] = explain(url, scored, product, distances(checkpoint, database), attribution)
         content["uncertainty"] = tell_uncertainty(
-            url, scored, product, layers(checkpoint, database, product), attribution
+            url, scored, product, layers(checkpoint, database, grid, product), attribution
         )
         storage.write_json(storage.join(url, CARD), content)
         write_card(url, ReportCard(fingerprint=fingerprint(made_of), made_of=made_of, scores=content["scores"]))
@@ -191,12 +190,13 @@ def explain(
     return spread(table)
 
 
-def layers(checkpoint: str | None, database: str | None, product: str) -> Callable[[Lonlat], dict[str, NDArray]] | None:
+def layers(
+    checkpoint: str | None, database: str | None, grid: str | None, product: str
+) -> Callable[[Lonlat], dict[str, NDArray]] | None:
     """Returns a function from places to the evidence of their embeddings by name; None without a database."""
     if not checkpoint or not database:
         return None
-    encoder, index = load(checkpoint, database)
-    method = OURS.get(product.lower(), Method())
+    encoder, index, method = retrieval_of(product, checkpoint, database, grid)
 
     def layers_at(lonlat: Lonlat) -> dict[str, NDArray]:
         if method.name == "none":

@@ -55,6 +55,7 @@ from tasks.products import GridRecipe
 
 Lonlat = NDArray[np.float64]
 Embeddings = NDArray[np.float32]
+Retrieval = tuple[LocationEncoder, RetrievalIndex, Method]
 
 DEGREE = 20  # degrees of the spherical harmonics where no checkpoint says another number
 FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
@@ -65,7 +66,7 @@ FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
 }
 BY_PATH = ("satclip", "sinr", "csp")
 OURS = {"location encoder": Method("none"), "range": Method("range"), "range+": Method("range+")}
-MULTI_HEAD = "multi-head"
+MULTI_HEAD, GRID = "multi-head", "grid"
 NAMES = (*FIXED, "spherical harmonics", "geoclip", *BY_PATH, *OURS, MULTI_HEAD)
 WITHOUT_IMAGES = "location encoder"  # what retrieval adds to
 STORED = "grid's vectors, "  # prefix of the names of a grid's vectors at exact places, before their dtype
@@ -111,7 +112,7 @@ def embedders(checkpoint: str | None, database: str | None, grid: str | None, pa
     asked = params.embedder or tuple(name for name in NAMES if name not in ours or (checkpoint and database))
     chosen = _once([one for spec in asked for one in _rows(spec, checkpoint, database, params)])
     if grid:
-        chosen.append(_grid("grid", grid, params))
+        chosen.append(_grid(GRID, grid, params))
         if checkpoint and database:
             chosen += _stored(grid, checkpoint, database)
     return chosen
@@ -133,18 +134,46 @@ def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
 
     Their difference is the cost of the dtype alone: the size of the cells has no part in it.
     """
-    attrs = zarr.open_group(storage.zarr_store(as_url(grid)), mode="r").attrs
-    made, dtype = attrs.get("rangegrid:made_of"), attrs["geoemb:data_type"]
-    if dtype == "float32" or not made:
+    dtype, kept = _attributes(grid)["geoemb:data_type"], storing(as_url(grid))
+    retrieval = _retrieval_of_grid(grid, checkpoint, database)
+    if dtype == "float32" or retrieval is None:
         return []
-    params, kept = GridRecipe.model_validate(made).params, storing(as_url(grid))
-    projected_by = as_url(grid) if params.is_compact else None
 
     def exact(lonlat: Lonlat) -> Embeddings:
-        encoder, index = load(checkpoint, database, projected_by)
-        return embed_ours(encoder, index, lonlat, params.retrieval)
+        encoder, index, method = retrieval()
+        return embed_ours(encoder, index, lonlat, method)
 
     return [Named(f"{STORED}float32", exact), Named(STORED + dtype, lambda lonlat: kept(exact(lonlat)))]
+
+
+def retrieval_of(name: str, checkpoint: str, database: str, grid: str | None) -> Retrieval:
+    """Returns what an embedder retrieves by: one of ours, or the grid; RANGE+ for others.
+
+    Args:
+        name: Name of the embedder.
+        checkpoint: URL of our location encoder.
+        database: URL of the database encoded with it.
+        grid: URL of the grid that is named `grid`.
+    """
+    if name == MULTI_HEAD:
+        return _multi_head(checkpoint, database)
+    if grid and name == GRID and (retrieval := _retrieval_of_grid(grid, checkpoint, database)):
+        return retrieval()
+    return *load(checkpoint, database), OURS.get(name.lower(), OURS["range+"])
+
+
+def _retrieval_of_grid(grid: str, checkpoint: str, database: str) -> Callable[[], Retrieval] | None:
+    """Returns what loads the retrieval of a grid's cells; None where the grid does not tell what it is made of."""
+    made = _attributes(grid).get("rangegrid:made_of")
+    if not made:
+        return None
+    params = GridRecipe.model_validate(made).params
+    projected_by = as_url(grid) if params.is_compact else None
+    return lambda: (*load(checkpoint, database, projected_by), params.retrieval)
+
+
+def _attributes(grid: str) -> Mapping[str, Any]:
+    return zarr.open_group(storage.zarr_store(as_url(grid)), mode="r").attrs
 
 
 def dtype_costs(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -218,7 +247,7 @@ def _ours(name: str, checkpoint: str | None, database: str | None) -> Named:
 
 
 @lru_cache(maxsize=1)
-def _multi_head(checkpoint: str, database: str) -> tuple[LocationEncoder, RetrievalIndex, Method]:
+def _multi_head(checkpoint: str, database: str) -> Retrieval:
     """Opens a database for the multi-head method by default."""
     encoder = load_encoder(checkpoint)
     index, params, _ = index_of(encoder, open_database(database), EmbedParams())

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import t
+from scipy.stats import spearmanr, t
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupKFold
@@ -24,12 +24,14 @@ from tasks.artifacts import slugs
 from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
 from tasks.core.encoders.location import LocationEncoder
+from tasks.core.probes import block_of
 from tasks.core.quantize import Scale
 from tasks.database.npz import import_npz
+from tasks.database.store import open_database
 from tasks.evaluate import evaluate_database
 from tasks.evaluation.failures import losses, where_it_fails
 from tasks.grid.store import Content, create, template, write_tile
-from tasks.model.checkpoint import save_checkpoint
+from tasks.model.checkpoint import load_checkpoint, save_checkpoint
 from tasks.params import AblateParams, EvaluateParams
 from tasks.release.gate import ScoreCard, gate
 from tests.core.test_retrieval import database
@@ -140,6 +142,46 @@ def test_what_is_best_beyond_noise_is_bold(products, tmp_path):
 def test_a_reference_that_is_not_scored_is_refused(products, reference):
     with pytest.raises(UserError, match=f"the reference '{reference}' is not scored on all places: name one of coord"):
         evaluate_database(*products[:2], params(products[2], reference=reference))
+
+
+def soft(logits):
+    raised = np.exp(logits - logits.max(1, keepdims=True))
+    return raised / raised.sum(1, keepdims=True)
+
+
+def test_evidence_is_compared_with_the_error(products):
+    """By brute force: the weights of RANGE+, the errors of scikit-learn's probe, and the ranks of both."""
+    checkpoint, images, table = products
+    url = evaluate_database(checkpoint, images, params(table, embedder=("RANGE+",)))
+    found = {row["signal"]: row["spearman"] for row in read(url, "scorecard.json")["uncertainty"]["signals"]}
+    data, labels = open_database(images), pd.read_csv(table)
+    lonlat, east = labels[["lon", "lat"]].to_numpy(), labels["east"].to_numpy()
+    queries = load_checkpoint(checkpoint).location.embed(lonlat)
+    cosines = unit_vectors(lonlat) @ unit_vectors(data.locations).T
+    weights = soft(12 * queries @ data.keys.T) / 2 + soft(40 * cosines) / 2
+    vectors, error = np.hstack([weights @ data.values, queries]), np.empty(COUNT)
+    splitter = GroupKFold(3, shuffle=True, random_state=42)
+    for train, test in splitter.split(lonlat, groups=block_of(lonlat, 10)):
+        probe = make_pipeline(MinMaxScaler(), RidgeCV(alphas=[0.1, 1, 10], cv=3)).fit(vectors[train], east[train])
+        error[test] = np.abs(probe.predict(vectors[test]) - east[test])
+    layers = {
+        "effective_images": np.exp(-(weights * np.log(weights)).sum(1)),
+        "largest_weight": weights.max(1),
+        "distance_km": -cosines.max(1),
+    }
+    assert set(found) == {"feature distance", "km to labels", *layers}
+    for name, layer in layers.items():
+        assert found[name] == pytest.approx(spearmanr(layer, error).statistic, abs=2e-3), name
+
+
+@pytest.mark.parametrize("product", ["multi-head", "location encoder"])
+def test_each_product_of_ours_has_its_own_evidence(products, product):
+    checkpoint, images, table = products
+    url = evaluate_database(checkpoint, images, params(table, embedder=(product,)))
+    there = {"feature distance", "km to labels", "distance_km"}
+    if product == "multi-head":
+        there |= {"effective_images", "largest_weight"}
+    assert set(pd.read_csv(storage.join(url, "signals.csv"))["signal"]) == there
 
 
 def test_labels_of_any_name_are_evaluated_in_a_run(products, prefect, tmp_path):

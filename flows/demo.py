@@ -17,6 +17,7 @@ STAND_IN = "Everything above is NASA Blue Marble at about 7 km standing in for 1
 PICTURES = {
     "patches": ["samples.png"],
     "checkpoint": ["loss.png"],
+    "database": ["heads.png"],
     "grid": ["world.png", "evidence.png"],
     "report": ["scores.png", "scores.md", "scores.json", "scorecard.json", "failures.md", "bias.png"],
 }

@@ -4,6 +4,8 @@ from functools import partial
 
 from distributed import Client
 
+from infra import storage
+from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, is_finished, product_url, read_card
 from tasks.database.heads import told_curves
 from tasks.database.store import create_database, finish_database, write_rows, written_shards
@@ -11,7 +13,8 @@ from tasks.model.checkpoint import describe, keys_of
 from tasks.model.features import encode_features, encode_rows, identity, image_encoder, load, open_store, read_features
 from tasks.newest import inherit
 from tasks.params import EncodeParams
-from tasks.products import CheckpointCard, FeaturesCard, PatchesCard, Values
+from tasks.plots.charts import kernel_chart
+from tasks.products import CheckpointCard, DatabaseCard, FeaturesCard, PatchesCard, Values
 from tasks.units import run_units
 
 OWN = "checkpoint"  # name of the values' encoder that means the checkpoint's own
@@ -37,6 +40,7 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
     made_of["values"] = identity(params.values)
     url = product_url("databases", made_of)
     if is_finished(url):
+        show_heads(url)
         inherit(url, patches)
         return url
     encoder = image_encoder(load(checkpoint), patches)
@@ -62,8 +66,18 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
         line=source.line,
         attribution=source.attribution,
     )
+    show_heads(url)
     inherit(url, patches)
     return url
+
+
+def show_heads(url: str) -> None:
+    """Keeps a picture of how well heads restore a database's images beside it, unless it is there or none is told."""
+    card, picture = read_card(url, DatabaseCard), storage.join(url, "heads.png")
+    if card.heads and not storage.exists(picture):
+        title = f"Heads that fit {card.images:,} images, chosen without labels"
+        caption = f"Share of the variance of images' values that the other images restore. {card.attribution}."
+        keep_picture(picture, kernel_chart(card.heads, title, caption), "heads", title)
 
 
 def encode_shard(url: str, patches: str, checkpoint: str, features: str | None, shard_rows: int, shard: int) -> None:

@@ -18,6 +18,7 @@ from infra import storage
 from infra.errors import UserError
 from tasks import train as train_module
 from tasks.cards import read_card, write_card
+from tasks.core import bandwidths
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.training import Trainer
 from tasks.database.store import open_database
@@ -64,7 +65,8 @@ def mock_patches(url, bands=("red", "nir"), pixels=16):
     return url
 
 
-def test_database_is_what_the_checkpoint_makes_of_the_patches(client, home):
+def test_database_is_what_the_checkpoint_makes_of_the_patches(client, home, monkeypatch):
+    monkeypatch.setattr(bandwidths, "LEAST", N)
     patches = mock_patches(f"{home}/patches/p")
     checkpoint = train_model(client, patches, PARAMS)
     database = encode_database(client, patches, checkpoint, EncodeParams(shard_rows=40))
@@ -76,6 +78,11 @@ def test_database_is_what_the_checkpoint_makes_of_the_patches(client, home):
     np.testing.assert_array_equal(data.row_ids, 3 * np.arange(N))
     assert data.card.checkpoint == model.card.fingerprint
     assert data.card.attribution == "mock"
+    assert {head["kind"] for head in data.card.heads} == {"semantic", "geodesic", "nearest"}
+    curve = storage.read(f"{database}/heads.png")
+    storage.delete(f"{database}/heads.png")  # as if the run had been killed before it
+    assert encode_database(client, patches, checkpoint, EncodeParams(shard_rows=40)) == database
+    assert storage.read(f"{database}/heads.png") == curve
 
 
 def test_a_rerun_finds_what_is_there(client, home, monkeypatch):

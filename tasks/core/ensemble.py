@@ -37,6 +37,15 @@ class Ensemble(PlaceEncoder):
         return side_by_side([member.embed(lonlat, batch) for member in self.members])
 
 
+def first_member(encoder: PlaceEncoder, keys: NDArray[np.float32]) -> tuple[PlaceEncoder, NDArray[np.float32]]:
+    """Returns an ensemble's first member and its part of keys, (n, dim) unit vectors; another encoder as it is."""
+    if not isinstance(encoder, Ensemble):
+        return encoder, keys
+    member = encoder.members[0]
+    assert isinstance(member, LocationEncoder)  # for the type checker: __init__ took such
+    return member, keys[:, : member.dim] * np.float32(math.sqrt(len(encoder.members)))
+
+
 class Projections(nn.Module):
     """The image projections of an ensemble's members."""
 

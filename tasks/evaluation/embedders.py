@@ -10,7 +10,7 @@ spherical harmonics  the fixed features below the location encoder
 geoclip              the weights in the package `geoclip`
 satclip, sinr, csp   published weights, as NAME=PATH or NAME=URL; without them, shown as not given
 location encoder     our location encoder, without retrieval
-range, range+        retrieval from our database, as published
+range, range+        retrieval from our database, as published: of several members by the first
 multi-head           retrieval by heads side by side, those that the database chooses
 URL of a grid        the vectors of a published grid
 several, joined by + their vectors side by side, such as `geoclip+range+`; the parts are scored too
@@ -37,8 +37,9 @@ from infra.errors import UserError
 from tasks.core.earth.sphere import unit_vectors
 from tasks.core.encoders.encodings import theory, wrap
 from tasks.core.encoders.harmonics import spherical_harmonics
-from tasks.core.encoders.location import LocationEncoder
+from tasks.core.encoders.location import PlaceEncoder
 from tasks.core.encoders.peers import embed_csp, embed_sinr
+from tasks.core.ensemble import first_member
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.retrieval import embed as embed_ours
 from tasks.database.heads import index_of
@@ -55,7 +56,7 @@ from tasks.products import GridRecipe
 
 Lonlat = NDArray[np.float64]
 Embeddings = NDArray[np.float32]
-Retrieval = tuple[LocationEncoder, RetrievalIndex, Method]
+Retrieval = tuple[PlaceEncoder, RetrievalIndex, Method]
 
 DEGREE = 20  # degrees of the spherical harmonics where no checkpoint says another number
 FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
@@ -241,9 +242,21 @@ def _ours(name: str, checkpoint: str | None, database: str | None) -> Named:
         if name == MULTI_HEAD:
             encoder, index, method = _multi_head(checkpoint, database)
             return embed_ours(encoder, index, lonlat, method)
-        return embed_ours(*load(checkpoint, database), lonlat, OURS[name])
+        if name == WITHOUT_IMAGES:
+            return load_encoder(checkpoint).embed(lonlat)
+        return embed_ours(*_as_published(checkpoint, database), lonlat, OURS[name])
 
     return Named(shown, ours)
+
+
+@lru_cache(maxsize=1)
+def _as_published(checkpoint: str, database: str) -> tuple[PlaceEncoder, RetrievalIndex]:
+    """Opens a database for RANGE and RANGE+, which have one location encoder: of several members the first."""
+    everyone, index = load(checkpoint, database)
+    encoder, keys = first_member(everyone, index.keys.numpy())
+    if encoder is everyone:
+        return encoder, index
+    return encoder, RetrievalIndex(keys, index.values.numpy(), index.locations)
 
 
 @lru_cache(maxsize=1)

@@ -26,6 +26,7 @@ OPTIONS = {
     "--sample-patch-pixels": "32",
     "--sample-resolution-m": "5000",
     "--sample-bands": '["B02","B03","B04","B08"]',
+    "--train-members": "3",
     "--publish-step": "0.5",
     "--publish-evidence": "true",
     "--evaluate-folds": "3",

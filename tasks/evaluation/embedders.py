@@ -160,7 +160,7 @@ def retrieval_of(name: str, checkpoint: str, database: str, grid: str | None) ->
         return _multi_head(checkpoint, database)
     if grid and name == GRID and (retrieval := _retrieval_of_grid(grid, checkpoint, database)):
         return retrieval()
-    return *load(checkpoint, database), OURS.get(name.lower(), OURS["range+"])
+    return *_as_published(checkpoint, database), OURS.get(name.lower(), OURS["range+"])
 
 
 def _retrieval_of_grid(grid: str, checkpoint: str, database: str) -> Callable[[], Retrieval] | None:

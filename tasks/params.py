@@ -222,10 +222,17 @@ class TrainParams(Params):
 
     encoder: EncoderParams = Field(default_factory=EncoderParams)
     """The image encoder, which stays frozen."""
+    location: Literal["harmonics", "tessellation"] = "harmonics"
+    """The location encoder. `harmonics`: spherical harmonics and a network of sines, as in SatCLIP. `tessellation`:
+    learnable sites on the sphere, softly assigned, and tokens that they share, after Tessellating the Earth."""
     degree: int = Field(20, ge=1, le=100)
     """Number of degrees of spherical harmonics. They resolve structure down to about 180° / degree."""
+    sites: int = Field(1024, ge=2, le=16_384)
+    """Number of sites of a tessellation. They begin at places of images that are trained on."""
+    tokens: int = Field(64, ge=1, le=4096)
+    """Number of tokens that the sites of a tessellation share."""
     hidden: int = Field(512, ge=8, le=4096)
-    """Width of the two hidden layers, which have sine activations."""
+    """Width of the two hidden layers. A site of a tessellation has as many numbers."""
     dim: int = Field(256, ge=2, le=4096)
     """Length of a location embedding, and of a key of the database; with members, of each."""
     smoothness: float = Field(2.0, ge=0, le=4)

@@ -84,8 +84,10 @@ class FeaturesCard(Card):
 class Architecture(Part):
     """What rebuilds a location encoder: beside these every other argument that it was made with."""
 
-    degree: int
-    """Degrees of spherical harmonics."""
+    kind: Literal["harmonics", "tessellation"] = "harmonics"
+    """The kind of location encoder."""
+    degree: int = 0
+    """Degrees of spherical harmonics; 0 where it has none."""
     dim: int
     """Length of a location embedding, of all members together."""
     members: int = 1

@@ -26,7 +26,12 @@ from tasks.products import MemberFacts, PatchesCard
 
 PATIENCE = timedelta(days=7)  # how long the other processes wait for the first, which encodes the features
 NOT_CONTENT = {"device", "save_every"}  # parameters that do not change the result
-ADDED = {"members", "jitter_degrees"}  # parameters that came later: the default, as it always was, is not told
+OF_OTHERS = {"harmonics": {"sites", "tokens"}, "tessellation": {"degree", "smoothness"}}  # not used by this one
+ADDED = {
+    "members",
+    "jitter_degrees",
+    "location",
+}  # parameters that came later: the default, as it always was, is not told
 
 
 def train_model(client: Client | None, patches: str, params: TrainParams) -> str:
@@ -75,7 +80,9 @@ def train_model(client: Client | None, patches: str, params: TrainParams) -> str
 def _decisive(params: TrainParams) -> dict[str, Any]:
     """Returns the parameters that decide the result, with the digest of the image encoder's weights for their path."""
     untold = {name for name in ADDED if getattr(params, name) == TrainParams.model_fields[name].default}
-    return params.model_dump(exclude=NOT_CONTENT | untold) | {"encoder": identity(params.encoder)}
+    return params.model_dump(exclude=NOT_CONTENT | untold | OF_OTHERS[params.location]) | {
+        "encoder": identity(params.encoder)
+    }
 
 
 def _clear(url: str) -> None:

@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tasks.core.contrastive import ImageProjection
-from tasks.core.encoders.location import LocationEncoder, PlaceEncoder
+from tasks.core.encoders.location import LocationEncoder, PlaceEncoder, SingleEncoder
+from tasks.core.encoders.tessellation import Tessellation
+
+KINDS: dict[str, type[SingleEncoder]] = {"harmonics": LocationEncoder, "tessellation": Tessellation}
 
 
 class Ensemble(PlaceEncoder):
     """Several location encoders side by side, used as one."""
 
-    def __init__(self, members: Iterable[LocationEncoder]) -> None:
+    def __init__(self, members: Iterable[SingleEncoder]) -> None:
         """Takes encoders of one architecture."""
         super().__init__()
         found = list(members)
@@ -66,11 +69,11 @@ def side_by_side(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
 def rebuild(architecture: Mapping[str, Any]) -> PlaceEncoder:
     """Makes a location encoder of what one told as its architecture, with weights still to be replaced."""
     one = dict(architecture)
-    members = one.pop("members", None)
+    members, kind = one.pop("members", None), KINDS[one.pop("kind", "harmonics")]
     if members is None:
-        return LocationEncoder(**one)
+        return kind(**one)
     one["dim"] //= members
-    return Ensemble(LocationEncoder(**one) for _ in range(members))
+    return Ensemble(kind(**one) for _ in range(members))
 
 
 def projection_for(location: PlaceEncoder, features: int) -> ImageProjection | Projections:

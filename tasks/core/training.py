@@ -17,12 +17,12 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from tasks.core.contrastive import FIRST_SCALE, LARGEST_SCALE, ImageProjection, info_nce, near_pairs, process, summed
-from tasks.core.encoders.location import LocationEncoder, PlaceEncoder
+from tasks.core.encoders.location import PlaceEncoder, SingleEncoder
 from tasks.core.ensemble import Projections
 
 FITTED_ON = 16_384  # pairs whose features give the projection its mean and standard deviation
 MEASURED = 8192  # most held-out pairs that are measured: the cost grows with their square, the precision hardly
-HARMONICS_BYTES = 1 << 30  # bytes of the harmonics of all training places; above it each batch computes its own
+INPUTS_BYTES = 1 << 30  # bytes of the harmonics of all training places; above it each batch computes its own
 JITTER = 1  # third part of the jitter's seed; that of the batches has two
 Precision = Literal["float32", "bf16"]
 
@@ -178,7 +178,7 @@ class Trainer:
     """A training that can stop after any step and resume from its `state`, identical to the last bit."""
 
     def __init__(
-        self, location: LocationEncoder, projection: ImageProjection, schedule: Schedule, device: str = "cpu"
+        self, location: SingleEncoder, projection: ImageProjection, schedule: Schedule, device: str = "cpu"
     ) -> None:
         self.device = torch.device(device)
         self.location, self.projection = location.to(self.device), projection.to(self.device)
@@ -199,14 +199,14 @@ class Trainer:
             {"params": [*rest, self.log_scale], "weight_decay": 0.0},
         ]
 
-    def step(self, harmonics: Tensor, features: Tensor, near: Tensor | None = None) -> float:
+    def step(self, inputs: Tensor, features: Tensor, near: Tensor | None = None) -> float:
         """Takes one optimiser step on this process's part of a batch, and returns the loss of the whole batch."""
         rank, processes = process()
         for group in self.optimiser.param_groups:
             group["lr"] = self.schedule.rate(self.step_number)
         torch.manual_seed(self.schedule.seed * 1_000_003 + self.step_number + (rank << 40))  # for the dropout
         self.location.train()
-        places, images = self._embed(harmonics.to(self.device), features.to(self.device))
+        places, images = self._embed(inputs.to(self.device), features.to(self.device))
         loss = info_nce(places, images, self.log_scale.exp(), near=near, gather=processes > 1)
         self.optimiser.zero_grad()
         loss.backward()
@@ -218,9 +218,9 @@ class Trainer:
         self.step_number += 1
         return loss.item()
 
-    def _embed(self, harmonics: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed(self, inputs: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bf16"):
-            places, images = self.location.from_harmonics(harmonics), self.projection(features)
+            places, images = self.location.from_inputs(inputs), self.projection(features)
         return functional.normalize(places.float(), dim=-1), functional.normalize(images.float(), dim=-1)
 
     def _sum_gradients(self) -> None:
@@ -320,7 +320,7 @@ def train(trainer: Trainer, pairs: Pairs, every: int) -> Iterator[Progress | Non
     """
     schedule, (rank, processes) = trainer.schedule, process()
     batches = plan(pairs.held_out, schedule, pairs.features.run, pairs.features.shape[0])
-    harmonics, measure = _harmonics(trainer.location, pairs.lonlat, schedule), _measure(pairs)
+    inputs, measure = _inputs(trainer.location, pairs.lonlat, schedule), _measure(pairs)
     part = slice(rank * schedule.batch // processes, (rank + 1) * schedule.batch // processes)
     while not trainer.finished:
         rows, views = batches(trainer.step_number)
@@ -329,7 +329,7 @@ def train(trainer: Trainer, pairs: Pairs, every: int) -> Iterator[Progress | Non
         else:
             near = None
         features = torch.from_numpy(pairs.features.take(rows[part], views[part]))
-        trainer.losses.append(trainer.step(harmonics(trainer.step_number, rows, part), features, near))
+        trainer.losses.append(trainer.step(inputs(trainer.step_number, rows, part), features, near))
         measured = trainer.step_number % every == 0 or trainer.step_number == schedule.steps
         if measured:
             trainer.check()
@@ -350,18 +350,18 @@ def plan(held_out: NDArray[np.bool_], schedule: Schedule, run: int, views: int) 
     return Batches(np.flatnonzero(~held_out), schedule.batch, schedule.seed, run, schedule.window, views)
 
 
-def _harmonics(
-    location: LocationEncoder, lonlat: NDArray[np.float64], schedule: Schedule
+def _inputs(
+    location: SingleEncoder, lonlat: NDArray[np.float64], schedule: Schedule
 ) -> Callable[[int, NDArray[np.int64], slice], Tensor]:
-    """Returns a function from a step, the rows of its batch and a part of them to the harmonics of that part's places.
+    """Returns a function from a step, the rows of its batch and a part of them to the encoder's inputs of that part.
 
-    They are constants, kept where all fit in memory, unless places are moved in each step.
+    These are constants, kept where all fit in memory, unless places are moved in each step.
     """
     if schedule.jitter_degrees:
-        return lambda step, rows, part: location.harmonics(jittered(lonlat[rows], schedule, step)[part])
-    if 4 * len(lonlat) * location.degree**2 > HARMONICS_BYTES:
-        return lambda _, rows, part: location.harmonics(lonlat[rows[part]])
-    whole = location.harmonics(lonlat).contiguous()
+        return lambda step, rows, part: location.inputs(jittered(lonlat[rows], schedule, step)[part])
+    if 4 * len(lonlat) * location.degree**2 > INPUTS_BYTES:
+        return lambda _, rows, part: location.inputs(lonlat[rows[part]])
+    whole = location.inputs(lonlat).contiguous()
     return lambda _, rows, part: whole[torch.from_numpy(rows[part]).to(whole.device)]
 
 

@@ -1,6 +1,7 @@
 """Finds embedders by name: functions from places to vectors.
 
-==================== ==========================================================================
+==================== ===================================================================
+
 name                 embedding
 ==================== ==========================================================================
 coordinates          longitude and latitude in degrees
@@ -225,7 +226,7 @@ def _named(spec: str, checkpoint: str | None, database: str | None, params: Embe
     if name in FIXED:
         return Named(name, lambda lonlat: FIXED[name](lonlat).astype(np.float32))
     if name == "spherical harmonics":
-        return Named(name, partial(_harmonics, load_checkpoint(checkpoint).location.degree if checkpoint else DEGREE))
+        return Named(name, partial(_harmonics, _degree(checkpoint)))
     if name == "geoclip":
         return Named("GeoCLIP", embed_geoclip if find_spec("geoclip") else None)
     if name in OURS or name == MULTI_HEAD:
@@ -265,6 +266,10 @@ def _multi_head(checkpoint: str, database: str) -> Retrieval:
     encoder = load_encoder(checkpoint)
     index, params, _ = index_of(encoder, open_database(database), EmbedParams())
     return encoder, index, params.retrieval
+=======
+def _degree(checkpoint: str | None) -> int:
+    """Returns the degrees of a checkpoint's harmonics, or as many as it would have by default where it has none."""
+    return (load_checkpoint(checkpoint).location.degree if checkpoint else 0) or DEGREE
 
 
 def _harmonics(degree: int, lonlat: Lonlat) -> Embeddings:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.errors import UserError
 from tasks.core.contrastive import ImageProjection, process
-from tasks.core.encoders.location import LocationEncoder
+from tasks.core.encoders.location import LocationEncoder, SingleEncoder
+from tasks.core.encoders.tessellation import Tessellation
 from tasks.core.training import FITTED_ON, Diverged, Pairs, Progress, Schedule, Trainer, hold_out, plan, train
 from tasks.model.checkpoint import dump_state, parse_state
 from tasks.model.features import open_store
@@ -63,14 +64,24 @@ def split(patches: str, params: TrainParams) -> tuple[NDArray[np.float64], NDArr
 def new_trainer(pairs: Pairs, params: TrainParams, device: str = "cpu") -> Trainer:
     """Makes a trainer with initial weights from the seed."""
     torch.manual_seed(params.seed)
-    location = LocationEncoder(
-        params.degree, params.hidden, dim=params.dim, dropout=params.dropout, smoothness=params.smoothness
-    )
+    location = _new_location(pairs, params)
     rows = np.flatnonzero(~pairs.held_out)
     if len(rows) > FITTED_ON:
         rows = np.sort(np.random.default_rng(params.seed).choice(rows, FITTED_ON, replace=False))
     projection = ImageProjection(pairs.features.shape[2], params.dim).fit(pairs.untouched(rows))
     return Trainer(location, projection, schedule(params), device)
+
+
+def _new_location(pairs: Pairs, params: TrainParams) -> SingleEncoder:
+    """Makes a location encoder with random weights; sites are at random places that are trained on."""
+    about: dict[str, Any] = {"hidden": params.hidden, "dim": params.dim, "dropout": params.dropout}
+    if params.location == "harmonics":
+        return LocationEncoder(params.degree, smoothness=params.smoothness, **about)
+    location = Tessellation(params.sites, params.tokens, **about)
+    places = pairs.lonlat[~pairs.held_out]
+    rng = np.random.default_rng(params.seed)
+    location.place(rng.choice(places, params.sites, replace=params.sites > len(places)))
+    return location
 
 
 def fit(trainer: Trainer, pairs: Pairs, state: str, save_every: int, label: str = "train") -> None:

@@ -214,9 +214,14 @@ def _of_satclip(url: str, location: PlaceEncoder) -> LocationEncoder:
     """
     if isinstance(location, LocationEncoder):
         return location
+    told = location.architecture
+    if "members" in told:
+        what = f"{told['members']} members"
+    else:
+        what = f"a {told['kind']}"
     raise UserError(
-        f"{url} has {location.architecture['members']} members and SatCLIP's format has room for one location encoder: "
-        "export a checkpoint that was trained with --members 1"
+        f"{url} has {what} and SatCLIP's format has room for one location encoder of spherical harmonics: export a "
+        "checkpoint that was trained with --members 1 --location harmonics"
     )
 
 

@@ -22,8 +22,8 @@ class PlaceEncoder(nn.Module):
 
     dim: int
     """Length of an embedding."""
-    degree: int
-    """Number of degrees of spherical harmonics."""
+    degree: int = 0
+    """Number of degrees of spherical harmonics; 0: it has none."""
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -43,7 +43,30 @@ class PlaceEncoder(nn.Module):
         raise NotImplementedError
 
 
-class LocationEncoder(PlaceEncoder):
+class SingleEncoder(PlaceEncoder):
+    """A location encoder that can be trained: from a place its inputs, which no weight changes, then a network."""
+
+    def inputs(self, lonlat: NDArray[np.float64]) -> Tensor:
+        """Returns the network's inputs for (n, 2) places in degrees, on the device and in the dtype of the weights."""
+        raise NotImplementedError
+
+    def from_inputs(self, features: Tensor) -> Tensor:
+        """Embeds places from their inputs, which training computes once; (n, dim), not normalised."""
+        raise NotImplementedError
+
+    def forward(self, lonlat: NDArray[np.float64] | Tensor) -> Tensor:
+        """Embeds places. Gradients reach the weights, not the places.
+
+        Args:
+            lonlat: (n, 2) longitude and latitude in degrees.
+
+        Returns:
+            (n, dim), not normalised.
+        """
+        return self.from_inputs(self.inputs(np.asarray(lonlat, np.float64)))
+
+
+class LocationEncoder(SingleEncoder):
     """Maps places to vectors: L * L harmonics, `layers` sine layers of `hidden`, a linear layer to `dim`.
 
     The harmonics are always computed in float64. The network computes in the dtype of its weights (`encoder.double()`).
@@ -109,17 +132,6 @@ class LocationEncoder(PlaceEncoder):
         """Returns the weights of the harmonics, (hidden, degree * degree), times the damping."""
         return self.first.weight * self.damping
 
-    def forward(self, lonlat: NDArray[np.float64] | Tensor) -> Tensor:
-        """Embeds places. Gradients reach the weights, not the places.
-
-        Args:
-            lonlat: (n, 2) longitude and latitude in degrees.
-
-        Returns:
-            (n, dim), not normalised.
-        """
-        return self.from_harmonics(self.harmonics(np.asarray(lonlat, np.float64)))
-
     def harmonics(self, lonlat: NDArray[np.float64]) -> Tensor:
         """Returns the harmonics of places, (n, degree * degree), on the device and in the dtype of the weights."""
         features = torch.from_numpy(spherical_harmonics(lonlat, self.degree, self.basis))
@@ -130,6 +142,8 @@ class LocationEncoder(PlaceEncoder):
         with torch.autocast(features.device.type, enabled=False):  # bf16 would blur 30 x in the sine
             first = functional.linear(features, self.first_weight, self.first.bias)
         return self._after_first(first)
+
+    inputs, from_inputs = harmonics, from_harmonics
 
     def _after_first(self, x: Tensor) -> Tensor:
         for i, layer in enumerate(self.layers[1:]):

@@ -266,7 +266,8 @@ def _multi_head(checkpoint: str, database: str) -> Retrieval:
     encoder = load_encoder(checkpoint)
     index, params, _ = index_of(encoder, open_database(database), EmbedParams())
     return encoder, index, params.retrieval
-=======
+
+
 def _degree(checkpoint: str | None) -> int:
     """Returns the degrees of a checkpoint's harmonics, or as many as it would have by default where it has none."""
     return (load_checkpoint(checkpoint).location.degree if checkpoint else 0) or DEGREE

@@ -174,7 +174,9 @@ def _quantization(dtype: DType, scales: dict[str, Scale]) -> dict[str, Any]:
 def kernels(job: Job) -> dict[str, Any]:
     """Returns what is known of the retrieval's kernels without measuring."""
     method, architecture = job.method, read_card(job.checkpoint, CheckpointCard).architecture
-    found: dict[str, Any] = {"harmonic_degree": architecture.degree - 1}
+    found: dict[str, Any] = {}
+    if architecture.degree:
+        found["harmonic_degree"] = architecture.degree - 1
     if method.is_side_by_side:
         return {"rangegrid:kernels": found | {"heads": [_told(head) for head in method.heads]}}
     semantic, *geodesic = method.heads

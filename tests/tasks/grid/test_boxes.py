@@ -69,7 +69,7 @@ def made(client, tmp_path_factory):
     with inputs(tmp_path_factory.mktemp("boxes")) as (checkpoint, url):
         data = open_database(url)
         ours = load_checkpoint(checkpoint).location, RetrievalIndex(data.keys, data.values, data.locations)
-        yield lambda params: publish_grid(client, checkpoint, url, PublishParams(**params)), ours
+        yield lambda params: publish_grid(client, checkpoint, url, PublishParams(**{"method": "range+"} | params)), ours
 
 
 @pytest.fixture(scope="module", params=BOXES)

@@ -13,7 +13,7 @@ from infra import storage
 from tasks.artifacts import keep_picture
 from tasks.cards import is_finished, product_url, read_card
 from tasks.core.contrastive import process
-from tasks.core.ensemble import Ensemble, Projections
+from tasks.core.ensemble import together
 from tasks.core.training import held_out_accuracy
 from tasks.model.checkpoint import save_checkpoint
 from tasks.model.features import encode_features, features_url, identity, open_encoder
@@ -107,18 +107,16 @@ def _save(job: Job, trained: list[Trained], source: PatchesCard, made_of: dict[s
     below = "InfoNCE loss, and recall@1 % on held-out pairs"
     keep_picture(storage.join(job.url, "loss.png"), picture, "loss-curve", below)
     features = features_url(job.patches, job.params.encoder, job.params.views)
-    locations = [one.trainer.location.cpu() for one in trained]
-    projections = [one.trainer.projection.cpu() for one in trained]
+    location, projection = together([one.trainer for one in trained])
     if len(trained) == 1:
-        location, projection, facts = locations[0], projections[0], trained[0].facts
+        facts = trained[0].facts
     else:
-        location, projection = Ensemble(locations), Projections(projections)
-        together = {"accuracy": held_out_accuracy(job.pairs(), location, projection)}
-        facts = {"metrics": together, "members": [MemberFacts(seed=one.seed, **one.facts) for one in trained]}
+        all_of_them = {"accuracy": held_out_accuracy(job.pairs(), location, projection)}
+        facts = {"metrics": all_of_them, "members": [MemberFacts(seed=one.seed, **one.facts) for one in trained]}
     save_checkpoint(
         job.url,
-        location,
-        projection,
+        location.cpu(),
+        projection.cpu(),
         open_encoder(features, job.patches, job.params.encoder.name),
         patches=source.fingerprint,
         attribution=source.attribution,

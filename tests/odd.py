@@ -41,8 +41,9 @@ SECONDS, BYTES, PATIENCE = 60, 6 << 30, 600  # of one case: of CPU, of memory; s
 SIZE = 12  # values in one case, which has so many pairs
 LONG = {  # these say how much work there is: a case may still be at work when its time is over
     "sample.patches", "sample.max_tries", "sample.patch_pixels", "train.steps", "train.degree", "train.hidden",
-    "train.dim", "train.views", "train.encoder_dim", "encode.values_dim", "publish.step", "evaluate.repeats",
-    "evaluate.folds", "evaluate.points", "ablate.repeats", "ablate.folds", "ablate.points",
+    "train.dim", "train.members", "train.sites", "train.tokens", "train.views", "train.encoder_dim",
+    "encode.values_dim", "publish.step", "evaluate.repeats", "evaluate.folds", "evaluate.points", "ablate.repeats",
+    "ablate.folds", "ablate.points",
 }  # fmt: skip
 NO_NUMBERS = ("nan", "inf", "-inf", "true", "", "null", "1_0", "١", "1e1")
 NO_LISTS = ("[]", '[""]', "[null]", "", "[", "null", '["\0"]', '["é"]')

@@ -5,8 +5,8 @@ cosine of two of them is the mean of the members' cosines.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,15 @@ from tasks.core.encoders.location import LocationEncoder, PlaceEncoder, SingleEn
 from tasks.core.encoders.tessellation import Tessellation
 
 KINDS: dict[str, type[SingleEncoder]] = {"harmonics": LocationEncoder, "tessellation": Tessellation}
+
+
+class Aligned(Protocol):
+    """A location encoder and an image projection that were trained together."""
+
+    location: SingleEncoder
+    """The location encoder."""
+    projection: ImageProjection
+    """The projection of image features into its space."""
 
 
 class Ensemble(PlaceEncoder):
@@ -64,6 +73,13 @@ class Projections(nn.Module):
 def side_by_side(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Joins unit vectors, (n, dim) each, to unit vectors of (n, parts * dim)."""
     return np.concatenate(parts, axis=1) / np.float32(math.sqrt(len(parts)))
+
+
+def together(trained: Sequence[Aligned]) -> tuple[PlaceEncoder, ImageProjection | Projections]:
+    """Returns the location encoder and the image projection of one training, or of several side by side."""
+    if len(trained) == 1:
+        return trained[0].location, trained[0].projection
+    return Ensemble(one.location for one in trained), Projections(one.projection for one in trained)
 
 
 def rebuild(architecture: Mapping[str, Any]) -> PlaceEncoder:

@@ -398,7 +398,7 @@ def _measured(pairs: Pairs) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     return pairs.lonlat[held], pairs.untouched(held)
 
 
-def held_out_accuracy(pairs: Pairs, location: PlaceEncoder, projection: Projections) -> float:
+def held_out_accuracy(pairs: Pairs, location: PlaceEncoder, projection: ImageProjection | Projections) -> float:
     """Returns the recall@1 % of several members together, on the held-out pairs that each was measured on."""
     lonlat, features = _measured(pairs)
     return retrieval_accuracy(location.embed(lonlat), projection.keys(features))

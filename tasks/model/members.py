@@ -26,6 +26,11 @@ SEEDS = 1 << 32  # the range of seeds
 ALONE = threading.Lock()  # PyTorch's random numbers belong to the process, so one member is trained at a time in each
 
 
+def seeded(params: TrainParams, number: int) -> TrainParams:
+    """Returns the parameters of a member, which has a seed of its own."""
+    return params.model_copy(update={"seed": (params.seed + number) % SEEDS})
+
+
 @dataclass(frozen=True)
 class Job:
     """What every member of a checkpoint needs to be trained."""
@@ -38,10 +43,6 @@ class Job:
     """The parameters, with the seed of the first member."""
     device: str = "auto"
     """Where to train."""
-
-    def seeded(self, number: int) -> TrainParams:
-        """Returns the parameters of a member, which has a seed of its own."""
-        return self.params.model_copy(update={"seed": (self.params.seed + number) % SEEDS})
 
     def state(self, number: int) -> str:
         """Returns the URL of a member's training state."""
@@ -78,7 +79,7 @@ def in_turn(job: Job) -> list[Trained]:
     for number in range(job.params.members):
         if not storage.exists(job.finished(number)):
             pairs = job.pairs()
-            trainer = new_trainer(pairs, job.seeded(number), job.device)
+            trainer = new_trainer(pairs, seeded(job.params, number), job.device)
             with told():
                 fit(trainer, pairs, job.state(number), job.params.save_every, f"train {_name(number)}")
             if process()[0] == 0:
@@ -126,7 +127,7 @@ def train_member(job: Job, topic: str, number: int) -> None:
         if storage.exists(job.finished(number)):
             return
         pairs = job.pairs()
-        trainer = new_trainer(pairs, job.seeded(number), choose_device(job.params.device))
+        trainer = new_trainer(pairs, seeded(job.params, number), choose_device(job.params.device))
         resume(trainer, job.state(number))
         for note in walk(trainer, pairs, job.state(number), job.params.save_every):
             if note:
@@ -144,9 +145,9 @@ def _collect(job: Job) -> list[Trained]:
     """Reads the members that were trained."""
     pairs, trained = job.pairs(), []
     for number in range(job.params.members):
-        trainer = new_trainer(pairs, job.seeded(number))
+        trainer = new_trainer(pairs, seeded(job.params, number))
         trainer.restore(parse_state(storage.read(job.finished(number)), job.finished(number)))
-        trained.append(Trained(trainer, job.seeded(number).seed))
+        trained.append(Trained(trainer, seeded(job.params, number).seed))
     return trained
 
 

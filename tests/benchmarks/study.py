@@ -31,15 +31,17 @@ from sklearn.model_selection import GroupShuffleSplit, train_test_split
 from infra import clusters, sandbox
 from tasks.core.compact import Projection
 from tasks.core.encoders.images import Images
-from tasks.core.encoders.location import LocationEncoder
+from tasks.core.encoders.location import PlaceEncoder
 from tasks.core.encoders.rcf import Scale, fit_rcf
+from tasks.core.ensemble import rebuild, together
 from tasks.core.probes import SEED, Kind, Split, block_of, score
 from tasks.core.retrieval import Method, RetrievalIndex
-from tasks.core.training import Pairs, hold_out, train
+from tasks.core.training import Pairs, Trainer, hold_out, train
 from tasks.evaluation.geoclip import embed_geoclip
 from tasks.evaluation.labels import demo_labels
 from tasks.model.features import RUN, RUNS, view_of
 from tasks.model.fitting import BLOCK_DEGREES, new_trainer
+from tasks.model.members import seeded
 from tasks.params import EncoderParams, SampleParams, TrainParams
 from tasks.patches.store import Patches, open_patches
 from tasks.plots.charts import score_chart
@@ -100,6 +102,11 @@ class Point:
 BASE = Point()
 
 
+def satclip(steps: int) -> TrainParams:
+    """SatCLIP's own recipe for a smaller training: as many pairs in a batch and views of each as by default here."""
+    return TrainParams(preset="satclip").model_copy(update={"steps": steps, "batch": 1024, "views": 1})
+
+
 def questions() -> dict[str, dict[str, Point]]:
     """What is asked: per question the configurations, one factor at a time around the defaults."""
     t, m = BASE.trained, lambda **changes: replace(BASE, method=Method(**changes))
@@ -110,6 +117,12 @@ def questions() -> dict[str, dict[str, Point]]:
         "smoothness": {f"{s:g}": t(smoothness=s) for s in (0, 1, 2, 3)},
         "hidden": {str(n): t(hidden=n) for n in (256, 512, 1024)},
         "dim": {str(n): t(dim=n) for n in (128, 256, 512)},
+        "members": {str(n): t(members=n) for n in (1, 3, 5)},
+        "location encoder": {name: t(location=name) for name in ("harmonics", "tessellation")},
+        "SatCLIP's recipe": {
+            "ours": BASE,
+            **{f"SatCLIP's, {n} steps": replace(BASE, train=satclip(n)) for n in (150, 1500)},
+        },
         "steps": {str(n): t(steps=n) for n in (75, 150, 300, 600)},
         "batch": {str(n): t(batch=n) for n in (256, 1024, 4096)},
         "learning rate": {f"{r:g}": t(lr=r) for r in (3e-4, 1e-3, 3e-3)},
@@ -239,13 +252,13 @@ class Study:
         index = RetrievalIndex(keys, values, self.lonlat[: point.images], queries=len(queries))
         return np.concatenate([index.retrieve(queries, lonlat, point.method), queries], axis=1)
 
-    def model(self, point: Point) -> tuple[LocationEncoder, NDArray[np.float32]]:
+    def model(self, point: Point) -> tuple[PlaceEncoder, NDArray[np.float32]]:
         """A trained location encoder, and the keys of the images."""
         kept = HOME / f"model-{point.key('method', 'values')}.pt"
         if not kept.exists():
             torch.save(self._train(point), kept)
         saved = torch.load(kept, weights_only=True)
-        location = LocationEncoder(**saved["architecture"])
+        location = rebuild(saved["architecture"])
         location.load_state_dict(saved["weights"])
         return location, saved["keys"].numpy()
 
@@ -253,11 +266,16 @@ class Study:
         features, lonlat = self.features(point), self.lonlat[: point.images]
         held_out = hold_out(lonlat, BLOCK_DEGREES, point.train.held_out_share, point.train.seed)
         pairs = Pairs(lonlat, FeatureArray(features), held_out)
-        trainer = new_trainer(pairs, point.train)
-        for _ in train(trainer, pairs, every=point.train.steps):
-            pass
-        location, keys = trainer.location, torch.from_numpy(trainer.projection.keys(features[0]))
+        members = [self._member(pairs, seeded(point.train, number)) for number in range(point.train.members)]
+        location, projection = together(members)
+        keys = torch.from_numpy(projection.keys(features[0]))
         return {"architecture": location.architecture, "weights": location.state_dict(), "keys": keys}
+
+    def _member(self, pairs: Pairs, params: TrainParams) -> Trainer:
+        trainer = new_trainer(pairs, params)
+        for _ in train(trainer, pairs, every=params.steps):
+            pass
+        return trainer
 
     def features(self, point: Point) -> NDArray[np.float32]:
         """Features of the first images, (view, image, feature)."""

@@ -90,8 +90,16 @@ class Architecture(Part):
     """Degrees of spherical harmonics; 0 where it has none."""
     dim: int
     """Length of a location embedding, of all members together."""
-    members: int = 1
+    members: int = Field(1, ge=1, le=16)
     """Number of location encoders side by side."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.kind == "harmonics" and self.degree < 1:
+            raise ValueError("an encoder of harmonics has a degree of at least 1")
+        if self.dim % self.members:
+            raise ValueError(f"{self.dim} numbers are not {self.members} times as many")
+        return self
 
 
 class MemberFacts(Part):

@@ -195,3 +195,19 @@ def test_two_processes_train_the_members_in_turn(home, client, tmp_path, monkeyp
     assert set(storage.names(made)) == {"model.safetensors", "card.json", "loss.png"}
     expected = load_checkpoint(train_model(client, f"{home}/patches/p", params)).location.embed(PLACES)
     np.testing.assert_allclose(load_checkpoint(made).location.embed(PLACES), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [
+        ({"dim": 8}, "has a degree of at least 1"),
+        ({"degree": 4, "dim": 8, "members": 3}, "8 numbers are not 3 times as many"),
+        ({"degree": 4, "dim": 8, "members": 10**9}, "less than or equal to 16"),
+        ({"kind": "voronoi", "dim": 8}, "'harmonics' or 'tessellation'"),
+    ],
+)
+def test_an_architecture_that_cannot_be_is_refused(tmp_path, architecture, why):
+    card = {"kind": "checkpoint", "fingerprint": "0" * 12, "architecture": architecture}
+    storage.write_json((tmp_path / "card.json").as_uri(), card)
+    with pytest.raises(UserError, match=f"damaged or foreign.*{why}"):
+        load_checkpoint(tmp_path.as_uri())

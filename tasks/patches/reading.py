@@ -64,7 +64,9 @@ def _read(choices: pd.DataFrame, reader: "Reader") -> pd.DataFrame:
     plan["href"] = [assets[reader.params.bands[0]] for assets in plan["assets"]]
     metrics.count(metrics.PATCHES, plan["reason"])
     good = plan[plan["reason"] == ""]
-    found = pd.DataFrame([_numbers(good.loc[i], reader.pixels[i]) for i in good.index], good.index, FOUND)
+    told = zip(good.index, good["offset"], good["dark_share"], strict=True)
+    numbers = [_numbers(reader.pixels[i], offset, dark_share) for i, offset, dark_share in told]
+    found = pd.DataFrame(numbers, good.index, FOUND)
     return plan.join(found).reset_index(drop=True)
 
 
@@ -220,7 +222,7 @@ def nodata_fraction(patch: NDArray[np.uint16]) -> float:
     return float((patch == radiometry.NODATA_DN).any(0).mean())
 
 
-def _numbers(row: pd.Series, patch: NDArray[np.uint16]) -> list[Any]:
-    """Returns the manifest's columns that come from the pixels (`FOUND`)."""
-    dark, check = radiometry.check_numbers(patch, row["offset"], row["dark_share"])
+def _numbers(patch: NDArray[np.uint16], offset: int, dark_share: float) -> list[Any]:
+    """Returns the manifest's columns that come from a patch's pixels (`FOUND`)."""
+    dark, check = radiometry.check_numbers(patch, offset, dark_share)
     return [store.digest(patch), nodata_fraction(patch), dark, check]

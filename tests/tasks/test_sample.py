@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from itertools import count, islice
@@ -153,6 +154,27 @@ def test_a_larger_sample_reads_the_new_places_alone_and_is_the_one_made_from_not
     assert files(sample(patches=8, shard_patches=5).url) == relaid
     shutil.rmtree(tmp_path / "elsewhere")
     assert files(sample(patches=20).url) == mended == enlarged
+
+
+def test_an_items_places_are_searched_and_read_together(run, sandbox, tmp_path, monkeypatch):
+    """A file is opened once, and a row of its tiles is one request, however many places of a cell it serves."""
+    rng = np.random.default_rng(2)
+    table = pd.DataFrame({"lon": rng.uniform(1, 5, 60), "lat": rng.uniform(42, 46, 60)})
+    table.to_csv(tmp_path / "near.csv", index=False)
+    stac, s3 = (Proxy(origin) for origin in (os.environ["RANGEGRID_STAC_URL"], sandbox.endpoint))
+    with stac, s3:
+        monkeypatch.setenv("RANGEGRID_STAC_URL", stac.url)
+        monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", s3.url)
+        found = run(places="list", source=str(tmp_path / "near.csv"), patches=40, shard_patches=40).manifest
+    items = set(found["item_id"])
+    assert len(found) / len(items) >= 5
+    asked = Counter({path: n for (_, path), n in s3.requests.items() if path.endswith(".tif")})
+    bands = {path: n for path, n in asked.items() if path.split("/")[-2] in items}
+    assert len(bands) == 4 * len(items), "three bands and the classification"
+    checked = 1  # before work, the bands of one scene are opened
+    assert max(asked.values()) <= 1 + 2 + checked, "its header, and two rows of tiles"
+    searches = sum(n for (_, path), n in stac.requests.items() if path.startswith("/search"))
+    assert searches <= 8, "one for the cell in each round, not one for each place"
 
 
 @pytest.mark.parametrize(

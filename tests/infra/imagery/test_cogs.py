@@ -131,6 +131,37 @@ def test_a_window_across_the_edge_is_refused(tmp_path, data):
     np.testing.assert_array_equal(inside, data[72:88, :16])
 
 
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize(
+    "middles",
+    [
+        [(r, c) for r in range(40, 560, 40) for c in range(40, 860, 40)],  # in every tile: read at once
+        [(64, 64), (70, 70), (320, 320), (310, 330), (-50, 10)],  # in tiles on a diagonal, and one outside
+        [(130, 300), (135, 310), (140, 500)],  # in one row of tiles, one between left out
+        [(-50, 10)],
+    ],
+)
+def test_many_windows_are_the_pixels_under_each(tmp_path, middles, factor, mask):
+    rng = np.random.default_rng(5)
+    data = rng.integers(1, 9000, (600 // factor, 900 // factor), dtype=np.uint16)
+    data[rng.random(data.shape) < 0.1] = 65535
+    shown = rng.random(data.shape) < 0.8
+    tiles = {"tiled": True, "blockxsize": 128, "blockysize": 128, "compress": "deflate", "nodata": 65535}
+    href = write(tmp_path / "a.tif", data, 10 * factor, **tiles | ({"nodata": None} if mask else {}))
+    if mask:
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(href, "r+") as target:
+            target.write_mask(shown)
+    hidden = ~shown if mask else data == 65535
+    fine = np.where(hidden, 0, data).repeat(factor, axis=0).repeat(factor, axis=1)
+    places = np.concatenate([place(LEFT + 10 * column, TOP - 10 * row) for row, column in middles])
+    for window, (row, column) in zip(read_windows(href, places, 32, 10), middles, strict=True):
+        if row < 0:
+            assert window is None
+        else:
+            np.testing.assert_array_equal(window, fine[row - 16 : row + 16, column - 16 : column + 16])
+
+
 def test_a_pixel_size_that_does_not_fit_is_refused(tmp_path, data):
     href = write(tmp_path / "a.tif", data, 15)
     with pytest.raises(UserError, match="an asset of 15 m pixels does not fit windows of 10 m pixels"):

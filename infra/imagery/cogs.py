@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar, cast
@@ -41,6 +42,7 @@ LEADER = 4  # bytes around a tile, in which GDAL's COGs repeat its size and its 
 NUMBERS = ("uint8", "uint16")  # types of the scene classification and the bands
 NODATA = 0  # nodata in what is returned, whatever the file has
 TIE = 1e-4  # pixels; a place this near to an edge goes to the second pixel, despite rounding
+PIXELS_ONLY = {"GEOREF_SOURCES": "NONE"}  # what the header tells of the CRS takes as long as all else of it
 GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_CACHEMAX": 128}
 
 Grid = tuple[NDArray[np.intp], NDArray[np.intp]]
@@ -108,8 +110,7 @@ class Places:
         Every pixel takes the asset's that holds its centre.
         """
         factor = self._factor(source.res[0])
-        to_native = Transformer.from_crs(4326, source.crs, always_xy=True)
-        x, y = to_native.transform(self.lonlat[:, 0], self.lonlat[:, 1])
+        x, y = _to_native(source.crs).transform(self.lonlat[:, 0], self.lonlat[:, 1])
         left, top = source.transform.c, source.transform.f
         middles = np.column_stack([np.asarray(x) - left, top - np.asarray(y)]) / self.resolution_m
         corners = np.floor(middles - self.pixels / 2 + 0.5 + TIE)
@@ -131,6 +132,12 @@ class Places:
                 "size must be a whole multiple of that"
             )
         return round(ratio)
+
+
+@lru_cache(maxsize=256)
+def _to_native(crs: rasterio.CRS) -> Transformer:
+    """Returns what projects degrees (lon, lat) to a CRS: to make one takes longer than to project many places."""
+    return Transformer.from_crs(4326, crs, always_xy=True)
 
 
 @dataclass(frozen=True)
@@ -199,12 +206,10 @@ async def _read_asset(asset: Ranges, places: Places) -> Layer:
                     names = [name]
                 else:
                     names = [name, f"GTIFF_DIR:off:{mask}:{name}"]
-                problem, spans, grids = await asyncio.to_thread(_plan, names, places, asset.size)
-                if problem:
-                    continue  # a header has no checksum: what it says may be so on the way alone
-                await _all(sparse.fetch(*span) for span in merged(spans))
-                return await asyncio.to_thread(_decode, names, grids)
-        except CORRUPT as error:
+                plan = await asyncio.to_thread(_plan, names, places, asset.size)
+                await _all(sparse.fetch(*span) for span in merged(plan.spans))
+                return Layer(await asyncio.to_thread(_decode, names, plan.grids), plan.crs, plan.corner)
+        except CORRUPT as error:  # a header has no checksum: what it says may be so on the way alone
             problem = str(error) if isinstance(error, CorruptHeader) else ""
     raise asset.failure(UnreadableAsset, problem or "its bytes are corrupt")
 
@@ -247,27 +252,45 @@ class Sparse:
         return os.pread(self.file, stop - start, start)
 
 
-def _plan(names: list[str], places: Places, size: int) -> tuple[str, list[tuple[int, int]], Grids]:
-    """Returns why an asset is unfit, or else the byte ranges of the tiles under the windows, of its mask too.
+@dataclass(frozen=True)
+class Plan:
+    """What the header of an asset tells."""
 
-    The pixels under each window come with them.
+    spans: list[tuple[int, int]]
+    """Byte ranges of the tiles under the windows, of its mask too."""
+    grids: Grids
+    """The pixels under each window."""
+    crs: rasterio.CRS
+    """CRS of the asset."""
+    corner: tuple[float, float]
+    """The asset's upper left corner, x and y."""
+
+
+def _plan(names: list[str], places: Places, size: int) -> Plan:
+    """Reads the header of an asset and of its mask.
+
+    Raises:
+        CorruptHeader: It is no band, or contradicts itself; the text says how.
     """
-    spans: list[tuple[int, int]] = []
     with rasterio.Env(**GDAL), rasterio.open(names[0], driver="GTiff") as source:
-        if problem := _problem(source):
-            return problem, [], []
+        _check(_problem(source))
         grids = places.grids(source)
-        spans += _spans(source, grids)
+        spans = _spans(source, grids)
         for name in names[1:]:
-            with rasterio.open(name, driver="GTiff") as mask:
+            with rasterio.open(name, driver="GTiff", **PIXELS_ONLY) as mask:
                 if mask.shape != source.shape or mask.count != 1:
-                    return f"its mask of {mask.shape} is not for its {source.shape} pixels", [], []
-                if problem := _large(mask):
-                    return f"of its mask, {problem}", [], []
+                    raise CorruptHeader(f"its mask of {mask.shape} is not for its {source.shape} pixels")
+                _check(_large(mask), "of its mask, ")
                 spans += _spans(mask, grids)
-    if any(stop > size + LEADER for _, stop in spans):
-        raise CorruptHeader
-    return "", spans, grids
+        if any(stop > size + LEADER for _, stop in spans):
+            raise CorruptHeader
+        return Plan(spans, grids, source.crs, (source.transform.c, source.transform.f))
+
+
+def _check(problem: str, of: str = "") -> None:
+    """Refuses an image that has a problem."""
+    if problem:
+        raise CorruptHeader(of + problem)
 
 
 def _problem(source: rasterio.DatasetReader) -> str:
@@ -323,18 +346,19 @@ def _span(source: rasterio.DatasetReader, tile: tuple[int, int]) -> tuple[int, i
     return None
 
 
-def _decode(names: list[str], grids: Grids) -> Layer:
-    with rasterio.Env(**GDAL), rasterio.open(names[0], driver="GTiff") as source:
+def _decode(names: list[str], grids: Grids) -> Windows:
+    """Returns the pixels under each window, 0 where the asset declares to have none."""
+    with rasterio.Env(**GDAL), rasterio.open(names[0], driver="GTiff", **PIXELS_ONLY) as source:
         windows = _read(source, grids)
         for window in windows:
             if window is not None and source.nodata:
                 window[window == source.nodata] = NODATA
         for name in names[1:]:
-            with rasterio.open(name, driver="GTiff") as mask:
+            with rasterio.open(name, driver="GTiff", **PIXELS_ONLY) as mask:
                 for window, hidden in zip(windows, _read(mask, grids), strict=True):
                     if window is not None:
                         window[hidden == 0] = NODATA
-        return Layer(windows, source.crs, (source.transform.c, source.transform.f))
+        return windows
 
 
 def _read(source: rasterio.DatasetReader, grids: Grids) -> Windows:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import xarray as xr
 from distributed import Client
 
 from infra import storage
@@ -12,10 +13,11 @@ from tasks.database.store import open_database
 from tasks.encode import encode_database
 from tasks.model.checkpoint import load_checkpoint
 from tasks.model.satclip import export_satclip
-from tasks.params import EmbedParams, EncodeParams, EncoderParams, TrainParams
+from tasks.params import EmbedParams, EncodeParams, EncoderParams, PublishParams, TrainParams
 from tasks.patches.store import open_patches
 from tasks.points.embed import embed_points
 from tasks.products import CheckpointCard
+from tasks.publish import publish_grid
 from tasks.train import train_model
 from tests.tasks.test_train import mock_patches
 
@@ -58,8 +60,12 @@ def test_training_lowers_the_loss_and_moves_the_sites(checkpoint, home):
     assert cosines.max(1).max() < 1 - 1e-6  # and have moved
 
 
-def test_from_patches_to_points(client, home, checkpoint):
-    database = encode_database(client, f"{home}/patches/p", checkpoint, EncodeParams())
+@pytest.fixture(scope="module")
+def database(client, home, checkpoint):
+    return encode_database(client, f"{home}/patches/p", checkpoint, EncodeParams())
+
+
+def test_from_patches_to_points(checkpoint, database):
     model, data = load_checkpoint(checkpoint), open_database(database)
     found = embed_points(PLACES, checkpoint, database, EmbedParams(method="range+"))
     location = model.location.embed(PLACES).astype("f8")
@@ -67,6 +73,15 @@ def test_from_patches_to_points(client, home, checkpoint):
     weights = soft(12 * location @ data.keys.T), soft(40 * sphere(PLACES) @ sphere(data.locations).T)
     expected = np.mean(weights, axis=0) @ data.values
     np.testing.assert_allclose(found[:, :-8], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_its_grid_tells_no_degrees_of_harmonics(client, checkpoint, database):
+    grid = publish_grid(client, checkpoint, database, PublishParams(step=30.0, tile_cells=4))
+    stored = xr.open_zarr(grid)
+    assert "harmonic_degree" not in stored.attrs["rangegrid:kernels"]
+    location = stored.embedding[(stored.block == "location").values].stack(cell=["lat", "lon"]).dropna("cell").T
+    expected = load_checkpoint(checkpoint).location.embed(np.c_[location.lon, location.lat])
+    np.testing.assert_allclose(location, expected, atol=1e-6)
 
 
 def sphere(lonlat):

@@ -96,7 +96,7 @@ def _parse(name: str, value: str | list[str]) -> Any:
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # with_ is `with`, which Python keeps for itself
 
 
 def _option(name: str, field: FieldInfo) -> Any:

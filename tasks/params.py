@@ -384,6 +384,9 @@ class PublishParams(Params):
     nearest image. Takes half as much work again."""
     overviews: int = Field(0, ge=0, le=8)
     """Number of overviews: coarser levels with half the rows and columns each, whose cells are means."""
+    with_: tuple[Literal["geoclip"], ...] = ()
+    """Blocks of other encoders to carry beside the grid's own, after the location part, in float32 or float16: geoclip,
+    512 numbers a cell by the weights in its package. Unset: those of the parent grid, else none."""
     keep_sums: bool = False
     """Stores the sums behind the grid too, so that a later grid can be updated from this one as its parent. They are
     twice the size of the grid."""
@@ -461,6 +464,14 @@ class PublishParams(Params):
                 "evidence, float16 and int8 need all images, and an update reads only the changed ones: give no "
                 "parent, or float32 without evidence"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if len(set(self.with_)) < len(self.with_):
+            raise ValueError(f"with names {', '.join(self.with_)}: give each block once")
+        if self.with_ and self.dtype == "int8":
+            raise ValueError("blocks of other encoders are stored in float32 or float16: give no int8, or no with")
         return self
 
     @model_validator(mode="after")

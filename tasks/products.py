@@ -213,6 +213,8 @@ class GridRecipe(Part):
     """How a number is stored."""
     method: Literal["multi-head", "range+", "range"] = "range+"
     """Retrieval method."""
+    with_: tuple[str, ...] = ()
+    """Blocks of other encoders beside the grid's own."""
     heads: tuple[str, ...] = ()
     """Heads of multi-head."""
 

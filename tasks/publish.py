@@ -23,6 +23,7 @@ from tasks.core.earth.land import land_mask
 from tasks.database import heads
 from tasks.database.store import read_pair
 from tasks.grid import conventions, store
+from tasks.grid.beside import check_beside, dims_beside
 from tasks.grid.overviews import publish_overviews
 from tasks.grid.parts import Part, parts_of, publish_in_parts
 from tasks.grid.previews import draw, write_page
@@ -39,7 +40,7 @@ from tasks.release.stac import ITEM, write_item
 from tasks.release.validation import refuse, validate_grid
 from tasks.units import Work, counted, log, run_units
 
-INHERITED = ("tile_cells", "land", "heads", "compact_dims", "location_dims")  # the parent's, unless given
+INHERITED = ("tile_cells", "land", "with_", "heads", "compact_dims", "location_dims")  # the parent's, unless given
 INT8 = (
     "int8 is for maps, likeness and classes: a probe for the latitude scores {float32} in float32 and {stored} as "
     "stored (R², blocks held out), and others may lose more; `rangegrid evaluate --grid` tells it per task"
@@ -135,14 +136,15 @@ def settled(params: PublishParams, checkpoint: str, database: str) -> PublishPar
     """Settles heads and dimensions, tile size and rule of land: the parent's, or the database's and by SHARD_BYTES.
 
     Raises:
-        UserError: More components are asked for than there are.
+        UserError: More components are asked for than there are, or the weights of another encoder are not there.
     """
     card = read_card(database, DatabaseCard)
     if params.parent:
         parent = read_card(home_of(params.parent), GridCard).recipe
-        names = INHERITED if parent.method == params.method == "multi-head" else INHERITED[:2]
+        names = INHERITED if parent.method == params.method == "multi-head" else INHERITED[:3]
         params = params.model_copy(update={n: getattr(parent, n) for n in names if not getattr(params, n)})
     params = heads.settled(params, card, partial(heads.measured_at, checkpoint, database))
+    check_beside(params.with_)
     tile = params.tile_cells or store.tile_cells(dims_of(card, params), params.dtype)
     return params.model_copy(update={"tile_cells": tile, "land": params.land or "any"})
 
@@ -150,7 +152,7 @@ def settled(params: PublishParams, checkpoint: str, database: str) -> PublishPar
 def dims_of(database: DatabaseCard, params: PublishParams) -> int:
     """Returns the length of a vector."""
     visual = params.retrieval.width * (params.compact_dims or database.value_dim)
-    return visual + (params.location_dims or database.key_dim)
+    return visual + (params.location_dims or database.key_dim) + sum(dims_beside(params.with_).values())
 
 
 def decisive(database: DatabaseCard, params: PublishParams, parent: Parent | None) -> dict[str, Any]:
@@ -160,6 +162,8 @@ def decisive(database: DatabaseCard, params: PublishParams, parent: Parent | Non
         untold.add("beta")
     else:
         untold |= {"heads", "location_dims"}  # so that grids of before are found again
+    if not params.with_:
+        untold.add("with_")  # as above
     decides = {"database": database.fingerprint} | params.model_dump(mode="json", exclude=untold)
     return decides | {"parent": parent.fingerprint if parent else None}
 
@@ -198,7 +202,8 @@ def prepare(client: Client, job: Job, database: DatabaseCard, attrs: dict[str, A
     compact = find_compact(job)
     found = measure(client, job, compact) if whole else Survey({})
     visual, location = values * job.method.width, params.location_dims or database.key_dim
-    content = store.Content(visual, location, found.dtype, found.scales, params.evidence, job.method.blocks)
+    beside = dims_beside(params.with_)
+    content = store.Content(visual, location, found.dtype, found.scales, params.evidence, job.method.blocks, beside)
     store.create_levels(job.grid, spec, content, attrs, params.overviews)
     store.create(job.grid, spec, store.template(spec, content, attrs | found.attrs, compact))
 

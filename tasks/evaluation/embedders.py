@@ -46,10 +46,10 @@ from tasks.core.retrieval import embed as embed_ours
 from tasks.database.heads import index_of
 from tasks.database.store import open_database
 from tasks.evaluation.fusion import JOINT, parts_of, side_by_side
-from tasks.evaluation.geoclip import embed_geoclip
 from tasks.grid.store import storing
 from tasks.grid.tiles import load, load_encoder
 from tasks.model.checkpoint import load_checkpoint
+from tasks.model.geoclip import embed_geoclip
 from tasks.model.satclip import import_satclip, load_foreign
 from tasks.params import EmbedderParams, EmbedParams
 from tasks.points.sample_grid import sample_grid

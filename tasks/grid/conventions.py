@@ -88,7 +88,7 @@ def embedding(spec: GridSpec, parts: dict[str, int], dtype: str) -> dict[str, An
 
     Args:
         spec: The grid.
-        parts: Length of each part of a vector, in order, the location part last.
+        parts: Length of each part of a vector, in order: visual parts, the location part, those of other encoders.
         dtype: How a number is stored.
     """
     edges = np.cumsum([0, *parts.values()]).tolist()
@@ -100,7 +100,7 @@ def embedding(spec: GridSpec, parts: dict[str, int], dtype: str) -> dict[str, An
         "geoemb:gsd": spec.gsd,
         **({"geoemb:spatial_layout": "global"} if spec.is_globe else {}),
         "geoemb:dimensions_axis": "embedding_dim",
-        "geoemb:blocks": {"visual": [0, edges[-2]]} | named,
+        "geoemb:blocks": {"visual": [0, named["location"][0]]} | named,
     }
 
 

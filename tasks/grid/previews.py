@@ -16,6 +16,7 @@ from tasks.core.compact import Projection
 from tasks.core.earth.grid import CHUNK_CELLS, GridSpec, Tile
 from tasks.core.earth.land import land_mask
 from tasks.grid import store
+from tasks.grid.beside import dims_beside
 from tasks.grid.tiles import Job, land_tiles
 from tasks.plots.maps import geotiff, layer_map, principal_colours, world_map
 from tasks.units import run_units
@@ -133,13 +134,14 @@ def axes_of(job: Job) -> NDArray[np.float32]:
     Of smaller cells as many fewer count: else ice, which has a quarter of a globe's land cells, would decide them.
     """
     vectors, land, side = store.open_vectors(job.grid), land_mask(job.spec), min(CHUNK_CELLS, job.spec.tile)
+    own = vectors.shape[0] - sum(dims_beside(job.params.with_).values())
     rows, columns = np.nonzero(land)
     blocks = np.unique(np.column_stack([rows, columns]) // side, axis=0)
     rng = np.random.default_rng(0)
     found, sizes = [], []
     for i, j in blocks[np.sort(rng.permutation(len(blocks))[:BLOCKS])]:
         window = slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)
-        found.append(vectors[(slice(None), *window)][:, land[window]].T)
+        found.append(vectors[(slice(None), *window)][:own, land[window]].T)
         sizes.append(areas(job.spec)[window[0]][np.nonzero(land[window])[0]])
     size = np.concatenate(sizes)
     return Projection.fit(np.concatenate(found)[rng.random(len(size)) < size / size.max()], 3).components
@@ -151,7 +153,7 @@ def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArr
     i, j = np.ix_(drawn.rows[rows] - tile.row, drawn.columns[columns] - tile.column)
     seen = np.full((4, i.size, j.size), np.nan, np.float32)
     if seen.size:
-        seen[:3] = np.tensordot(axes.T, store.read_tile(job.grid, tile)[:, i, j], 1)
+        seen[:3] = np.tensordot(axes.T, store.read_tile(job.grid, tile)[: len(axes), i, j], 1)
     if seen.size and job.params.evidence:
         seen[3] = store.read_tile(job.grid, tile, "distance_km")[i, j]
     return seen
@@ -195,9 +197,10 @@ def _code(spec: GridSpec) -> str:
 def _facts(attrs: dict[str, Any]) -> dict[str, Any]:
     """Returns the facts that a reader asks for first."""
     blocks, field, lost = attrs["geoemb:blocks"], attrs.get("rangegrid:field", {}), attrs.get("rangegrid:loss", {})
+    after = [name for name, (start, _) in blocks.items() if start >= blocks["visual"][1]]
     facts = {
         "source": attrs["attribution"],
-        "dimensions": f"{blocks['location'][1]}: visual {blocks['visual'][1]}, then location",
+        "dimensions": f"{attrs['geoemb:dimensions']}: visual {blocks['visual'][1]}, then {', '.join(after)}",
         "stored as": attrs["geoemb:data_type"],
         "loss": lost and f"cosine with float32 {lost['cosine_mean']} on average, {lost['cosine_min']} at least",
         "lost dimensions": lost.get("warning"),

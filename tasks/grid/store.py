@@ -4,9 +4,10 @@
 variable         dims                  dtype   meaning
 ================ ===================== ======= ======================================================
 embedding        embedding, lat, lon   float32 visual part (the retrieved values), then location part
-                                       float16 (the unit location embedding); NaN: no land, no data
+                                       float16 (the unit location embedding), then those of other encoders, if
+                                               any; NaN: no land, no data
 block            embedding             string  `visual` or `location`, of each dimension; of heads side by side
-                                               the head in place of `visual`
+                                               the head in place of `visual`; the name of another encoder
 lat              lat                   float64 cell centres, degrees north, from north to south
 lon              lon                   float64 cell centres, degrees east, from west to east
 spatial_ref                            int64   no value; its attributes are the CRS
@@ -91,12 +92,14 @@ class Content:
     """Whether the grid has the layers of evidence."""
     heads: tuple[str, ...] = ()
     """Names of the heads that the retrieved part is made of, side by side; none where they are mixed."""
+    beside: dict[str, int] = field(default_factory=dict)
+    """Dimensions of each part that is another encoder's."""
 
     @property
     def parts(self) -> dict[str, int]:
         """Returns the length of each part of a vector that a reader may want alone, in order."""
         visual = dict.fromkeys(self.heads, self.visual // len(self.heads)) if self.heads else {"visual": self.visual}
-        return visual | {"location": self.location}
+        return visual | {"location": self.location} | self.beside
 
 
 def tile_cells(dims: int, dtype: DType) -> int:
@@ -156,7 +159,8 @@ def _embedding(spec: GridSpec, content: Content) -> xr.Dataset:
                 "_FillValue": np.int8(NODATA_CODE),
             }
         return xr.merge(parts, compat="override")
-    found = _empty(spec, VARIABLE, "embedding_dim", sum(sizes.values()), {"long_name": "RANGE embedding"} | about)
+    dims = sum(content.parts.values())
+    found = _empty(spec, VARIABLE, "embedding_dim", dims, {"long_name": "RANGE embedding"} | about)
     found[VARIABLE].encoding = {"dtype": content.dtype, "_FillValue": np.dtype(content.dtype).type(np.nan)}
     names = np.repeat(np.array(list(content.parts), dtype=object), list(content.parts.values()))
     return found.assign_coords(block=("embedding_dim", names, {"long_name": "part of the embedding"}))

@@ -20,6 +20,7 @@ from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.sums import Selections
 from tasks.database.store import Database, open_database
 from tasks.grid import store
+from tasks.grid.beside import embed_beside
 from tasks.model.checkpoint import load_checkpoint
 from tasks.params import PublishParams
 
@@ -153,7 +154,7 @@ def publish_tile(job: Job, tile: Tile) -> Report:
         write_evidence(job, tile, cells, encoder, index)
     if not job.params.keep_sums:
         vectors, report = embed_cells(encoder, index, cells, job.method, job.params.tolerance)
-        write_cells(job.grid, tile, cells, vectors, store.VARIABLE)
+        write_vectors(job, tile, cells, vectors)
         return report
     places, location = cells.lonlat, encoder.embed(cells.lonlat)
     return deliver(job, tile, location, index.select(location, places, job.method).scaled(), len(places))
@@ -186,10 +187,14 @@ def deliver(job: Job, tile: Tile, queries: NDArray[np.float32], selections: Sele
         write_cells(job.sums, tile, cells, selections.pack(), store.SUMS)
     compact = load_compact(job.projected_by)
     location = compact.location.apply(queries) if compact.location else queries
-    write_cells(
-        job.grid, tile, cells, np.concatenate([selections.visual(job.method), location], axis=1), store.VARIABLE
-    )
+    write_vectors(job, tile, cells, np.concatenate([selections.visual(job.method), location], axis=1))
     return Report(len(queries), evaluated, 0, 0.0)
+
+
+def write_vectors(job: Job, tile: Tile, cells: Cells, vectors: NDArray[np.float32]) -> None:
+    """Writes the vectors of the wanted cells, (m, dim), and beside them those of other encoders."""
+    whole = np.concatenate([vectors, embed_beside(job.params.with_, cells.lonlat)], axis=1)
+    write_cells(job.grid, tile, cells, whole, store.VARIABLE)
 
 
 def write_cells(url: str, tile: Tile, cells: Cells, vectors: NDArray[np.float32], variable: str) -> None:

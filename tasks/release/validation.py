@@ -28,6 +28,7 @@ from tasks.core.methods import Head, Method
 from tasks.database.store import Database, read_blocks
 from tasks.findings import Finding
 from tasks.grid import store
+from tasks.grid.beside import embed_beside
 from tasks.grid.tiles import SUMS, land_cells, land_tiles
 from tasks.model.checkpoint import load_checkpoint
 from tasks.params import PublishParams
@@ -119,10 +120,13 @@ def validate_grid(client: Client, grid: str, card: GridCard) -> list[Finding]:
     if any(check.error for check in checks):
         return findings
     findings += storage_loss(grid)
-    stored, reference = canaries(grid, spec, card, params)
+    stored, reference, places = canaries(grid, spec, card, params)
+    own = blocks(grid)["location"][1]
     slack = max(EXACT[params.dtype], FARTHEST * params.tolerance)
     findings.append(visual_range(checks, reference, slack))
-    return [*findings, *compared(reference.apart(stored), reference.apart(reference.own(len(stored))), params)]
+    findings += other_encoders(stored[:, own:], places, params)
+    apart = reference.apart(stored[:, :own]), reference.apart(reference.own(len(stored)))
+    return [*findings, *compared(*apart, params)]
 
 
 def refuse(grid: str, findings: list[Finding]) -> None:
@@ -262,8 +266,23 @@ def visual_range(checks: list[TileCheck], reference: Reference, slack: float) ->
     return Finding("visual part", not beyond, f"{beyond} of {len(low)} dimensions go beyond the database's values")
 
 
-def canaries(grid: str, spec: GridSpec, card: GridCard, params: PublishParams) -> tuple[Float, Reference]:
-    """Returns some cells as stored, (m, dim), and computed again at their places, then at each of the wrong ones."""
+def other_encoders(stored: Float, places: Float, params: PublishParams) -> Iterator[Finding]:
+    """Checks that parts of other encoders are what these say of the cells' places.
+
+    Args:
+        stored: The parts, (m, d).
+        places: The places, (m, 2) in degrees.
+        params: Which encoders.
+    """
+    if params.with_:
+        expected = embed_beside(params.with_, places).astype(np.float64)
+        error = (np.linalg.norm(stored - expected, axis=1) / np.linalg.norm(expected, axis=1)).max()
+        told = f"{', '.join(params.with_)}: largest relative error of {len(stored)} cells {error:.1g}"
+        yield Finding("other encoders", bool(error <= EXACT[params.dtype]), told)
+
+
+def canaries(grid: str, spec: GridSpec, card: GridCard, params: PublishParams) -> tuple[Float, Reference, Float]:
+    """Returns some cells as stored, (m, dim), as computed again, there and then at wrong places, and their places."""
     dataset, (y, x), plane = opened(grid), spec.plane.dims, store.open_spec(grid).plane
     rows, columns = chosen(spec, name_of(grid))
     stored = store.open_vectors(grid).at(rows, columns)
@@ -272,7 +291,7 @@ def canaries(grid: str, spec: GridSpec, card: GridCard, params: PublishParams) -
     everywhere = plane.lonlat(np.concatenate([places, *wrong(places, spec.box).values()]))
     everywhere = np.where(np.isfinite(everywhere), everywhere, 0)  # where the plane has no place, any is wrong
     queries = load_checkpoint(card.checkpoint).location.embed(everywhere).astype(np.float64)
-    return stored, refer(card.database, queries, everywhere, params.retrieval, compact)
+    return stored, refer(card.database, queries, everywhere, params.retrieval, compact), everywhere[: len(stored)]
 
 
 def chosen(spec: GridSpec, name: str) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

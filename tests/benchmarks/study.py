@@ -37,10 +37,10 @@ from tasks.core.ensemble import rebuild, together
 from tasks.core.probes import SEED, Kind, Split, block_of, score
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.training import Pairs, Trainer, hold_out, train
-from tasks.evaluation.geoclip import embed_geoclip
 from tasks.evaluation.labels import demo_labels
 from tasks.model.features import RUN, RUNS, view_of
 from tasks.model.fitting import BLOCK_DEGREES, new_trainer
+from tasks.model.geoclip import embed_geoclip
 from tasks.model.members import seeded
 from tasks.params import EncoderParams, SampleParams, TrainParams
 from tasks.patches.store import Patches, open_patches

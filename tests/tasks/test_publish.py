@@ -28,10 +28,11 @@ from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.database.store import create_database, finish_database, write_rows
 from tasks.grid import previews, updates
 from tasks.grid import tiles as tiles_module
-from tasks.grid.store import read_compact
+from tasks.grid.store import read_compact, read_tile, write_tile
 from tasks.grid.survey import survey
-from tasks.grid.tiles import Job
+from tasks.grid.tiles import Job, land_tiles
 from tasks.model.checkpoint import load_checkpoint, save_checkpoint
+from tasks.model.geoclip import embed_geoclip
 from tasks.params import PublishParams
 from tasks.points.sample_grid import sample_grid
 from tasks.products import CheckpointCard, GridCard
@@ -176,6 +177,59 @@ def test_heads_are_published_side_by_side(publish, home, before, heads):
     close(opened.embedding.values[parts["location"]][:, land].T, location, 1e-5)
     restored = (scaled @ opened.components.values.T) * opened.deviation.values**2 + opened["mean"].values
     assert np.corrcoef(restored.ravel(), arrays["values"].ravel())[0, 1] > 0.7  # 5 of 8 components
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16", "evidence": True, "overviews": 1}])
+def test_a_grid_carries_a_block_of_another_encoder(publish, client, before, options):
+    """After the grid's own blocks, which stay what they are; by the encoder itself at the cells' centres."""
+    alone, grid = (publish(before, PublishParams(**STEP, **options, with_=names)) for names in ((), ("geoclip",)))
+    opened, own = xr.open_zarr(grid), VALUES + DIM
+    blocks = {"visual": [0, VALUES], "location": [VALUES, own], "geoclip": [own, own + 512]}
+    assert opened.attrs["geoemb:blocks"] == blocks
+    np.testing.assert_array_equal(opened.block.values[own:], "geoclip")
+    found = embeddings(grid)
+    np.testing.assert_array_equal(found[:own], embeddings(alone))
+    rows, columns = np.nonzero(np.isfinite(found[0]))
+    lonlat = np.column_stack([opened.lon.values[columns], opened.lat.values[rows]])
+    close(found[own:, rows, columns].T, embed_geoclip(lonlat), 1e-5 if found.dtype == np.float32 else 1e-3)
+    assert np.isnan(found[own:, np.isnan(found[0])]).all()
+    card = read_card(home_of(grid), GridCard)
+    assert (card.dims, card.made_of["with_"]) == (own + 512, ["geoclip"])
+    assert "with_" not in read_card(home_of(alone), GridCard).made_of  # so that grids of before are found again
+    assert sample_grid(grid, lonlat[:5], "nearest").shape == (5, own + 512)
+    assert {f.check: f.passed for f in validate_grid(client, grid, card)}["other encoders"] is True
+    page = (storage_path(grid).parent / "index.html").read_text()
+    assert f"{own + 512}: visual {VALUES}, then location, geoclip" in page
+
+
+def test_a_wrong_block_of_another_encoder_is_refused(publish, client, before):
+    grid = publish(before, PublishParams(**STEP, with_=("geoclip",), north=0.0))
+    card = read_card(home_of(grid), GridCard)
+    for tile in land_tiles(card.recipe.params.spec):
+        values = read_tile(grid, tile)
+        values[VALUES + DIM :] = np.roll(values[VALUES + DIM :], 1, axis=0)
+        write_tile(grid, tile, values)
+    assert {f.check for f in validate_grid(client, grid, card) if f.passed is False} == {"other encoders"}
+
+
+def test_an_update_carries_the_blocks_of_its_parent(publish, before, after):
+    parent = publish(before, PublishParams(**STEP, keep_sums=True, with_=("geoclip",), north=0.0))
+    child = publish(after, PublishParams(**STEP, parent=parent, north=0.0))
+    same(child, publish(after, PublishParams(**STEP, with_=("geoclip",), north=0.0)))
+
+
+def test_blocks_that_cannot_be_are_refused_before_work(publish, before, monkeypatch):
+    for options, message in (
+        (["--with", "satclip"], "--with 'satclip': Input should be 'geoclip'"),
+        (["--with", "geoclip", "--with", "geoclip"], "give each block once"),
+        (["--with", "geoclip", "--dtype", "int8"], "stored in float32 or float16: give no int8, or no with"),
+    ):
+        ran = CliRunner().invoke(app, ["publish", "checkpoint", before, *options])
+        assert ran.exit_code
+        assert message in str(ran.exception or ran.output)
+    monkeypatch.setattr("tasks.grid.beside.WEIGHTS", "geoclip/gone")
+    with pytest.raises(UserError, match="package geoclip, which has geoclip/gone, is not installed"):
+        publish(before, PublishParams(**STEP, with_=("geoclip",), south=0.0))
 
 
 FURTHER = [pytest.param(options, marks=pytest.mark.further) for options in ({"method": "range"}, {"beta": 1.0})]

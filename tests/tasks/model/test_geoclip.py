@@ -11,8 +11,8 @@ import torch
 
 from infra.packages import data_file
 from tasks.core.probes import random_split, score
-from tasks.evaluation.geoclip import WEIGHTS, embed_geoclip
 from tasks.evaluation.label_tables import read_labels
+from tasks.model.geoclip import WEIGHTS, embed_geoclip
 from tasks.params import EvaluateParams
 
 

@@ -18,11 +18,12 @@ from tasks.core.earth.sphere import equal_earth
 
 UNIT = 66.50336 / 180  # factor of GeoCLIP's Equal Earth coordinates
 WEIGHTS = "geoclip/model/weights/location_encoder_weights.pth"  # file in the package
+DIM = 512  # length of a vector
 LAYERS = ("capsule.1", "capsule.3", "capsule.5")
 
 
 def embed_geoclip(lonlat: NDArray[np.float64], batch: int = 4096) -> NDArray[np.float32]:
-    """Embeds (n, 2) places in degrees (lon, lat) by GeoCLIP, (n, 512); GeoCLIP itself takes (lat, lon)."""
+    """Embeds (n, 2) places in degrees (lon, lat) by GeoCLIP, (n, DIM); GeoCLIP itself takes (lat, lon)."""
     weights = torch.load(data_file("geoclip", WEIGHTS), weights_only=True)
     plane = torch.from_numpy(np.column_stack(equal_earth(*lonlat.T)) * UNIT).float()
     with torch.no_grad():

@@ -228,7 +228,7 @@ def test_a_run_shows_the_map_and_leads_to_the_grid(page):
 
     page.go_back()
     said(page, "The RANGE\\+ grid", "Artifacts")
-    page.get_by_text("The RANGE+ grid").first.click()
+    page.get_by_text("The multi-head RANGE grid").first.click()
     page.get_by_text("xr.open_zarr").wait_for()
     keep(page, "9-links")
     with page.expect_popup() as opened:

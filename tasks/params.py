@@ -574,7 +574,7 @@ class EvaluateParams(EmbedderParams):
     log1p: bool = False
     """Predicts log(1 + label), as the paper does for population."""
     points: int | None = Field(None, ge=200, le=1_000_000)
-    """Largest number of labelled places per task. Unset: 2,500 for the demo's labels, 10,000 drawn in polygons, all
+    """Largest number of labelled places per task. Unset: 10,000 for the demo's labels or drawn in polygons, all
     rows of a table."""
     repeats: int = Field(1, ge=1, le=100)
     """Number of random splits. The first is the one of the paper."""
@@ -642,8 +642,9 @@ class PipelineParams(Params):
     evaluate: EvaluateParams = Field(default_factory=EvaluateParams)
     """Which labels, embedding methods and splits to evaluate."""
     gate_margin: float = Field(0.02, ge=0, le=1)
-    """How much lower a score on blocked splits may be than that of the current latest grid. A new grid with a lower
-    score is not promoted."""
+    """How much lower a score on blocked splits may be than that of the current latest grid. A new grid is not promoted
+    where a score is lower by more than that, beyond noise, or where its scores are not beyond noise above those of the
+    location encoder alone."""
 
     @model_validator(mode="after")
     def _enough_patches(self) -> Self:

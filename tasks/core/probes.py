@@ -36,6 +36,10 @@ Kind = Literal["classification", "regression"]
 METRICS: dict[Kind, str] = {"classification": "accuracy", "regression": "R²"}
 ALPHAS = (0.1, 1.0, 10.0)  # ridge penalties of the paper
 NUMBER_FOLDS, CLASS_FOLDS = 3, 10  # folds of the paper that choose the penalty, for numbers and for classes
+FEW_DIMS = 300  # below, probes are quick as they are
+NEGLIGIBLE = 1e-5  # sum of squares along a direction, a ten-thousandth of the least penalty
+FEWER = 0.8  # share of directions up to which fewer are worth the work
+WIDER = 4.0  # most that a training part's span may be narrower than all rows', which magnifies what was left out
 SHARES, SEED = (0.8, 0.2), 42  # the paper's shares of training and test rows, and its seed
 
 
@@ -91,6 +95,61 @@ def near_duplicates(lonlat: NDArray[np.float64], split: Split, km: float) -> int
     return int(np.isfinite(distance).sum())
 
 
+@dataclass(frozen=True)
+class Features:
+    """Features of all rows, and, where they vary in fewer directions than they have dimensions, what they are in those.
+
+    Retrieved embeddings are means over many images, so 1,280 dimensions vary in some 700. A direction in which the
+    scaled features' sum of squares is s moves no prediction by more than s / penalty of what the labels are, so those
+    below `NEGLIGIBLE` are left out: a ten-thousandth at the least penalty.
+    """
+
+    full: NDArray[np.float32]
+    """The features, (n, d)."""
+    along: NDArray[np.float64] | None = None
+    """Features scaled to 0..1 on all rows, along the directions, (n, r); None where all directions count."""
+    axes: NDArray[np.float64] | None = None
+    """The directions, orthonormal, (d, r)."""
+    span: NDArray[np.float64] | None = None
+    """What the scaling on all rows divided by, (d,)."""
+
+    @classmethod
+    def of(cls, full: NDArray[np.float32]) -> "Features":
+        """Finds the directions in which features vary; rows may be NaN, which no split may hold."""
+        known = np.isfinite(full[:, 0])
+        if full.shape[1] < FEW_DIMS or known.sum() < 2:
+            return cls(full)
+        span = spans(full[known])
+        scaled = full / span
+        centred = scaled[known] - scaled[known].mean(0)
+        squares, axes = scipy.linalg.eigh(centred.T @ centred, overwrite_a=True, check_finite=False, driver="evd")
+        axes = axes[:, squares > NEGLIGIBLE]
+        return cls(full, scaled @ axes, axes, span) if axes.shape[1] < FEWER * full.shape[1] else cls(full)
+
+    def at(self, rows: NDArray[np.int64]) -> "Features":
+        """Returns the features of some rows."""
+        return Features(self.full[rows], None if self.along is None else self.along[rows], self.axes, self.span)
+
+    def narrow(self, train: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """Returns features whose ridge is that of the features scaled to 0..1 on training rows, (n, r).
+
+        None where that is not to be had, since a training part spans too little of what all rows span.
+        """
+        if self.along is None or self.axes is None or self.span is None:
+            return None
+        wider = self.span / spans(self.full[train])
+        if wider.max() > WIDER:
+            return None
+        turned = self.axes * wider[:, None]  # the penalty counts lengths, and a factor of the products keeps these
+        return self.along @ scipy.linalg.cholesky(turned.T @ turned, lower=True, check_finite=False)
+
+
+def spans(features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Returns what a MinMaxScaler divides by, (d,): the ranges, and 1 where there is none."""
+    ranges = np.ptp(features, axis=0).astype(np.float64)
+    return np.where(ranges > 10 * np.finfo(np.float64).eps, ranges, 1.0)
+
+
 def score(features: NDArray[np.float32], labels: NDArray, kind: Kind, split: Split) -> float:
     """Returns accuracy or R² of the paper's probe on the test rows of a split.
 
@@ -103,9 +162,14 @@ def score(features: NDArray[np.float32], labels: NDArray, kind: Kind, split: Spl
     return judge(kind, labels[split.test], predict(features, labels, kind, split))
 
 
-def predict(features: NDArray[np.float32], labels: NDArray, kind: Kind, split: Split) -> NDArray:
+def predict(features: NDArray[np.float32] | Features, labels: NDArray, kind: Kind, split: Split) -> NDArray:
     """Returns the predictions of the paper's probe for the test rows of a split, (test rows,)."""
-    train, test = (features[rows].astype(np.float64) for rows in (split.train, split.test))
+    if not isinstance(features, Features):
+        features = Features(features)
+    narrow = features.narrow(split.train)
+    if narrow is not None:
+        return ridge(kind).fit(narrow[split.train], labels[split.train]).predict(narrow[split.test])
+    train, test = (features.full[rows].astype(np.float64) for rows in (split.train, split.test))
     return probe(kind).fit(train, labels[split.train]).predict(test)
 
 
@@ -116,7 +180,12 @@ def judge(kind: Kind, labels: NDArray, predicted: NDArray) -> float:
 
 def probe(kind: Kind) -> Pipeline:
     """Returns the paper's probe, a scikit-learn pipeline."""
-    return make_pipeline(MinMaxScaler(), GramRidgeClassifierCV() if kind == "classification" else GramRidgeCV())
+    return make_pipeline(MinMaxScaler(), ridge(kind))
+
+
+def ridge(kind: Kind) -> "GramRidgeClassifierCV | GramRidgeCV":
+    """Returns the paper's probe of features that are scaled already."""
+    return GramRidgeClassifierCV() if kind == "classification" else GramRidgeCV()
 
 
 class GramRidgeCV(RegressorMixin, BaseEstimator):

@@ -11,6 +11,8 @@ spherical harmonics  the fixed features below the location encoder
 geoclip              the weights in the package `geoclip`
 satclip, sinr, csp   published weights, as NAME=PATH or NAME=URL; without them, shown as not given
 location encoder     our location encoder, without retrieval
+shuffled values      multi-head with the values dealt at random to other images: where without what, so that what
+                     is left of its scores comes from position alone
 range, range+        retrieval from our database, as published: of several members by the first
 multi-head           retrieval by heads side by side, those that the database chooses
 URL of a grid        the vectors of a published grid
@@ -19,7 +21,7 @@ several, joined by + their vectors side by side, such as `geoclip+range+`; the p
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -68,8 +70,20 @@ FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
 }
 BY_PATH = ("satclip", "sinr", "csp")
 OURS = {"location encoder": Method("none"), "range": Method("range"), "range+": Method("range+")}
-MULTI_HEAD, GRID = "multi-head", "grid"
-NAMES = (*FIXED, "spherical harmonics", "geoclip", *BY_PATH, *OURS, MULTI_HEAD)
+SHUFFLED, MULTI_HEAD, GRID = "shuffled values", "multi-head", "grid"
+SHUFFLE_SEED = 0
+BY_HEADS = {SHUFFLED: True, MULTI_HEAD: False}  # whether the values are shuffled among the images
+NAMES = (
+    *FIXED,
+    "spherical harmonics",
+    "geoclip",
+    *BY_PATH,
+    "location encoder",
+    SHUFFLED,
+    "range",
+    "range+",
+    MULTI_HEAD,
+)
 WITHOUT_IMAGES = "location encoder"  # what retrieval adds to
 STORED = "grid's vectors, "  # prefix of the names of a grid's vectors at exact places, before their dtype
 NOT_GIVEN = "weights not given"
@@ -110,7 +124,7 @@ def embedders(checkpoint: str | None, database: str | None, grid: str | None, pa
     Raises:
         UserError: A name is unknown or of two embedders, or an embedder lacks its weights or products.
     """
-    ours = {*OURS, MULTI_HEAD}
+    ours = {*OURS, *BY_HEADS}
     asked = params.embedder or tuple(name for name in NAMES if name not in ours or (checkpoint and database))
     chosen = _once([one for spec in asked for one in _rows(spec, checkpoint, database, params)])
     if grid:
@@ -229,7 +243,7 @@ def _named(spec: str, checkpoint: str | None, database: str | None, params: Embe
         return Named(name, partial(_harmonics, _degree(checkpoint)))
     if name == "geoclip":
         return Named("GeoCLIP", embed_geoclip if find_spec("geoclip") else None)
-    if name in OURS or name == MULTI_HEAD:
+    if name in OURS or name in BY_HEADS:
         return _ours(name, checkpoint, database)
     raise UserError(f"the embedder {spec!r} is unknown: use {', '.join(NAMES)}, the URL of a grid, or some joined by +")
 
@@ -240,8 +254,8 @@ def _ours(name: str, checkpoint: str | None, database: str | None) -> Named:
     shown = name.upper() if name.startswith("range") else name
 
     def ours(lonlat: Lonlat) -> Embeddings:
-        if name == MULTI_HEAD:
-            encoder, index, method = _multi_head(checkpoint, database)
+        if name in BY_HEADS:
+            encoder, index, method = _multi_head(checkpoint, database, shuffle=BY_HEADS[name])
             return embed_ours(encoder, index, lonlat, method)
         if name == WITHOUT_IMAGES:
             return load_encoder(checkpoint).embed(lonlat)
@@ -260,11 +274,17 @@ def _as_published(checkpoint: str, database: str) -> tuple[PlaceEncoder, Retriev
     return encoder, RetrievalIndex(keys, index.values.numpy(), index.locations)
 
 
-@lru_cache(maxsize=1)
-def _multi_head(checkpoint: str, database: str) -> Retrieval:
-    """Opens a database for the multi-head method by default."""
-    encoder = load_encoder(checkpoint)
-    index, params, _ = index_of(encoder, open_database(database), EmbedParams())
+@lru_cache(maxsize=2)
+def _multi_head(checkpoint: str, database: str, shuffle: bool = False) -> Retrieval:
+    """Opens a database for the multi-head method by default, by the heads that its own values choose.
+
+    Shuffled, another image has the values of each: keys and locations stay.
+    """
+    encoder, data = load_encoder(checkpoint), open_database(database)
+    index, params, _ = index_of(encoder, data, EmbedParams())
+    if shuffle:
+        order = np.random.default_rng(SHUFFLE_SEED).permutation(len(data.values))
+        index, params, _ = index_of(encoder, replace(data, values=data.values[order]), params)
     return encoder, index, params.retrieval
 
 

@@ -39,7 +39,7 @@ IN_POLYGONS = 10_000  # places drawn in polygons where no number is asked for
 FEWEST = 50  # fewest labelled places of a task
 DRAWS, TRIES = 20_000, 500  # places drawn at a time, and most draws, until polygons hold enough places
 NO_LABEL = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")  # texts that mean no label
-DEMO_POINTS, BLOCK_DEGREES = 2500, 10.0  # places of a demo task, and side of its blocks
+DEMO_POINTS, BLOCK_DEGREES = 10_000, 10.0  # places of a demo task, and side of its blocks
 
 
 @dataclass(frozen=True)

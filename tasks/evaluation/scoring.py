@@ -22,6 +22,7 @@ from tasks.core.probes import (
     CLASS_FOLDS,
     METRICS,
     SEED,
+    Features,
     Split,
     blocked_folds,
     judge,
@@ -118,7 +119,8 @@ def score_all(
     sections = list(_sections(sets, where, embedders, vectors, again, params))
     for section in sections:
         for one in section.embedders:
-            features = vectors[one]()
+            found = vectors[one]()
+            features = None if found is None else Features.of(found)
             for made in section.trials:
                 row, said = _score(one.name, features, made)
                 rows.append(row | {"places": section.name})
@@ -226,13 +228,13 @@ def digest(labels: LabelSet) -> str:
     return fingerprint([labels.lonlat.round(6).tolist(), labels.labels.tolist()])
 
 
-def _score(name: str, vectors: Embeddings | None, made: Trial) -> tuple[dict[str, Any], NDArray | None]:
+def _score(name: str, known: Features | None, made: Trial) -> tuple[dict[str, Any], NDArray | None]:
     """Returns one embedder's row for one task, and the predictions for every place."""
     row = {"task": made.labels.name, "metric": METRICS[made.labels.kind], "embedder": name}
-    if vectors is None:
+    if known is None:
         blank = dict.fromkeys(("random", "random_splits", "blocked", "blocked_splits", "dims"))
         return row | blank | made.facts | {"note": NOT_GIVEN}, None
-    features, labels, kind = vectors[made.places], made.labels.labels, made.labels.kind
+    features, labels, kind = known.at(made.places), made.labels.labels, made.labels.kind
     splits = [*made.random, *made.blocked]
     said = list(_parallel([(features, labels, kind, split) for split in splits]))
     scores = [judge(kind, labels[split.test], answer) for split, answer in zip(splits, said, strict=True)]
@@ -241,7 +243,7 @@ def _score(name: str, vectors: Embeddings | None, made: Trial) -> tuple[dict[str
     for split, answer in list(zip(splits, said, strict=True))[count : count + made.facts["folds"]]:
         everywhere[split.test] = answer
     found = _summary("random", scores[:count]) | _summary("blocked", scores[count:])
-    return row | found | {"dims": features.shape[1], **made.facts, "note": ""}, everywhere
+    return row | found | {"dims": features.full.shape[1], **made.facts, "note": ""}, everywhere
 
 
 def _summary(name: str, scores: list[float]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from sklearn.preprocessing import MinMaxScaler
 
 from tasks.core.probes import (
     ALPHAS,
+    Features,
     Moments,
+    Split,
     block_of,
     blocked_folds,
     by_factors,
@@ -79,6 +81,38 @@ def test_the_probe_is_scikit_learns(kind, n, d, seed):
         np.testing.assert_allclose(ours.decision_function(test), theirs.decision_function(test), atol=1e-7)
     assert (predict(x, labels, kind, split) == ours.predict(test)).all()
     assert score(x, labels, kind, split) == pytest.approx(theirs.score(test, labels[split.test]), abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The least populated class")
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_features_that_vary_in_few_directions_are_probed_in_these_with_the_same_result(kind):
+    """Of means over images, as retrieval makes; by scikit-learn on all dimensions. Some rows are unknown."""
+    rng = np.random.default_rng(0)
+    weights = rng.dirichlet(np.full(60, 0.1), size=900)
+    wide = (weights @ rng.normal(size=(60, 320)) * rng.uniform(1e-3, 1e3, 320)).astype(np.float32)
+    wide[:, 0] = 7
+    _, labels = data(kind, 900, 20, 1)
+    labels = np.where(weights[:, 0] > 0.02, labels[0], labels)
+    kept, split = Features.of(np.vstack([np.full((5, 320), np.nan, np.float32), wide])), random_split(900)
+    assert kept.along.shape[1] < 80
+    found = predict(kept.at(np.arange(5, 905)), labels, kind, split)
+    expected = sklearn_probe(kind).fit(wide[split.train].astype(float), labels[split.train])
+    expected = expected.predict(wide[split.test].astype(float))
+    if kind == "regression":
+        np.testing.assert_allclose(found, expected, atol=2e-4 * labels.std())
+    else:
+        assert (found == expected).all()
+
+
+def test_a_training_part_that_spans_too_little_is_probed_as_it_is():
+    rng = np.random.default_rng(0)
+    wide = (rng.normal(size=(400, 30)) @ rng.normal(size=(30, 320))).astype(np.float32)
+    wide[-1, 0] *= 1e3
+    split, labels = Split(np.arange(300), np.arange(300, 400)), wide[:, 1] + rng.normal(size=400)
+    kept = Features.of(wide)
+    assert kept.along is not None
+    assert kept.narrow(split.train) is None
+    assert (predict(kept, labels, "regression", split) == predict(wide, labels, "regression", split)).all()
 
 
 @pytest.mark.parametrize("way", [by_spectrum, by_factors])

@@ -133,7 +133,7 @@ def test_each_step_tells_its_plan_and_what_came_of_it(made, artifacts):
         ("sample-patches-run", "read patches"): 3,
         ("train-model-run", "train"): 20,
         ("encode-database-run", "encode"): 1,
-        ("evaluate-database-run", "evaluate"): 13,
+        ("evaluate-database-run", "evaluate"): 15,
         ("publish-grid-run", "land cells"): int(np.isfinite(xr.open_zarr(made["grid"]).embedding[0]).sum()),
     }
     for (key, what), count in asked.items():
@@ -153,7 +153,7 @@ def test_the_grid_has_its_score_card(made):
     assert card == storage.read_json(storage.join(made["report"], "scorecard.json"))
     assert card["product"] == "grid"
     rows = {(row["embedder"], row["task"]): row for row in card["scores"]}
-    assert len(rows) == 13 * 5
+    assert len(rows) == 15 * 5
     assert rows["grid", "temperature"]["n"] + rows["grid", "temperature"]["left_out"] == 400
     assert rows["wrap", "temperature"]["blocked"] > rows["coordinates", "temperature"]["blocked"]
     assert rows["CSP", "country"]["note"] == "weights not given"

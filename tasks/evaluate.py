@@ -15,6 +15,7 @@ from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places
 from tasks.cards import fingerprint, home_of, is_finished, product_url, write_card
 from tasks.core.conformal import COVERAGE
 from tasks.core.evidence import distance_km, evidence
+from tasks.database.heads import HEAD_DIMS
 from tasks.database.store import read_pair
 from tasks.evaluation import fusion
 from tasks.evaluation.embedders import Lonlat, Named, beside_grids, dtype_costs, embedders, retrieval_of
@@ -76,6 +77,8 @@ def evaluate_database(
         report(url, scored, f"{CAPTION} {attribution}")
         product = product_of(scored.table)
         content = {"kind": "scorecard", "product": product, "made_of": made_of, "scores": records(scored.table)}
+        if card and card.images <= min(card.value_dim, HEAD_DIMS):
+            content["few_images"] = True
         if costs := dtype_costs(records(scored.table)):
             content["dtype_costs"] = costs
         if parts := {one.name: one.parts for one in scored_by if one.parts}:

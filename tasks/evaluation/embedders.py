@@ -135,14 +135,13 @@ def embedders(checkpoint: str | None, database: str | None, grid: str | None, pa
 
 
 def beside_grids(checkpoint: str | None, database: str | None, chosen: list[Named]) -> list[Named]:
-    """Returns what is scored beside a grid on its places, asked for or not: the location encoder, if there is one.
+    """Returns what is scored beside a grid on its places, asked for or not: what the gate compares it with.
 
-    By the difference the gate tells what the images add.
+    That is the location encoder, if there is one, and coordinates.
     """
-    there = [one for one in chosen if one.name == WITHOUT_IMAGES]
-    if not there and checkpoint and database:
-        there = [_ours(WITHOUT_IMAGES, checkpoint, database)]
-    return there
+    wanted = [WITHOUT_IMAGES, "coordinates"] if checkpoint and database else []
+    there = {one.name: one for one in chosen}
+    return [there.get(name) or _named(name, checkpoint, database, EmbedderParams()) for name in wanted]
 
 
 def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:

@@ -5,7 +5,8 @@ The gate compares score cards on blocked splits alone, since random splits leak 
 the same places: the mean over tasks shows far smaller differences than any task alone. A score has fallen where it is
 below the current latest's by more than the margin, beyond noise: seeds of one training differ by some hundredths.
 
-Former score cards have no scores of single splits. They are judged by their means, against raw coordinates.
+Former score cards have no scores of single splits. They are judged by their means, against raw coordinates; so is a
+product of no more images than their values have components, of which no score tells what the images add.
 """
 
 import math
@@ -66,6 +67,9 @@ class ScoreCard(Part):
     """Name of the embedder that is the product."""
     scores: tuple[Row, ...]
     """All embedders on all tasks."""
+    few_images: bool = False
+    """Whether the database has no more images than their values have components. Values dealt to other images span the
+    same then, and no score tells what the images add."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def gate(new: ScoreCard, current: ScoreCard | None, margin: float) -> list[Refus
     ours = rows_of(new, new.product)
     if not ours:
         return [Refusal("", None, f"the score card has no scores of its product, {new.product!r}: evaluate it")]
-    if all(row.blocked_splits for row in ours.values()):
+    if all(row.blocked_splits for row in ours.values()) and not new.few_images:
         refusals = _against_baseline(new, ours)
     else:
         refusals = _against_coordinates(new, ours)
@@ -137,7 +141,7 @@ def _against_baseline(card: ScoreCard, ours: Mapping[str, Row]) -> list[Refusal]
 
 
 def _against_coordinates(card: ScoreCard, ours: Mapping[str, Row]) -> list[Refusal]:
-    """Returns what speaks against a product with a former card: the tasks on which it is not above coordinates."""
+    """Returns the tasks on which coordinates are as good, of a product with a former card or of few images."""
     base = rows_of(card, FORMER_BASELINE)
     return [found for task, row in ours.items() if (found := _below_coordinates(row, base.get(task)))]
 

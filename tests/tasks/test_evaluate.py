@@ -263,7 +263,7 @@ def test_a_grid_gets_its_card_and_is_scored_with_the_location_encoder_on_the_pla
     counts = {key: (row["n"], row["left_out"]) for key, row in rows.items()}
     everywhere = ["coordinates", "wrap", "SatCLIP", "location encoder", "RANGE+"]
     assert counts == dict.fromkeys((("all", name) for name in everywhere), (COUNT, 0)) | dict.fromkeys(
-        (("grid", name) for name in ("location encoder", "grid")), (COUNT - beyond, beyond)
+        (("grid", name) for name in ("location encoder", "coordinates", "grid")), (COUNT - beyond, beyond)
     )
     assert rows["grid", "grid"]["verdict"] == "above"
     without = evaluate_database(checkpoint, images, params(table))
@@ -272,7 +272,7 @@ def test_a_grid_gets_its_card_and_is_scored_with_the_location_encoder_on_the_pla
     assert read(alone, "scorecard.json")["product"] == url
     few = evaluate_database(checkpoint, images, params(table, embedder=("wrap",)), url)
     compared = {row["embedder"]: row for row in read(few, "scores.json") if row["places"] == "grid"}
-    assert list(compared) == ["location encoder", "wrap", "grid"]
+    assert list(compared) == ["location encoder", "coordinates", "wrap", "grid"]
     assert compared["location encoder"]["blocked_splits"] == rows["grid", "location encoder"]["blocked_splits"]
 
 

@@ -75,3 +75,12 @@ def test_a_card_without_scores_of_its_product_or_of_coordinates_is_refused():
     assert "no scores of its product" in str(judged({"product": "grid", "scores": []}, None, 0.02)[0])
     bare = {"product": "grid", "scores": [row("temperature", "grid", 0.9)]}
     assert "coordinates were not scored" in str(judged(bare, None, 0.02)[0])
+
+
+def test_of_few_images_no_score_tells_what_they_add_and_coordinates_are_the_baseline():
+    splits = {"blocked_splits": [0.3, 0.31, 0.3, 0.32], "fold_seeds": 2, "folds": 2}
+    rows = [row("elevation", name, 0.3075, **splits) for name in ("grid", "location encoder")]
+    rows += [row("elevation", "coordinates", 0.2, **splits)]
+    (refusal,) = judged({"product": "grid", "scores": rows}, None, 0.02)
+    assert "not above the location encoder beyond noise" in str(refusal)
+    assert judged({"product": "grid", "scores": rows, "few_images": True}, None, 0.02) == []

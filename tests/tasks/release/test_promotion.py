@@ -22,6 +22,7 @@ from tasks.release import versions
 from tasks.release.gate import CARD, Row, ScoreCard, gate, rows_of
 from tasks.release.promotion import promote_evaluated
 
+pytestmark = pytest.mark.timeout(1200)  # four grids are published and evaluated before the first test
 SEEDS = "012"
 HILLS = np.random.default_rng(0).normal(size=(40, 3))
 STEP = {"step": 6.0, "tile_cells": 60, "promote": False, "method": "range+"}

@@ -76,7 +76,12 @@ def evaluate_database(
         attribution = card.attribution if card else ""
         report(url, scored, f"{CAPTION} {attribution}")
         product = product_of(scored.table)
-        content = {"kind": "scorecard", "product": product, "made_of": made_of, "scores": records(scored.table)}
+        content: dict[str, Any] = {
+            "kind": "scorecard",
+            "product": product,
+            "made_of": made_of,
+            "scores": records(scored.table),
+        }
         if card and card.images <= min(card.value_dim, HEAD_DIMS):
             content["few_images"] = True
         if costs := dtype_costs(records(scored.table)):

@@ -27,10 +27,11 @@ from tasks.patches.estimate import estimate
 from tasks.patches.store import open_patches
 from tasks.points import embed as points
 from tasks.points import sample_grid as grid_sampling
-from tasks.products import AblationCard, CheckpointCard, GridCard, ReportCard
+from tasks.products import AblationCard, CheckpointCard, GridCard, GridRecipe, ReportCard
 from tasks.release import promotion, versions
 from tests.tasks.release.test_stac import schemas
 
+SETTLED = ("heads", "compact_dims", "location_dims")  # of multi-head, by the database
 Case = dict[str, str]  # text of an option, as a command line has it, by `step.option`
 BASE: Case = {
     "sample.patches": "20", "sample.patch_pixels": "12", "sample.resolution_m": "5000",
@@ -219,7 +220,8 @@ def check_grid(urls: dict[str, str], whole: PipelineParams) -> None:
     visual, location = _parts(grid, params.dtype)
     known = np.isfinite(location).all(-1)
     assert (np.isfinite(visual).all(-1) == known).all(), "half of a vector is missing"
-    are_unit(location[known], {"float32": 1e-4, "float16": 2e-3, "int8": 0.03}[params.dtype])
+    if not GridRecipe.model_validate(grid.attrs["rangegrid:made_of"]).location_dims:
+        are_unit(location[known], {"float32": 1e-4, "float16": 2e-3, "int8": 0.03}[params.dtype])
     if params.evidence:
         assert (grid["effective_images"].values[known] >= 1 - 1e-4).all()
         assert (grid["largest_weight"].values[known] <= 1 + 1e-6).all()
@@ -229,12 +231,12 @@ def check_grid(urls: dict[str, str], whole: PipelineParams) -> None:
         centres = is_land(places.reshape(-1, 2)).reshape(shape)
         assert known[centres].all(), "land has no values"
         assert params.land != "centre" or (known == centres).all(), "the sea has values"
-        if not (params.compact_dims or params.tolerance):
+        if not (params.method == "multi-head" or params.compact_dims or params.tolerance):
             error = {"float32": 1e-4, "float16": 2e-3, "int8": 0.1}[params.dtype]
             by_brute_force(urls, params, places[known][:3], visual[known][:3], location[known][:3], error)
     home = url.removesuffix("/grid.zarr")
     for made in (grid.attrs["rangegrid:made_of"], read_card(home, GridCard).made_of):
-        card_tells(made, params, {"parent", "tile_cells", "land"})
+        card_tells(made, params, {"parent", "tile_cells", "land", "beta", *SETTLED})
     assert validate_dict(storage.read_json(storage.join(home, "item.json")), validator=schemas())
     for level in range(1, params.overviews + 1):
         coarse = xr.open_zarr(storage.zarr_store(store.level_url(url, level), read_only=True), chunks=None)
@@ -247,7 +249,7 @@ def _parts(grid: xr.Dataset, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     if dtype == "int8":
         return np.moveaxis(grid["visual"].values, 0, -1), np.moveaxis(grid["location"].values, 0, -1)
     values, block = np.moveaxis(grid["embedding"].values, 0, -1), grid["block"].values
-    return values[..., block == "visual"], values[..., block == "location"]
+    return values[..., block != "location"], values[..., block == "location"]
 
 
 def by_brute_force(urls: dict[str, str], method: Any, lonlat: Any, visual: Any, location: Any, error: float) -> None:
@@ -289,9 +291,12 @@ def embed(urls: dict[str, str], params: dict[str, Any], paths: dict[str, str]) -
     assert len(table) == len(given)
     vectors = np.stack(table["embedding"].to_list())
     assert np.isfinite(vectors).all(), "embeddings are not finite"
-    visual, location = np.split(vectors, [vectors.shape[1] - database.keys.shape[1]], axis=1)
-    are_unit(location)
-    assert visual.shape[1] == (0 if asked.method == "none" else asked.compact_dims or database.values.shape[1])
+    if asked.method == "multi-head":
+        assert vectors.shape[1] > (asked.location_dims or 0) + (asked.compact_dims or 0)
+    else:
+        visual, location = np.split(vectors, [vectors.shape[1] - database.keys.shape[1]], axis=1)
+        are_unit(location)
+        assert visual.shape[1] == (0 if asked.method == "none" else asked.compact_dims or database.values.shape[1])
     if asked.method in ("range", "range+") and not asked.compact_dims:
         by_brute_force(urls, asked, given[["lon", "lat"]].to_numpy("f8"), visual, location,
                        0.02 if asked.precision == "bf16" else 1e-4)  # fmt: skip

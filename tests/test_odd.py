@@ -23,8 +23,8 @@ def planted(case, paths):
         Path(paths["BASE"]).write_text(json.dumps({"publish": "grid", "encode": "database"}))
     elif case.items() >= FAULT.items():
         raise ZeroDivisionError("planted")
-    elif case.get("embed.beta") == "1.0":
-        raise UserError("beta is refused")
+    elif case.get("embed.precision") == "float64":
+        raise UserError("precision is refused")
     elif "train.lr" in case:
         with refused_early(paths):
             Path(paths["HOME"], "half").touch()
@@ -51,7 +51,7 @@ def test_a_planted_fault_is_found_and_its_command_repeats_it(harness, capsys):
 
 
 def test_refusals_that_are_late_and_what_never_ends_are_findings(harness):
-    assert harness.play({"embed.beta": "1.0"}) == "refused: beta is refused"
+    assert harness.play({"embed.precision": "float64"}) == "refused: precision is refused"
     assert harness.play({"publish.step": "7"}).startswith("refused: --publish")
     assert "refused when" in harness.play({"train.lr": "0.1"})
     assert harness.play({"train.steps": "9"}) == "long: work of train.steps"

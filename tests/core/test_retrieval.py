@@ -301,7 +301,7 @@ def test_equals_the_authors_package(method, rows, seed, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "soft"}, "unknown: use one of range"),
+        ({"name": "soft"}, "unknown: use one of multi-head, range"),
         ({"beta": 1.5}, "beta 1.5 is not between 0"),
         ({"k": 0}, "k 0 is not positive"),
         ({"temperature": -1.0}, "temperature -1.0 is not a number from 0"),
@@ -325,5 +325,5 @@ def test_queries_of_another_encoder_are_refused():
     index = RetrievalIndex(*database(5))
     with pytest.raises(ValueError, match="keys of length 16: embed the places with the encoder"):
         index.retrieve(unit(RNG.normal(size=(3, 8))), places(3), Method())
-    with pytest.raises(ValueError, match="only range and range"):
+    with pytest.raises(ValueError, match=r"top1 selects no weights: only multi-head, range\+, range have heads"):
         index.select(unit(RNG.normal(size=(3, 16))), places(3), Method("top1"))

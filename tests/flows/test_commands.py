@@ -69,7 +69,7 @@ def test_without_a_server_a_command_starts_none_and_tells_how_far_it_is(home, tm
 
 def test_on_a_server_it_is_a_run_with_our_tag_a_name_of_its_own_and_logs(home, prefect):
     url = get_current_settings().api.url
-    ran = publish(home, "--beta", "0.25", PREFECT_API_URL=url)
+    ran = publish(home, "--method", "range+", "--beta", "0.25", PREFECT_API_URL=url)
     assert ran.returncode == 0, ran.stderr
     with get_client(sync_client=True) as client:
         wanted = FlowRunFilter.model_validate({"tags": {"all_": ["rangegrid"]}})

@@ -105,7 +105,7 @@ def test_a_form_has_bounds_and_choices():
     assert (fields["beta"]["minimum"], fields["beta"]["maximum"]) == (0, 1)
     assert fields["beta"]["description"].endswith(". At least 0, at most 1.")  # the UI shows no bounds by itself
     assert fields["compact_dims"]["description"].endswith(". At least 1, at most 8,192.")  # of what may be unset too
-    assert fields["method"]["enum"] == ["range+", "range"]
+    assert fields["method"]["enum"] == ["multi-head", "range+", "range"]
     assert fields["step"]["exclusiveMinimum"] == 0
     assert next(iter(fields)) == "step"
 

@@ -10,6 +10,7 @@ from rangegeo import RANGE
 
 from flows.cli import main
 from tasks.core.encoders import vision
+from tasks.params import EmbedParams
 from tasks.points.embed import embed_points
 from tests.flows.test_cli import run
 from tests.tasks.model.test_checkpoint import random_tower, satclip_file
@@ -55,7 +56,7 @@ def test_there_and_back(folder, rangegrid):
     assert rangegrid("checkpoint", "export", "space", "out.ckpt")[0] == 0
     assert rangegrid("database", "export", "database", (folder / "out.npz").as_uri())[0] == 0
     theirs = RANGE("RANGE+", pretrained_path="out.ckpt", db_path="out.npz").encode(PLACES)
-    ours = embed_points(PLACES, "space", "database")
+    ours = embed_points(PLACES, "space", "database", EmbedParams(method="range+"))
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 

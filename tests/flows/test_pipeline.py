@@ -69,16 +69,18 @@ def test_patches_are_where_the_manifest_says(made):
 
 
 def test_the_grid_is_the_brute_force(made):
-    """A float64 softmax over the whole database at every sampled cell."""
+    """A float64 softmax over the whole database at every sampled cell, for each of the heads side by side."""
     grid = xr.open_zarr(storage.zarr_store(made["grid"]))
     database = open_database(made["database"])
     encoder = load_checkpoint(made["checkpoint"]).location
     keys, values, where = (np.asarray(a, np.float64) for a in (database.keys, database.values, database.locations))
+    selected = (values - grid["mean"].values) @ grid.components.values
+    semantic, geodesic = (float(head.partition(":")[2]) for head in grid.attrs["rangegrid:made_of"]["heads"])
     for lon, lat in [(2.5, 48.5), (-120.5, 40.5), (179.5, 68.5), (25.5, -30.5), (0.5, -85.5)]:
         query = encoder.embed(np.array([[lon, lat]])).astype(np.float64)
-        semantic = weights(12 * query @ keys.T) @ values
-        geodesic = weights(40 * unit_vectors([[lon, lat]]) @ unit_vectors(where).T) @ values
-        expected = np.concatenate([0.5 * semantic + 0.5 * geodesic, query], axis=1)[0]
+        alike = weights(semantic * query @ keys.T) @ selected
+        near = weights(geodesic * unit_vectors([[lon, lat]]) @ unit_vectors(where).T) @ selected
+        expected = np.concatenate([alike, near, query], axis=1)[0]
         found = grid.embedding.sel(lon=lon, lat=lat).values
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 

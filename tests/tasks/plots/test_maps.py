@@ -14,6 +14,7 @@ from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.land import land_mask
 from tasks.grid import previews
 from tasks.grid.previews import MOST_DRAWN, Drawn
+from tasks.params import PublishParams
 from tasks.plots import maps
 from tasks.plots.maps import principal_colours
 from tasks.plots.style import ACCENT, OCEAN, SECOND
@@ -91,7 +92,7 @@ def test_axes_of_colours_count_land_by_area(monkeypatch):
     assert weighted[1] > weighted[0]
     monkeypatch.setattr(previews.store, "open_vectors", lambda grid: vectors)
     monkeypatch.setattr(previews, "BLOCKS", 1000)
-    axes = previews.axes_of(SimpleNamespace(grid="", spec=spec))
+    axes = previews.axes_of(SimpleNamespace(grid="", spec=spec, params=PublishParams()))
     assert np.abs(axes).argmax(0).tolist()[:2] == [1, 0]
 
 

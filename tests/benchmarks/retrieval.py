@@ -1,6 +1,7 @@
 """Places per second of retrieval beside rangegeo's and beside what the machine's matrix product allows.
 
 `python -m tests.benchmarks.retrieval` compares on a random database of 82,000 images, the size of the published one.
+`python -m tests.benchmarks.retrieval heads` compares heads by distance, on as many images with values of 128.
 `python -m tests.benchmarks.retrieval CHECKPOINT DATABASE` compares interpolated grid tiles with exact ones, on a
 trained encoder: random weights are no field of embeddings. Both arguments are as `rangegrid embed` takes them.
 """
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from rangegeo import RANGE
 from tasks.core.adaptive import Cells, Report, embed_cells, relative_error
 from tasks.core.compact import Projection
 from tasks.core.earth.grid import GridSpec
+from tasks.core.earth.sphere import unit_vectors
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.evidence import evidence
+from tasks.core.methods import Head
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.database.store import create_database, finish_database, write_rows
 from tasks.grid.tiles import land_cells
@@ -35,6 +39,7 @@ from tests.benchmarks.memory import HEADER
 
 IMAGES, KEY, VALUE, PLACES, ROUNDS = 82_000, 256, 1024, 2000, 5
 SHARD = 512  # images
+HEAD = 128  # length of a value of the table of heads
 BETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SQUARE = 4096  # side of the matrices whose product is the machine's limit
 TILES = 8
@@ -83,9 +88,39 @@ def main() -> None:
     if len(sys.argv) == 3:
         compare_grids(*sys.argv[1:])
         return
+    if sys.argv[1:] == ["heads"]:
+        compare_heads()
+        return
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder))
         memory(Path(folder))
+
+
+def compare_heads() -> None:
+    """Prints places per second of heads by distance: over all images, by the spectrum, by the tree."""
+    keys, values, where = database()
+    index = RetrievalIndex(keys, values[:, :HEAD], where)
+    asked = places(PLACES, np.random.default_rng(1))
+    queries, torch_values = np.zeros((PLACES, KEY), np.float32), torch.from_numpy(values[:, :HEAD])
+    points, images = (torch.from_numpy(unit_vectors(lonlat)) for lonlat in (asked, where))
+
+    def directly(temperature: float) -> NDArray:
+        logits = points @ images.T * temperature
+        return (torch.softmax(logits, 1).float() @ torch_values).numpy()
+
+    heads = ("geodesic:40", "geodesic:1000", "geodesic:5000", "geodesic:50000", "nearest:1", "nearest:8")
+    methods = {name: Method("multi-head", side_by_side=(Head.parse(name),)) for name in heads}
+    calls: Calls = {name: partial(index.retrieve, queries, asked, method) for name, method in methods.items()}
+    calls |= {f"softmax {t}": partial(directly, float(t)) for t in (40, 5000)}
+    found = {name: call() for name, call in calls.items()}  # the spectrum and the tree are made here, once
+    best = seconds(calls)
+    print(f"{IMAGES} images, values of {HEAD}, {PLACES} places, best of {ROUNDS}")
+    print(f"{'':<16}{'places/s':>10}{'x geodesic:40':>15}")
+    for name, taken in best.items():
+        print(f"{name:<16}{PLACES / taken:10,.0f}{best['geodesic:40'] / taken:15.2f}")
+    for t in (40, 5000):
+        apart = np.abs(found[f"geodesic:{t}"] - found[f"softmax {t}"]).max() / np.abs(values).max()
+        print(f"geodesic:{t} from the softmax over all images, of the largest value: {apart:.1e}")
 
 
 def compare(folder: Path) -> None:

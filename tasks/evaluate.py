@@ -74,7 +74,7 @@ def evaluate_database(
         with progress("evaluate", len(scored_by)) as advance:
             scored = score_all(sets, scored_by, params, advance, beside_grids(checkpoint, database, scored_by))
         attribution = card.attribution if card else ""
-        report(url, scored, f"{CAPTION} {attribution}")
+        report(url, scored, f"{CAPTION}\n{attribution}")
         product = product_of(scored.table)
         content: dict[str, Any] = {
             "kind": "scorecard",

@@ -14,6 +14,7 @@ from tasks.core.field import kernel_width_km
 from tasks.core.paired import MARKS
 from tasks.plots.style import ACCENT, FAINT, INK, SECOND, canvas, plain, png
 
+PRODUCTS = ("multi-head", "grid")  # beginnings of the names of what is published, drawn in the second colour
 COLOURS = (ACCENT, SECOND, "#6a8f3c", "#8a5fa8", "#b8912b", "#4a6fa5", "#b5524b", "#5c9a94")
 COLUMNS = 5  # most panels in a row
 WRAP = 14  # letters of a line of a panel's title
@@ -170,7 +171,7 @@ def score_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:
 def _score_bars(axes: Axes, rows: pd.DataFrame, task: str) -> None:
     place = np.arange(len(rows))[::-1]
     axes.barh(place, rows["random"].clip(lower=0), color="#cfe0e8", height=0.74)
-    colours = [SECOND if name.startswith("RANGE+") else ACCENT for name in rows.index]
+    colours = [SECOND if name.startswith(PRODUCTS) else ACCENT for name in rows.index]
     spread = rows.get("blocked_std")
     style = {"ecolor": INK, "elinewidth": 0.8}
     axes.barh(place, rows["blocked"].clip(lower=0), xerr=spread, color=colours, height=0.44, error_kw=style)

@@ -6,7 +6,7 @@ import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import wraps
 from typing import Any
@@ -48,6 +48,13 @@ def _told_apart(text: str, slug: str) -> str:
 def cell(text: object) -> str:
     """Returns a text as one cell of a Markdown table: on one line, with its bars escaped."""
     return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def markdown_table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Returns a Markdown table of any texts."""
+    lines = [heads, *rows]
+    told = ["| " + " | ".join(map(cell, line)) + " |" for line in lines]
+    return "\n".join([told[0], "|---" * len(heads) + "|", *told[1:]])
 
 
 def keep_picture(url: str, png: bytes, key: str, description: str) -> str:

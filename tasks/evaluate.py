@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.addresses import is_web, shown
 from infra.errors import UserError
-from tasks.artifacts import cell, keep_picture, keep_table, opening, show_places, slugs
+from tasks.artifacts import keep_picture, keep_table, markdown_table, opening, show_places, slugs
 from tasks.cards import fingerprint, home_of, is_finished, product_url, write_card
 from tasks.core.conformal import COVERAGE
 from tasks.core.evidence import distance_km, evidence
@@ -75,25 +75,14 @@ def evaluate_database(
             scored = score_all(sets, scored_by, params, advance, beside_grids(checkpoint, database, scored_by))
         attribution = card.attribution if card else ""
         report(url, scored, f"{CAPTION}\n{attribution}")
-        product = product_of(scored.table)
-        content: dict[str, Any] = {
-            "kind": "scorecard",
-            "product": product,
-            "made_of": made_of,
-            "scores": records(scored.table),
-        }
-        if card and card.images <= min(card.value_dim, HEAD_DIMS):
-            content["few_images"] = True
-        if costs := dtype_costs(records(scored.table)):
-            content["dtype_costs"] = costs
-        if parts := {one.name: one.parts for one in scored_by if one.parts}:
-            content["complementarity"] = compare_fused(url, scored.table, parts)
+        product, scores = product_of(scored.table), records(scored.table)
+        content = {"kind": "scorecard", "product": product, "made_of": made_of, "scores": scores}
+        content |= about_all(url, card, scored, scored_by)
         content["geographic_bias"] = explain(url, scored, product, distances(checkpoint, database), attribution)
-        content["uncertainty"] = tell_uncertainty(
-            url, scored, product, layers(checkpoint, database, grid, product), attribution
-        )
+        evidence_at = layers(checkpoint, database, grid, product)
+        content["uncertainty"] = tell_uncertainty(url, scored, product, evidence_at, attribution)
         storage.write_json(storage.join(url, CARD), content)
-        write_card(url, ReportCard(fingerprint=fingerprint(made_of), made_of=made_of, scores=content["scores"]))
+        write_card(url, ReportCard(fingerprint=fingerprint(made_of), made_of=made_of, scores=tuple(scores)))
     places = {"score card": storage.join(url, CARD), "table": storage.join(url, "scores.md")}
     if grid:
         home = home_of(grid)
@@ -152,6 +141,18 @@ def report(url: str, scored: Scored, caption: str) -> None:
                 *(made.labels.name, section.name, facts["n"], facts["left_out"]),
                 *(facts["near_random"], facts["near_blocked"]),
             )
+
+
+def about_all(url: str, card: DatabaseCard | None, scored: Scored, scored_by: list[Named]) -> dict[str, Any]:
+    """Returns what the score card tells of more than the product, as far as there is any."""
+    told: dict[str, Any] = {}
+    if card and card.images <= min(card.value_dim, HEAD_DIMS):
+        told["few_images"] = True
+    if costs := dtype_costs(records(scored.table)):
+        told["dtype_costs"] = costs
+    if parts := {one.name: one.parts for one in scored_by if one.parts}:
+        told["complementarity"] = compare_fused(url, scored.table, parts)
+    return told
 
 
 def compare_fused(url: str, table: pd.DataFrame, parts: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
@@ -271,8 +272,8 @@ def _error_map(url: str, name: str, lonlat: NDArray[np.float64], lost: NDArray, 
 def _pivot(table: Any) -> str:
     """Returns a Markdown table of groups by tasks, with scores and numbers of places."""
     tasks = list(table["task"].unique())
-    lines = ["| group | " + " | ".join(map(cell, tasks)) + " |", "|---" * (len(tasks) + 1) + "|"]
+    lines = []
     for (by, group), rows in table.groupby(["by", "group"], sort=False):
         cells = {row.task: f"{row.score:.2f} ± {row.std:.2f} ({row.n})" for row in rows.itertuples()}
-        lines.append(f"| {by}: {cell(group)} | " + " | ".join(cells.get(task, "") for task in tasks) + " |")
-    return "\n".join(lines)
+        lines.append([f"{by}: {group}", *(cells.get(task, "") for task in tasks)])
+    return markdown_table(["group", *tasks], lines)

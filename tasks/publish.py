@@ -14,7 +14,7 @@ from distributed import Client
 from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
-from tasks.artifacts import keep_table, opening, show_places
+from tasks.artifacts import keep_table, markdown_table, opening, show_places
 from tasks.cards import fingerprint, home_of, is_finished, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Compact
@@ -40,7 +40,8 @@ from tasks.release.stac import ITEM, write_item
 from tasks.release.validation import refuse, validate_grid
 from tasks.units import Work, counted, log, run_units
 
-INHERITED = ("tile_cells", "land", "with_", "heads", "compact_dims", "location_dims")  # the parent's, unless given
+INHERITED = ("tile_cells", "land", "with_")  # the parent's, unless given
+INHERITED_HEADS = ("heads", "compact_dims", "location_dims")  # the same where both grids are multi-head
 INT8 = (
     "int8 is for maps, likeness and classes: a probe for the latitude scores {float32} in float32 and {stored} as "
     "stored (R², blocks held out), and others may lose more; `rangegrid evaluate --grid` tells it per task"
@@ -141,7 +142,9 @@ def settled(params: PublishParams, checkpoint: str, database: str) -> PublishPar
     card = read_card(database, DatabaseCard)
     if params.parent:
         parent = read_card(home_of(params.parent), GridCard).recipe
-        names = INHERITED if parent.method == params.method == "multi-head" else INHERITED[:3]
+        names: tuple[str, ...] = INHERITED
+        if parent.method == params.method == "multi-head":
+            names += INHERITED_HEADS
         params = params.model_copy(update={n: getattr(parent, n) for n in names if not getattr(params, n)})
     params = heads.settled(params, card, partial(heads.measured_at, checkpoint, database))
     check_beside(params.with_)
@@ -276,10 +279,8 @@ def warn_of_loss(job: Job, lost: dict[str, Any]) -> None:
         log().warning("%s: %s", job.grid, INT8.format(**lost["latitude_probe_r2"]))
     if "warning" in lost:
         log().warning("%s: %s", job.grid, lost["warning"])
-        rows = [
-            f"| {name} | {i} | {share:.0%} |" for name in store.BLOCKS for i, share in enumerate(lost[name]["lost"])
-        ]
-        table = "\n".join([lost["warning"], "", "| part | dimension | lost of its deviation |", "|---|---|---|", *rows])
+        rows = [(name, i, f"{share:.0%}") for name in store.BLOCKS for i, share in enumerate(lost[name]["lost"])]
+        table = "\n\n".join([lost["warning"], markdown_table(["part", "dimension", "lost of its deviation"], rows)])
         keep_table(storage.join(job.home, "loss.md"), table, "grid-loss", f"What {lost['dtype']} loses")
 
 

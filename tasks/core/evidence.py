@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
+from tasks.core.earth.sphere import km_of, unit_vectors
 from tasks.core.retrieval import Method, RetrievalIndex
 
 WEIGHTS = 4_000_000  # weights computed at a time: 16 MB for each half, which stay in the cache
@@ -84,7 +84,7 @@ class Room:
 def distance_km(index: RetrievalIndex, lonlat: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns the great-circle distance from each place to the nearest image, (m,) in km on the mean sphere."""
     chord, _ = index.tree.query(unit_vectors(lonlat))
-    return 2 * EARTH_RADIUS_KM * np.arcsin(np.minimum(chord / 2, 1))
+    return km_of(chord)
 
 
 def _weights(

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tasks.artifacts import cell
+from tasks.artifacts import markdown_table
 
 JOINT = " + "  # between the names of parts in the name of a fused embedder
 SPLITS = ("random", "blocked")
@@ -87,15 +87,13 @@ def complementarity(table: pd.DataFrame, fused: Mapping[str, Sequence[str]]) -> 
 def markdown(indices: pd.DataFrame) -> str:
     """Returns a table of fused embedders by tasks: the index on random / blocked splits, and the better part."""
     tasks = list(indices["task"].unique())
-    lines = ["| complementarity, random / blocked | " + " | ".join(map(cell, tasks)) + " |"]
-    lines.append("|---" * (len(tasks) + 1) + "|")
+    lines = []
     for name, rows in indices.groupby("embedder", sort=False):
-        cells = [_cell(rows[rows["task"] == task].set_index("split")) for task in tasks]
-        lines.append(f"| {cell(name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(_told(rows[rows["task"] == task].set_index("split")) for task in tasks)])
+    return markdown_table(["complementarity, random / blocked", *tasks], lines)
 
 
-def _cell(rows: pd.DataFrame) -> str:
+def _told(rows: pd.DataFrame) -> str:
     if rows["index"].isna().any():
         return "none"
-    return f"{rows['index']['random']:+.2f} / {rows['index']['blocked']:+.2f} over {cell(rows['best_part']['blocked'])}"
+    return f"{rows['index']['random']:+.2f} / {rows['index']['blocked']:+.2f} over {rows['best_part']['blocked']}"

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from infra import storage
-from tasks.artifacts import cell, keep_table, show_table
+from tasks.artifacts import cell, keep_table, markdown_table, show_table
 from tasks.core.paired import CONFIDENCE, MARKS
 from tasks.evaluation.scoring import EVERYWHERE
 
@@ -47,11 +47,11 @@ def markdown(table: pd.DataFrame) -> str:
     """Returns tables of embedders by tasks, for each section: `random / blocked`, and differences to the reference."""
     parts = []
     for places, rows in table.groupby("places", sort=False):
-        title = "random / blocked" if places == EVERYWHERE else f"random / blocked, where {cell(places)} is"
+        title = "random / blocked" if places == EVERYWHERE else f"random / blocked, where {places} is"
         parts.append(_by_task(rows, title, _scores))
         compared = rows[rows["verdict"] != ""]
         if len(compared):
-            parts.append(_by_task(compared, f"blocked, minus {cell(rows['reference'].iloc[0])}", _difference))
+            parts.append(_by_task(compared, f"blocked, minus {rows['reference'].iloc[0]}", _difference))
         parts.append(_counts(rows))
     return "\n\n".join([*parts, _legend(table.iloc[0])])
 
@@ -59,12 +59,11 @@ def markdown(table: pd.DataFrame) -> str:
 def _by_task(table: pd.DataFrame, title: str, text: Callable[[Any], str]) -> str:
     """Returns a Markdown table with the text of each row's scores, by embedder and task."""
     metric = table.groupby("task", sort=False)["metric"].first()
-    heads = [f"{cell(task)} ({metric[task]})" for task in metric.index]
-    lines = [f"| {title} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines = []
     for name, rows in table.groupby("embedder", sort=False):
         cells = {row.task: text(row) for row in rows.itertuples()}
-        lines.append(f"| {cell(name)} | " + " | ".join(cells[task] for task in metric.index) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(cells[task] for task in metric.index)])
+    return markdown_table([title, *(f"{task} ({metric[task]})" for task in metric.index)], lines)
 
 
 def _scores(row: Any) -> str:

@@ -5,11 +5,11 @@ knows, in a section of its own; the reference is scored there again, so that the
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,8 @@ from tasks.evaluation.comparison import compare
 from tasks.evaluation.embedders import NOT_GIVEN, Embeddings, Lonlat, Named
 from tasks.evaluation.labels import LabelSet
 from tasks.params import EvaluateParams
+
+T = TypeVar("T")
 
 REFERENCES = ("location encoder", "coordinates")  # the first of these that is scored, where none is named
 EVERYWHERE = "all"  # the section of the embedders that know all places
@@ -236,7 +238,7 @@ def _score(name: str, known: Features | None, made: Trial) -> tuple[dict[str, An
         return row | blank | made.facts | {"note": NOT_GIVEN}, None
     features, labels, kind = known.at(made.places), made.labels.labels, made.labels.kind
     splits = [*made.random, *made.blocked]
-    said = list(_parallel([(features, labels, kind, split) for split in splits]))
+    said = in_parallel(partial(predict, features, labels, kind), splits)
     scores = [judge(kind, labels[split.test], answer) for split, answer in zip(splits, said, strict=True)]
     count = len(made.random)
     everywhere = np.empty_like(labels)
@@ -253,7 +255,7 @@ def _summary(name: str, scores: list[float]) -> dict[str, Any]:
     return {name: round(float(np.mean(scores)), 4), f"{name}_std": std, f"{name}_splits": each}
 
 
-def _parallel(jobs: list[tuple[Any, ...]]) -> Iterator[NDArray]:
+def in_parallel(fit: Callable[..., T], *jobs: Iterable[Any]) -> list[T]:
     """Fits probes side by side, one core each: their matrices are too small for one product to use several cores."""
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(lambda job: predict(*job), jobs)
+        return list(pool.map(fit, *jobs))

@@ -6,9 +6,7 @@ places of each fold get regions that were calibrated on those of the other folds
 of the random split, as is usual.
 """
 
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -18,15 +16,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.neighbors import NearestNeighbors
-from threadpoolctl import threadpool_limits
 
-from tasks.artifacts import cell
+from tasks.artifacts import markdown_table
 from tasks.core.conformal import COVERAGE, GROUPS, NEAREST, Calibration, feature_distance
-from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
+from tasks.core.earth.sphere import km_of, unit_vectors
 from tasks.core.probes import Split, probe
 from tasks.evaluation.embedders import Embeddings, Lonlat
 from tasks.evaluation.labels import LabelSet
-from tasks.evaluation.scoring import Trial
+from tasks.evaluation.scoring import Trial, in_parallel
 
 CALIBRATIONS = {"random": 1, "blocked": 1, "blocked, by distance": GROUPS}  # groups by distance of each
 FIFTH = 0.2  # share of the places that are called near to the labels, or far
@@ -101,8 +98,7 @@ def uncertainty(made: Trial, features: Embeddings, layers: Mapping[str, NDArray]
 
 def hold_out(labels: LabelSet, features: Embeddings, splits: list[Split]) -> HeldOut:
     """Fits a probe on the training part of each split, and returns what it says of the other places."""
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return HeldOut.join(list(pool.map(partial(_of_split, labels, features), splits, range(len(splits)))))
+    return HeldOut.join(in_parallel(partial(_of_split, labels, features), splits, range(len(splits))))
 
 
 def _of_split(labels: LabelSet, features: Embeddings, split: Split, number: int) -> HeldOut:
@@ -127,7 +123,7 @@ def _km(lonlat: Lonlat, labelled: Lonlat) -> NDArray[np.float64]:
     """Returns the mean distance of each place to its nearest labelled places, (n,) in km."""
     search = NearestNeighbors(n_neighbors=min(NEAREST, len(labelled))).fit(unit_vectors(labelled))
     chord, _ = search.kneighbors(unit_vectors(lonlat))
-    return (2 * EARTH_RADIUS_KM * np.arcsin(np.minimum(chord / 2, 1))).mean(1)
+    return km_of(chord).mean(1)
 
 
 def _limits(calibration: str, blocked: HeldOut, random: HeldOut) -> NDArray[np.float64]:
@@ -177,20 +173,16 @@ def _spearman(signal: NDArray, error: NDArray[np.float64]) -> float | None:
 
 def markdown(uncertainty: pd.DataFrame, signals: pd.DataFrame) -> str:
     """Returns two tables by task: the coverage and size of each calibration, and the correlations of the signals."""
-    names = list(uncertainty["calibration"].unique())
-    lines = [f"| covered of {COVERAGE:.2f} promised; mean size | " + " | ".join(names) + " |", _rule(names)]
-    for task, rows in uncertainty.groupby("task", sort=False):
-        lines.append(f"| {cell(task)} | " + " | ".join(_covered(row) for _, row in rows.iterrows()) + " |")
-    names = list(signals["signal"].unique())
-    lines += ["", "| Spearman's correlation with the error | " + " | ".join(names) + " |", _rule(names)]
+    calibrations, names = uncertainty["calibration"].unique(), signals["signal"].unique()
+    covered = [
+        [task, *(_covered(row) for _, row in rows.iterrows())] for task, rows in uncertainty.groupby("task", sort=False)
+    ]
+    correlated = []
     for task, rows in signals.groupby("task", sort=False):
         told = rows.set_index("signal")["spearman"]
-        lines.append(f"| {cell(task)} | " + " | ".join(_number(told[name]) for name in names) + " |")
-    return "\n".join(lines)
-
-
-def _rule(names: list[str]) -> str:
-    return "|---" * (len(names) + 1) + "|"
+        correlated.append([task, *(_number(told[name]) for name in names)])
+    first = markdown_table([f"covered of {COVERAGE:.2f} promised; mean size", *calibrations], covered)
+    return "\n\n".join([first, markdown_table(["Spearman's correlation with the error", *names], correlated)])
 
 
 def _covered(row: pd.Series) -> str:

@@ -18,6 +18,11 @@ def unit_vectors(lonlat: Float) -> Float:
     return np.column_stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
 
 
+def km_of(chord: Float) -> Float:
+    """Returns great-circle distances in km from chords of the unit sphere."""
+    return 2 * EARTH_RADIUS_KM * np.arcsin(np.minimum(chord / 2, 1))
+
+
 def moved(lonlat: Float, bearings: Float, km: Float) -> Float:
     """Returns the ends of great circles.
 

@@ -8,7 +8,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import xarray as xr
-from distributed import Client
 from safetensors.numpy import load as parse
 
 from infra import storage
@@ -24,7 +23,7 @@ from tasks.patches.store import open_patches
 from tasks.products import CheckpointCard
 from tasks.publish import publish_grid
 from tasks.train import train_model
-from tests.tasks.test_train import N, mock_patches
+from tests.tasks.test_train import N
 
 DIM, SEED = 8, 2**32 - 2  # so that the third member has seed 0
 ALONE = TrainParams(
@@ -33,22 +32,6 @@ ALONE = TrainParams(
 )  # fmt: skip
 THREE = ALONE.model_copy(update={"members": 3})
 PLACES = np.array([[0.0, 0.0], [10.5, -33.0], [179.0, 70.0], [-120.0, 5.0]])
-
-
-@pytest.fixture(scope="module")
-def client():
-    """Two threads of one process, which share PyTorch's random numbers."""
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=":0") as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        mock_patches(f"{folder.as_uri()}/patches/p")
-        yield folder.as_uri()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import xarray as xr
-from distributed import Client
 
 from infra import storage
 from infra.errors import UserError
@@ -19,28 +18,12 @@ from tasks.points.embed import embed_points
 from tasks.products import CheckpointCard
 from tasks.publish import publish_grid
 from tasks.train import train_model
-from tests.tasks.test_train import mock_patches
 
 PARAMS = TrainParams(
     encoder=EncoderParams(dim=32), location="tessellation", sites=40, tokens=6, hidden=16, dim=8, steps=60, batch=16,
     lr=1e-2, save_every=20, dropout=0.1, held_out_share=0.2,
 )  # fmt: skip
 PLACES = np.array([[0.0, 0.0], [10.5, -33.0], [179.0, 70.0]])
-
-
-@pytest.fixture(scope="module")
-def client():
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=":0") as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tessellation")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        mock_patches(f"{folder.as_uri()}/patches/p")
-        yield folder.as_uri()
 
 
 @pytest.fixture(scope="module")

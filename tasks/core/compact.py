@@ -78,7 +78,7 @@ class Projection:
         turned = chosen @ rotation(dims) / deviation[:, None]
         return cls(mean.astype(np.float32), turned.astype(np.float32), explained, deviation.astype(np.float32))
 
-    def apply(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    def apply(self, values: NDArray[Any]) -> NDArray[Any]:
         """Returns the values in the compact space, (n, dims)."""
         return np.concatenate([(block - self.mean) @ self.components for block in _blocks(values)])
 
@@ -96,6 +96,11 @@ class Compact:
     """Projects the values, and so each head; None: they are as they are."""
     location: Projection | None = None
     """Projects the location part; None: it is as it is."""
+
+
+def project(projection: Projection | None, vectors: NDArray[Any]) -> NDArray[Any]:
+    """Returns vectors in the compact space, (n, dims), in their precision; as they are without a projection."""
+    return vectors if projection is None else projection.apply(vectors)
 
 
 def rotation(dims: int) -> NDArray[np.float64]:

@@ -139,9 +139,10 @@ class Method:
     @property
     def shares(self) -> tuple[float, ...]:
         """Returns the share of each head in what an embedding rests on; they add to 1."""
-        if self.is_side_by_side:
-            return (1 / len(self.heads),) * len(self.heads)
-        return (self.beta, 1 - self.beta)[: len(self.heads)] if len(self.heads) > 1 else (1.0,)
+        count = len(self.heads)
+        if self.is_side_by_side or count == 1:
+            return (1 / count,) * count
+        return (self.beta, 1 - self.beta)
 
     @property
     def title(self) -> str:

@@ -23,7 +23,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from tasks.core import neighbours
-from tasks.core.compact import Projection
+from tasks.core.compact import Projection, project
 from tasks.core.earth.sphere import unit_vectors
 from tasks.core.geodesic import Spectrum, pays
 from tasks.core.methods import Head, Method
@@ -130,9 +130,7 @@ class RetrievalIndex:
 
     def location_part(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the location part of embeddings: the queries, or what is kept of their dimensions."""
-        if self.location is None:
-            return queries
-        return self.location.apply(queries)
+        return project(self.location, queries)
 
     def select(self, queries: NDArray[np.float32], lonlat: NDArray[np.float64], method: Method) -> Selections:
         """Returns the selections of a method's heads, as sums that add over parts of a database.

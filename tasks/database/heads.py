@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from infra.errors import UserError
 from tasks.cards import read_card
 from tasks.core.bandwidths import Curve, curves
-from tasks.core.compact import Compact, Projection, Rows
+from tasks.core.compact import Compact, Projection, Rows, project
 from tasks.core.methods import Head, Kind
 from tasks.core.retrieval import Encodes, RetrievalIndex
 from tasks.database.store import Database, open_database, read_rows, stored_values
@@ -30,7 +30,7 @@ def told_curves(
     encoder: Encodes, keys: NDArray[np.float32], values: NDArray[np.float32], locations: NDArray[np.float64]
 ) -> list[dict[str, Any]]:
     """Returns the curves of a database as its card tells them, each with what it chose."""
-    found = curves(encoder.embed(locations), keys, values, locations)
+    found = measured(encoder, keys, values, locations)
     return [asdict(curve) | {"chosen": str(curve.chosen)} for curve in found]
 
 
@@ -76,15 +76,18 @@ def chosen(found: list[Curve]) -> list[Head]:
     return [best.get(kind, Head(kind, at)) for kind, at in DEFAULT.items()]
 
 
-def measured(encoder: Encodes, data: Database) -> list[Curve]:
+def measured(
+    encoder: Encodes, keys: NDArray[np.float32], values: NDArray[np.float32], locations: NDArray[np.float64]
+) -> list[Curve]:
     """Measures the curves of a database in memory."""
-    return curves(encoder.embed(data.locations), data.keys, data.values, data.locations)
+    return curves(encoder.embed(locations), keys, values, locations)
 
 
 @lru_cache(maxsize=4)
 def measured_at(checkpoint: str, database: str) -> list[Curve]:
     """Measures the curves of a stored database, once per process."""
-    return measured(load_checkpoint(checkpoint).location, open_database(database))
+    data = open_database(database)
+    return measured(load_checkpoint(checkpoint).location, data.keys, data.values, data.locations)
 
 
 def index_of(
@@ -104,16 +107,26 @@ def index_of(
     Raises:
         UserError: More components are asked for than there are.
     """
-    params = settled(params, data.card, partial(measured, encoder, data))
-    compact = compact_of(params, encoder, data.values, data.locations[:FITTED_ON])
-    values = compact.values.apply(data.values) if compact.values else data.values
-    index = RetrievalIndex(data.keys, values, data.locations, location=compact.location, **options)
+    params = settled(params, data.card, partial(measured, encoder, data.keys, data.values, data.locations))
+    compact = compact_of(params, encoder, data.values, data.locations[_fitted_on(len(data.keys))])
+    index = projected_index(data, compact, **options)
     told: dict[str, Any] = {"method": params.method, "beta": params.beta}
     if params.heads:
         told = {"method": params.method, "heads": list(params.heads)}
     if compact.values:
         told["explained_variance"] = round(compact.values.explained, 6)
     return index, params, told
+
+
+def projected_index(data: Database, compact: Compact, **options: Any) -> RetrievalIndex:
+    """Makes the index of some images, with values and location part as projections make them."""
+    values = project(compact.values, data.values)
+    return RetrievalIndex(data.keys, values, data.locations, location=compact.location, **options)
+
+
+def _fitted_on(images: int) -> NDArray[np.int64]:
+    """Returns the rows of the images at whose places the projection of the location part is fitted, rising."""
+    return np.sort(np.random.default_rng(0).permutation(images)[:FITTED_ON])
 
 
 def compact_of(params: MultiHead, encoder: Encodes, values: Rows, places: NDArray[np.float64]) -> Compact:
@@ -136,7 +149,8 @@ def compact_of(params: MultiHead, encoder: Encodes, values: Rows, places: NDArra
 
 def stored_compact(params: PublishParams, checkpoint: str, database: str) -> Compact:
     """Returns the projections for settled parameters of a stored database, whose values are read in blocks."""
-    images = read_card(database, DatabaseCard).images
-    some = np.random.default_rng(0).permutation(images)[:FITTED_ON]
-    places = read_rows(database, np.sort(some).tolist()).locations if params.location_dims else np.empty((0, 2))
+    places = np.empty((0, 2))
+    if params.location_dims:
+        some = _fitted_on(read_card(database, DatabaseCard).images)
+        places = read_rows(database, some.tolist()).locations
     return compact_of(params, load_checkpoint(checkpoint).location, stored_values(database), places)

@@ -21,8 +21,9 @@ from tasks.core.geodesic import Spectrum, pays
 from tasks.core.methods import Head
 from tasks.core.retrieval import RetrievalIndex
 from tasks.core.sums import Selections, Sums
+from tasks.database.heads import projected_index
 from tasks.database.store import read_rows
-from tasks.grid.tiles import LOADING, Job, deliver, index_of, land_cells, load_compact, load_encoder
+from tasks.grid.tiles import LOADING, Job, deliver, land_cells, load_compact, load_encoder
 from tasks.products import DatabaseCard
 from tasks.units import RETRIES, follow
 
@@ -160,4 +161,4 @@ def _part(job: Job, part: Part) -> RetrievalIndex:
 @lru_cache(maxsize=1)
 def load_part(database: str, part: Part, projected_by: str | None) -> RetrievalIndex:
     """Reads a worker's part, once per process."""
-    return index_of(read_rows(database, slice(*part)), load_compact(projected_by))
+    return projected_index(read_rows(database, slice(*part)), load_compact(projected_by))

@@ -21,9 +21,10 @@ from tasks.core.methods import Head
 from tasks.core.probes import blocked_folds, score
 from tasks.core.quantize import DType, Scale, half, loss, lost_by_dimension
 from tasks.core.retrieval import embed
+from tasks.database.heads import projected_index
 from tasks.database.store import open_database
 from tasks.grid.store import BLOCKS
-from tasks.grid.tiles import Job, index_of, load, load_encoder
+from tasks.grid.tiles import Job, load, load_encoder
 from tasks.products import CheckpointCard
 from tasks.units import log
 
@@ -88,7 +89,10 @@ def _embedded(job: Job, places: NDArray[np.float64], compact: Compact) -> list[N
     if compact == Compact():
         encoder, index = load(job.checkpoint, job.database)
     else:  # there is no grid yet from which tiles, and so `load`, could take the projections
-        encoder, index = load_encoder(job.checkpoint), index_of(open_database(job.database), compact, len(places))
+        encoder, index = (
+            load_encoder(job.checkpoint),
+            projected_index(open_database(job.database), compact, queries=len(places)),
+        )
     vectors = embed(encoder, index, places, job.method)
     return np.split(vectors, [job.method.width * index.values.shape[1]], axis=1)
 

@@ -11,14 +11,15 @@ from infra import storage
 from infra.metrics import CELLS
 from tasks.cards import GRID, SUMS
 from tasks.core.adaptive import Cells, Report, embed_cells
-from tasks.core.compact import Compact
+from tasks.core.compact import Compact, project
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.land import land_mask, land_of
 from tasks.core.encoders.location import LocationEncoder
 from tasks.core.evidence import evidence
 from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.sums import Selections
-from tasks.database.store import Database, open_database
+from tasks.database.heads import projected_index
+from tasks.database.store import open_database
 from tasks.grid import store
 from tasks.grid.beside import embed_beside
 from tasks.model.checkpoint import load_checkpoint
@@ -116,22 +117,13 @@ def load_encoder(checkpoint: str) -> LocationEncoder:
 @lru_cache(maxsize=2)
 def load_index(database: str, projected_by: str | None, queries: int | None) -> RetrievalIndex:
     """Loads the whole database, once per worker process."""
-    return index_of(open_database(database), load_compact(projected_by), queries)
+    return projected_index(open_database(database), load_compact(projected_by), queries=queries)
 
 
 @lru_cache(maxsize=2)
 def load_compact(projected_by: str | None) -> Compact:
     """Reads a grid's projections, once per worker process."""
     return store.read_compact(projected_by) if projected_by else Compact()
-
-
-def index_of(data: Database, compact: Compact, queries: int | None = None) -> RetrievalIndex:
-    """Makes the index of some images, with their values projected."""
-    if compact.values:
-        values = compact.values.apply(data.values)
-    else:
-        values = data.values
-    return RetrievalIndex(data.keys, values, data.locations, queries=queries, location=compact.location)
 
 
 def land_tiles(spec: GridSpec) -> list[Tile]:
@@ -185,8 +177,7 @@ def deliver(job: Job, tile: Tile, queries: NDArray[np.float32], selections: Sele
     cells = land_cells(job.spec, tile)
     if job.params.keep_sums:
         write_cells(job.sums, tile, cells, selections.pack(), store.SUMS)
-    compact = load_compact(job.projected_by)
-    location = compact.location.apply(queries) if compact.location else queries
+    location = project(load_compact(job.projected_by).location, queries)
     write_vectors(job, tile, cells, np.concatenate([selections.visual(job.method), location], axis=1))
     return Report(len(queries), evaluated, 0, 0.0)
 

@@ -22,9 +22,10 @@ from tasks.core.earth.grid import Tile
 from tasks.core.methods import Method
 from tasks.core.retrieval import RetrievalIndex
 from tasks.core.sums import Selections, updated
+from tasks.database.heads import projected_index
 from tasks.database.store import Database, read_blocks, read_rows
 from tasks.grid import store
-from tasks.grid.tiles import LOADING, Job, Parent, deliver, index_of, land_cells, load, load_compact, load_encoder
+from tasks.grid.tiles import LOADING, Job, Parent, deliver, land_cells, load, load_compact, load_encoder
 from tasks.params import PublishParams
 from tasks.products import DatabaseCard, GridCard, told_land
 from tasks.units import log
@@ -170,5 +171,5 @@ def changed_images(job: Job, parent: Parent) -> tuple[RetrievalIndex | None, Ret
 def _index(job: Job, database: str, rows: list[int]) -> RetrievalIndex | None:
     """Makes the index of some images of a database; None where no rows are asked for."""
     if rows:
-        return index_of(read_rows(database, rows), load_compact(job.projected_by))
+        return projected_index(read_rows(database, rows), load_compact(job.projected_by))
     return None

@@ -209,7 +209,8 @@ def _difference(row: Row, other: Row) -> Difference:
 def pooled(ours: Mapping[str, Row], theirs: Mapping[str, Row]) -> Difference:
     """Returns the difference of the mean scores over tasks, from the mean of each split over them."""
     mine, other = (np.mean([rows[task].blocked_splits for task in theirs], axis=0) for rows in (ours, theirs))
-    return paired(mine, other, 1 / (next(iter(theirs.values())).folds - 1))
+    first = next(iter(theirs.values()))
+    return paired(mine, other, 1 / (first.folds - 1))
 
 
 def _fell(found: Difference, margin: float) -> bool:

@@ -19,7 +19,7 @@ from infra import storage
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import fingerprint, home_of, name_of
-from tasks.core.compact import Compact, Projection
+from tasks.core.compact import Compact, Projection, project
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.land import land_mask
 from tasks.core.earth.plane import GLOBE, Box
@@ -348,7 +348,7 @@ def refer(database: str, queries: Float, places: Float, method: Method, compact:
     """Computes the selections at some places by their formulas, streaming through the database."""
     low, high = np.asarray(np.inf), np.asarray(-np.inf)
     points = unit_vectors(places)
-    told = [Running(head, queries, temperatures(database, points, head)) for head in method.heads]
+    told = [Running(head, temperatures(database, points, head)) for head in method.heads]
     for data, values in rows_of(database, compact.values):
         low, high = np.minimum(low, values.min(0)), np.maximum(high, values.max(0))
         table = np.column_stack([values, np.abs(values), np.ones(len(values))])
@@ -357,16 +357,15 @@ def refer(database: str, queries: Float, places: Float, method: Method, compact:
                 head.add(queries @ data.keys.astype(np.float64).T, table)
             else:
                 head.add(points @ unit_vectors(data.locations).T, table)
-    visual, magnitude = zip(*(np.split(head.mean, 2, axis=1) for head in told), strict=True)
-    if method.is_side_by_side:
-        selected, scale = np.concatenate(visual, axis=1), np.concatenate(magnitude, axis=1)
-    else:
-        selected, scale = (
-            sum(s * part for s, part in zip(method.shares, parts, strict=True)) for parts in (visual, magnitude)
-        )
-    location = (queries - compact.location.mean) @ compact.location.components if compact.location else queries
+    parts = [head.mean for head in told]
+    if not method.is_side_by_side:
+        parts = [np.average(parts, axis=0, weights=method.shares)]
+    halves = [np.split(part, 2, axis=1) for part in parts]
+    visual = np.concatenate([selected for selected, _ in halves], axis=1)
+    magnitude = np.concatenate([scale for _, scale in halves], axis=1)
+    location = project(compact.location, queries)
     bounds = np.tile(low, method.width), np.tile(high, method.width)
-    return Reference(selected, np.linalg.norm(scale, axis=1), location, *bounds)
+    return Reference(visual, np.linalg.norm(magnitude, axis=1), location, *bounds)
 
 
 def temperatures(database: str, points: Float, head: Head) -> Float:
@@ -386,8 +385,6 @@ class Running:
 
     head: Head
     """The head."""
-    queries: Float
-    """(m, d), for the number of places."""
     at: Float
     """(m, 1) temperature at each place."""
     largest: Float = field(init=False)
@@ -396,7 +393,7 @@ class Running:
     """(m, 2 v + 1)."""
 
     def __post_init__(self) -> None:
-        self.largest, self.sums = np.full((len(self.queries), 1), -np.inf), np.zeros(())
+        self.largest, self.sums = np.full_like(self.at, -np.inf), np.zeros(())
 
     def add(self, cosines: Float, table: Float) -> None:
         """Adds images, by their cosines (m, n) and their values, magnitudes and ones, (n, 2 v + 1)."""
@@ -415,4 +412,4 @@ def rows_of(database: str, projection: Projection | None) -> Iterator[tuple[Data
     """Yields the database in blocks, with the values in float64 and projected as the grid's."""
     for data in read_blocks(database, BLOCK):
         values = data.values.astype(np.float64)
-        yield data, (values - projection.mean) @ projection.components if projection else values
+        yield data, project(projection, values)

@@ -48,7 +48,7 @@ check: .venv/ready  ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_architecture.py
+	$(BIN)/python -m pytest --noconftest tests/test_architecture.py
 
 TOOL := $(BIN)/uv tool run -q --from
 

@@ -14,7 +14,6 @@ import pyarrow.parquet
 import pytest
 import stac_geoparquet.arrow
 from hypothesis import settings
-from prefect.testing.utilities import prefect_test_harness
 
 from infra import clusters
 from infra import sandbox as sandbox_module
@@ -51,6 +50,8 @@ def sandbox(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prefect():
     """Prefect's test server: flows run against it."""
+    from prefect.testing.utilities import prefect_test_harness  # the server itself, which most tests need not import
+
     with prefect_test_harness(server_startup_timeout=240):
         yield
 

@@ -92,12 +92,14 @@ def land_of(spec: GridSpec, tile: Tile) -> Cells:
 
 def _any_by_edges(spec: GridSpec, tile: Tile) -> Cells:
     """Tells exactly which cells of a grid in longitude and latitude overlap land."""
-    (rows, columns), (x, y) = tile.window, spec.edges
-    down, up = y[rows.start + 1 : rows.stop + 1], y[rows]
-    left, right = x[columns], x[columns.start + 1 : columns.stop + 1]
-    by_rows = _any_between(holds_land().T, *_overlapped(down + 90, up + 90, mask().shape[0])).T
-    twice = np.concatenate([by_rows, by_rows], axis=1)  # for boxes across 180
-    return _any_between(twice, *_overlapped(left + 180, right + 180, twice.shape[1]))
+    (rows, columns), (x, y), (high, wide) = tile.window, spec.edges, mask().shape
+    south, north = _overlapped(y[rows.start + 1 : rows.stop + 1] + 90, y[rows] + 90, high)
+    west, east = _overlapped(x[columns] + 180, x[columns.start + 1 : columns.stop + 1] + 180, 2 * wide)
+    bottom, left = south.min(), west.min()
+    across = np.arange(left, east.max()) % wide  # boxes may lie across 180
+    near = holds_land()[bottom : north.max(), across]  # sums over the whole mask would cost more than the tile itself
+    by_rows = _any_between(near.T, south - bottom, north - bottom).T
+    return _any_between(by_rows, west - left, east - left)
 
 
 def _overlapped(low: Float, high: Float, most: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -108,10 +110,9 @@ def _overlapped(low: Float, high: Float, most: int) -> tuple[NDArray[np.intp], N
 
 def _any_between(cells: Cells, first: NDArray[np.intp], last: NDArray[np.intp]) -> Cells:
     """Tells whether any column from `first` to before `last` is true, (rows, len(first))."""
-    start = int(first.min())
-    before = np.cumsum(cells[:, start : int(last.max())], axis=1, dtype=np.int16)  # at most 8,640
-    before = np.insert(before, 0, 0, axis=1)
-    return before[:, last - start] > before[:, first - start]
+    before = np.zeros((cells.shape[0], cells.shape[1] + 1), np.int16)  # at most 4,320 columns
+    np.cumsum(cells, axis=1, dtype=np.int16, out=before[:, 1:])
+    return before[:, last] > before[:, first]
 
 
 def _any_by_points(spec: GridSpec, tile: Tile) -> Cells:

@@ -147,7 +147,9 @@ def _named(name: str, encoder: LocationEncoder, index: RetrievalIndex, method: M
 def _of_part(encoder: LocationEncoder, index: RetrievalIndex, rows: NDArray[np.int64], lonlat: Lonlat) -> Embeddings:
     """Embeds places by RANGE+ from some images of the database."""
     keys, values = index.keys[rows].numpy(), index.values[rows].numpy()
-    return embed(encoder, RetrievalIndex(keys, values, index.locations[rows], queries=len(lonlat)), lonlat, Method())
+    counts = None if index.counts is None else index.counts[rows]
+    part = RetrievalIndex(keys, values, index.locations[rows], queries=len(lonlat), weights=counts)
+    return embed(encoder, part, lonlat, Method())
 
 
 def _values(checkpoint: str, databases: list[str]) -> Iterator[Named]:
@@ -168,9 +170,9 @@ def _variants(encoder: LocationEncoder, index: RetrievalIndex) -> Iterator[Named
     yield Named("full", full)
     values = index.values.numpy()
     yield Named("int8", lambda lonlat: int8(full(lonlat), values.shape[1]))
-    projection = Projection.fit(values, min(COMPACT_DIMS, *values.shape))
+    projection = Projection.fit(values, min(COMPACT_DIMS, *values.shape), index.counts)
     keys = index.keys.numpy()
-    compact = RetrievalIndex(keys, projection.apply(values), index.locations)
+    compact = RetrievalIndex(keys, projection.apply(values), index.locations, weights=index.counts)
     small: Callable[..., Any] = partial(embed, encoder, compact, method=Method())
     dims = compact.values.shape[1]
     yield Named(f"{dims} components", small)

@@ -175,6 +175,8 @@ class DatabaseCard(Card):
     """The image encoder of the keys."""
     values: Values = Values()
     """What made the values; an imported database does not tell."""
+    weighted: bool = False
+    """Whether images have weights; else each counts 1, as in all former databases."""
     heads: tuple[dict[str, Any], ...] | None = None
     """How well heads restore images that were left out (`tasks.core.bandwidths.Curve`); former cards have none."""
 

@@ -57,7 +57,11 @@ class Curve:
 
 
 def curves(
-    queries: NDArray[np.float32], keys: NDArray[np.float32], values: NDArray[np.float32], locations: Float
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    locations: Float,
+    weights: Float | None = None,
 ) -> list[Curve]:
     """Measures every head of TRIED on a database.
 
@@ -66,6 +70,7 @@ def curves(
         keys: Unit keys, (n, d).
         values: (n, v).
         locations: (n, 2) degrees (lon, lat).
+        weights: How much each image counts, (n,): in the heads, and among those that are left out; unset, 1.
 
     Returns:
         A curve for each kind of head; none where there are fewer than LEAST images or one block alone.
@@ -73,8 +78,9 @@ def curves(
     count, blocks = len(keys), block_of(locations, BLOCK_DEGREES)
     if count < LEAST or len(np.unique(blocks)) < 2:
         return []
-    wanted = Projection.rotated(values, min(DIMS, *values.shape)).apply(values).astype(np.float64)
-    asked = np.random.default_rng(0).permutation(count)[: max(LEAST, min(ASKED, PAIRS // count))]
+    wanted = Projection.rotated(values, min(DIMS, *values.shape), weights=weights).apply(values).astype(np.float64)
+    asked = drawn(count, max(LEAST, min(ASKED, PAIRS // count)), weights)
+    counts = np.ones(count) if weights is None else weights
     points = unit_vectors(locations)
     others = count - np.unique(blocks, return_counts=True)[1].max()  # images that are left where a block is out
     tried = {kind: tuple(at for at in every if kind != "nearest" or at <= others) for kind, every in TRIED.items()}
@@ -87,13 +93,25 @@ def curves(
                 cosines = queries[some].astype(np.float64) @ keys.T.astype(np.float64)
             else:
                 cosines = points[some] @ points.T
-            lost[kind] += [_lost(np.where(out, -np.inf, cosines), wanted, some, kind, every) for out in left_out]
-    total = ((wanted[asked] - wanted.mean(0)) ** 2).sum()
+            lost[kind] += [
+                _lost(np.where(out, -np.inf, cosines), wanted, some, kind, every, counts) for out in left_out
+            ]
+    total = ((wanted[asked] - np.average(wanted, 0, weights)) ** 2).sum()
     shares = {kind: (1 - sums / total).round(4).tolist() for kind, sums in lost.items()}
     return [Curve(kind, tried[kind], *map(tuple, shares[kind])) for kind in tried]
 
 
-def _lost(cosines: Float, wanted: Float, asked: NDArray[np.int64], kind: Kind, tried: tuple[float, ...]) -> Float:
+def drawn(count: int, most: int, weights: Float | None) -> NDArray[np.int64]:
+    """Draws `most` of so many images, or all if fewer, the same at each call; likelier the more an image counts."""
+    rng = np.random.default_rng(0)
+    if weights is None or (weights == 1).all():
+        return rng.permutation(count)[:most]
+    return np.argsort(rng.exponential(size=count) / weights)[:most]  # Efraimidis and Spirakis (2006)
+
+
+def _lost(
+    cosines: Float, wanted: Float, asked: NDArray[np.int64], kind: Kind, tried: tuple[float, ...], counts: Float
+) -> Float:
     """Returns the squared errors of heads at images, summed, for each number tried.
 
     Args:
@@ -102,13 +120,15 @@ def _lost(cosines: Float, wanted: Float, asked: NDArray[np.int64], kind: Kind, t
         asked: Rows of the m images.
         kind: Kind of the heads.
         tried: Numbers of the heads.
+        counts: How much each image counts, (n,).
     """
-    told = (weights @ wanted / weights.sum(1, keepdims=True) for weights in _weights(cosines, kind, tried))
+    kernels = (kernel * counts for kernel in _weights(cosines, kind, tried))
+    told = (weights @ wanted / weights.sum(1, keepdims=True) for weights in kernels)
     return np.array([((wanted[asked] - found) ** 2).sum() for found in told])
 
 
 def _weights(cosines: Float, kind: Kind, tried: tuple[float, ...]) -> Iterator[Float]:
-    """Yields the weights of images by their cosines, (m, n), -inf for those that are left out."""
+    """Yields the kernels of images by their cosines, (m, n), -inf for those that are left out."""
     excess = cosines - cosines.max(1, keepdims=True)
     if kind == "nearest":
         most = int(max(tried))

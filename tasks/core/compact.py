@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 8192  # rows of values read at a time
+Weights = NDArray[np.float64] | None
 
 
 class Rows(Protocol):
@@ -46,36 +47,44 @@ class Projection:
     """(v,) standard deviations, where the components are of standardised values."""
 
     @classmethod
-    def fit(cls, values: Rows, dims: int = 64) -> "Projection":
+    def fit(cls, values: Rows, dims: int = 64, weights: Weights = None) -> "Projection":
         """Fits the components to (n, v) values in two passes over them, block by block.
+
+        Args:
+            values: (n, v).
+            dims: Number of components.
+            weights: How much each row counts, (n,); unset, 1.
 
         Raises:
             ValueError: The values have fewer than `dims` dimensions.
         """
         if not 1 <= dims <= values.shape[1]:
             raise ValueError(f"values of length {values.shape[1]} have no {dims} components: use 1 to that many")
-        mean, covariance = _moments(values)
+        mean, covariance = _moments(values, weights)
         chosen, _, explained = _principal(covariance, dims)
         return cls(mean.astype(np.float32), chosen.astype(np.float32), explained)
 
     @classmethod
-    def rotated(cls, values: Rows, dims: int, standardise: bool = True, whitening: float = 0.0) -> "Projection":
+    def rotated(
+        cls, values: Rows, dims: int, standardise: bool = True, whitening: float = 0.0, weights: Weights = None
+    ) -> "Projection":
         """Fits components of standardised (n, v) values, or of the values as they are, and rotates them at random.
 
         The rotation depends on `dims` alone.
 
         Args:
-            values: The values.
+            values: (n, v).
             dims: Number of components.
             standardise: Whether each of the values is divided by its deviation first.
             whitening: Power of its deviation that a component is divided by, 0 (not) to 1 (all of deviation 1).
+            weights: How much each row counts, (n,); unset, 1.
 
         Raises:
             ValueError: The values have fewer than `dims` dimensions.
         """
         if not 1 <= dims <= values.shape[1]:
             raise ValueError(f"values of length {values.shape[1]} have no {dims} components: use 1 to that many")
-        mean, covariance = _moments(values)
+        mean, covariance = _moments(values, weights)
         if standardise:
             deviation = np.sqrt(np.diag(covariance))
             deviation[deviation == 0] = 1.0
@@ -127,18 +136,30 @@ def _principal(covariance: NDArray[np.float64], dims: int) -> tuple[NDArray[np.f
     return chosen, kept, float(kept.sum() / total) if total > 0 else 1.0
 
 
-def _moments(values: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments(values: Rows, weights: Weights) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns mean and covariance, in two passes."""
-    mean = sum(block.sum(0, dtype=np.float64) for block in _blocks(values)) / values.shape[0]
-    return mean, _covariance(values, mean)
+    total = values.shape[0] if weights is None else weights.sum()
+    mean = sum(_weighed(block, some).sum(0, dtype=np.float64) for block, some in _pairs(values, weights)) / total
+    return mean, _covariance(values, weights, mean) / total
 
 
-def _covariance(values: Rows, mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    total = np.zeros((len(mean), len(mean)))
-    for block in _blocks(values):
+def _covariance(values: Rows, weights: Weights, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the covariance times the sum of the weights."""
+    sums = np.zeros((len(mean), len(mean)))
+    for block, some in _pairs(values, weights):
         centred = block - mean
-        total += centred.T @ centred
-    return total / values.shape[0]
+        sums += _weighed(centred, some).T @ centred
+    return sums
+
+
+def _weighed(block: NDArray[Any], weights: Weights) -> NDArray[Any]:
+    return block if weights is None else block * weights[:, None]
+
+
+def _pairs(values: Rows, weights: Weights) -> Iterator[tuple[NDArray[np.float32], Weights]]:
+    """Returns blocks of rows, each with its weights."""
+    for i, block in enumerate(_blocks(values)):
+        yield block, None if weights is None else weights[i * BLOCK : (i + 1) * BLOCK]
 
 
 def _blocks(values: Rows) -> Iterator[NDArray[np.float32]]:

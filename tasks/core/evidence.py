@@ -98,21 +98,22 @@ def _weights(
     weights, other = room.weights[: len(g)], room.other[: len(g)]
     if method.name in ("top1", "topk"):
         k = 1 if method.name == "top1" else min(method.k, len(index))
-        return weights.zero_().scatter_(1, index.nearest(queries, k)[1], 1 / k)
+        rows = index.nearest(queries, k)[1]
+        return weights.zero_().scatter_(1, rows, index.shares(rows))
     x = torch.as_tensor(unit_vectors(lonlat), device=index.device).to(g)
     weights.zero_()
     for head, share in zip(method.heads, method.shares, strict=True):
         if head.kind == "semantic":
-            _softmax(head.at * g, index.keys, other)
+            _softmax(head.at * g, index.keys, other, index)
         else:
             temperatures = torch.as_tensor(index.temperatures(lonlat, head), device=index.device).to(g)
-            _softmax(temperatures[:, None] * x, room.places, other)
+            _softmax(temperatures[:, None] * x, room.places, other, index)
         weights.add_(other, alpha=share)
     return weights
 
 
-def _softmax(queries: Tensor, keys: Tensor, out: Tensor) -> None:
-    """Computes the softmax of queries' products with keys, in `out`."""
+def _softmax(queries: Tensor, keys: Tensor, out: Tensor, index: RetrievalIndex) -> None:
+    """Computes the softmax of queries' products with keys, in `out`, each image with its weight in the index."""
     torch.mm(queries, keys.T, out=out)
-    out.sub_(out.amax(1, keepdim=True)).exp_()
+    index.weigh(out.sub_(out.amax(1, keepdim=True)).exp_())
     out.div_(out.sum(1, keepdim=True))

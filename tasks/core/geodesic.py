@@ -38,19 +38,20 @@ class Spectrum:
     """t of exp(t (cos - 1))."""
     degree: int
     """L: the harmonics of degrees 0 to L - 1 are kept."""
-    images: int
-    """Number of images summed."""
+    images: float
+    """Sum of the images' weights: their number where all are 1."""
     moments: Tensor
     """(L * L, v + 1) float64, times a_l: moments of the values, and last of 1, which gives the denominators."""
 
     @classmethod
-    def of(cls, locations: Float, values: Tensor, temperature: float) -> "Spectrum":
+    def of(cls, locations: Float, values: Tensor, temperature: float, weights: Tensor | None = None) -> "Spectrum":
         """Sums up a database.
 
         Args:
             locations: (n, 2) degrees (lon, lat).
             values: (n, v).
             temperature: t, for which `degree_of` must have a degree.
+            weights: How much each image counts, (n,); unset, 1.
         """
         degree = degree_of(temperature)
         if degree is None:
@@ -59,11 +60,14 @@ class Spectrum:
         for start in range(0, len(locations), BLOCK):
             rows = slice(start, start + BLOCK)
             harmonics = torch.from_numpy(spherical_harmonics(locations[rows], degree)).to(values.device)
+            if weights is not None:
+                harmonics *= weights[rows].to(harmonics)[:, None]
             moments[:, :-1].addmm_(harmonics.T, values[rows].double())
             moments[:, -1] += harmonics.sum(0)
         factors = np.repeat(_factors(temperature, degree), 2 * np.arange(degree) + 1)
         moments *= torch.from_numpy(factors).to(moments)[:, None]
-        return cls(temperature, degree, len(locations), moments)
+        total = len(locations) if weights is None else float(weights.double().sum())
+        return cls(temperature, degree, total, moments)
 
     def __add__(self, other: "Spectrum") -> "Spectrum":
         """Returns the spectrum of both databases together."""

@@ -57,6 +57,7 @@ class RetrievalIndex:
         device: str = "cpu",
         precision: Precision = "float32",
         location: Projection | None = None,
+        weights: NDArray[np.float64] | None = None,
     ) -> None:
         """Takes unit keys (n, d), values (n, v) and locations (n, 2) in degrees (lon, lat).
 
@@ -72,9 +73,10 @@ class RetrievalIndex:
                 as long. `tf32` (cuda alone) rounds the factors to 11 bits; `bf16` rounds weights and values
                 to 8 bits, with keys and sums in float32.
             location: What makes the location part of fewer dimensions than the queries have; unset, they are it.
+            weights: How much each image counts, (n,) above 0, which every kernel's weight is multiplied by; unset, 1.
 
         Raises:
-            ValueError: The three do not belong together, or the keys are not unit vectors.
+            ValueError: The three do not belong together, the keys are not unit vectors, or a weight is not above 0.
         """
         if not len(keys) == len(values) == len(locations) > 0:
             raise ValueError(
@@ -90,6 +92,8 @@ class RetrievalIndex:
         self.values = torch.as_tensor(np.ascontiguousarray(values, np.float32)).to(device, VALUES[precision])
         self.locations = np.asarray(locations, np.float64)
         self.places = torch.as_tensor(unit_vectors(locations)).to(device)
+        self.counts = _unequal(weights, len(keys))
+        self.weights = None if self.counts is None else torch.as_tensor(self.counts).to(device, self.dtype)
         self.query_tile, self.key_tile = tile_sizes(device, len(keys))
         self._spectra: dict[float, Spectrum] = {}
         self._making = threading.Lock()  # threads of one process share a spectrum, and do not make it twice
@@ -125,7 +129,11 @@ class RetrievalIndex:
     ) -> NDArray[np.float32]:
         if method.name in ("top1", "topk"):
             rows = self.nearest(queries, 1 if method.name == "top1" else method.k)[1]
-            return self.values[rows].float().mean(1).cpu().numpy()
+            found = self.values[rows].float()
+            if self.weights is None:
+                return found.mean(1).cpu().numpy()
+            shares = self.shares(rows).to(found)
+            return (shares[..., None] * found).sum(1).cpu().numpy()
         return self.select(queries, lonlat, method).visual(method)
 
     def location_part(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -157,6 +165,13 @@ class RetrievalIndex:
         if head.kind == "nearest":
             return neighbours.reaching(self.tree, unit_vectors(lonlat), int(head.at))
         return np.full(len(lonlat), head.at)
+
+    def shares(self, rows: Tensor) -> Tensor:
+        """Returns the share of each of some images in their mean, (m, k), by their weights; rows add to 1."""
+        if self.weights is None:
+            return torch.full(rows.shape, 1 / rows.shape[1], dtype=self.dtype, device=rows.device)
+        weights = self.weights[rows]
+        return weights / weights.sum(1, keepdim=True)
 
     def nearest(self, queries: NDArray[np.float32], k: int) -> tuple[Tensor, Tensor]:
         """Returns cosines and rows of the `k` most similar keys, or all if fewer, best first, each (m, k)."""
@@ -202,7 +217,12 @@ class RetrievalIndex:
                 weights.sub_(sums.shift[:, None])
             self._add(sums, weights.exp_(), rows)
 
+    def weigh(self, kernel: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Multiplies a kernel of some images, (m, rows), by their weights, in place; and returns it."""
+        return kernel if self.weights is None else kernel.mul_(self.weights[rows])
+
     def _add(self, sums: Sums, weights: Tensor, rows: slice) -> None:
+        self.weigh(weights, rows)
         sums.denominator.add_(weights.sum(1))
         if self.values.dtype == weights.dtype:
             sums.numerator.addmm_(weights, self.values[rows])
@@ -221,7 +241,7 @@ class RetrievalIndex:
         """Returns the geodesic half's spectrum of the whole database, computed once."""
         with self._making:
             if temperature not in self._spectra:
-                self._spectra[temperature] = Spectrum.of(self.locations, self.values, temperature)
+                self._spectra[temperature] = Spectrum.of(self.locations, self.values, temperature, self.weights)
             return self._spectra[temperature]
 
     def by_nearness(self, lonlat: NDArray[np.float64], temperature: float) -> Sums:
@@ -233,7 +253,7 @@ class RetrievalIndex:
         points = unit_vectors(lonlat)
         if not neighbours.pays(temperatures, len(self)):
             return self._by_all(points, temperatures)
-        sums, far = neighbours.sums_near(self.tree, self.values, points, temperatures, self.dtype)
+        sums, far = neighbours.sums_near(self.tree, self.values, points, temperatures, self.dtype, self.weights)
         if far.any():
             return sums.replaced(far, self._by_all(points[far], temperatures[far]))
         return sums
@@ -250,6 +270,20 @@ class RetrievalIndex:
                 weights = torch.addmm(-part.shift[:, None], x[rows], self.places[images].T).to(self.dtype).exp_()
                 self._add(part, weights, images)
         return sums
+
+
+def _unequal(weights: NDArray[np.float64] | None, images: int) -> NDArray[np.float64] | None:
+    """Returns the weights of images where one is not 1, (n,); none where all are: nothing is multiplied then.
+
+    Raises:
+        ValueError: They are not one for each image, or one is not a number above 0.
+    """
+    if weights is None:
+        return None
+    weights = np.asarray(weights, np.float64)
+    if weights.shape != (images,) or not (np.isfinite(weights) & (weights > 0)).all():
+        raise ValueError(f"weights {weights.shape} of {images} images: give a number above 0 for each")
+    return None if (weights == 1).all() else weights
 
 
 @contextmanager

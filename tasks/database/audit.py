@@ -58,7 +58,7 @@ def audit_database(
 def numbers(data: Database, database: str) -> Iterator[Finding]:
     """Checks that retrieval can use the arrays, and that no image is there twice."""
     try:
-        check(data.keys, data.values, data.locations, database)
+        check(data.keys, data.values, data.locations, database, data.weights)
         length = float(np.abs(np.linalg.norm(data.keys, axis=1) - 1).max())
         yield Finding("numbers", length < UNIT_TOLERANCE, f"{len(data.keys)} images, keys of length 1 to {length:.1g}")
     except UserError as error:

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from infra.errors import UserError
 from tasks.cards import read_card
-from tasks.core.bandwidths import Curve, curves
+from tasks.core.bandwidths import Curve, curves, drawn
 from tasks.core.compact import Compact, Projection, Rows, project
 from tasks.core.methods import Head, Kind
 from tasks.core.retrieval import Encodes, RetrievalIndex
-from tasks.database.store import Database, open_database, read_rows, stored_values
+from tasks.database.store import Database, open_database, read_rows, read_weights, stored_values
 from tasks.model.checkpoint import load_checkpoint
 from tasks.params import EmbedParams, PublishParams
 from tasks.products import DatabaseCard
@@ -28,10 +28,14 @@ MultiHead = TypeVar("MultiHead", PublishParams, EmbedParams)
 
 
 def told_curves(
-    encoder: Encodes, keys: NDArray[np.float32], values: NDArray[np.float32], locations: NDArray[np.float64]
+    encoder: Encodes,
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    locations: NDArray[np.float64],
+    weights: NDArray[np.float64] | None = None,
 ) -> list[dict[str, Any]]:
     """Returns the curves of a database as its card tells them, each with what it chose."""
-    found = measured(encoder, keys, values, locations)
+    found = measured(encoder, keys, values, locations, weights)
     return [asdict(curve) | {"chosen": str(curve.chosen)} for curve in found]
 
 
@@ -78,17 +82,21 @@ def chosen(found: list[Curve]) -> list[Head]:
 
 
 def measured(
-    encoder: Encodes, keys: NDArray[np.float32], values: NDArray[np.float32], locations: NDArray[np.float64]
+    encoder: Encodes,
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    locations: NDArray[np.float64],
+    weights: NDArray[np.float64] | None = None,
 ) -> list[Curve]:
     """Measures the curves of a database in memory."""
-    return curves(encoder.embed(locations), keys, values, locations)
+    return curves(encoder.embed(locations), keys, values, locations, weights)
 
 
 @lru_cache(maxsize=4)
 def measured_at(checkpoint: str, database: str) -> list[Curve]:
     """Measures the curves of a stored database, once per process."""
     data = open_database(database)
-    return measured(load_checkpoint(checkpoint).location, data.keys, data.values, data.locations)
+    return measured(load_checkpoint(checkpoint).location, data.keys, data.values, data.locations, data.weights)
 
 
 def index_of(
@@ -108,8 +116,10 @@ def index_of(
     Raises:
         UserError: More components are asked for than there are.
     """
-    params = settled(params, data.card, partial(measured, encoder, data.keys, data.values, data.locations))
-    compact = compact_of(params, encoder, data.values, data.locations[_fitted_on(len(data.keys))])
+    measure = partial(measured, encoder, data.keys, data.values, data.locations, data.weights)
+    params = settled(params, data.card, measure)
+    places = data.locations[_fitted_on(len(data.keys), data.weights)]
+    compact = compact_of(params, encoder, data.values, places, data.weights)
     index = projected_index(data, compact, **options)
     told: dict[str, Any] = {"method": params.method, "beta": params.beta}
     if params.heads:
@@ -122,15 +132,22 @@ def index_of(
 def projected_index(data: Database, compact: Compact, **options: Any) -> RetrievalIndex:
     """Makes the index of some images, with values and location part as projections make them."""
     values = project(compact.values, data.values)
-    return RetrievalIndex(data.keys, values, data.locations, location=compact.location, **options)
+    options |= {"location": compact.location, "weights": data.weights}
+    return RetrievalIndex(data.keys, values, data.locations, **options)
 
 
-def _fitted_on(images: int) -> NDArray[np.int64]:
+def _fitted_on(images: int, weights: NDArray[np.float64] | None) -> NDArray[np.int64]:
     """Returns the rows of the images at whose places the projection of the location part is fitted, rising."""
-    return np.sort(np.random.default_rng(0).permutation(images)[:FITTED_ON])
+    return np.sort(drawn(images, FITTED_ON, weights))
 
 
-def compact_of(params: MultiHead, encoder: Encodes, values: Rows, places: NDArray[np.float64]) -> Compact:
+def compact_of(
+    params: MultiHead,
+    encoder: Encodes,
+    values: Rows,
+    places: NDArray[np.float64],
+    weights: NDArray[np.float64] | None = None,
+) -> Compact:
     """Returns the projections of settled parameters.
 
     Args:
@@ -138,22 +155,23 @@ def compact_of(params: MultiHead, encoder: Encodes, values: Rows, places: NDArra
         encoder: The location encoder.
         values: The database's values, (n, v).
         places: Places of images, of all or of some, (m, 2) degrees.
+        weights: How much each image counts, (n,); unset, 1.
     """
     if params.method != "multi-head":
-        return Compact(Projection.fit(values, params.compact_dims) if params.compact_dims else None)
+        return Compact(Projection.fit(values, params.compact_dims, weights) if params.compact_dims else None)
     assert params.compact_dims  # for the type checker: settled
     location = None
     if params.location_dims:
         location = Projection.rotated(
             encoder.embed(places), params.location_dims, standardise=False, whitening=WHITENING
         )
-    return Compact(Projection.rotated(values, params.compact_dims, whitening=WHITENING), location)
+    return Compact(Projection.rotated(values, params.compact_dims, whitening=WHITENING, weights=weights), location)
 
 
 def stored_compact(params: PublishParams, checkpoint: str, database: str) -> Compact:
     """Returns the projections for settled parameters of a stored database, whose values are read in blocks."""
-    places = np.empty((0, 2))
+    places, weights = np.empty((0, 2)), read_weights(database)
     if params.location_dims:
-        some = _fitted_on(read_card(database, DatabaseCard).images)
+        some = _fitted_on(read_card(database, DatabaseCard).images, weights)
         places = read_rows(database, some.tolist()).locations
-    return compact_of(params, load_checkpoint(checkpoint).location, stored_values(database), places)
+    return compact_of(params, load_checkpoint(checkpoint).location, stored_values(database), places, weights)

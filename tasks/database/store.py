@@ -7,6 +7,7 @@ keys       image, key    float32 unit vectors in the location encoder's space
 values     image, value  float32 features of the image encoder, not normalised
 locations  image, 2      float64 longitude and latitude in degrees
 row_ids    image         int64   row of the patches' manifest; -1 in an imported database
+weights    image         float64 how much an image counts, beside others of its database; absent, each 1
 ========== ============= ======= =====================================================================
 
 `database.zarr` holds the arrays, with one object per array and shard of images. `card.json` names the checkpoint that
@@ -29,9 +30,10 @@ from tasks import arrays
 from tasks.cards import read_card, write_card
 from tasks.products import CheckpointCard, DatabaseCard
 
-Measure = Callable[[NDArray, NDArray, NDArray], Any]
+Measure = Callable[[NDArray, NDArray, NDArray, NDArray | None], Any]
 READ_ROWS = 1024  # rows read at a time: reading all at once takes a quarter more memory than the database
 NAMES = ("keys", "values", "locations", "row_ids")
+WEIGHTS = "weights"
 MISSING = {"f4": math.nan, "f8": math.nan, "i8": -1}  # what an array has where nothing is written
 UNIT_TOLERANCE = 1e-4  # largest deviation of a key's length from 1
 
@@ -50,9 +52,11 @@ class Database:
     """(n,) rows of the patches' manifest."""
     card: DatabaseCard
     """What the database is and how it was made."""
+    weights: NDArray[np.float64] | None = None
+    """(n,) how much each image counts, above 0; none where each counts 1."""
 
 
-def create_database(url: str, images: int, key: int, value: int, rows: int) -> None:
+def create_database(url: str, images: int, key: int, value: int, rows: int, *, weighted: bool = False) -> None:
     """Writes the metadata of an empty database, unless it exists.
 
     Args:
@@ -61,10 +65,13 @@ def create_database(url: str, images: int, key: int, value: int, rows: int) -> N
         key: Length of a key.
         value: Length of a value.
         rows: Images per shard, which is one unit of work.
+        weighted: Whether images have weights.
     """
     shapes: dict[str, tuple[tuple[int, ...], str]]
     shapes = {"keys": ((images, key), "f4"), "values": ((images, value), "f4")}
     shapes |= {"locations": ((images, 2), "f8"), "row_ids": ((images,), "i8")}
+    if weighted:
+        shapes[WEIGHTS] = ((images,), "f8")
     for name, (shape, dtype) in shapes.items():
         chunks = (min(rows, images), *shape[1:])
         _table(url, name).create(shape, dtype=dtype, chunks=chunks, fill_value=MISSING[dtype])
@@ -80,7 +87,7 @@ def write_rows(url: str, start: int, data: dict[str, NDArray]) -> None:
     Raises:
         UserError: The rows are not one whole shard.
     """
-    for name in reversed(NAMES):
+    for name in reversed(names_of(WEIGHTS in data)):
         _table(url, name).write(start, data[name])
 
 
@@ -94,16 +101,18 @@ def finish_database(url: str, measure: Measure | None = None, **told: Any) -> Da
 
     Args:
         url: Directory of the database.
-        measure: Measures on keys, values and locations how well heads restore images, for the card; None: nothing.
-        **told: More entries of the card.
+        measure: Measures on keys, values, locations and weights how well heads restore images, for the card; None:
+            nothing.
+        **told: More entries of the card, `weighted` among them where images have weights.
 
     Raises:
         UserError: The database is not sound.
     """
-    data = _read(url)
-    check(data["keys"], data["values"], data["locations"], url)
+    data = _read(url, names_of(told.get("weighted", False)))
+    weights = data.get(WEIGHTS)
+    check(data["keys"], data["values"], data["locations"], url, weights)
     if measure:
-        told["heads"] = measure(data["keys"], data["values"], data["locations"])
+        told["heads"] = measure(data["keys"], data["values"], data["locations"], weights)
     card = DatabaseCard(
         images=len(data["keys"]), key_dim=data["keys"].shape[1], value_dim=data["values"].shape[1], **told
     )
@@ -118,19 +127,19 @@ def open_database(url: str) -> Database:
         UserError: There is no database, or its metadata claims more than its stored bytes can hold.
     """
     card = _card(url)
-    return Database(**_read(url), card=card)
+    return Database(**_read(url, names_of(card.weighted)), card=card)
 
 
 def read_rows(url: str, rows: slice | list[int]) -> Database:
     """Reads some images of a finished database into memory: a part of a large one, or chosen rows."""
     card = _card(url)
-    return Database(**{name: _table(url, name).read(rows) for name in NAMES}, card=card)
+    return Database(**{name: _table(url, name).read(rows) for name in names_of(card.weighted)}, card=card)
 
 
 def read_blocks(url: str, size: int) -> Iterator[Database]:
     """Yields a finished database, `size` images at a time."""
     card = _card(url)
-    stored = {name: _table(url, name).open() for name in NAMES}
+    stored = {name: _table(url, name).open() for name in names_of(card.weighted)}
     for start in range(0, card.images, size):
         rows = slice(start, start + size)
         yield Database(**{name: arrays.read(array, rows) for name, array in stored.items()}, card=card)
@@ -153,8 +162,18 @@ def stored_values(url: str) -> arrays.Rows:
     return arrays.Rows(_table(url, "values").open())
 
 
-def _read(url: str) -> dict[str, NDArray]:
-    return {name: _whole(_table(url, name).open()) for name in NAMES}
+def read_weights(url: str) -> NDArray[np.float64] | None:
+    """Returns how much each image of a finished database counts, (n,); none where each counts 1."""
+    return _whole(_table(url, WEIGHTS).open()) if _card(url).weighted else None
+
+
+def names_of(weighted: bool) -> tuple[str, ...]:
+    """Returns the names of a database's arrays."""
+    return (*NAMES, WEIGHTS) if weighted else NAMES
+
+
+def _read(url: str, names: tuple[str, ...]) -> dict[str, NDArray]:
+    return {name: _whole(_table(url, name).open()) for name in names}
 
 
 def _whole(array: zarr.Array) -> NDArray:
@@ -165,7 +184,7 @@ def _whole(array: zarr.Array) -> NDArray:
     return data
 
 
-def check(keys: NDArray, values: NDArray, locations: NDArray, source: str) -> None:
+def check(keys: NDArray, values: NDArray, locations: NDArray, source: str, weights: NDArray | None = None) -> None:
     """Refuses unsound arrays, which retrieval would use without a sign of it.
 
     Raises:
@@ -186,6 +205,8 @@ def check(keys: NDArray, values: NDArray, locations: NDArray, source: str) -> No
     refuse_rows(np.abs(locations[:, 1]) > 90, source, "latitudes beyond the poles; columns are (lon, lat)")
     refuse_rows((locations[:, 0] < -180) | (locations[:, 0] > 360), source, "longitudes outside -180 to 360")
     refuse_rows(np.linalg.norm(keys, axis=1) < 1e-8, source, "keys of length zero, which have no direction")
+    if weights is not None:
+        refuse_rows(~(np.isfinite(weights) & (weights > 0)), source, "weights that are not above 0")
 
 
 def refuse_rows(wrong: NDArray[np.bool_], source: str, what: str) -> None:

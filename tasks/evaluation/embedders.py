@@ -269,7 +269,7 @@ def _as_published(checkpoint: str, database: str) -> tuple[PlaceEncoder, Retriev
     encoder, keys = first_member(everyone, index.keys.numpy())
     if encoder is everyone:
         return encoder, index
-    return encoder, RetrievalIndex(keys, index.values.numpy(), index.locations)
+    return encoder, RetrievalIndex(keys, index.values.numpy(), index.locations, weights=index.counts)
 
 
 @lru_cache(maxsize=2)

@@ -1,9 +1,10 @@
 """Updates the grid of a changed database from the kept sums of an earlier grid, its parent.
 
 Only images that were added or removed are computed. An image is the same where its row id, its place, its key and its
-value are, whatever its position. A vector that is encoded again beside other images differs in its last bits. So keys
-and values are compared to SAME of their length, by a few random projections: a difference shows in at least one of
-them, unless it is orthogonal to all.
+value are, whatever its position. One that counts otherwise than before went with its former weight, and came with its
+new one. A vector that is encoded again beside other images differs in its last bits. So keys and values are compared to
+SAME of their length, by a few random projections: a difference shows in at least one of them, unless it is orthogonal
+to all.
 """
 
 from dataclasses import asdict, dataclass
@@ -125,7 +126,7 @@ def _without(images: pd.DataFrame, rows: NDArray[np.int64]) -> list[int]:
 
 
 def _images(url: str) -> tuple[pd.DataFrame, NDArray[np.float64]]:
-    """Returns the identity of each image, and its projections, (n, 2 * (PROJECTIONS + 1))."""
+    """Returns the identity of each image, and its marks, (n, 2 * (PROJECTIONS + 1) + 1): projections and weight."""
     names, marks = zip(*map(_named, read_blocks(url, BLOCK)), strict=True)
     table = pd.concat(names, ignore_index=True)
     table["copy"] = table.groupby(NAME[:-1]).cumcount()
@@ -135,7 +136,8 @@ def _images(url: str) -> tuple[pd.DataFrame, NDArray[np.float64]]:
 def _named(data: Database) -> tuple[pd.DataFrame, NDArray[np.float64]]:
     lon, lat = data.locations.T
     names = pd.DataFrame({"row_id": data.row_ids, "lon": lon, "lat": lat})
-    return names, np.concatenate([_marks(data.keys), _marks(data.values)], axis=1)
+    weights = np.ones(len(names)) if data.weights is None else data.weights
+    return names, np.column_stack([_marks(data.keys), _marks(data.values), np.log(weights)])
 
 
 def _marks(vectors: NDArray[np.float32]) -> NDArray[np.float64]:

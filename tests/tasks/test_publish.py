@@ -96,11 +96,13 @@ def images(rows, changed=()):
 def store(home, name, arrays, checkpoint=None, shard=150, **card):
     """A database in storage."""
     url, count = f"{home.as_uri()}/{name}", len(arrays["keys"])
-    create_database(url, count, arrays["keys"].shape[1], arrays["values"].shape[1], shard)
+    weighted = "weights" in arrays
+    create_database(url, count, arrays["keys"].shape[1], arrays["values"].shape[1], shard, weighted=weighted)
     for start in range(0, count, shard):
         write_rows(url, start, {n: a[start : start + shard] for n, a in arrays.items()})
     space = checkpoint or read_card(f"{home.as_uri()}/checkpoint", CheckpointCard).fingerprint
-    finish_database(url, checkpoint=space, fingerprint=name, attribution="nobody", **card)
+    told = {"weighted": True} if weighted else {}
+    finish_database(url, checkpoint=space, fingerprint=name, attribution="nobody", **told, **card)
     return url
 
 

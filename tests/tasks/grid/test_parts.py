@@ -20,6 +20,7 @@ from tests.waiting import until
 
 ROWS = 200
 FEW = images(np.arange(ROWS))
+WEIGHED = FEW | {"weights": np.geomspace(0.01, 10, ROWS)}
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +60,24 @@ def expected(grid, arrays, beta=0.5):
     land = np.isfinite(embeddings(grid)[0])
     row, column = np.nonzero(land)
     lonlat = np.column_stack([-175.0 + 10 * column, 85.0 - 10 * row])
-    index = RetrievalIndex(arrays["keys"], arrays["values"], arrays["locations"])
+    index = RetrievalIndex(arrays["keys"], arrays["values"], arrays["locations"], weights=arrays.get("weights"))
     return land, embed(encoder, index, lonlat, Method(beta=beta))
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 0.2, "keep_sums": True}, SIDE_BY_SIDE])
-def test_the_parts_are_the_whole(cluster, home, small, options):
+@pytest.mark.parametrize(
+    ("options", "arrays"), [({}, WEIGHED), ({"beta": 0.2, "keep_sums": True}, FEW), (SIDE_BY_SIDE, FEW)]
+)
+def test_the_parts_are_the_whole(cluster, home, small, options, arrays):
     client = cluster[0]
     small(ROWS)
     client.run(parts.load_part.cache_clear)
-    grid = publish(client, home, FEW, **options)
+    grid = publish(client, home, arrays, **options)
     if "heads" in options:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parts, "MEMORY_SHARE", 0.5)  # the whole in one worker, of another version
-            same(grid, publish(client, home, FEW, **options, evidence=True))
+            same(grid, publish(client, home, arrays, **options, evidence=True))
     else:
-        land, vectors = expected(grid, FEW, options.get("beta", 0.5))
+        land, vectors = expected(grid, arrays, options.get("beta", 0.5))
         close(embeddings(grid)[:, land].T, vectors, 1e-5)
     assert [info.misses for info in client.run(parts.load_part.cache_info).values()] == [1, 1, 1]  # not once a tile
 
@@ -84,6 +87,7 @@ def test_one_spectrum_serves_all_parts_and_far_cells_are_summed_directly(cluster
     keys, values, where = database(6000, DIM, VALUES)
     where[:, 1] = np.abs(where[:, 1])  # none south of the equator
     arrays = {"keys": keys, "values": values, "locations": where, "row_ids": np.arange(6000)}
+    arrays["weights"] = np.where(where[:, 0] < 0, 0.05, 1.0)
     far = RetrievalIndex(keys, values, where).spectrum(40.0).sums(np.array([[0.0, -80.0], [0.0, 50.0]]))[1]
     np.testing.assert_array_equal(far, [True, False])
     grid = publish(cluster[0], home, arrays)

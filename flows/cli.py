@@ -26,6 +26,7 @@ from tasks.params import (
     EmbedParams,
     EncodeParams,
     EvaluateParams,
+    JoinParams,
     Params,
     PipelineParams,
     PublishParams,
@@ -325,6 +326,20 @@ def export_database(database: Database, file: Output, overwrite: Overwrite = Fal
     from tasks.database.npz import export_npz
 
     print(export_npz(database, file, overwrite))
+
+
+def _join(
+    databases: Annotated[list[str], typer.Argument(help="Directories or URLs of the databases.")], params: JoinParams
+) -> None:
+    from flows.join import join as flow
+    from flows.started import start
+
+    print(start(flow, [str(_url(place)) for place in databases], params))
+
+
+database_app.command(
+    "join", help="Join databases of one checkpoint: each image counts as much as the land that it stands for."
+)(with_options(JoinParams, _join))
 
 
 @database_app.command("audit")

@@ -67,6 +67,8 @@ def resolve(asked: Mapping[str, Any], at: datetime) -> dict[str, Any]:
         found["patches"] = newest(PatchesCard, found["patches"])
     if is_newest(found.get("database")):
         found["database"] = _database(found["database"], found.get("checkpoint"))
+    if named := found.get("databases"):
+        found["databases"] = [newest(DatabaseCard, url) if is_newest(url) else url for url in named]
     if is_newest(found.get("checkpoint")):
         found["checkpoint"] = _checkpoint(found["checkpoint"], found.get("database"))
     if is_newest(found.get("grid")):

@@ -309,6 +309,18 @@ class EncodeParams(Params):
     """Images in one Zarr shard, which is one unit of work."""
 
 
+class JoinParams(Params):
+    """How to join databases."""
+
+    weights: Literal["design", "estimated"] = "design"
+    """How much an image counts: as much as the land that it stands for. `design`: by the design of the samples.
+    `estimated`: by how densely the images lie, where samples do not tell their design, as imported databases."""
+    shard_rows: int = Field(512, ge=1, le=65_536)
+    """Images in one Zarr shard."""
+    line: str = Field("", pattern=LINE, min_length=0)
+    """Name of the product line that the joined database belongs to. Unset: that of the first database."""
+
+
 def check_heads(heads: tuple[str, ...]) -> tuple[str, ...]:
     """Returns heads as they are written, each once.
 

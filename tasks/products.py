@@ -35,6 +35,12 @@ class SampleRecipe(Part):
     """Time window of the images."""
     resolution_m: float | None = None
     """Pixel size in metres."""
+    places: str = ""
+    """How places were drawn."""
+    south: float = -80.0
+    """Southern limit in degrees."""
+    north: float = 84.0
+    """Northern limit in degrees."""
 
 
 class PatchesCard(Card):
@@ -154,6 +160,30 @@ class Values(Part):
     """URL of the features that they were taken from; none where the checkpoint's own encoder made them."""
 
 
+class Origin(Part):
+    """A sample that a joined database is of, and its design."""
+
+    database: str
+    """Fingerprint of the sample's own database."""
+    patches: str | None = None
+    """Fingerprint of its patches, to whose manifest row ids lead; none of an imported database."""
+    images: int
+    """Number of its images."""
+    land_km2: float | None = None
+    """Area of the land that they were drawn on, each place as likely as any other; none where that is unknown."""
+    south: float = -90.0
+    """Southern limit of that land in degrees."""
+    north: float = 90.0
+    """Northern limit in degrees."""
+    region: dict[str, Any] | None = None
+    """The region that it was cut to, as GeoJSON; none for all land."""
+
+    @property
+    def density(self) -> float:
+        """Returns images per km² of land; 0 where that is unknown."""
+        return self.images / self.land_km2 if self.land_km2 else 0.0
+
+
 class DatabaseCard(Card):
     """The card of a database."""
 
@@ -175,6 +205,8 @@ class DatabaseCard(Card):
     """The image encoder of the keys."""
     values: Values = Values()
     """What made the values; an imported database does not tell."""
+    origins: tuple[Origin, ...] = ()
+    """The samples of a joined database; none of a database of one."""
     weighted: bool = False
     """Whether images have weights; else each counts 1, as in all former databases."""
     heads: tuple[dict[str, Any], ...] | None = None
@@ -185,7 +217,9 @@ class DatabaseCard(Card):
         """Returns the patches, the checkpoint, and the features that the values were taken from."""
         patches = _sources("patches", self.patches, self.made_of.get("patches"))
         space = _sources("checkpoints", self.checkpoint, self.made_of.get("checkpoint"))
-        return patches | space | _sources("features", self.values.features)
+        joined = _sources("databases", *self.made_of.get("joined", ()))
+        joined |= _sources("patches", *(origin.patches for origin in self.origins))
+        return patches | space | joined | _sources("features", self.values.features)
 
 
 class GridRecipe(Part):

@@ -18,6 +18,7 @@ from infra import clusters, workers
 from infra.errors import may_pass
 from tasks import ablate, encode, evaluate, publish, sample, train
 from tasks.artifacts import reported
+from tasks.database import join
 from tasks.release import promotion, versions
 from tasks.units import Work, in_run, note
 
@@ -72,6 +73,7 @@ def _step(name: str, function: Callable[..., R]) -> Callable[..., R]:
 sample_patches = _step("sample patches", reported(on_cluster(sample.sample_patches)))
 train_model = _step("train model", reported(on_cluster(train.train_model)))
 encode_database = _step("encode database", reported(on_cluster(encode.encode_database)))
+join_databases = _step("join databases", reported(join.join_databases))
 publish_grid = _step("publish grid", reported(on_cluster(publish.publish_grid)))
 evaluate_database = _step("evaluate database", reported(evaluate.evaluate_database))
 ablate_database = _step("ablate database", reported(ablate.ablate_database))

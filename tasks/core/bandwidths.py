@@ -14,11 +14,12 @@ Source: Stone (1974), Cross-validatory choice and assessment of statistical pred
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.core.compact import Projection
+from tasks.core.compact import BLOCK, Projection, Rows
 from tasks.core.earth.sphere import unit_vectors
 from tasks.core.methods import Head, Kind
 from tasks.core.probes import block_of
@@ -35,6 +36,13 @@ TRIED: dict[Kind, tuple[float, ...]] = {
 }
 
 Float = NDArray[np.float64]
+
+
+class Queries(Protocol):
+    """Location embeddings of images' places: all in memory, or embedded as they are asked for."""
+
+    def __getitem__(self, rows: NDArray[np.int64], /) -> Any:
+        """Returns those of some rows as an array, (m, d)."""
 
 
 @dataclass(frozen=True)
@@ -57,28 +65,28 @@ class Curve:
 
 
 def curves(
-    queries: NDArray[np.float32],
-    keys: NDArray[np.float32],
-    values: NDArray[np.float32],
+    queries: Queries,
+    keys: Rows,
+    values: Rows,
     locations: Float,
     weights: Float | None = None,
 ) -> list[Curve]:
     """Measures every head of TRIED on a database.
 
     Args:
-        queries: Unit location embeddings of the images' places, (n, d).
-        keys: Unit keys, (n, d).
-        values: (n, v).
+        queries: Unit location embeddings of the images' places, (n, d); those of some rows are asked for.
+        keys: Unit keys, (n, d), read in blocks.
+        values: (n, v), read in blocks.
         locations: (n, 2) degrees (lon, lat).
         weights: How much each image counts, (n,): in the heads, and among those that are left out; unset, 1.
 
     Returns:
         A curve for each kind of head; none where there are fewer than LEAST images or one block alone.
     """
-    count, blocks = len(keys), block_of(locations, BLOCK_DEGREES)
+    count, blocks = len(locations), block_of(locations, BLOCK_DEGREES)
     if count < LEAST or len(np.unique(blocks)) < 2:
         return []
-    wanted = Projection.rotated(values, min(DIMS, *values.shape), weights=weights).apply(values).astype(np.float64)
+    wanted = _components(Projection.rotated(values, min(DIMS, *values.shape), weights=weights), values)
     asked = drawn(count, max(LEAST, min(ASKED, PAIRS // count)), weights)
     counts = np.ones(count) if weights is None else weights
     points = unit_vectors(locations)
@@ -90,7 +98,7 @@ def curves(
         left_out = some[:, None] == np.arange(count), blocks[some][:, None] == blocks
         for kind, every in tried.items():
             if kind == "semantic":
-                cosines = queries[some].astype(np.float64) @ keys.T.astype(np.float64)
+                cosines = _products(queries[some], keys)
             else:
                 cosines = points[some] @ points.T
             lost[kind] += [
@@ -99,6 +107,22 @@ def curves(
     total = ((wanted[asked] - np.average(wanted, 0, weights)) ** 2).sum()
     shares = {kind: (1 - sums / total).round(4).tolist() for kind, sums in lost.items()}
     return [Curve(kind, tried[kind], *map(tuple, shares[kind])) for kind in tried]
+
+
+def _components(projection: Projection, values: Rows) -> Float:
+    """Returns the components of all values, (n, dims), reading block by block."""
+    found = np.empty((values.shape[0], projection.components.shape[1]))
+    for start in range(0, len(found), BLOCK):
+        rows = slice(start, start + BLOCK)
+        found[rows] = projection.apply(values[rows])
+    return found
+
+
+def _products(queries: NDArray[np.float32], keys: Rows) -> Float:
+    """Returns the cosines of some queries with all keys, (m, n), reading block by block."""
+    blocks = (slice(start, start + BLOCK) for start in range(0, keys.shape[0], BLOCK))
+    products = [queries.astype(np.float64) @ np.asarray(keys[rows], np.float64).T for rows in blocks]
+    return np.concatenate(products, axis=1)
 
 
 def drawn(count: int, most: int, weights: Float | None) -> NDArray[np.int64]:

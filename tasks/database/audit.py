@@ -41,11 +41,17 @@ def audit_database(
         The findings, in order.
 
     Raises:
-        UserError: One of the products does not exist, or patches are given without a checkpoint.
+        UserError: One of the products does not exist, or patches are given without a checkpoint, or for a joined
+            database.
     """
     if patches is not None and checkpoint is None:
         raise UserError("patches are encoded again by a checkpoint: give --checkpoint too")
     data = open_database(database)
+    if patches is not None and data.card.origins:
+        samples = ", ".join(origin.database for origin in data.card.origins)
+        raise UserError(
+            f"{database} is joined of {samples}: audit each of these with its own patches, and this one without"
+        )
     findings = [*numbers(data, database), fingerprint_of(data.card.checkpoint, CheckpointCard, checkpoint)]
     findings.append(fingerprint_of(data.card.patches, PatchesCard, patches))
     if patches is None or checkpoint is None or (data.row_ids < 0).all():  # imported: no row leads back to an image

@@ -1,7 +1,7 @@
 """Settles what the multi-head method leaves open: heads that the database's own images choose, and projections."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -29,8 +29,8 @@ MultiHead = TypeVar("MultiHead", PublishParams, EmbedParams)
 
 def told_curves(
     encoder: Encodes,
-    keys: NDArray[np.float32],
-    values: NDArray[np.float32],
+    keys: Rows,
+    values: Rows,
     locations: NDArray[np.float64],
     weights: NDArray[np.float64] | None = None,
 ) -> list[dict[str, Any]]:
@@ -83,13 +83,26 @@ def chosen(found: list[Curve]) -> list[Head]:
 
 def measured(
     encoder: Encodes,
-    keys: NDArray[np.float32],
-    values: NDArray[np.float32],
+    keys: Rows,
+    values: Rows,
     locations: NDArray[np.float64],
     weights: NDArray[np.float64] | None = None,
 ) -> list[Curve]:
-    """Measures the curves of a database in memory."""
-    return curves(encoder.embed(locations), keys, values, locations, weights)
+    """Measures the curves of a database, whose keys and values are read in blocks."""
+    return curves(PlacesOf(encoder, locations), keys, values, locations, weights)
+
+
+@dataclass(frozen=True)
+class PlacesOf:
+    """Embeds places of images as they are asked for."""
+
+    encoder: Encodes
+    """The location encoder."""
+    locations: NDArray[np.float64]
+    """(n, 2) degrees."""
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.encoder.embed(self.locations[rows])
 
 
 @lru_cache(maxsize=4)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from infra.addresses import as_url, name_of, shown
 from infra.errors import UserError
 from tasks.cards import made_before, read_card
 from tasks.database.store import (
+    WEIGHTS,
     check,
     create_database,
     finish_database,
@@ -46,13 +48,17 @@ def import_npz(source: str | Path, url: str, checkpoint: str) -> DatabaseCard:
     made_of = {"file": name, "sha256": digest, "checkpoint": space.fingerprint}
     if there := made_before(url, DatabaseCard, made_of):
         return there
-    locations, keys, values = _load_npz(data, source)
-    check(keys, values, locations, str(source))
+    locations, keys, values, weights = _load_npz(data, source)
+    check(keys, values, locations, str(source), weights)
     _same_dim(keys, space, source)
     refuse_rows(repeated(locations, values), str(source), "images that are there twice, place and value")
     keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-    create_database(url, len(keys), keys.shape[1], values.shape[1], IMPORTED_ROWS)
+    weighted = weights is not None
+    told: dict[str, Any] = {"weighted": True} if weighted else {}
+    create_database(url, len(keys), keys.shape[1], values.shape[1], IMPORTED_ROWS, weighted=weighted)
     rows = {"keys": keys, "values": values, "locations": locations, "row_ids": np.full(len(keys), -1)}
+    if weighted:
+        rows[WEIGHTS] = weights
     for start in range(0, len(keys), IMPORTED_ROWS):
         write_rows(url, start, {name: array[start : start + IMPORTED_ROWS] for name, array in rows.items()})
     return finish_database(
@@ -61,13 +67,16 @@ def import_npz(source: str | Path, url: str, checkpoint: str) -> DatabaseCard:
         checkpoint=space.fingerprint,
         made_of=made_of,
         attribution=f"imported from {name}",
+        **told,
     )
 
 
-def _load_npz(data: bytes, source: str | Path) -> list[NDArray]:
+def _load_npz(data: bytes, source: str | Path) -> tuple[NDArray, NDArray, NDArray, NDArray | None]:
+    """Returns places, keys and values, and how much each image counts, where the file tells it."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return [_numbers(file[name], t) for name, t in zip(FOREIGN, ("f8", "f4", "f4"), strict=True)]
+            places, keys, values = (_numbers(file[n], t) for n, t in zip(FOREIGN, ("f8", "f4", "f4"), strict=True))
+            return places, keys, values, _numbers(file[WEIGHTS], "f8") if WEIGHTS in file else None
     except KeyError as error:
         raise UserError(f"{shown(source)} lacks an array ({error}): it needs {', '.join(FOREIGN)}") from None
     except Exception as error:  # a hostile file may fail in any way
@@ -93,7 +102,7 @@ def _same_dim(keys: NDArray, space: CheckpointCard, path: str | Path) -> None:
 
 
 def export_npz(url: str, target: str | Path, overwrite: bool = False) -> str:
-    """Writes a database in the published layout, which rangegeo reads.
+    """Writes a database in the published layout, which rangegeo reads; beside it `weights`, where images have any.
 
     Args:
         url: The database.
@@ -105,5 +114,6 @@ def export_npz(url: str, target: str | Path, overwrite: bool = False) -> str:
     """
     check_free(target, overwrite)
     data, buffer = open_database(url), io.BytesIO()
-    np.savez(buffer, locs=data.locations, satclip_embeddings=data.keys, image_embeddings=data.values)
+    beside: dict[str, Any] = {} if data.weights is None else {"weights": data.weights}
+    np.savez(buffer, locs=data.locations, satclip_embeddings=data.keys, image_embeddings=data.values, **beside)
     return write_file(target, buffer.getvalue(), overwrite)

@@ -30,10 +30,12 @@ from tasks import arrays
 from tasks.cards import read_card, write_card
 from tasks.products import CheckpointCard, DatabaseCard
 
-Measure = Callable[[NDArray, NDArray, NDArray, NDArray | None], Any]
+Measure = Callable[[arrays.Rows, arrays.Rows, NDArray, NDArray | None], Any]
+CHECKED = 16_384  # images checked at a time
 READ_ROWS = 1024  # rows read at a time: reading all at once takes a quarter more memory than the database
 NAMES = ("keys", "values", "locations", "row_ids")
 WEIGHTS = "weights"
+LINEAGE = ("origins", "origin_rows", "held_by")  # of a joined database (`tasks.database.join`)
 MISSING = {"f4": math.nan, "f8": math.nan, "i8": -1}  # what an array has where nothing is written
 UNIT_TOLERANCE = 1e-4  # largest deviation of a key's length from 1
 
@@ -56,7 +58,9 @@ class Database:
     """(n,) how much each image counts, above 0; none where each counts 1."""
 
 
-def create_database(url: str, images: int, key: int, value: int, rows: int, *, weighted: bool = False) -> None:
+def create_database(
+    url: str, images: int, key: int, value: int, rows: int, *, weighted: bool = False, joined: bool = False
+) -> None:
     """Writes the metadata of an empty database, unless it exists.
 
     Args:
@@ -66,12 +70,15 @@ def create_database(url: str, images: int, key: int, value: int, rows: int, *, w
         value: Length of a value.
         rows: Images per shard, which is one unit of work.
         weighted: Whether images have weights.
+        joined: Whether images tell of which database they were.
     """
     shapes: dict[str, tuple[tuple[int, ...], str]]
     shapes = {"keys": ((images, key), "f4"), "values": ((images, value), "f4")}
     shapes |= {"locations": ((images, 2), "f8"), "row_ids": ((images,), "i8")}
     if weighted:
         shapes[WEIGHTS] = ((images,), "f8")
+    if joined:
+        shapes |= dict.fromkeys(LINEAGE, ((images,), "i8"))
     for name, (shape, dtype) in shapes.items():
         chunks = (min(rows, images), *shape[1:])
         _table(url, name).create(shape, dtype=dtype, chunks=chunks, fill_value=MISSING[dtype])
@@ -87,7 +94,8 @@ def write_rows(url: str, start: int, data: dict[str, NDArray]) -> None:
     Raises:
         UserError: The rows are not one whole shard.
     """
-    for name in reversed(names_of(WEIGHTS in data)):
+    beside = [name for name in (WEIGHTS, *LINEAGE) if name in data]
+    for name in reversed([*NAMES, *beside]):
         _table(url, name).write(start, data[name])
 
 
@@ -108,14 +116,15 @@ def finish_database(url: str, measure: Measure | None = None, **told: Any) -> Da
     Raises:
         UserError: The database is not sound.
     """
-    data = _read(url, names_of(told.get("weighted", False)))
-    weights = data.get(WEIGHTS)
-    check(data["keys"], data["values"], data["locations"], url, weights)
+    keys, values, locations = (arrays.Rows(_table(url, name).open()) for name in NAMES[:3])
+    weights = read_array(url, WEIGHTS) if told.get("weighted") else None
+    for start in range(0, max(1, keys.shape[0]), CHECKED):
+        rows = slice(start, start + CHECKED)
+        counts = None if weights is None else weights[rows]
+        check(keys[rows], values[rows], locations[rows], url, counts, start)
     if measure:
-        told["heads"] = measure(data["keys"], data["values"], data["locations"], weights)
-    card = DatabaseCard(
-        images=len(data["keys"]), key_dim=data["keys"].shape[1], value_dim=data["values"].shape[1], **told
-    )
+        told["heads"] = measure(keys, values, read_array(url, "locations"), weights)
+    card = DatabaseCard(images=keys.shape[0], key_dim=keys.shape[1], value_dim=values.shape[1], **told)
     write_card(url, card)
     return card
 
@@ -164,10 +173,15 @@ def stored_values(url: str) -> arrays.Rows:
 
 def read_weights(url: str) -> NDArray[np.float64] | None:
     """Returns how much each image of a finished database counts, (n,); none where each counts 1."""
-    return _whole(_table(url, WEIGHTS).open()) if _card(url).weighted else None
+    return read_array(url, WEIGHTS) if _card(url).weighted else None
 
 
-def names_of(weighted: bool) -> tuple[str, ...]:
+def read_array(url: str, name: str) -> NDArray:
+    """Returns all of an array of a database that holds one or two numbers for each image."""
+    return _whole(_table(url, name).open())
+
+
+def names_of(weighted: bool = False) -> tuple[str, ...]:
     """Returns the names of a database's arrays."""
     return (*NAMES, WEIGHTS) if weighted else NAMES
 
@@ -184,8 +198,23 @@ def _whole(array: zarr.Array) -> NDArray:
     return data
 
 
-def check(keys: NDArray, values: NDArray, locations: NDArray, source: str, weights: NDArray | None = None) -> None:
+def check(
+    keys: NDArray,
+    values: NDArray,
+    locations: NDArray,
+    source: str,
+    weights: NDArray | None = None,
+    start: int = 0,
+) -> None:
     """Refuses unsound arrays, which retrieval would use without a sign of it.
+
+    Args:
+        keys: (n, key).
+        values: (n, value).
+        locations: (n, 2) degrees.
+        source: Where they are from, for messages.
+        weights: (n,) how much each image counts; unset, 1.
+        start: Number of the first row, for messages.
 
     Raises:
         UserError: Lengths differ, a value is not finite, a place is not on Earth, or a key has length zero.
@@ -195,24 +224,26 @@ def check(keys: NDArray, values: NDArray, locations: NDArray, source: str, weigh
             f"{source} has keys {keys.shape}, values {values.shape} and places {locations.shape}: all are "
             "tables with one row per image, places with longitude and latitude"
         )
+    if weights is not None and weights.shape != (len(keys),):
+        raise UserError(f"{source} has weights {weights.shape} for {len(keys)} images: give one for each, or none")
     if not len(keys) == len(values) == len(locations):
         raise UserError(
             f"{source} has {len(locations)} places, {len(keys)} keys and {len(values)} values: every image "
             "needs one of each"
         )
     for name, array in (("places", locations), ("keys", keys), ("values", values)):
-        refuse_rows(~np.isfinite(array).all(1), source, f"{name} that are not finite")
-    refuse_rows(np.abs(locations[:, 1]) > 90, source, "latitudes beyond the poles; columns are (lon, lat)")
-    refuse_rows((locations[:, 0] < -180) | (locations[:, 0] > 360), source, "longitudes outside -180 to 360")
-    refuse_rows(np.linalg.norm(keys, axis=1) < 1e-8, source, "keys of length zero, which have no direction")
+        refuse_rows(~np.isfinite(array).all(1), source, f"{name} that are not finite", start)
+    refuse_rows(np.abs(locations[:, 1]) > 90, source, "latitudes beyond the poles; columns are (lon, lat)", start)
+    refuse_rows((locations[:, 0] < -180) | (locations[:, 0] > 360), source, "longitudes outside -180 to 360", start)
+    refuse_rows(np.linalg.norm(keys, axis=1) < 1e-8, source, "keys of length zero, which have no direction", start)
     if weights is not None:
-        refuse_rows(~(np.isfinite(weights) & (weights > 0)), source, "weights that are not above 0")
+        refuse_rows(~(np.isfinite(weights) & (weights > 0)), source, "weights that are not above 0", start)
 
 
-def refuse_rows(wrong: NDArray[np.bool_], source: str, what: str) -> None:
+def refuse_rows(wrong: NDArray[np.bool_], source: str, what: str, start: int = 0) -> None:
     """Refuses a source with any wrong row; the message has the number of wrong rows and the first."""
     if wrong.any():
-        raise UserError(f"{source} has {wrong.sum()} {what} (first in row {wrong.argmax()}): mend the file")
+        raise UserError(f"{source} has {wrong.sum()} {what} (first in row {start + wrong.argmax()}): mend the file")
 
 
 def repeated(locations: NDArray, values: NDArray) -> NDArray[np.bool_]:

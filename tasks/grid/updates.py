@@ -1,10 +1,8 @@
 """Updates the grid of a changed database from the kept sums of an earlier grid, its parent.
 
 Only images that were added or removed are computed. An image is the same where its row id, its place, its key and its
-value are, whatever its position. One that counts otherwise than before went with its former weight, and came with its
-new one. A vector that is encoded again beside other images differs in its last bits. So keys and values are compared to
-SAME of their length, by a few random projections: a difference shows in at least one of them, unless it is orthogonal
-to all.
+value are (`tasks.database.same`), whatever its position. One that counts otherwise than before went with its former
+weight, and came with its new one.
 """
 
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ from tasks.core.methods import Method
 from tasks.core.retrieval import RetrievalIndex
 from tasks.core.sums import Selections, updated
 from tasks.database.heads import projected_index
+from tasks.database.same import SAME, marks
 from tasks.database.store import Database, read_blocks, read_rows
 from tasks.grid import store
 from tasks.grid.tiles import LOADING, Job, Parent, deliver, land_cells, load, load_compact, load_encoder
@@ -31,8 +30,6 @@ from tasks.params import PublishParams
 from tasks.products import DatabaseCard, GridCard, told_land
 from tasks.units import log
 
-SAME = 1e-6  # largest relative difference of equal vectors: ten times their rounding, a tenth of an update's error
-PROJECTIONS = 8
 BLOCK = 8192  # images compared at a time
 NAME = ["row_id", "lon", "lat", "copy"]
 CHANGES = "changes.json"
@@ -114,10 +111,10 @@ class Changes:
 
 def changes(old: str, new: str) -> Changes:
     """Compares two finished databases by their URLs, streaming through both."""
-    (before, marks), (after, marks_now) = _images(old), _images(new)
+    (before, then_marks), (after, now_marks) = _images(old), _images(new)
     both = before.merge(after, on=NAME)
     then, now = both["row_x"].to_numpy(), both["row_y"].to_numpy()
-    same = (np.abs(marks[then] - marks_now[now]) <= SAME).all(1)
+    same = (np.abs(then_marks[then] - now_marks[now]) <= SAME).all(1)
     return Changes(_without(after, now[same]), _without(before, then[same]))
 
 
@@ -126,25 +123,18 @@ def _without(images: pd.DataFrame, rows: NDArray[np.int64]) -> list[int]:
 
 
 def _images(url: str) -> tuple[pd.DataFrame, NDArray[np.float64]]:
-    """Returns the identity of each image, and its marks, (n, 2 * (PROJECTIONS + 1) + 1): projections and weight."""
-    names, marks = zip(*map(_named, read_blocks(url, BLOCK)), strict=True)
+    """Returns the identity of each image, and its marks: those of key and value, and the log of its weight."""
+    names, found = zip(*map(_named, read_blocks(url, BLOCK)), strict=True)
     table = pd.concat(names, ignore_index=True)
     table["copy"] = table.groupby(NAME[:-1]).cumcount()
-    return table.rename_axis("row").reset_index(), np.concatenate(marks)
+    return table.rename_axis("row").reset_index(), np.concatenate(found)
 
 
 def _named(data: Database) -> tuple[pd.DataFrame, NDArray[np.float64]]:
     lon, lat = data.locations.T
     names = pd.DataFrame({"row_id": data.row_ids, "lon": lon, "lat": lat})
     weights = np.ones(len(names)) if data.weights is None else data.weights
-    return names, np.column_stack([_marks(data.keys), _marks(data.values), np.log(weights)])
-
-
-def _marks(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns the components of directions along random ones, and the log of lengths: both compare relative errors."""
-    draws = np.random.default_rng(0).normal(size=(vectors.shape[1], PROJECTIONS))
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
-    return np.concatenate([vectors / lengths @ draws, np.log(lengths)], axis=1)
+    return names, np.column_stack([marks(data.keys), marks(data.values), np.log(weights)])
 
 
 def update_tile(job: Job, parent: Parent, tile: Tile) -> Report:

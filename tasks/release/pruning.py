@@ -48,17 +48,14 @@ def prune_all(
     needed = _needed(roots, every)
     doomed = [product for name, product in every.items() if name not in needed and product.kind != "grids"]
     doomed = [product for product in doomed if product.is_finished or unfinished]
-    found = [every[name] for name in every if name in doomed_grids] + sorted(doomed, key=_order, reverse=True)
+    doomed.sort(key=lambda product: (ORDER.index(product.kind), product.changed), reverse=True)
+    found = [every[name] for name in every if name in doomed_grids] + doomed
     if delete:
         _prune_grids(keep, unfinished, True, spared)
         for product in doomed:
             storage.delete(storage.join(product.url, "card.json"))  # first: what is half there is unfinished
             storage.delete(product.url)
     return found
-
-
-def _order(product: Product) -> int:
-    return ORDER.index(product.kind)
 
 
 def _prune_grids(keep: int, unfinished: bool, delete: bool, spared: set[str]) -> list[Version]:

@@ -352,6 +352,8 @@ def refer(database: str, queries: Float, places: Float, method: Method, compact:
     for data, values in rows_of(database, compact.values):
         low, high = np.minimum(low, values.min(0)), np.maximum(high, values.max(0))
         table = np.column_stack([values, np.abs(values), np.ones(len(values))])
+        if data.weights is not None:
+            table *= data.weights[:, None]
         for head in told:
             if head.head.kind == "semantic":
                 head.add(queries @ data.keys.astype(np.float64).T, table)
@@ -396,7 +398,7 @@ class Running:
         self.largest, self.sums = np.full_like(self.at, -np.inf), np.zeros(())
 
     def add(self, cosines: Float, table: Float) -> None:
-        """Adds images, by their cosines (m, n) and their values, magnitudes and ones, (n, 2 v + 1)."""
+        """Adds images, by their cosines (m, n) and their values, magnitudes and ones, times weight, (n, 2 v + 1)."""
         logits = self.at * cosines
         largest = np.maximum(self.largest, logits.max(1, keepdims=True))
         self.sums = self.sums * np.exp(self.largest - largest) + np.exp(logits - largest) @ table

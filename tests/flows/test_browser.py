@@ -27,7 +27,7 @@ from tests.tasks.test_artifacts import readable
 from tests.tasks.test_faults import shard
 
 SHOTS = ROOT / "build/ui"
-DEPLOYMENTS = ["ablate", "encode", "evaluate", "pipeline", "prune", "publish", "sample", "train"]
+DEPLOYMENTS = ["ablate", "encode", "evaluate", "join", "pipeline", "prune", "publish", "sample", "train"]
 RUN = "publish range+ in steps of 1.5"
 RELOAD = 15  # seconds for a page to show what it has
 TILES = 59  # with land, of a grid of 1.5 degrees in tiles of 20 cells

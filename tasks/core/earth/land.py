@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.plane import GLOBE, Float
+from tasks.core.earth.sphere import EARTH_RADIUS_KM
 
 CELLS_PER_DEGREE = 12
 STRIP = 720  # rows and columns computed at a time
@@ -69,6 +70,15 @@ def has_land(south: float, north: float) -> bool:
     """Tells whether there is land between two latitudes in degrees."""
     first, last = ((limit + 90) * CELLS_PER_DEGREE for limit in (south, north))
     return bool(mask()[int(first) : int(np.ceil(last))].any())
+
+
+def land_km2(south: float, north: float) -> float:
+    """Returns the area of the land between two latitudes, in km²."""
+    first, last = ((np.clip(limit, -90, 90) + 90) * CELLS_PER_DEGREE for limit in (south, north))
+    row, _ = np.nonzero(mask())
+    low, high = (np.sin(np.radians((row + edge) / CELLS_PER_DEGREE - 90)) for edge in (0, 1))
+    area = EARTH_RADIUS_KM**2 * (high - low) * np.radians(1 / CELLS_PER_DEGREE)
+    return float((area * np.clip(np.minimum(last, row + 1) - np.maximum(first, row), 0, 1)).sum())
 
 
 @lru_cache(maxsize=2)

@@ -1,6 +1,7 @@
 """Runs the encode step: keys and values of all patches, in whole shards."""
 
 from functools import partial
+from typing import Any
 
 from distributed import Client
 
@@ -8,11 +9,12 @@ from infra import storage
 from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, is_finished, product_url, read_card
 from tasks.database.heads import told_curves
-from tasks.database.store import create_database, finish_database, write_rows, written_shards
+from tasks.database.store import create_database, finish_database, write_rows, write_weights, written_shards
 from tasks.model.checkpoint import describe, keys_of
 from tasks.model.features import encode_features, encode_rows, identity, image_encoder, load, open_store, read_features
 from tasks.newest import inherit
 from tasks.params import EncodeParams
+from tasks.patches.design import weights_of
 from tasks.plots.charts import kernel_chart
 from tasks.products import CheckpointCard, DatabaseCard, FeaturesCard, PatchesCard, Values
 from tasks.units import run_units
@@ -38,6 +40,10 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
     source, space = read_card(patches, PatchesCard), read_card(checkpoint, CheckpointCard)
     made_of = {"patches": source.fingerprint, "checkpoint": space.fingerprint, **params.model_dump()}
     made_of["values"] = identity(params.values)
+    manifest = open_store(patches).manifest
+    weights = weights_of(source, manifest[["lon", "lat"]].to_numpy("f8"))
+    if weights is not None:
+        made_of["weights"] = "by class"  # beside a database of before, in which each image counts 1
     url = product_url("databases", made_of)
     if is_finished(url):
         show_heads(url)
@@ -48,12 +54,16 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
     if params.values.name != OWN:
         features = encode_features(client, patches, params.values)
         seen = read_card(features, FeaturesCard).encoder
-    images = len(open_store(patches).manifest)
-    create_database(url, images, load(checkpoint).location.dim, seen.dim, params.shard_rows)
+    images, weighted = len(manifest), weights is not None
+    create_database(url, images, load(checkpoint).location.dim, seen.dim, params.shard_rows, weighted=weighted)
     done = written_shards(url)
     shards = [i for i in range(-(-images // params.shard_rows)) if i not in done]
     job = partial(encode_shard, url, patches, checkpoint, features, params.shard_rows)
     run_units(client, job, shards, label="encode", there=len(done))
+    told: dict[str, Any] = {}
+    if weights is not None:
+        write_weights(url, weights)
+        told["weighted"] = True
     finish_database(
         url,
         measure=partial(told_curves, load(checkpoint).location),
@@ -65,6 +75,7 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
         values=Values(encoder=seen, features=features),
         line=source.line,
         attribution=source.attribution,
+        **told,
     )
     show_heads(url)
     inherit(url, patches)

@@ -37,6 +37,10 @@ class SampleRecipe(Part):
     """Pixel size in metres."""
     places: str = ""
     """How places were drawn."""
+    source: str | None = None
+    """Class raster, or table of places, that they were drawn by."""
+    source_sha256: str | None = None
+    """Digest of it."""
     south: float = -80.0
     """Southern limit in degrees."""
     north: float = 84.0

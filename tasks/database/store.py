@@ -94,9 +94,17 @@ def write_rows(url: str, start: int, data: dict[str, NDArray]) -> None:
     Raises:
         UserError: The rows are not one whole shard.
     """
-    beside = [name for name in (WEIGHTS, *LINEAGE) if name in data]
+    beside = [name for name in (WEIGHTS, *LINEAGE) if name in data]  # what is not here is written of all at once
     for name in reversed([*NAMES, *beside]):
         _table(url, name).write(start, data[name])
+
+
+def write_weights(url: str, weights: NDArray[np.float64]) -> None:
+    """Writes how much each image counts, (n,), of all images."""
+    table = _table(url, WEIGHTS)
+    rows = table.open().chunks[0]
+    for start in range(0, len(weights), rows):
+        table.write(start, weights[start : start + rows])
 
 
 def written_shards(url: str) -> set[int]:

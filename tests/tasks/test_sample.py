@@ -24,10 +24,13 @@ from infra import clusters, storage
 from infra.errors import UserError
 from tasks.core.earth.land import is_land
 from tasks.core.earth.sampling import grid_zone
-from tasks.params import BANDS, SampleParams
+from tasks.database.store import open_database
+from tasks.encode import encode_database
+from tasks.params import BANDS, EncodeParams, EncoderParams, SampleParams, TrainParams
 from tasks.patches.estimate import Archive, estimate
 from tasks.patches.store import open_patches, read_parts
 from tasks.sample import sample_patches
+from tasks.train import train_model
 from tests.proxy import Proxy
 
 KEPT = ("patches.zarr", "manifest.parquet", "samples.png", "card.json")
@@ -201,6 +204,27 @@ def test_the_classes_of_a_raster_in_turn(run, tmp_path):
         raster.write(classes, 1)
     found = run(places="class", source=str(tmp_path / "classes.tif"), patches=24).manifest
     np.testing.assert_array_equal(found.row_id % 2, (found.lon > 6).astype(int))
+
+
+def test_images_drawn_by_class_count_as_much_as_its_land(run, tmp_path):
+    """Class 2 is the northern third of a raster of one degree a pixel; encoded, its images have its land."""
+    classes = np.where(np.arange(6)[:, None] < 2, 2, 1).repeat(8, 1).astype(np.uint8)
+    profile = {"driver": "GTiff", "height": 6, "width": 8, "count": 1, "dtype": "uint8", "crs": "EPSG:4326"}
+    transform = rasterio.transform.from_bounds(2, 45, 10, 51, 8, 6)
+    with rasterio.open(tmp_path / "classes.tif", "w", transform=transform, **profile) as raster:
+        raster.write(classes, 1)
+    found = run(places="class", source=str(tmp_path / "classes.tif"), patches=24)
+    north = found.manifest.lat.to_numpy() > 49
+    cap = np.sin(np.radians([45, 49, 51]))
+    with clusters.connect("threads") as client:
+        params = TrainParams(encoder=EncoderParams(dim=16), steps=4, batch=8, degree=4, hidden=16, dim=8)
+        checkpoint = train_model(client, found.url, params)
+        data = open_database(encode_database(client, found.url, checkpoint, EncodeParams()))
+        assert data.weights[north].sum() / data.weights.sum() == pytest.approx((cap[2] - cap[1]) / np.ptp(cap), 1e-4)
+        assert np.ptp(data.weights[north]) == np.ptp(data.weights[~north]) == 0
+        (tmp_path / "classes.tif").unlink()
+        again = open_database(encode_database(client, found.url, checkpoint, EncodeParams(shard_rows=8)))
+        assert again.weights is None
 
 
 def even_places(seed, south, north):

@@ -3,9 +3,11 @@
 import itertools
 import json
 import tracemalloc
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+import xarray as xr
 import zarr
 from typer.testing import CliRunner
 
@@ -16,16 +18,20 @@ from tasks.cards import read_card, write_card
 from tasks.core.earth.density import land_shares
 from tasks.core.earth.land import mask
 from tasks.core.earth.sampling import draw_even, draw_land
+from tasks.core.earth.sphere import unit_vectors
 from tasks.core.encoders.location import LocationEncoder
 from tasks.database import join as join_module
 from tasks.database.audit import audit_database
 from tasks.database.join import join_databases
 from tasks.database.npz import export_npz, import_npz
 from tasks.database.store import create_database, finish_database, open_database, write_rows
-from tasks.model.checkpoint import save_checkpoint
-from tasks.params import JoinParams
+from tasks.model.checkpoint import load_checkpoint, save_checkpoint
+from tasks.newest import resolve
+from tasks.params import JoinParams, PublishParams
 from tasks.products import CheckpointCard, DatabaseCard, PatchesCard
+from tasks.publish import publish_grid
 from tasks.release.inventory import products
+from tests.core.test_retrieval import close, softmax
 
 DIM, VALUES = 8, 4
 BAND = (0.0, 20.0)  # the region that is sampled more densely
@@ -257,6 +263,33 @@ def test_an_interrupted_join_goes_on(home, world, region, monkeypatch):
         np.testing.assert_array_equal(getattr(open_database(url), name), getattr(whole, name))
 
 
+@pytest.mark.parametrize("method", ["range+", "multi-head"])
+def test_a_grid_of_the_world_becomes_one_of_both_by_its_sums(home, world, client, method):
+    """Against the formulas in float64; images of the region that the world has too count less than before."""
+    region = sampled(home, "region", draw_even(150, 0, *BAND), *BAND)  # fewer came and went than there are
+    heads = {"heads": ("semantic:12", "geodesic:200"), "compact_dims": 3, "location_dims": 8}
+    params = PublishParams(step=10.0, tile_cells=8, method=method, keep_sums=True, **heads if "multi" in method else {})
+    space = f"{home}/checkpoints/space"
+    parent, url = publish_grid(client, space, world, params), join_databases([world, region])
+    child = xr.open_zarr(publish_grid(client, space, url, params.model_copy(update={"parent": parent})))
+    land = np.isfinite(child.embedding.values[0])
+    row, column = np.nonzero(land)
+    lonlat = np.column_stack([child.lon.values[column], child.lat.values[row]])
+    data, log_w = open_database(url), np.log(open_database(url).weights)
+    queries, values = load_checkpoint(space).location.embed(lonlat).astype("f8"), data.values.astype("f8")
+    near = unit_vectors(lonlat) @ unit_vectors(data.locations).T
+    semantic, geodesic = (softmax(z + log_w) for z in (12 * queries @ data.keys.T, (40, 200)["multi" in method] * near))
+    if method == "range+":
+        expected = 0.5 * (semantic + geodesic) @ values
+        again = xr.open_zarr(publish_grid(client, space, url, params)).embedding.values[:, land]
+        close(child.embedding.values[:, land], again, 1e-6)
+    else:
+        values = (values - child["mean"].values) @ child.components.values
+        expected = np.concatenate([semantic @ values, geodesic @ values], axis=1)
+    width = expected.shape[1]
+    close(child.embedding.values[:width, land].T, expected, 1e-6, scale=np.abs(values).max())
+
+
 def test_memory_does_not_grow_with_the_rows_bytes(home, monkeypatch):
     """Twice the rows, of 2 kB each: what grows is what is held of each place, not its key and value."""
     storage.delete(f"{home}/checkpoints/space/card.json")  # so that no heads are measured
@@ -291,6 +324,12 @@ def test_a_joined_database_is_audited_by_statistics(home, world, region):
     assert {finding.check: finding.passed for finding in audit_database(url)}["numbers"]
     with pytest.raises(UserError, match="is joined of world, region: audit each of these with its own patches"):
         audit_database(url, f"{home}/patches/patches-world", f"{home}/checkpoints/space")
+
+
+def test_the_newest_database_of_a_line_is_joined(home, world):
+    newer = sampled(home, "newer", draw_even(30, 3), line="kenya")
+    found = resolve({"databases": [world, "newest:kenya"], "params": JoinParams()}, datetime.now(UTC))
+    assert found["databases"] == [world, newer]
 
 
 def test_the_command_joins_and_ls_knows_the_parents(home, world, region):

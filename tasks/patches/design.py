@@ -1,0 +1,65 @@
+"""Tells how much each patch of a sample counts beside the others: as much as the land that it stands for.
+
+Places drawn evenly over the land stand for as much each, and so count 1. Places drawn by class in turn stand for the
+land of their class, shared by its patches. Tiles and lists tell no design: each of their patches counts 1.
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra import storage
+from infra.addresses import as_url, shown
+from infra.errors import UserError
+from tasks.patches.places import read_classes
+from tasks.products import PatchesCard
+from tasks.units import log
+
+Float = NDArray[np.float64]
+
+
+def weights_of(card: PatchesCard, lonlat: Float) -> Float | None:
+    """Returns how much each patch counts, (n,), of mean 1; none where each counts 1.
+
+    Args:
+        card: The card of the patches.
+        lonlat: Their places, (n, 2) degrees.
+    """
+    recipe = card.recipe
+    if recipe.places != "class":
+        return None
+    source = str(recipe.source)
+    try:
+        digest = hashlib.sha256(storage.read(as_url(source))).hexdigest()
+        classes, bounds = read_classes(source)
+    except (UserError, OSError):
+        digest = ""
+    if digest != recipe.source_sha256:
+        log().warning("%s is no longer what patches were drawn by: each counts 1", shown(source))
+        return None
+    return by_class(classes, bounds, lonlat, recipe.south, recipe.north)
+
+
+def by_class(
+    classes: NDArray[np.integer], bounds: tuple[float, float, float, float], lonlat: Float, south: float, north: float
+) -> Float:
+    """Returns how much each place counts, (n,): the area of its class between two latitudes by the places in it.
+
+    Args:
+        classes: (lat, lon), north up; 0 is no class.
+        bounds: West, south, east, north of the raster in degrees.
+        lonlat: Places, (n, 2) degrees.
+        south: Southern limit in degrees.
+        north: Northern limit in degrees.
+    """
+    west, bottom, east, top = bounds
+    height, width = classes.shape
+    centres = top - (np.arange(height) + 0.5) * (top - bottom) / height
+    inside = (south <= centres) & (centres <= north)
+    area = np.bincount(np.maximum(classes, 0)[inside].ravel(), np.repeat(np.cos(np.radians(centres[inside])), width))
+    row = np.clip((top - lonlat[:, 1]) / (top - bottom) * height, 0, height - 1).astype(int)
+    column = np.clip((lonlat[:, 0] - west) % 360 / (east - west) * width, 0, width - 1).astype(int)
+    own = classes[row, column]
+    found = area[own] / np.bincount(own)[own]
+    return found / found.mean()

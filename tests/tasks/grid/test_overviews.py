@@ -24,7 +24,7 @@ def publish(tmp_path_factory):
     database = store(folder, "database", images(np.arange(100)))
     with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        params = PublishParams(step=5.0, tile_cells=10, overviews=2, method="range+")
+        params = PublishParams(step=5.0, tile_cells=20, overviews=2, method="range+")
         yield lambda **options: publish_grid(client, checkpoint, database, params.model_copy(update=options))
 
 

@@ -23,7 +23,7 @@ from infra.sandbox.tether import die_with_parent
 BUCKET = "rangegrid-planet"
 LAYOUT = 2  # raise it when the same spec would give other bytes
 PROCESSES = 2
-CELLS_PER_PROCESS = 4  # reading the source costs a process as much as some cells
+CELLS_PER_PROCESS = 10  # to start a process and read the source there takes as long as some 15 cells
 
 Progress = Callable[[int, int], None]
 

@@ -300,7 +300,9 @@ def test_nothing_is_left_running_however_it_ends(tmp_path, sign):
     assert not any(map(servers.is_alive, pids.values()))
 
 
-def test_down_stops_what_up_started_and_the_planet_stays(tmp_path):
+def test_down_stops_what_up_started_and_the_planet_stays(tmp_path, monkeypatch):
+    """Also a planet that processes of their own build, as a large one."""
+    monkeypatch.setattr(planet, "CELLS_PER_PROCESS", 0)
     spec = PlanetSpec(cells=("31U",))
     box = sandboxes.up(tmp_path, spec, prefect=False)
     pids = processes(tmp_path)

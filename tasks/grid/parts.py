@@ -44,8 +44,8 @@ def parts_of(client: Client, job: Job, card: DatabaseCard) -> dict[str, Part]:
     Raises:
         UserError: Not even all workers together can, or the grid needs the database whole.
     """
-    client.wait_for_workers(1)  # an elastic cluster may have none just now, as one whose heartbeats came late
-    workers = client.scheduler_info(n_workers=-1)["workers"]
+    while not (workers := client.scheduler_info(n_workers=-1)["workers"]):
+        client.wait_for_workers(1)  # an elastic cluster may have none just now, as one whose heartbeats came late
     limit = min(MEMORY_SHARE * (worker["memory_limit"] or np.inf) for worker in workers.values())
     size = card.images * (card.key_dim + card.value_dim) * 4
     if size <= limit:

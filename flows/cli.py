@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flows import cli_grid, cli_products
+from flows import cli_explore, cli_grid, cli_products
 from flows.cli_options import with_options
 from infra.errors import UserError
 from infra.settings import hand_on
@@ -49,6 +49,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 database_app = typer.Typer(no_args_is_help=True, help="Exchange databases with rangegeo, and check them.")
 app.add_typer(database_app, name="database")
 app.add_typer(cli_grid.app, name="grid")
+app.command("explore")(cli_explore.explore)
 app.command("ls")(cli_products.list_products)
 app.command("prune")(cli_products.prune)
 

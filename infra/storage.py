@@ -3,6 +3,7 @@
 Every write is one whole object: it is there entirely or not at all.
 """
 
+import gzip
 import json
 import shutil
 from collections.abc import Iterator
@@ -134,6 +135,18 @@ def write(url: str, data: bytes) -> None:
     kind = None if url.startswith("file:") else guess_type(name)[0]
     about: Any = {"Content-Type": kind} if kind else None
     patiently(lambda: obstore.put(store, name, data, attributes=about), url)
+
+
+def write_page(url: str, data: bytes) -> None:
+    """Writes a file of a web page: on S3 packed by gzip, as browsers are told, who ask each time whether it changed."""
+    if url.startswith("file:"):
+        write(url, data)
+        return
+    store, name = locate(url)
+    about: Any = {"Content-Encoding": "gzip", "Cache-Control": "no-cache"}
+    about |= {"Content-Type": guess_type(name)[0] or "application/octet-stream"}
+    packed = gzip.compress(data, mtime=0)
+    patiently(lambda: obstore.put(store, name, packed, attributes=about), url)
 
 
 def create(url: str, data: bytes) -> bool:

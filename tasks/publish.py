@@ -13,9 +13,10 @@ from distributed import Client
 
 from infra import storage
 from infra.errors import UserError
+from infra.explorer.bundle import place_page
 from infra.settings import settings
 from tasks.artifacts import keep_table, markdown_table, opening, show_places
-from tasks.cards import fingerprint, home_of, is_finished, product_url, read_card, write_card
+from tasks.cards import fingerprint, home_of, is_finished, name_of, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Compact
 from tasks.core.earth.grid import Tile
@@ -24,6 +25,7 @@ from tasks.database import heads
 from tasks.database.store import read_pair
 from tasks.grid import conventions, store
 from tasks.grid.beside import check_beside, dims_beside
+from tasks.grid.companion import publish_companion
 from tasks.grid.overviews import publish_overviews
 from tasks.grid.parts import Part, parts_of, publish_in_parts
 from tasks.grid.previews import draw, write_page
@@ -285,10 +287,14 @@ def warn_of_loss(job: Job, lost: dict[str, Any]) -> None:
 
 
 def show(client: Client, job: Job, attribution: str) -> None:
-    """Writes maps, a page and the STAC item beside the grid, and shows their places."""
+    """Writes maps, a companion for the explorer, a page and the STAC item beside the grid, and shows their places."""
     draw(client, job, attribution)
+    publish_companion(client, job.grid)
+    explorer = place_page(settings().storage_url)
     page = write_page(job.home)
     write_item(job.home)
     places = {"page": page, "map": storage.join(job.home, "world.png"), "STAC item": storage.join(job.home, ITEM)}
+    if explorer:
+        places["explorer"] = f"{explorer}#grid={name_of(job.grid)}"
     opens = opening("xarray as xr", "grid = xr.open_zarr", job.grid)
     show_places(places, opens, "grid", f"The {job.method.title} grid, {job.spec.size}")

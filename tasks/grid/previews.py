@@ -129,22 +129,36 @@ def areas(spec: GridSpec) -> NDArray[np.float64]:
 
 
 def axes_of(job: Job) -> NDArray[np.float32]:
-    """Returns the principal axes of a grid's embeddings, (dim, 3), from some blocks of its land.
-
-    Of smaller cells as many fewer count: else ice, which has a quarter of a globe's land cells, would decide them.
-    """
-    vectors, land, side = store.open_vectors(job.grid), land_mask(job.spec), min(CHUNK_CELLS, job.spec.tile)
+    """Returns the principal axes of a grid's embeddings, (dim, 3), from some blocks of its land."""
+    vectors = store.open_vectors(job.grid)
     own = vectors.shape[0] - sum(dims_beside(job.params.with_).values())
+    return Projection.fit(land_sample(vectors, job.spec, BLOCKS)[:, :own], 3).components
+
+
+def land_sample(vectors: store.Vectors, spec: GridSpec, blocks: int, most: int = CHUNK_CELLS**2) -> NDArray[np.float32]:
+    """Returns vectors of land cells, (n, dim), from some blocks of a grid.
+
+    Of smaller cells as many fewer count: else ice, which has a quarter of a globe's land cells, would decide.
+
+    Args:
+        vectors: The grid's.
+        spec: Its cells.
+        blocks: Most blocks, a chunk of cells each.
+        most: Most cells of a block.
+    """
+    land, side = land_mask(spec), min(CHUNK_CELLS, spec.tile)
     rows, columns = np.nonzero(land)
-    blocks = np.unique(np.column_stack([rows, columns]) // side, axis=0)
+    places = np.unique(np.column_stack([rows, columns]) // side, axis=0)
     rng = np.random.default_rng(0)
     found, sizes = [], []
-    for i, j in blocks[np.sort(rng.permutation(len(blocks))[:BLOCKS])]:
+    for i, j in places[np.sort(rng.permutation(len(places))[:blocks])]:
         window = slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)
-        found.append(vectors[(slice(None), *window)][:own, land[window]].T)
-        sizes.append(areas(job.spec)[window[0]][np.nonzero(land[window])[0]])
+        there = land[window]
+        spread = slice(None, None, -(-int(there.sum()) // most))
+        found.append(vectors[(slice(None), *window)][:, there].T[spread])
+        sizes.append(areas(spec)[window[0]][np.nonzero(there)[0]][spread])
     size = np.concatenate(sizes)
-    return Projection.fit(np.concatenate(found)[rng.random(len(size)) < size / size.max()], 3).components
+    return np.concatenate(found)[rng.random(len(size)) < size / size.max()]
 
 
 def look(job: Job, drawn: Drawn, axes: NDArray[np.float32], tile: Tile) -> NDArray[np.float32]:

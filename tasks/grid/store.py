@@ -356,9 +356,9 @@ class Vectors:
         return np.stack([self[:, i, j] for i, j in zip(rows, columns, strict=True)]).astype(np.float64)
 
 
-def open_vectors(url: str) -> Vectors:
-    """Opens the embeddings of the grid at `url`."""
-    return Vectors(tuple(_arrays(url, VARIABLE, "r")))
+def open_vectors(url: str, variable: str = VARIABLE) -> Vectors:
+    """Opens the embeddings of the grid at `url`, or a layer of its evidence."""
+    return Vectors(tuple(_arrays(url, variable, "r")))
 
 
 def open_spec(url: str) -> GridSpec:

@@ -39,6 +39,7 @@ BESIDE = {
     "world.tif": ("colours", GEOTIFF, ["visual"], "First three principal components, in the grid's CRS"),
     "evidence.png": ("evidence", pystac.MediaType.PNG, ["overview", "uncertainty"], "Distance to the nearest image"),
     "index.html": ("page", pystac.MediaType.HTML, ["overview"], "The maps, and how to open the grid"),
+    "explorer.zarr": ("explorer", ZARR, ["overview"], "Leading components in int8, which the explorer's page reads"),
     "scorecard.json": ("score-card", pystac.MediaType.JSON, ["metadata"], "Scores of linear probes"),
 }
 

@@ -1,0 +1,182 @@
+/** Reads a grid's companion, `explorer.zarr`: levels of int8 components in chunks, each one object, and its evidence. */
+
+import * as zarr from "zarrita";
+import { type Codes, lengths } from "./compute";
+import { Told, damaged, read, readJson } from "./told";
+
+/** Components of each of the two arrays. */
+export const LEADING = 64;
+
+/** One level: its cells, in degrees. */
+export interface Level {
+  name: string;
+  rows: number;
+  columns: number;
+  west: number;
+  north: number;
+  wide: number;
+  high: number;
+}
+
+/** A chunk of a level. */
+export interface Chunk extends Codes {
+  level: number;
+  row: number;
+  column: number;
+  /** Whether the further components are there too. */
+  whole: boolean;
+  /** Lengths of the first 64 components. */
+  norms: Float32Array;
+  /** Whether no cell has data. */
+  empty: boolean;
+}
+
+/** A store of Zarr objects that counts bytes, reads whole objects, and fails in sentences. */
+class Store implements zarr.AsyncReadable {
+  bytes = 0;
+  requests = 0;
+
+  constructor(readonly url: string) {}
+
+  async get(key: string): Promise<Uint8Array | undefined> {
+    const answer = await read(this.url + key.slice(1), "part of this grid");
+    const body = new Uint8Array(await answer.arrayBuffer());
+    this.bytes += body.length;
+    this.requests += 1;
+    return body;
+  }
+}
+
+export class Companion {
+  private arrays = new Map<string, Promise<zarr.Array<zarr.DataType, zarr.AsyncReadable>>>();
+  private chunks = new Map<string, Promise<Chunk>>();
+  private there = new Map<string, Chunk>();
+
+  private constructor(
+    readonly url: string,
+    readonly levels: Level[],
+    readonly side: number,
+    readonly scale: Float32Array,
+    readonly attributes: Record<string, any>,
+    private readonly root: zarr.Location<any>,
+    private readonly store: Store,
+  ) {}
+
+  /** Opens the companion at a URL that ends with a slash. */
+  static async open(url: string): Promise<Companion> {
+    const node = await readJson(`${url}zarr.json`, "companion of a grid");
+    const layout = node?.attributes?.multiscales?.layout;
+    const metadata = node?.consolidated_metadata?.metadata;
+    if (!layout || !metadata) throw new Told(`${url} is no companion of a grid: give the address of explorer.zarr.`);
+    const levels = layout.map((each: any) => {
+      const [wide, , west, , high, north] = each["spatial:transform"];
+      const [rows, columns] = each["spatial:shape"];
+      return { name: each.asset, rows, columns, west, north, wide, high: -high };
+    });
+    const store = new Store(url);
+    const known = await zarr.withConsolidatedMetadata(new Known(store, node), { format: "v3" });
+    const root = zarr.root(known);
+    const scale = await zarr.get(await zarr.open.v3(root.resolve("scale"), { kind: "array" }));
+    const side = metadata[`${levels[0].name}/leading`].chunk_grid.configuration.chunk_shape[1];
+    return new Companion(url, levels, side, scale.data as Float32Array, node.attributes, root, store);
+  }
+
+  /** Bytes and requests until now. */
+  get traffic(): { bytes: number; requests: number } {
+    return { bytes: this.store.bytes, requests: this.store.requests };
+  }
+
+  /** Rows and columns of chunks of a level. */
+  counts(level: number): [number, number] {
+    const { rows, columns } = this.levels[level];
+    return [Math.ceil(rows / this.side), Math.ceil(columns / this.side)];
+  }
+
+  /** The finest level of so few cells that all of the world is read at once. */
+  world(most: number): number {
+    const fits = this.levels.findIndex(({ rows, columns }) => rows * columns <= most);
+    return fits < 0 ? this.levels.length - 1 : fits;
+  }
+
+  /** Returns a chunk if it was read already. */
+  loaded(level: number, row: number, column: number, whole: boolean): Chunk | null {
+    const found = this.there.get(`${level}/${row}/${column}`);
+    return found && (!whole || found.whole) ? found : null;
+  }
+
+  /** Reads a chunk, or returns it where it is read already. */
+  chunk(level: number, row: number, column: number, whole: boolean): Promise<Chunk> {
+    const key = `${level}/${row}/${column}`;
+    const there = this.chunks.get(key);
+    const wanted = there ? there.then((own) => (whole && !own.whole ? this.load(own, level, row, column, whole) : own))
+      : this.load(null, level, row, column, whole);
+    this.chunks.set(key, wanted);
+    wanted.then((chunk) => this.there.set(key, chunk), () => {});
+    wanted.catch(() => this.chunks.get(key) === wanted && this.chunks.delete(key)); // a later try asks again
+    return wanted;
+  }
+
+  private async load(there: Chunk | null, level: number, row: number, column: number, whole: boolean): Promise<Chunk> {
+    const cells = this.side * this.side;
+    const [first, further] = await Promise.all([
+      there ? there.codes : this.part(level, "leading", row, column),
+      whole ? this.part(level, "further", row, column) : new Int8Array(0),
+    ]);
+    const codes = new Int8Array(first.length + further.length);
+    codes.set(first as Int8Array);
+    codes.set(further as Int8Array, first.length);
+    const part = { codes, cells };
+    const norms = there ? there.norms : lengths(part, this.scale, LEADING);
+    const empty = codes.subarray(0, cells).every((code) => code === -128);
+    return { ...part, level, row, column, whole, norms, empty };
+  }
+
+  private async part(level: number, name: string, row: number, column: number): Promise<Int8Array | Float32Array> {
+    const path = `${this.levels[level].name}/${name}`;
+    const opened = this.arrays.get(path) ?? zarr.open.v3(this.root.resolve(path), { kind: "array" });
+    this.arrays.set(path, opened);
+    const array = await opened;
+    try {
+      const { data, shape } = await array.getChunk([0, row, column]);
+      if ((data as Int8Array).length !== shape.reduce((a, b) => a * b)) throw new Error("a chunk of another length");
+      return data as Int8Array;
+    } catch (error) {
+      if (error instanceof Told) throw error;
+      throw damaged(`${this.url}${path}/c/0/${row}/${column}`);
+    }
+  }
+
+  /** Row and column of the cell that holds a place, or null where the level has none. */
+  cellAt(level: number, lon: number, lat: number): [number, number] | null {
+    const { west, north, wide, high, rows, columns } = this.levels[level];
+    const column = Math.floor(((((lon - west) % 360) + 360) % 360) / wide);
+    const row = Math.floor((north - lat) / high);
+    return row >= 0 && row < rows && column >= 0 && column < columns ? [row, column] : null;
+  }
+
+  /** The centre of a cell. */
+  placeOf(level: number, row: number, column: number): [number, number] {
+    const { west, north, wide, high } = this.levels[level];
+    const lon = west + (column + 0.5) * wide;
+    return [((((lon + 180) % 360) + 360) % 360) - 180, north - (row + 0.5) * high];
+  }
+
+  /** Evidence of a cell of the finest level by name; nothing where the grid has none. */
+  async evidence(row: number, column: number): Promise<Record<string, number>> {
+    const names: string[] = this.attributes["rangegrid:evidence"] ?? [];
+    if (!names.length) return {};
+    const { side } = this;
+    const layers = await this.part(0, "evidence", Math.floor(row / side), Math.floor(column / side));
+    const at = (row % side) * side + (column % side);
+    return Object.fromEntries(names.map((name, n) => [name, layers[n * side * side + at]]));
+  }
+}
+
+/** A store whose root's metadata were read already. */
+class Known implements zarr.AsyncReadable {
+  constructor(private readonly store: Store, private readonly node: unknown) {}
+
+  async get(key: string): Promise<Uint8Array | undefined> {
+    return key === "/zarr.json" ? new TextEncoder().encode(JSON.stringify(this.node)) : this.store.get(key);
+  }
+}

@@ -1,0 +1,292 @@
+/** What the map can show, and how each kind is fitted and painted on a chunk of cells. */
+
+import {
+  type Classifier, type Codes, NODATA, applied, blocked, classified, classifier, clustered, correlation, heldOut,
+  heldOutR2, kmeans, likeness, quantile, ridge, seeded, shuffled, valuesAt,
+} from "./compute";
+import { CLASSES, DIVERGING_TABLE, SEQUENTIAL_TABLE, oklab, parsed } from "./colours";
+import { type Chunk, type Companion, LEADING } from "./companion";
+import { Told } from "./told";
+
+export type Place = [number, number];
+
+/** West, south, east, north. */
+export type Bounds = [number, number, number, number];
+
+export interface Mark {
+  at: Place;
+  name: string;
+}
+
+export type Layer =
+  | { kind: "colours"; components: [number, number, number]; within: Bounds | null }
+  | { kind: "likeness"; at: Place }
+  | { kind: "between"; at: Place; other: Place }
+  | { kind: "classes"; method: "ridge" | "knn"; marks: Mark[]; least: number }
+  | { kind: "clusters"; count: number }
+  | { kind: "probe"; places: Place[]; values: number[] }
+  | { kind: "change"; other: string };
+
+/** What a fitted layer tells beside its map. */
+export interface Fitted {
+  /** Whether the further components are needed. */
+  whole: boolean;
+  /** Colours of a chunk's cells, four bytes each; opacity FAR where a class is too far from all marks. */
+  paint: (chunk: Chunk) => Uint8ClampedArray | Promise<Uint8ClampedArray>;
+  /** Least and largest value of the legend. */
+  range?: [number, number];
+  /** Names of classes, in the order of their colours. */
+  names?: string[];
+  /** Scores, by what was held out. */
+  scores?: Record<string, number>;
+  /** A number that the layer is about. */
+  value?: number;
+}
+
+export const FAR = 254;
+const SAMPLE = 6000; // cells by which stretches and clusters are found
+const ANCHORS = 64; // places by whose likeness two grids are compared
+const MOST_LABELS = 5000;
+const ALPHAS = [0.1, 1, 10];
+const BLOCK = 10; // degrees of the blocks that are held out
+const FOLDS = 5;
+
+/** Returns the numbers of a place: those of the finest cell that holds it. */
+export async function vectorAt(companion: Companion, [lon, lat]: Place, count: number): Promise<Float32Array | null> {
+  const cell = companion.cellAt(0, lon, lat);
+  if (!cell) return null;
+  const { side } = companion;
+  const chunk = await companion.chunk(0, Math.floor(cell[0] / side), Math.floor(cell[1] / side), count > LEADING);
+  return valuesAt(chunk, (cell[0] % side) * side + (cell[1] % side), companion.scale, count);
+}
+
+async function vectorThere(companion: Companion, place: Place, count = LEADING): Promise<Float32Array> {
+  const found = await vectorAt(companion, place, count);
+  if (found) return found;
+  throw new Told("There is no data at this place: the grid has land alone, and lakes are water. Choose a place on land.");
+}
+
+/** Fits a layer. `world` reads all chunks of the level on which all of the world is computed. */
+export async function fitted(
+  layer: Layer,
+  companion: Companion,
+  world: (whole: boolean) => Promise<Chunk[]>,
+  coarsest: () => Promise<Chunk[]>,
+  opened: (url: string) => Promise<Companion>,
+): Promise<Fitted> {
+  switch (layer.kind) {
+    case "colours":
+      return colours(layer, companion, layer.within ? await world(false) : await coarsest());
+    case "likeness":
+      return alike(await vectorThere(companion, layer.at), companion);
+    case "between":
+      return between(await vectorThere(companion, layer.at), await vectorThere(companion, layer.other), companion);
+    case "classes":
+      return classes(layer, companion);
+    case "clusters":
+      return clusters(layer.count, companion, await world(false));
+    case "probe":
+      return probe(layer, companion, await world(true));
+    case "change":
+      return change(companion, await opened(layer.other), await world(false));
+  }
+}
+
+function colours(layer: Layer & { kind: "colours" }, companion: Companion, chunks: Chunk[]): Fitted {
+  const rows = sampled(companion, chunks, LEADING, layer.within);
+  if (!rows.length) throw new Told("There is no land in view: move the map, then take its colours again.");
+  const ends = layer.components.map((c) => {
+    const values = Float32Array.from(rows, (row) => row[c]);
+    return [quantile(values, 0.02), quantile(values, 0.98)];
+  });
+  const factors = layer.components.map((c, n) => companion.scale[c] / (ends[n][1] - ends[n][0] || 1));
+  const starts = ends.map(([low, high]) => low / (high - low || 1));
+  const paint = (chunk: Chunk) =>
+    coloured(chunk, (i) => {
+      const [x, y, z] = layer.components.map((c, n) => chunk.codes[c * chunk.cells + i] * factors[n] - starts[n]);
+      return oklab(clamp(x), clamp(y), clamp(z));
+    });
+  return { whole: false, paint };
+}
+
+function alike(query: Float32Array, companion: Companion): Fitted {
+  const paint = (chunk: Chunk) => graded(likeness(chunk, chunk.norms, companion.scale, query), 0, 1, SEQUENTIAL_TABLE);
+  return { whole: false, paint, range: [0, 1] };
+}
+
+function between(a: Float32Array, b: Float32Array, companion: Companion): Fitted {
+  const paint = (chunk: Chunk) => {
+    const [first, other] = [a, b].map((query) => likeness(chunk, chunk.norms, companion.scale, query));
+    return graded(first.map((value, i) => other[i] - value), -1, 1, DIVERGING_TABLE);
+  };
+  return { whole: false, paint, range: [-1, 1], value: cosine(a, b) };
+}
+
+function cosine(a: Float32Array, b: Float32Array): number {
+  let [product, first, other] = [0, 0, 0];
+  a.forEach((value, c) => {
+    product += value * b[c];
+    first += value * value;
+    other += b[c] * b[c];
+  });
+  return product / (Math.sqrt(first * other) || 1);
+}
+
+async function classes(layer: Layer & { kind: "classes" }, companion: Companion): Promise<Fitted> {
+  const found = await Promise.all(layer.marks.map((mark) => vectorAt(companion, mark.at, 2 * LEADING)));
+  const kept = layer.marks.flatMap((mark, n) => (found[n] ? [{ ...mark, row: found[n] as Float32Array }] : []));
+  const names = [...new Set(kept.map((mark) => mark.name))];
+  if (names.length < 2) throw new Told("Mark places of at least two classes, on land.");
+  if (names.length > CLASSES.length) throw new Told(`At most ${CLASSES.length} classes have a colour: mark fewer.`);
+  const rows = kept.map((mark) => mark.row);
+  const labels = kept.map((mark) => names.indexOf(mark.name));
+  const model = classifier(layer.method, rows, labels, names.length);
+  const scores = held(layer.method, rows, labels, names.length, kept.map((mark) => mark.at));
+  return { whole: true, names, scores, paint: (chunk) => paintClasses(chunk, companion, model, rows, layer.least) };
+}
+
+/** Returns accuracies with marks held out one by one, or of many in blocks. */
+function held(method: "ridge" | "knn", rows: Float32Array[], labels: number[], count: number, places: Place[]): Record<string, number> {
+  if (rows.length > 100) return { blocks: heldOut(method, rows, labels, count, blocked(places, BLOCK, FOLDS)) };
+  return { marks: heldOut(method, rows, labels, count, rows.map((_, n) => n)) };
+}
+
+function paintClasses(chunk: Chunk, companion: Companion, model: Classifier, rows: Float32Array[], least: number) {
+  const found = classified(chunk, companion.scale, model);
+  const best = new Float32Array(chunk.cells).fill(-1);
+  for (const row of rows) {
+    const near = likeness(chunk, chunk.norms, companion.scale, row.subarray(0, LEADING));
+    for (let i = 0; i < chunk.cells; i++) if (near[i] > best[i]) best[i] = near[i];
+  }
+  const painted = grouped(found, chunk);
+  for (let i = 0; i < chunk.cells; i++) if (painted[4 * i + 3] && best[i] < least) painted[4 * i + 3] = FAR;
+  return painted;
+}
+
+function clusters(count: number, companion: Companion, chunks: Chunk[]): Fitted {
+  const centres = kmeans(sampled(companion, chunks, LEADING, null), count, 0);
+  const names = centres.map((_, n) => `cluster ${n + 1}`);
+  return { whole: false, names, paint: (chunk) => grouped(clustered(chunk, companion.scale, centres), chunk) };
+}
+
+async function probe(layer: Layer & { kind: "probe" }, companion: Companion, chunks: Chunk[]): Promise<Fitted> {
+  const chosen = shuffled(layer.places.map((_, n) => n), seeded(0)).slice(0, MOST_LABELS);
+  const found = await Promise.all(chosen.map((n) => vectorAt(companion, layer.places[n], 2 * LEADING)));
+  const kept = chosen.flatMap((n, i) => (found[i] ? [{ n, row: found[i] as Float32Array }] : []));
+  if (kept.length < 10) throw new Told(`Only ${kept.length} of the labelled places are on land of this grid: give 10.`);
+  const [rows, values] = [kept.map(({ row }) => row), kept.map(({ n }) => layer.values[n])];
+  const folds = blocked(kept.map(({ n }) => layer.places[n]), BLOCK, FOLDS);
+  const tried = ALPHAS.map((alpha) => ({ alpha, score: heldOutR2(rows, values, alpha, folds) }));
+  const best = tried.reduce((a, b) => (b.score > a.score ? b : a));
+  const model = ridge(rows, [values], best.alpha);
+  const all = chunks.flatMap((chunk) => [...applied(chunk, companion.scale, model, 0)].filter(Number.isFinite));
+  const range: [number, number] = [quantile(Float32Array.from(all), 0.02), quantile(Float32Array.from(all), 0.98)];
+  const paint = (chunk: Chunk) => graded(applied(chunk, companion.scale, model, 0), ...range, SEQUENTIAL_TABLE);
+  return { whole: true, paint, range, scores: { blocks: best.score }, value: kept.length };
+}
+
+/** How far each cell turned: 1 - correlation of its likeness to some places of the world, in either grid. */
+async function change(companion: Companion, other: Companion, chunks: Chunk[]): Promise<Fitted> {
+  const anchors = await anchored(companion, other, chunks);
+  const turned = async (chunk: Chunk) => {
+    const there = await gathered(companion, chunk, other);
+    const profiles = anchors.map(([a, b]) => [
+      likeness(chunk, chunk.norms, companion.scale, a),
+      likeness(there, there.norms, other.scale, b),
+    ]);
+    return Float32Array.from({ length: chunk.cells }, (_, i) =>
+      chunk.codes[i] === NODATA || there.codes[i] === NODATA
+        ? NaN
+        : 1 - correlation(profiles.map(([a]) => a[i]), profiles.map(([, b]) => b[i])),
+    );
+  };
+  const some = (await Promise.all(shuffled(chunks, seeded(1)).slice(0, 6).map(turned))).flatMap((part) => [...part]);
+  const known = Float32Array.from(some.filter(Number.isFinite));
+  const range: [number, number] = [0, known.length ? Math.max(quantile(known, 0.98), 0.01) : 1];
+  const value = known.length ? quantile(known, 0.5) : NaN;
+  const paint = async (chunk: Chunk) => graded(await turned(chunk), ...range, SEQUENTIAL_TABLE);
+  return { whole: false, paint, range, value };
+}
+
+async function anchored(companion: Companion, other: Companion, chunks: Chunk[]): Promise<[Float32Array, Float32Array][]> {
+  const places = shuffled(chunks.flatMap((chunk) => landOf(companion, chunk, null)), seeded(2)).slice(0, 4 * ANCHORS);
+  const found = await Promise.all(
+    places.map(({ at }) => Promise.all([vectorAt(companion, at, LEADING), vectorAt(other, at, LEADING)])),
+  );
+  const both = found.filter((pair): pair is [Float32Array, Float32Array] => pair.every(Boolean)).slice(0, ANCHORS);
+  if (both.length < 10) throw new Told("The two grids have too little land in common to be compared.");
+  return both;
+}
+
+/** Returns the codes that another grid has at the cells of a chunk. */
+async function gathered(companion: Companion, chunk: Chunk, other: Companion): Promise<Codes & { norms: Float32Array }> {
+  const codes = new Int8Array(LEADING * chunk.cells).fill(NODATA);
+  const norms = new Float32Array(chunk.cells).fill(1);
+  const size = companion.levels[chunk.level].wide;
+  const level = other.levels.reduce((best, { wide }, n) => (wide <= size * 1.01 ? n : best), 0);
+  for (const { i, at } of landOf(companion, chunk, null)) {
+    const cell = other.cellAt(level, ...at);
+    if (!cell) continue;
+    const { side } = other;
+    const source = await other.chunk(level, Math.floor(cell[0] / side), Math.floor(cell[1] / side), false);
+    const from = (cell[0] % side) * side + (cell[1] % side);
+    for (let c = 0; c < LEADING; c++) codes[c * chunk.cells + i] = source.codes[c * source.cells + from];
+    norms[i] = source.norms[from];
+  }
+  return { codes, cells: chunk.cells, norms };
+}
+
+/** Returns the cells of a chunk that have data, with their centres. */
+export function landOf(companion: Companion, chunk: Chunk, within: Bounds | null): { i: number; at: Place }[] {
+  const found: { i: number; at: Place }[] = [];
+  if (chunk.empty) return found;
+  const { side } = companion;
+  for (let i = 0; i < chunk.cells; i++) {
+    if (chunk.codes[i] === NODATA) continue;
+    const row = chunk.row * side + Math.floor(i / side);
+    const at = companion.placeOf(chunk.level, row, chunk.column * side + (i % side));
+    if (!within || inside(at, within)) found.push({ i, at });
+  }
+  return found;
+}
+
+function inside([lon, lat]: Place, [west, south, east, north]: Bounds): boolean {
+  const across = (((lon - west) % 360) + 360) % 360;
+  return lat >= south && lat <= north && (east - west >= 360 || across <= east - west);
+}
+
+/** Returns the numbers of some land cells, of smaller cells as many fewer. */
+function sampled(companion: Companion, chunks: Chunk[], count: number, within: Bounds | null): Float32Array[] {
+  const random = seeded(3);
+  const all = chunks.flatMap((chunk) => landOf(companion, chunk, within).map((cell) => ({ chunk, ...cell })));
+  const byArea = all.filter(({ at }) => random() < Math.cos((at[1] * Math.PI) / 180));
+  return shuffled(byArea, random)
+    .slice(0, SAMPLE)
+    .map(({ chunk, i }) => valuesAt(chunk, i, companion.scale, count) as Float32Array);
+}
+
+function clamp(value: number): number {
+  return Math.min(1, Math.max(0, value));
+}
+
+function coloured(chunk: Codes, colour: (cell: number) => ArrayLike<number>): Uint8ClampedArray {
+  const found = new Uint8ClampedArray(4 * chunk.cells);
+  for (let i = 0; i < chunk.cells; i++) if (chunk.codes[i] !== NODATA) found.set(colour(i), 4 * i);
+  return found;
+}
+
+function graded(values: Float32Array, low: number, high: number, table: Uint8ClampedArray): Uint8ClampedArray {
+  const found = new Uint8ClampedArray(4 * values.length);
+  values.forEach((value, i) => {
+    if (Number.isNaN(value)) return;
+    const at = 4 * Math.round(255 * clamp((value - low) / (high - low || 1)));
+    found.set(table.subarray(at, at + 4), 4 * i);
+  });
+  return found;
+}
+
+const GROUPS = CLASSES.map(parsed);
+
+function grouped(groups: Uint8Array, chunk: Codes): Uint8ClampedArray {
+  return coloured(chunk, (i) => GROUPS[groups[i] % GROUPS.length]);
+}

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from infra import sandbox, storage
+from tasks.artifacts import web_address
+from tasks.cards import home_of, name_of
 
 STAND_IN = "Everything above is NASA Blue Marble at about 7 km standing in for 10 m Sentinel-2."
 PICTURES = {
@@ -47,8 +49,9 @@ def run(directory: Path, output: Path) -> None:
         made = run_pipeline(environment)
         os.environ.update(environment)
         copies = copy_out(made, output)
+        page = web_address(f"{environment['RANGEGRID_STORAGE_URL']}/explorer/index.html")
     out.print(Markdown((output / "scores.md").read_text()))
-    out.print(summary(made["grid"], directory, output, copies))
+    out.print(summary(made["grid"], directory, output, copies, page))
 
 
 def run_pipeline(environment: dict[str, str]) -> dict[str, str]:
@@ -84,7 +87,8 @@ def end(process: subprocess.Popen) -> None:
 
 def copy_out(made: dict[str, str], output: Path) -> list[Path]:
     """Copies the grid and the pictures to `output`, and returns the paths of the pictures."""
-    storage.copy(made["grid"], (output / "grid.zarr").absolute().as_uri())
+    for name in ("grid.zarr", "explorer.zarr"):
+        storage.copy(storage.join(home_of(made["grid"]), name), (output / name).absolute().as_uri())
     copies = []
     for product, names in PICTURES.items():
         home = made[product].removesuffix("/grid.zarr")
@@ -94,12 +98,26 @@ def copy_out(made: dict[str, str], output: Path) -> list[Path]:
     return copies
 
 
-def summary(grid: str, directory: Path, output: Path, copies: list[Path]) -> str:
-    """Returns a text that tells what was made and how to use it."""
+def summary(grid: str, directory: Path, output: Path, copies: list[Path], page: str | None) -> str:
+    """Returns a text that tells what was made and how to use it.
+
+    Args:
+        grid: URL of the grid.
+        directory: Where the sandbox keeps its data.
+        output: Where the local copies are.
+        copies: The pictures.
+        page: Address of the explorer in the sandbox, if it was built.
+    """
+    shown = [f"[bold]Explorer[/]  {page}#grid={name_of(grid)}  (while the sandbox runs)"] if page else []
     lines = [
         f"[bold]Grid[/]      {grid}  (while `rangegrid sandbox up` runs; its data are in {directory})",
         f"[bold]Copy[/]      {output / 'grid.zarr'}",
         "[bold]Pictures[/]  " + ", ".join(str(path) for path in copies if path.suffix == ".png"),
+        *shown,
+        "",
+        "Click through the local copy in the browser:",
+        "",
+        f"    rangegrid explore {output / 'grid.zarr'}",
         "",
         "Open it with plain xarray:",
         "",

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from infra.errors import UserError
+from infra.explorer.bundle import rules
 from infra.sandbox import servers
 from infra.sandbox.planet import BUCKET, Bucket, PlanetSpec, build, collection, items
 from infra.sandbox.scenes import COLLECTION
@@ -187,6 +188,9 @@ def _make_buckets(box: Sandbox) -> None:
     for bucket in (PRODUCTS, BUCKET):
         if not client.exists(bucket):
             client.mkdir(bucket)
+    cors, public = rules(PRODUCTS)
+    client.call_s3("put_bucket_cors", Bucket=PRODUCTS, CORSConfiguration=cors)
+    client.call_s3("put_bucket_policy", Bucket=PRODUCTS, Policy=public)
 
 
 def _build_planet(box: Sandbox, planet: PlanetSpec) -> bool:

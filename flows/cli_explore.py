@@ -3,7 +3,7 @@
 import json
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
-from urllib.parse import quote
+from urllib.parse import unquote
 
 import typer
 
@@ -12,6 +12,8 @@ from infra.addresses import is_web
 
 if TYPE_CHECKING:  # the server is slow to import
     from infra.explorer.server import Shelf
+
+ALONE = "grid"  # name of a grid in no catalog
 
 
 def explore(
@@ -22,14 +24,13 @@ def explore(
     """Show a grid in the browser: its colours, what is like a place, classes, clusters. Ends with Ctrl-C."""
     from infra.explorer.bundle import files
     from infra.explorer.server import serve
-    from tasks.cards import home_of
     from tasks.release.versions import find
 
     files()  # refuses where the page is not built, before any work
     url = find(grid)
     with TemporaryDirectory() as scratch:
-        companion = companion_of(url, scratch)
-        serve(shelf_of(url, companion), f"#grid={quote(_name(home_of(url)))}", port, show)
+        shelf, name = shelf_of(url, companion_of(url, scratch))
+        serve(shelf, f"#grid={name}", port, show)
 
 
 def companion_of(grid: str, scratch: str) -> str:
@@ -46,8 +47,8 @@ def companion_of(grid: str, scratch: str) -> str:
         return publish_companion(client, grid, beside if own else storage.as_url(f"{scratch}/{NAME}"))
 
 
-def shelf_of(grid: str, companion: str) -> "Shelf":
-    """Returns what the server serves: all grids of the catalog that a grid is in, or it alone."""
+def shelf_of(grid: str, companion: str) -> tuple["Shelf", str]:
+    """Returns what the server serves, all grids of the catalog that a grid is in, or it alone; and the grid's name."""
     from infra import storage
     from infra.explorer.server import Shelf
     from tasks.cards import home_of
@@ -55,13 +56,9 @@ def shelf_of(grid: str, companion: str) -> "Shelf":
     from tasks.release.stac import COLLECTION
 
     home = home_of(grid)
-    name, parent = _name(home), home.rpartition("/")[0]
-    places = {f"{name}/": home, f"{name}/{NAME}/": companion}
+    parent, _, name = home.rpartition("/")
     if storage.exists(storage.join(parent, COLLECTION)):
-        return Shelf({"": parent} | places)
-    alone = {"links": [{"rel": "item", "href": f"./{quote(name)}/item.json", "title": name}]}
-    return Shelf(places, {COLLECTION: json.dumps(alone).encode()})
-
-
-def _name(home: str) -> str:
-    return home.rpartition("/")[2]
+        return Shelf({"": parent, f"{name}/{NAME}/": companion}), name
+    alone = {"links": [{"rel": "item", "href": f"./{ALONE}/item.json", "title": unquote(name)}]}
+    places = {f"{ALONE}/": home, f"{ALONE}/{NAME}/": companion}
+    return Shelf(places, {COLLECTION: json.dumps(alone).encode()}), ALONE

@@ -142,6 +142,7 @@ def serve(shelf: Shelf, opened: str, port: int, show: bool) -> None:
             own.bind((HOST, port))
         except OSError:
             raise UserError(f"port {port} of this machine is taken or not allowed: give another --port, or 0") from None
+        own.listen()  # who reads the address may ask at once
         address = f"http://{HOST}:{own.getsockname()[1]}/{DIRECTORY}/{PAGE}{opened}"
         print(address, flush=True)
         if show:

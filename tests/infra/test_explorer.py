@@ -221,13 +221,13 @@ def grid(tmp_path_factory):
 
 def test_the_command_serves_a_grid_with_parts_of_files(grid, monkeypatch):
     monkeypatch.setenv("RANGEGRID_CLUSTER", "threads")
-    with exploring(str(grid[1])) as address, httpx.Client(base_url=address.partition("#")[0]) as web:
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/explorer/index\.html#grid=of%20it", address)
-        assert web.get("").content == (bundle.FOLDER / bundle.PAGE).read_bytes()
+    with exploring(str(grid[1])) as address, httpx.Client(base_url=address.partition("/explorer")[0]) as web:
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/explorer/index\.html#grid=grid", address)
+        assert web.get("/explorer/index.html").content == (bundle.FOLDER / bundle.PAGE).read_bytes()
         assert web.get("/").headers["Location"] == "/explorer/index.html"
         (link,) = web.get("/grids/collection.json").json()["links"]
-        assert link["href"] == "./of%20it/item.json"
-        home = "/grids/of%20it"
+        assert (link["href"], link["title"]) == ("./grid/item.json", "of it")
+        home = "/grids/grid"
         whole = (grid[1] / "zarr.json").read_bytes()
         assert web.get(f"{home}/grid.zarr/zarr.json").content == whole
         for span, expected, told in (
@@ -238,7 +238,7 @@ def test_the_command_serves_a_grid_with_parts_of_files(grid, monkeypatch):
             assert (answer.status_code, answer.content) == (206, expected)
             assert answer.headers["Content-Range"] == f"bytes {told}/{len(whole)}"
         assert int(web.head(f"{home}/grid.zarr/zarr.json").headers["Content-Length"]) == len(whole)
-        root = xr.open_zarr(f"{str(web.base_url).partition('/explorer')[0]}{home}/explorer.zarr", zarr_format=3)
+        root = xr.open_zarr(f"{address.partition('/explorer')[0]}{home}/explorer.zarr", zarr_format=3)
         assert root.sizes["component"] == COMPONENTS
         for path in ("/grids/none", f"{home}/../../x", f"{home}/%2e%2e/%2e%2e/etc/passwd", "/explorer/none.js"):
             assert web.get(path).status_code == 404
@@ -248,12 +248,13 @@ def test_the_command_serves_a_grid_with_parts_of_files(grid, monkeypatch):
 
 def test_a_version_is_served_with_all_of_its_catalog(grid):
     made = grid[0]
-    shelf = shelf_of(made, f"{made.removesuffix('/grid.zarr')}/explorer.zarr")
+    shelf, name = shelf_of(made, f"{made.removesuffix('/grid.zarr')}/explorer.zarr")
     with TestClient(page_server(shelf), base_url="http://localhost") as web:
         catalog = web.get("/grids/collection.json").json()
         (item,) = [link["href"] for link in catalog["links"] if link["rel"] == "item"]
-        assert web.get(f"/grids/{item}").json()["assets"]["explorer"]["href"] == "./explorer.zarr"
-        assert web.get(f"/grids/{item.replace('item.json', 'explorer.zarr/x1/leading/c/0/0/0')}").status_code == 200
+        assert item == f"./{name}/item.json"
+        assert web.get(f"/grids/{name}/item.json").json()["assets"]["explorer"]["href"] == "./explorer.zarr"
+        assert web.get(f"/grids/{name}/explorer.zarr/x1/leading/c/0/0/0").status_code == 200
 
 
 def test_a_taken_port_is_refused():

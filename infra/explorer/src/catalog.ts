@@ -22,7 +22,7 @@ export async function versions(collection: string): Promise<Version[]> {
     const item = new URL(link.href, collection).href;
     const home = item.slice(0, item.lastIndexOf("/") + 1);
     const id = decodeURIComponent(home.split("/").at(-2) as string);
-    return { id, home, title: `${id.slice(0, 8)}: ${link.title ?? "grid"}`, latest: latest.has(item) };
+    return { id, home, title: id === "grid" ? (link.title ?? id) : `${id.slice(0, 8)}: ${link.title ?? "grid"}`, latest: latest.has(item) };
   });
   if (!found.length) throw new Told(`${collection} lists no grid yet: publish one with \`rangegrid publish\`.`);
   return found.sort((a, b) => Number(b.latest) - Number(a.latest));

@@ -32,7 +32,7 @@ export class WorldMap {
     this.map.addControl(new maplibre.NavigationControl({ visualizePitch: false }), "bottom-right");
     this.map.addControl(new maplibre.ScaleControl({}), "bottom-right");
     this.map.touchZoomRotate.disableRotation();
-    this.map.setPadding(innerWidth > NARROW ? { left: 345, right: 0, top: 0, bottom: 0 } : { left: 0, right: 0, top: 0, bottom: innerHeight * 0.45 });
+    if (innerWidth > NARROW) this.map.setPadding({ left: 345, right: 0, top: 0, bottom: 0 });
     this.map.on("click", (event) => onClick(wrapped(event.lngLat)));
     this.map.on("load", () => this.coast("land-110m.json"));
     this.map.on("zoom", () => this.map.getZoom() > FINER_COASTS && this.coast("land-50m.json"));
@@ -89,7 +89,7 @@ export class WorldMap {
 
 /** Returns the zoom at which the globe fills what the panel leaves of the page. */
 function fitting(): number {
-  const room = innerWidth > NARROW ? Math.min(innerWidth - 345, innerHeight) : Math.min(innerWidth, innerHeight * 0.55);
+  const room = innerWidth > NARROW ? Math.min(innerWidth - 345, innerHeight) : Math.min(innerWidth, innerHeight * 0.46);
   return Math.log2((room * 0.92 * Math.PI) / 512);
 }
 

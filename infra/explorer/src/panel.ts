@@ -30,7 +30,7 @@ export class Panel {
 
   private head(): HTMLElement {
     const { found, version } = this.page;
-    const fold = h("button", { id: "fold", "aria-label": "Fold the panel", onclick: () => this.root.classList.toggle("folded") }, "▾");
+    const fold = h("button", { id: "fold", "aria-label": "Fold the panel", onclick: () => document.body.classList.toggle("folded") }, "▾");
     const choose = h("select", { id: "version", "aria-label": "Version of the grid", onchange: (event: Event) => this.choose(event) },
       ...found.map((each) => h("option", { value: each.id, selected: each === version }, each.title + (each.latest ? " (latest)" : ""))));
     return h("div", {}, fold, h("h1", {}, "rangegrid explorer"), found.length > 0 && choose);

@@ -68,11 +68,14 @@ def evaluate_database(
     scored_by = embedders(checkpoint, database, grid, params)
     find_reference(scored_by, params.reference)
     sets = label_sets(params)
+    beside = beside_grids(checkpoint, database, grid, scored_by, params)
     made_of = made_from(card, scored_by, sets, params, grid)
+    if grid:
+        made_of["beside"] = [one.name for one in beside]  # which the reports of former versions lack
     url = product_url("reports", made_of)
     if not is_finished(url):
         with progress("evaluate", len(scored_by)) as advance:
-            scored = score_all(sets, scored_by, params, advance, beside_grids(checkpoint, database, scored_by))
+            scored = score_all(sets, scored_by, params, advance, beside)
         attribution = card.attribution if card else ""
         report(url, scored, f"{CAPTION}\n{attribution}")
         product, scores = product_of(scored.table), records(scored.table)

@@ -656,7 +656,7 @@ class PipelineParams(Params):
     gate_margin: float = Field(0.02, ge=0, le=1)
     """How much lower a score on blocked splits may be than that of the current latest grid. A new grid is not promoted
     where a score is lower by more than that, beyond noise, or where its scores are not beyond noise above those of the
-    location encoder alone."""
+    location encoder alone, and of the same recipe with values shuffled among the images."""
 
     @model_validator(mode="after")
     def _enough_patches(self) -> Self:

@@ -23,11 +23,11 @@ from torch.nn import functional
 from tasks.core.sums import Sums
 
 EPSILON = 1e-8  # largest share of the weight that is left out; float32 rounds to 6e-8
-FIRST, GROWTH = 32, 4  # nearest images looked at first, and times as many where these do not reach the radius
 WORTH = 16  # times as dear is an image by the tree as one of a matrix product
 DENSER = 4.0  # images lie on land, 0.29 of the sphere: so much denser about a place than on average
 LEAST_CHORD = 1e-9  # of the unit sphere, 6 mm: the smallest bandwidth, where images lie one upon another
-PAIRS = 4_000_000  # places times images looked at together: 64 MB of chords and rows
+ROUNDING = 1e-9  # by which a radius is larger, so that the nearest image is within it
+PAIRS = 1_000_000  # places times images looked at together: 64 MB of rows as Python's integers, and their weights
 
 Float = NDArray[np.float64]
 
@@ -37,7 +37,7 @@ def pays(temperatures: Float, images: int) -> bool:
     if not len(temperatures) or not np.median(temperatures) > 0:
         return False
     share = reach(np.median(temperatures), images) / 4  # a cap of chord c has c^2 / 4 of the sphere
-    return WORTH * max(FIRST, DENSER * share * images) <= images
+    return WORTH * max(1, DENSER * share * images) <= images
 
 
 def reach(temperatures: Any, images: Any) -> Any:
@@ -88,49 +88,37 @@ def sums_near(
     numerator = values.new_zeros(len(points), values.shape[1], dtype=dtype)
     sums = Sums(numerator, numerator.new_zeros(len(points)), numerator.new_zeros(len(points), dtype=torch.float64))
     counts = np.ones(tree.n) if weights is None else weights.double().cpu().numpy()
-    left, k = np.arange(len(points)), FIRST
-    while len(left) and WORTH * k <= tree.n:
-        size = max(1, PAIRS // k)
-        parts = [left[start : start + size] for start in range(0, len(left), size)]
-        left = np.concatenate([_add(sums, tree, values, points, temperatures, counts, rows, k) for rows in parts])
-        k *= GROWTH
-    far = np.zeros(len(points), bool)
-    far[left] = True
-    return sums, far
+    nearest, first = tree.query(points)
+    radii = np.sqrt(nearest**2 + reach(temperatures, counts.sum() / counts[first])) * (1 + ROUNDING)
+    images = tree.query_ball_point(points, radii, return_length=True)
+    is_few = WORTH * images <= tree.n
+    few = np.flatnonzero(is_few)
+    for rows in np.split(few, np.flatnonzero(np.diff(np.cumsum(images[few]) // PAIRS)) + 1):
+        if len(rows):
+            within = tree.query_ball_point(points[rows], radii[rows], return_sorted=False)
+            found, length = np.concatenate(within).astype(np.int64), np.array([len(each) for each in within])
+            apart = tree.data[found] - points[rows].repeat(length, axis=0)
+            beyond = np.maximum(np.einsum("ij,ij->i", apart, apart) - (nearest[rows] ** 2).repeat(length), 0)
+            kernel = np.exp(-temperatures[rows].repeat(length) * beyond / 2) * counts[found]
+            _put(sums, torch.from_numpy(rows).to(values.device), values, found, kernel, np.cumsum(length) - length)
+    sums.shift.copy_(torch.from_numpy(np.where(is_few, temperatures * (1 - nearest**2 / 2), 0)))
+    return sums, ~is_few
 
 
-def _add(
-    sums: Sums,
-    tree: cKDTree,
-    values: Tensor,
-    points: Float,
-    temperatures: Float,
-    counts: Float,
-    rows: NDArray[np.int64],
-    k: int,
-) -> NDArray[np.int64]:
-    """Sums over the k nearest images of some places, and returns those for which they do not reach far enough."""
-    chords, found = tree.query(points[rows], k=np.arange(1, k + 1))
-    squares, t = chords**2, temperatures[rows]
-    is_enough = squares[:, -1] >= squares[:, 0] + reach(t, counts.sum() / counts[found[:, 0]])
-    done, squares, t, found = rows[is_enough], squares[is_enough], t[is_enough], found[is_enough]
-    kernel = np.exp(-t[:, None] * (squares - squares[:, :1]) / 2) * counts[found]
-    weights = torch.from_numpy(kernel).to(sums.numerator)
-    where = torch.from_numpy(done).to(values.device)
-    sums.numerator[where] = weighted(weights, torch.from_numpy(found).to(values.device), values)
-    sums.denominator[where] = weights.sum(1)
-    sums.shift[where] = torch.from_numpy(t * (1 - squares[:, 0] / 2)).to(values.device)
-    return rows[~is_enough]
-
-
-def weighted(weights: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """Returns the weighted sums of some values each, (m, v).
+def _put(
+    sums: Sums, rows: Tensor, values: Tensor, found: NDArray[np.int64], kernel: Float, starts: NDArray[np.int64]
+) -> None:
+    """Writes the weighted sums of some values each to rows of the sums.
 
     Args:
-        weights: (m, k).
-        rows: (m, k) rows of the values.
+        sums: Where to.
+        rows: (r,).
         values: (n, v).
+        found: Rows of the values, one row's after the other's, (p,).
+        kernel: Their weights, (p,).
+        starts: Where each row's begin, (r,).
     """
-    if values.dtype != weights.dtype:
-        values = values.to(weights.dtype)
-    return functional.embedding_bag(rows, values, per_sample_weights=weights, mode="sum")
+    weights, table = torch.from_numpy(kernel).to(sums.numerator), values.to(sums.numerator.dtype)
+    which, offsets = (torch.from_numpy(array).to(values.device) for array in (found, starts))
+    sums.numerator[rows] = functional.embedding_bag(which, table, offsets, mode="sum", per_sample_weights=weights)
+    sums.denominator[rows] = torch.from_numpy(np.add.reduceat(kernel, starts)).to(sums.denominator)

@@ -11,7 +11,7 @@ geoclip              the weights in the package `geoclip`
 satclip, sinr, csp   published weights, as NAME=PATH or NAME=URL; without them, shown as not given
 location encoder     our location encoder, without retrieval
 shuffled values      multi-head with the values dealt at random to other images: where without what, so that what
-                     is left of its scores comes from position alone
+                     is left of its scores comes from position alone; on the places of a grid the grid's recipe
 range, range+        retrieval from our database, as published: of several members by the first
 multi-head           retrieval by heads side by side, those that the database chooses
 URL of a grid        the vectors of a published grid
@@ -47,14 +47,16 @@ from tasks.core.retrieval import embed as embed_ours
 from tasks.database.heads import index_of
 from tasks.database.store import open_database
 from tasks.evaluation.fusion import JOINT, parts_of, side_by_side
+from tasks.grid.beside import embed_beside
 from tasks.grid.store import storing
 from tasks.grid.tiles import load, load_encoder
 from tasks.model.checkpoint import load_checkpoint
 from tasks.model.geoclip import embed_geoclip
 from tasks.model.satclip import import_satclip, load_foreign
-from tasks.params import EmbedderParams, EmbedParams
-from tasks.points.sample_grid import sample_grid
+from tasks.params import EmbedderParams, EmbedParams, PublishParams
+from tasks.points.sample_grid import cells_at, sample_grid
 from tasks.products import GridRecipe
+from tasks.release.gate import BASELINE, SHUFFLED
 
 Lonlat = NDArray[np.float64]
 Embeddings = NDArray[np.float32]
@@ -69,7 +71,7 @@ FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
 }
 BY_PATH = ("satclip", "sinr", "csp")
 OURS = {"location encoder": Method("none"), "range": Method("range"), "range+": Method("range+")}
-SHUFFLED, MULTI_HEAD, GRID = "shuffled values", "multi-head", "grid"
+MULTI_HEAD, GRID = "multi-head", "grid"
 SHUFFLE_SEED = 0
 BY_HEADS = {SHUFFLED: True, MULTI_HEAD: False}  # whether the values are shuffled among the images
 NAMES = (
@@ -83,7 +85,6 @@ NAMES = (
     "range+",
     MULTI_HEAD,
 )
-WITHOUT_IMAGES = "location encoder"  # what retrieval adds to
 STORED = "grid's vectors, "  # prefix of the names of a grid's vectors at exact places, before their dtype
 NOT_GIVEN = "weights not given"
 
@@ -133,14 +134,34 @@ def embedders(checkpoint: str | None, database: str | None, grid: str | None, pa
     return chosen
 
 
-def beside_grids(checkpoint: str | None, database: str | None, chosen: list[Named]) -> list[Named]:
+def beside_grids(
+    checkpoint: str | None, database: str | None, grid: str | None, chosen: list[Named], params: EmbedderParams
+) -> list[Named]:
     """Returns what is scored beside a grid on its places, asked for or not: what the gate compares it with.
 
-    That is the location encoder, if there is one, and coordinates.
+    With a checkpoint and a database that is the location encoder, the grid's own recipe with shuffled values, and
+    coordinates.
     """
-    wanted = [WITHOUT_IMAGES, "coordinates"] if checkpoint and database else []
+    if not checkpoint or not database:
+        return []
     there = {one.name: one for one in chosen}
-    return [there.get(name) or _named(name, checkpoint, database, EmbedderParams()) for name in wanted]
+    first, last = (there.get(n) or _named(n, checkpoint, database, params) for n in (BASELINE, "coordinates"))
+    return [first, *(_shuffled(grid, checkpoint, database, params) if grid else ()), last]
+
+
+def _shuffled(grid: str, checkpoint: str, database: str, params: EmbedderParams) -> list[Named]:
+    """Returns an embedder as a grid is, with its cells and dtype, of values dealt at random to other images.
+
+    None where the grid does not tell what it is made of.
+    """
+    exact, kept = _exact(grid, checkpoint, database, shuffle=True), storing(as_url(grid))
+    if exact is None:
+        return []
+
+    def shuffled(lonlat: Lonlat) -> Embeddings:
+        return kept(exact(cells_at(grid, lonlat) if params.interpolation == "nearest" else lonlat))
+
+    return [Named(SHUFFLED, shuffled)]
 
 
 def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
@@ -149,15 +170,37 @@ def _stored(grid: str, checkpoint: str, database: str) -> list[Named]:
     Their difference is the cost of the dtype alone: the size of the cells has no part in it.
     """
     dtype, kept = _attributes(grid)["geoemb:data_type"], storing(as_url(grid))
-    retrieval = _retrieval_of_grid(grid, checkpoint, database)
-    if dtype == "float32" or retrieval is None:
+    exact = _exact(grid, checkpoint, database)
+    if dtype == "float32" or exact is None:
         return []
+    return [Named(f"{STORED}float32", exact), Named(STORED + dtype, lambda lonlat: kept(exact(lonlat)))]
+
+
+def _exact(grid: str, checkpoint: str, database: str, shuffle: bool = False) -> Embedder | None:
+    """Returns what makes a grid's vectors at the exact places, in float32, perhaps of shuffled values.
+
+    None where the grid does not tell what it is made of.
+    """
+    retrieval = _retrieval_of_grid(grid, checkpoint, database)
+    if retrieval is None:
+        return None
 
     def exact(lonlat: Lonlat) -> Embeddings:
         encoder, index, method = retrieval()
-        return embed_ours(encoder, index, lonlat, method)
+        own = embed_ours(encoder, _dealt(index) if shuffle else index, lonlat, method)
+        return np.concatenate([own, embed_beside(_recipe(grid).with_, lonlat)], axis=1)
 
-    return [Named(f"{STORED}float32", exact), Named(STORED + dtype, lambda lonlat: kept(exact(lonlat)))]
+    return exact
+
+
+def _dealt(index: RetrievalIndex) -> RetrievalIndex:
+    """Returns an index in which another image has the values of each: keys and locations stay."""
+    values = index.values.numpy()[_order(len(index))]
+    return RetrievalIndex(index.keys.numpy(), values, index.locations, location=index.location, weights=index.counts)
+
+
+def _order(images: int) -> NDArray[np.int64]:
+    return np.random.default_rng(SHUFFLE_SEED).permutation(images)
 
 
 def retrieval_of(name: str, checkpoint: str, database: str, grid: str | None) -> Retrieval:
@@ -178,12 +221,16 @@ def retrieval_of(name: str, checkpoint: str, database: str, grid: str | None) ->
 
 def _retrieval_of_grid(grid: str, checkpoint: str, database: str) -> Callable[[], Retrieval] | None:
     """Returns what loads the retrieval of a grid's cells; None where the grid does not tell what it is made of."""
-    made = _attributes(grid).get("rangegrid:made_of")
-    if not made:
+    if not _attributes(grid).get("rangegrid:made_of"):
         return None
-    params = GridRecipe.model_validate(made).params
+    params = _recipe(grid)
     projected_by = as_url(grid) if params.is_compact else None
     return lambda: (*load(checkpoint, database, projected_by), params.retrieval)
+
+
+def _recipe(grid: str) -> PublishParams:
+    """Returns the parameters of a grid that tells what it is made of."""
+    return GridRecipe.model_validate(_attributes(grid)["rangegrid:made_of"]).params
 
 
 def _attributes(grid: str) -> Mapping[str, Any]:
@@ -255,7 +302,7 @@ def _ours(name: str, checkpoint: str | None, database: str | None) -> Named:
         if name in BY_HEADS:
             encoder, index, method = _multi_head(checkpoint, database, shuffle=BY_HEADS[name])
             return embed_ours(encoder, index, lonlat, method)
-        if name == WITHOUT_IMAGES:
+        if name == BASELINE:
             return load_encoder(checkpoint).embed(lonlat)
         return embed_ours(*_as_published(checkpoint, database), lonlat, OURS[name])
 
@@ -281,8 +328,8 @@ def _multi_head(checkpoint: str, database: str, shuffle: bool = False) -> Retrie
     encoder, data = load_encoder(checkpoint), open_database(database)
     index, params, _ = index_of(encoder, data, EmbedParams())
     if shuffle:
-        order = np.random.default_rng(SHUFFLE_SEED).permutation(len(data.values))
-        index, params, _ = index_of(encoder, replace(data, values=data.values[order]), params)
+        dealt = replace(data, values=data.values[_order(len(data.values))])
+        index, params, _ = index_of(encoder, dealt, params)
     return encoder, index, params.retrieval
 
 

@@ -105,6 +105,21 @@ def sample_grid(url: str, lonlat: ArrayLike, method: Sampling = "nearest") -> ND
     return found
 
 
+def cells_at(url: str, lonlat: ArrayLike) -> Float:
+    """Returns the centres of the cells that hold points, (n, 2) in degrees; a point outside the box as it is.
+
+    Args:
+        url: URL of the grid's Zarr.
+        lonlat: (n, 2) longitude and latitude in degrees.
+    """
+    centres = np.array(lonlat, np.float64).reshape(-1, 2)
+    spec = open_grid(url).spec
+    inside, row, column = _places(spec, centres)
+    cells = _corners(spec, np.flatnonzero(inside), row, column, "nearest")
+    centres[inside] = spec.plane.lonlat(np.column_stack([spec.x[cells.columns[:, 0]], spec.y[cells.rows[:, 0]]]))
+    return centres
+
+
 def sample_into(
     found: NDArray[np.float32],
     grid: Grid,

@@ -1,9 +1,11 @@
 """Decides about a promotion: the images must add something, and scores be no worse than those of the current latest.
 
 The gate compares score cards on blocked splits alone, since random splits leak between neighbours, and split by split
-(`tasks.core.paired`). Over all tasks a product must be beyond noise above the location encoder, which has no images, on
-the same places: the mean over tasks shows far smaller differences than any task alone. A score has fallen where it is
-below the current latest's by more than the margin, beyond noise: seeds of one training differ by some hundredths.
+(`tasks.core.paired`). Over all tasks a product must be beyond noise above two embedders on the same places: the
+location encoder, which has no images, and the product's own recipe with each image's values at another image. The
+latter knows where images are, and not what they show: beside a weak location encoder that alone is worth a lot. The
+mean over tasks shows far smaller differences than any task alone. A score has fallen where it is below the current
+latest's by more than the margin, beyond noise: seeds of one training differ by some hundredths.
 
 Former score cards have no scores of single splits. They are judged by their means, against raw coordinates; so is a
 product of no more images than their values have components, of which no score tells what the images add.
@@ -21,7 +23,7 @@ from tasks.cards import Part
 from tasks.core.paired import Difference, paired
 
 CARD = "scorecard.json"
-BASELINE, FORMER_BASELINE = "location encoder", "coordinates"
+BASELINE, SHUFFLED, FORMER_BASELINE = "location encoder", "shuffled values", "coordinates"
 COMPARABLE = ("n", "block_degrees", "folds", "fold_seeds", "labels")  # what two cards must have in common on a task
 
 
@@ -96,8 +98,8 @@ def gate(new: ScoreCard, current: ScoreCard | None, margin: float) -> list[Refus
         margin: What a score may fall by, beyond noise, on any task and on their mean.
 
     Returns:
-        A refusal where the product is not beyond noise above the location encoder, and for each task that fell, or
-        cannot be compared.
+        A refusal where the product is not beyond noise above the location encoder or its own recipe with shuffled
+        values, and for each task that fell, or cannot be compared.
     """
     ours = rows_of(new, new.product)
     if not ours:
@@ -121,23 +123,30 @@ def rows_of(card: ScoreCard, embedder: str, places: str | None = None) -> dict[s
 
 
 def _against_baseline(card: ScoreCard, ours: Mapping[str, Row]) -> list[Refusal]:
-    """Returns what speaks against a product beside the location encoder: over all tasks it is not above it."""
+    """Returns what speaks against a product beside embedders that see no images, over all tasks.
+
+    A card of a former version has no shuffled values of the product's recipe, and is judged without them.
+    """
     places = next(iter(ours.values())).places
-    base = rows_of(card, BASELINE, places)
+    base, shuffled = rows_of(card, BASELINE, places), rows_of(card, SHUFFLED, places)
     if missing := [task for task in ours if task not in base]:
         reason = f"{missing[0]}: the {BASELINE} was not scored on the same places, so that nothing shows what the "
         return [Refusal(missing[0], None, f"{reason}images add: evaluate it with its checkpoint and database")]
-    found = pooled(ours, {task: base[task] for task in ours})
+    against = {BASELINE: base} | ({SHUFFLED: shuffled} if ours.keys() <= shuffled.keys() else {})
+    judged = (_not_above(ours, name, rows) for name, rows in against.items())
+    return [refusal for refusal in judged if refusal]
+
+
+def _not_above(ours: Mapping[str, Row], name: str, theirs: Mapping[str, Row]) -> Refusal | None:
+    """Returns a refusal where a product is not beyond noise above another embedder, over all of its tasks."""
+    found = pooled(ours, {task: theirs[task] for task in ours})
     if found.verdict == "above":
-        return []
-    return [
-        Refusal(
-            "",
-            -found.mean,
-            f"over all tasks it is not above the {BASELINE} beyond noise (by {found.mean:+.4f}, interval "
-            f"{found.low:+.4f} to {found.high:+.4f}), so that nothing shows what the images add",
-        )
-    ]
+        return None
+    reason = (
+        f"over all tasks it is not above the {name} beyond noise (by {found.mean:+.4f}, interval {found.low:+.4f} to "
+        f"{found.high:+.4f}), so that nothing shows what the images add"
+    )
+    return Refusal("", -found.mean, reason)
 
 
 def _against_coordinates(card: ScoreCard, ours: Mapping[str, Row]) -> list[Refusal]:

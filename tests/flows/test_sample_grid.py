@@ -58,6 +58,13 @@ def test_the_command(grid, points, tmp_path):
     assert np.abs(near - pd.read_csv(points)[["lon", "lat"]].to_numpy()).max() <= 5.001
 
 
+def test_centres_of_cells_are_what_the_nearest_cells_hold(grid, points):
+    """The gate embeds the places of labels there; beyond 180 degrees too."""
+    places = pd.read_csv(points)[["lon", "lat"]].to_numpy()
+    np.testing.assert_allclose(sample_grid.cells_at(grid, places), sample_grid.sample_grid(grid, places)[:, :2])
+    np.testing.assert_allclose(sample_grid.cells_at(grid, [[183, 12]]), [[-175, 15]])
+
+
 def hole(url, *cells):
     """Takes the vectors of some cells away."""
     array = zarr.open_array(f"{url}/embedding".removeprefix("file://"), mode="r+")

@@ -40,19 +40,24 @@ def places(count, seed):
 
 
 @pytest.fixture(scope="module")
-def grids(tmp_path_factory, client):
-    """Evaluated grids by name: of three seeds of the location encoder, and of values shuffled among the images."""
-    folder = tmp_path_factory.mktemp("promotion")
+def folder(tmp_path_factory):
+    """Storage with a table of the heights of a thousand places."""
+    folder, asked = tmp_path_factory.mktemp("promotion"), places(1000, 1)
+    table = pd.DataFrame({"lon": asked[:, 0], "lat": asked[:, 1], "height": heights(asked)})
+    table.to_csv(folder / "heights.csv", index=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        asked = places(1000, 1)
-        labels = pd.DataFrame({"lon": asked[:, 0], "lat": asked[:, 1], "height": heights(asked)})
-        labels.to_csv(folder / "heights.csv", index=False)
-        made = {seed: grid(folder, client, int(seed), seed) for seed in SEEDS}
-        yield made | {"shuffled": grid(folder, client, 0, "shuffled", shuffle=True)}
+        yield folder
 
 
-def grid(folder, client, seed, name, shuffle=False):
+@pytest.fixture(scope="module")
+def grids(folder, client):
+    """Evaluated grids by name: of three seeds of the location encoder, and of values shuffled among the images."""
+    made = {seed: grid(folder, client, int(seed), seed) for seed in SEEDS}
+    return made | {"shuffled": grid(folder, client, 0, "shuffled", shuffle=True)}
+
+
+def grid(folder, client, seed, name, shuffle=False, **options):
     """An evaluated grid of a database of 800 images, whose values are a height and noise."""
     torch.manual_seed(seed)
     checkpoint, where = (folder / name / "checkpoint").as_uri(), places(800, 2)
@@ -64,7 +69,7 @@ def grid(folder, client, seed, name, shuffle=False):
     np.savez(folder / name / "db.npz", locs=where, satclip_embeddings=keys, image_embeddings=values.astype("f4"))
     database = (folder / name / "database").as_uri()
     import_npz(folder / name / "db.npz", database, checkpoint)
-    url = publish_grid(client, checkpoint, database, PublishParams(**STEP))
+    url = publish_grid(client, checkpoint, database, PublishParams(**STEP | options))
     asked = {"labels": (str(folder / "heights.csv"),), "label": "height", "kind": "regression", "folds": 4}
     evaluate_database(checkpoint, database, EvaluateParams(**asked, embedder=("coordinates",)), url)
     return url
@@ -86,6 +91,18 @@ def test_values_shuffled_among_the_images_are_refused_as_the_first_and_later(gri
     with pytest.raises(UserError, match=r"height: blocked R² fell from .* and beyond noise \(interval -0"):
         promote_evaluated(grids["shuffled"], 0.02, 2.0)
     assert versions.read_pointer()[0].grid == grids["0"]
+
+
+def test_what_position_alone_gives_beside_a_weak_location_encoder_is_not_what_the_images_add(folder, client):
+    """Heads of shuffled values and GeoCLIP's block pass beside the location encoder; true values pass beside both."""
+    options = {"method": "multi-head", "dtype": "float16", "with_": ("geoclip",)}
+    made, shuffled = (scores(grid(folder, client, 0, f"heads {deal}", deal, **options)) for deal in (False, True))
+    assert set(rows_of(shuffled, "shuffled values", "grid")) == {"height"}
+    former = [row for row in shuffled.scores if row.embedder != "shuffled values"]
+    assert gate(ScoreCard(product="grid", scores=former), None, 0.02) == []
+    (refusal,) = gate(shuffled, None, 0.02)
+    assert re.match(r"over all tasks it is not above the shuffled values beyond noise \(by [+-]0\.\d{4}", str(refusal))
+    assert gate(made, None, 0.02) == []
 
 
 def heights_by_coordinates(url):

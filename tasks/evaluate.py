@@ -89,8 +89,8 @@ def evaluate_database(
     places = {"score card": storage.join(url, CARD), "table": storage.join(url, "scores.md")}
     if grid:
         home = home_of(grid)
-        places["score card beside the grid"] = beside = storage.join(home, CARD)
-        storage.copy(places["score card"], beside)
+        places["score card beside the grid"] = kept = storage.join(home, CARD)
+        storage.copy(places["score card"], kept)
         if storage.exists(storage.join(home, ITEM)):
             write_item(home)  # again, since it names the score card now
     opens = opening("pandas as pd", "scores = pd.read_csv", storage.join(url, "scores.csv"))

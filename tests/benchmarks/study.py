@@ -70,13 +70,14 @@ def questions() -> dict[str, dict[str, Point]]:
         },
         "values": {
             "rcf, 128 rotated components": BASE,
-            "with the middle 16 pixels": seen("rcf", "rcf@16"),
-            "with rcf of another seed": seen("rcf", "rcf of another seed"),
-            "with colours": seen("rcf", "colours"),
+            "whitened by a quarter": projected("whitened"),
             "not standardised": projected("not standardised"),
-            "not rotated": projected("not rotated"),
             "64 components": projected("rotated", 64),
+            "with colours": seen("rcf", "colours"),
+            "with the middle 16 pixels": seen("rcf", "rcf@16"),
             "256 components": projected("rotated", 256),
+            "not rotated": projected("not rotated"),
+            "with rcf of another seed": seen("rcf", "rcf of another seed"),
         },
         "semantic temperature": {"16": BASE} | {f"{n}": heads(f"semantic:{n}", geodesic) for n in (4, 8, 24, 48)},
         "geodesic temperature": {

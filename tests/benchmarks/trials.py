@@ -29,7 +29,7 @@ from tasks.core.methods import Head, Method
 from tasks.core.probes import Kind, Moments, Split, blocked_folds, judge, random_split
 from tasks.core.retrieval import RetrievalIndex, embed
 from tasks.core.training import Pairs, hold_out, train
-from tasks.database.heads import LOCATION_DIMS, WHITENING, chosen, measured
+from tasks.database.heads import LOCATION_DIMS, chosen, measured
 from tasks.evaluation.labels import demo_labels
 from tasks.evaluation.scoring import distinct
 from tasks.model.fitting import BLOCK_DEGREES, new_trainer
@@ -182,7 +182,6 @@ ENCODERS: dict[str, Callable[[Images, tuple[str, ...]], Any]] = {
 }
 Values = NDArray[np.float32]
 PROJECTIONS: dict[str, Callable[[Values, int], Values]] = {
-    "whitened": lambda values, dims: Projection.rotated(values, dims, whitening=WHITENING).apply(values),
     "rotated": lambda values, dims: Projection.rotated(values, dims).apply(values),
     "not standardised": lambda values, dims: Projection.rotated(values, dims, standardise=False).apply(values),
     "not rotated": lambda values, dims: _plain(StandardScaler().fit_transform(values), dims),

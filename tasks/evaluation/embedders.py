@@ -56,7 +56,6 @@ from tasks.model.satclip import import_satclip, load_foreign
 from tasks.params import EmbedderParams, EmbedParams, PublishParams
 from tasks.points.sample_grid import cells_at, sample_grid
 from tasks.products import GridRecipe
-from tasks.release.gate import BASELINE, SHUFFLED
 
 Lonlat = NDArray[np.float64]
 Embeddings = NDArray[np.float32]
@@ -71,7 +70,7 @@ FIXED: dict[str, Callable[[Lonlat], NDArray]] = {
 }
 BY_PATH = ("satclip", "sinr", "csp")
 OURS = {"location encoder": Method("none"), "range": Method("range"), "range+": Method("range+")}
-MULTI_HEAD, GRID = "multi-head", "grid"
+SHUFFLED, MULTI_HEAD, GRID = "shuffled values", "multi-head", "grid"
 SHUFFLE_SEED = 0
 BY_HEADS = {SHUFFLED: True, MULTI_HEAD: False}  # whether the values are shuffled among the images
 NAMES = (
@@ -85,6 +84,7 @@ NAMES = (
     "range+",
     MULTI_HEAD,
 )
+WITHOUT_IMAGES = "location encoder"  # what retrieval adds to
 STORED = "grid's vectors, "  # prefix of the names of a grid's vectors at exact places, before their dtype
 NOT_GIVEN = "weights not given"
 
@@ -145,7 +145,7 @@ def beside_grids(
     if not checkpoint or not database:
         return []
     there = {one.name: one for one in chosen}
-    first, last = (there.get(n) or _named(n, checkpoint, database, params) for n in (BASELINE, "coordinates"))
+    first, last = (there.get(n) or _named(n, checkpoint, database, params) for n in (WITHOUT_IMAGES, "coordinates"))
     return [first, *(_shuffled(grid, checkpoint, database, params) if grid else ()), last]
 
 
@@ -302,7 +302,7 @@ def _ours(name: str, checkpoint: str | None, database: str | None) -> Named:
         if name in BY_HEADS:
             encoder, index, method = _multi_head(checkpoint, database, shuffle=BY_HEADS[name])
             return embed_ours(encoder, index, lonlat, method)
-        if name == BASELINE:
+        if name == WITHOUT_IMAGES:
             return load_encoder(checkpoint).embed(lonlat)
         return embed_ours(*_as_published(checkpoint, database), lonlat, OURS[name])
 

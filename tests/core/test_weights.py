@@ -39,8 +39,7 @@ def mixed(method, index, counts, queries, lonlat):
 
 
 @pytest.mark.parametrize("method", SOFT)
-@pytest.mark.parametrize("rows", [2, 2500, MANY])
-@pytest.mark.parametrize("queries", [None, 100])
+@pytest.mark.parametrize(("rows", "queries"), [(2, None), (2500, 100), (MANY, None)])
 def test_mixtures_are_weighed(method, rows, queries):
     index, lonlat = database(rows), np.concatenate([places(100), [[0, 90], [180, -10]]])
     asked, counts = unit(RNG.normal(size=(len(lonlat), 16))), counted(index)
@@ -59,7 +58,7 @@ def test_heads_side_by_side_are_weighed(rows):
         close(part, expected, 4e-6, scale=np.abs(index[1]).max())
 
 
-@pytest.mark.parametrize("method", [*SOFT, SIDE, Method("topk", k=7), Method("range", temperature=200.0)])
+@pytest.mark.parametrize("method", [SIDE, Method("topk", k=7), Method("range", temperature=200.0)])
 def test_images_that_count_twice_are_there_twice(method):
     """Whole weights against rows repeated so often; but for heads whose bandwidth depends on how many there are."""
     if method == SIDE:
@@ -78,9 +77,9 @@ def test_images_that_count_twice_are_there_twice(method):
     close(found, expected, 1e-5, scale=1)
 
 
-@pytest.mark.parametrize("method", [*SOFT, SIDE, Method("top1"), Method("topk", k=5)])
+@pytest.mark.parametrize("method", [Method(beta=0.3), SIDE, Method("topk", k=5)])
 def test_weights_of_one_change_no_bit(method):
-    index, lonlat, asked = database(MANY), places(300), unit(RNG.normal(size=(300, 16)))
+    index, lonlat, asked = database(MANY), places(40), unit(RNG.normal(size=(40, 16)))
     plain, weighed = (RetrievalIndex(*index, **told) for told in ({}, {"weights": np.ones(MANY)}))
     np.testing.assert_array_equal(weighed.retrieve(asked, lonlat, method), plain.retrieve(asked, lonlat, method))
     ours, theirs = (vars(evidence(one, asked[:9], lonlat[:9], method, 3)) for one in (weighed, plain))

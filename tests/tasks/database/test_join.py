@@ -40,7 +40,7 @@ BAND = (0.0, 20.0)  # the region that is sampled more densely
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
-    save_checkpoint(f"{tmp_path.as_uri()}/checkpoints/space", LocationEncoder(4, hidden=8, dim=DIM))
+    save_checkpoint(f"{tmp_path.as_uri()}/space", LocationEncoder(4, hidden=8, dim=DIM))  # no heads are measured by it
     return tmp_path.as_uri()
 
 
@@ -65,7 +65,7 @@ def sampled(home, name, lonlat, south=-80.0, north=84.0, places="even", scene=0,
     arrays = {"keys": keys, "values": values, "locations": lonlat, "row_ids": np.arange(count)}
     for start in range(0, count, rows):
         write_rows(url, start, {name: array[start : start + rows] for name, array in arrays.items()})
-    space = read_card(f"{home}/checkpoints/space", CheckpointCard).fingerprint
+    space = read_card(f"{home}/space", CheckpointCard).fingerprint
     finish_database(url, **({"checkpoint": space, "fingerprint": name, "attribution": "nobody"} | told))
     return url
 
@@ -231,13 +231,13 @@ def test_one_database_alone_can_be_estimated(home, world):
 def test_weights_survive_the_published_layout(home, world, region, tmp_path):
     url = join_databases([world, region])
     export_npz(url, tmp_path / "db.npz")
-    import_npz(tmp_path / "db.npz", f"{home}/databases/back", f"{home}/checkpoints/space")
+    import_npz(tmp_path / "db.npz", f"{home}/databases/back", f"{home}/space")
     back, data = open_database(f"{home}/databases/back"), open_database(url)
     np.testing.assert_array_equal(back.weights, data.weights)
     with np.load(tmp_path / "db.npz") as file:
         np.savez(tmp_path / "bad.npz", **{**file, "weights": np.where(np.arange(len(data.keys)) == 7, 0, 1.0)})
     with pytest.raises(UserError, match=r"1 weights that are not above 0 \(first in row 7\)"):
-        import_npz(tmp_path / "bad.npz", f"{home}/databases/bad", f"{home}/checkpoints/space")
+        import_npz(tmp_path / "bad.npz", f"{home}/databases/bad", f"{home}/space")
 
 
 def test_an_interrupted_join_goes_on(home, world, region, monkeypatch):
@@ -269,7 +269,7 @@ def test_a_grid_of_the_world_becomes_one_of_both_by_its_sums(home, world, client
     region = sampled(home, "region", draw_even(150, 0, *BAND), *BAND)  # fewer came and went than there are
     heads = {"heads": ("semantic:12", "geodesic:200"), "compact_dims": 3, "location_dims": 8}
     params = PublishParams(step=10.0, tile_cells=8, method=method, keep_sums=True, **heads if "multi" in method else {})
-    space = f"{home}/checkpoints/space"
+    space = f"{home}/space"
     parent, url = publish_grid(client, space, world, params), join_databases([world, region])
     child = xr.open_zarr(publish_grid(client, space, url, params.model_copy(update={"parent": parent})))
     land = np.isfinite(child.embedding.values[0])
@@ -323,7 +323,7 @@ def test_a_joined_database_is_audited_by_statistics(home, world, region):
     url = join_databases([world, region])
     assert {finding.check: finding.passed for finding in audit_database(url)}["numbers"]
     with pytest.raises(UserError, match="is joined of world, region: audit each of these with its own patches"):
-        audit_database(url, f"{home}/patches/patches-world", f"{home}/checkpoints/space")
+        audit_database(url, f"{home}/patches/patches-world", f"{home}/space")
 
 
 def test_the_newest_database_of_a_line_is_joined(home, world):
@@ -333,6 +333,7 @@ def test_the_newest_database_of_a_line_is_joined(home, world):
 
 
 def test_the_command_joins_and_ls_knows_the_parents(home, world, region):
+    save_checkpoint(f"{home}/checkpoints/space", load_checkpoint(f"{home}/space").location)
     result = CliRunner().invoke(app, ["database", "join", world, region, "--line", "dense"], catch_exceptions=False)
     url = result.stdout.strip().splitlines()[-1]
     card = read_card(url, DatabaseCard)

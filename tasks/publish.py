@@ -174,17 +174,22 @@ def decisive(database: DatabaseCard, params: PublishParams, parent: Parent | Non
 
 
 def period(database: DatabaseCard) -> dict[str, str]:
-    """Returns the time window of a database's images, where the sample that it was made from still exists."""
-    if database.patches is None:
-        return {}
-    try:
-        patches = read_card(storage.join(settings().storage_url, "patches", database.patches), PatchesCard)
-    except UserError:
-        return {}
-    window = patches.recipe.datetime
-    if window:
-        return {"rangegrid:datetime": window}
+    """Returns the time window of a database's images, where the samples that it was made from still exist and agree."""
+    windows = {
+        _window(patches) for patches in (database.patches, *(one.patches for one in database.origins)) if patches
+    }
+    if len(windows) == 1 and None not in windows:
+        return {"rangegrid:datetime": str(windows.pop())}
     return {}
+
+
+def _window(patches: str) -> str | None:
+    """Returns the time window of a sample by its fingerprint; none where it is gone."""
+    try:
+        card = read_card(storage.join(settings().storage_url, PatchesCard.directory, patches), PatchesCard)
+    except UserError:
+        return None
+    return card.recipe.datetime
 
 
 def prepare(client: Client, job: Job, database: DatabaseCard, attrs: dict[str, Any], *, whole: bool) -> None:

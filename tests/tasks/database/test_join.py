@@ -56,7 +56,7 @@ def sampled(home, name, lonlat, south=-80.0, north=84.0, places="even", scene=0,
     """A database of places, and the card of the patches that it was made of."""
     url, count = f"{home}/databases/{name}", len(lonlat)
     if patches:
-        design = {"places": places, "south": south, "north": north, "patches": count}
+        design = {"places": places, "south": south, "north": north, "patches": count, "datetime": "2021"}
         card = PatchesCard(fingerprint=f"patches-{name}", made_of=design, attribution="nobody")
         write_card(f"{home}/patches/patches-{name}", card)
         told["patches"] = f"patches-{name}"
@@ -272,6 +272,7 @@ def test_a_grid_of_the_world_becomes_one_of_both_by_its_sums(home, world, client
     space = f"{home}/space"
     parent, url = publish_grid(client, space, world, params), join_databases([world, region])
     child = xr.open_zarr(publish_grid(client, space, url, params.model_copy(update={"parent": parent})))
+    assert child.attrs["rangegrid:datetime"] == "2021"
     land = np.isfinite(child.embedding.values[0])
     row, column = np.nonzero(land)
     lonlat = np.column_stack([child.lon.values[column], child.lat.values[row]])

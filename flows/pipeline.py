@@ -37,7 +37,7 @@ def pipeline(params: PipelineParams = PipelineParams()) -> Any:
     Returns:
         The URLs of the patches, checkpoint, database, grid and report.
     """
-    params = settle(params=params)
+    params = settle(params=params).in_region()
     rows: list[dict[str, Any]] = []
     try:
         if in_deployment():

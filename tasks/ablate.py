@@ -37,6 +37,7 @@ from tasks.grid.tiles import load
 from tasks.params import AblateParams, Choice
 from tasks.plots.charts import ablation_chart
 from tasks.products import AblationCard
+from tasks.tables.regions import decides, find_region
 from tasks.units import progress
 
 STEPS: dict[str, tuple[float, ...]] = {
@@ -82,7 +83,8 @@ def ablate_database(choice: Choice, checkpoint: str, database: str, params: Abla
     sets = label_sets(params)
     labels = {one.name: digest(one) for one in sets}
     made_of = {"choice": choice, "database": card.fingerprint, "labels": labels}
-    made_of |= params.model_dump(mode="json", exclude={"labels", "embedder"})
+    made_of |= params.model_dump(mode="json", exclude={"labels", "embedder", "region", "buffer_km"})
+    made_of |= decides(find_region(params.region, params.buffer_km))
     url = product_url("ablations", made_of)
     if is_finished(url):
         return url

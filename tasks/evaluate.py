@@ -33,6 +33,7 @@ from tasks.plots.maps import error_map, place_map
 from tasks.products import DatabaseCard, ReportCard
 from tasks.release.gate import CARD
 from tasks.release.stac import ITEM, write_item
+from tasks.tables.regions import decides, find_region
 from tasks.units import log, progress
 
 CAPTION = (
@@ -123,7 +124,8 @@ def made_from(
 ) -> dict[str, Any]:
     """Returns everything that decides the scores, with labels and weights by their content."""
     return {
-        **params.model_dump(mode="json", exclude={"labels", "embedder"}),
+        **params.model_dump(mode="json", exclude={"labels", "embedder", "region", "buffer_km"}),
+        **decides(find_region(params.region, params.buffer_km)),
         "database": card.fingerprint if card else None,
         "grid": grid,
         "embedders": {one.name: one.version if one.embed else None for one in found},

@@ -109,11 +109,24 @@ class Params(BaseModel):
         return self
 
 
-class SampleParams(Params):
+class RegionParams(Params):
+    """Where: everywhere, or in a region."""
+
+    region: tuple[str, ...] = ()
+    """Region, several of which are united: a country by ISO code or name, such as KE; a file of polygons, by path or
+    URL; or a box in degrees, as "34 -5 42 6": west, south, east, north. Unset: everywhere."""
+    buffer_km: float = Field(0.0, ge=0, le=2000)
+    """Distance in km by which the region is widened."""
+
+
+class SampleParams(RegionParams):
     """Where, when and how many Sentinel-2 patches to sample."""
 
     patches: int = Field(10_000, ge=1, le=10_000_000)
     """Number of patches."""
+    spacing_km: float | None = Field(None, gt=0, le=2000)
+    """Distance in km at which places lie apart, in place of their number: there are as many as the land area in km²
+    has squares of this side."""
     seed: Seed = 0
     """Seed of the places. The same seed with more patches extends the same sample."""
     places: Literal["even", "area", "tile", "class", "list"] = "even"
@@ -350,16 +363,21 @@ def method_of(name: Any, heads: tuple[str, ...], beta: float, k: int = 10) -> Me
     return Method(name, beta, k, side_by_side=tuple(map(Head.parse, heads)))
 
 
-class PublishParams(Params):
+AUTO = "auto"
+
+
+class PublishParams(RegionParams):
     """Which grid to publish, and how."""
 
     step: float = Field(0.5, gt=0)
     """Cell size in the units of the CRS, degrees or metres. The sides of the box must be multiples of it."""
     crs: str = "EPSG:4326"
     """Coordinate reference system, as a code or WKT: geographic in degrees, or projected in metres. A projected one
-    needs a box."""
+    needs a box or a region. auto: that of the region, its UTM zone, or where it is larger an equal-area plane, both in
+    metres."""
     west: float = -180.0
-    """Western edge of the box in the units of the CRS. The default box is the whole globe."""
+    """Western edge of the box in the units of the CRS. The default box is the whole globe, or with a region the cells
+    around it."""
     south: float = -90.0
     """Southern edge of the box."""
     east: float = 180.0
@@ -422,6 +440,8 @@ class PublishParams(Params):
     @field_validator("crs")
     @classmethod
     def _known(cls, crs: str) -> str:
+        if crs == AUTO:
+            return crs
         from tasks.core.earth.plane import Plane  # here, since forms and the command line's help need no pyproj
 
         return Plane(crs).name
@@ -437,6 +457,12 @@ class PublishParams(Params):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
+        if self.crs == AUTO and not self.region:
+            raise ValueError("crs auto is that of a region: give one, or a code such as EPSG:3035")
+        if self.crs == AUTO and not self.is_open:
+            raise ValueError("crs auto takes the box around the region: give no box, or a code such as EPSG:3035")
+        if self.is_open:
+            return self
         rows, columns = self.spec.shape
         if rows % 2**self.overviews or columns % 2**self.overviews:
             raise ValueError(
@@ -444,6 +470,11 @@ class PublishParams(Params):
                 f"overviews, or a box of sides that {self.step * 2**self.overviews:g} divides"
             )
         return self
+
+    @property
+    def is_open(self) -> bool:
+        """Tells whether the box is the one around the region, which `tasks.publish.placed` sets."""
+        return bool(self.region) and self.box == (-180.0, -90.0, 180.0, 90.0)
 
     @property
     def retrieval(self) -> Method:
@@ -569,7 +600,7 @@ class EmbedderParams(Params):
     """How a grid is read at a place: its nearest cell, or bilinear interpolation of four cells."""
 
 
-class EvaluateParams(EmbedderParams):
+class EvaluateParams(RegionParams, EmbedderParams):
     """Which labels, embedding methods and splits to evaluate."""
 
     labels: tuple[str, ...] = ()
@@ -599,7 +630,8 @@ class EvaluateParams(EmbedderParams):
     """Embedding method to which the others are compared, split by split. Unset: the location encoder where it is
     scored, else coordinates, else the first."""
     block_degrees: float | None = Field(None, ge=0.01, le=90)
-    """Side of a block of spatial cross-validation in degrees. Unset: 10, and 1 for California housing."""
+    """Side of a block of spatial cross-validation in degrees. Unset: 10, 1 for California housing, and in a region as
+    many blocks as folds need."""
     near_km: float = Field(1.0, gt=0, le=1000)
     """Distance in km to a training place below which a test place is counted as a near-duplicate."""
     seed: Seed = 2
@@ -637,8 +669,9 @@ class AblateParams(EvaluateParams):
     """For `values`: databases encoded with the same checkpoint but other image encoders for the values."""
 
 
-class PipelineParams(Params):
-    """The parameters of every step of the pipeline."""
+class PipelineParams(RegionParams):
+    """The parameters of every step of the pipeline. A region is that of sample, publish and evaluate, where these have
+    none of their own."""
 
     preset: Preset | None = Field(None, exclude=True)
     """Sets the fields that are left at their default for a quick trial, a continent or the globe, or as SatCLIP was
@@ -658,8 +691,17 @@ class PipelineParams(Params):
     where a score is lower by more than that, beyond noise, or where its scores are not beyond noise above those of the
     location encoder alone, and of the same recipe with values shuffled among the images."""
 
+    def in_region(self) -> Self:
+        """Returns a copy whose steps have the region, unless they have one of their own."""
+        ours = {"region": self.region, "buffer_km": self.buffer_km}
+        steps: dict[str, RegionParams] = {"sample": self.sample, "publish": self.publish, "evaluate": self.evaluate}
+        open_ = {name: step for name, step in steps.items() if self.region and not step.region}
+        return self.model_copy(update={name: step.model_copy(update=ours) for name, step in open_.items()})
+
     @model_validator(mode="after")
     def _enough_patches(self) -> Self:
+        if self.sample.spacing_km:
+            return self
         if self.train.batch > self.sample.patches:
             raise ValueError(
                 f"a batch of {self.train.batch} pairs needs more than {self.sample.patches} patches: raise "

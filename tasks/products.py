@@ -26,6 +26,17 @@ def _sources(directory: str, *named: Any) -> set[Source]:
     return {(directory, name_of(name)) for name in named if name and isinstance(name, str)}
 
 
+class RegionFacts(Part):
+    """The region that a product is cut to; the product has all its polygons beside it, in `region.parquet`."""
+
+    name: str
+    """Its name."""
+    digest: str
+    """Digest of its polygons."""
+    geometry: dict[str, Any]
+    """Its shape as GeoJSON, simplified where it has many vertices."""
+
+
 class SampleRecipe(Part):
     """What patches are made of, as far as other steps ask."""
 
@@ -56,6 +67,8 @@ class PatchesCard(Card):
     fingerprint: str
     manifest_sha256: str | None = None
     """Digest of the manifest; former cards have none."""
+    region: RegionFacts | None = None
+    """The region that the places were drawn in; none where they are of everywhere."""
 
     @property
     def recipe(self) -> SampleRecipe:
@@ -257,6 +270,8 @@ class GridRecipe(Part):
     """Blocks of other encoders beside the grid's own."""
     heads: tuple[str, ...] = ()
     """Heads of multi-head."""
+    region: str | None = None
+    """Digest of the region that the grid is cut to."""
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -266,7 +281,7 @@ class GridRecipe(Part):
     @property
     def params(self) -> PublishParams:
         """Returns the parameters, without the parent, of which only the fingerprint is known."""
-        return PublishParams(**self.model_dump(include=PublishParams.model_fields.keys() - {"parent"}))
+        return PublishParams(**self.model_dump(include=PublishParams.model_fields.keys() - {"parent", "region"}))
 
 
 class GridCard(Card):
@@ -288,6 +303,8 @@ class GridCard(Card):
     """What fewer bits lost; none of float32."""
     sums: dict[str, Any] | None = None
     """What the kept sums have in common with those that can update them; none where no sums are kept."""
+    region: RegionFacts | None = None
+    """The region that the grid is cut to; none where it has all land of its box."""
 
     @model_validator(mode="after")
     def _sound(self) -> Self:

@@ -4,7 +4,7 @@ A grid may keep the sums behind it. A later grid of the changed database can the
 parent, and computes only the images that were added or removed (`tasks.grid.updates`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,10 @@ from tasks.artifacts import keep_table, markdown_table, opening, show_places
 from tasks.cards import fingerprint, home_of, is_finished, name_of, product_url, read_card, write_card
 from tasks.core.adaptive import Report
 from tasks.core.compact import Compact
-from tasks.core.earth.grid import Tile
+from tasks.core.earth.grid import GridSpec, Tile, around
 from tasks.core.earth.land import land_mask
+from tasks.core.earth.plane import Plane
+from tasks.core.earth.region import Region
 from tasks.database import heads
 from tasks.database.store import read_pair
 from tasks.grid import conventions, store
@@ -33,13 +35,14 @@ from tasks.grid.seas import fill_seas
 from tasks.grid.survey import Survey, kernels, survey
 from tasks.grid.tiles import Job, Parent, land_tiles, publish_tile
 from tasks.grid.updates import kept_sums, read_parent, update_tile, write_changes
-from tasks.params import PublishParams
+from tasks.params import AUTO, PublishParams
 from tasks.products import DatabaseCard, GridCard, PatchesCard, told_land
 from tasks.release import versions
 from tasks.release.lines import Layout
 from tasks.release.promotion import promote_unless_withdrawn
 from tasks.release.stac import ITEM, write_item
 from tasks.release.validation import refuse, validate_grid
+from tasks.tables.regions import card_of, decides, find_region, keep_region
 from tasks.units import Work, counted, log, run_units
 
 INHERITED = ("tile_cells", "land", "with_")  # the parent's, unless given
@@ -69,6 +72,8 @@ def publish_grid(client: Client, checkpoint: str, database: str, params: Publish
     plan = GridPlan.of(checkpoint, database, params)
     job = plan.job
     since = versions.begin(job.grid, params.line, plan.layout)
+    if plan.region:
+        keep_region(job.home, plan.region)
     parts = parts_of(client, job, plan.database)
     prepare(client, job, plan.database, plan.attrs | {"rangegrid:line": since.line}, whole=not parts)
     fill(client, job, parts, plan.tiles)
@@ -95,6 +100,8 @@ class GridPlan:
     """The tiles with land."""
     sums: dict[str, Any]
     """What sums must have in common with these to update them."""
+    region: Region | None = None
+    """The region that the grid is cut to."""
 
     @classmethod
     def of(cls, checkpoint: str, database: str, params: PublishParams) -> "GridPlan":
@@ -104,16 +111,17 @@ class GridPlan:
             UserError: The inputs do not belong together, or there is nothing to make.
         """
         images = read_pair(checkpoint, database)
-        params = settled(params, checkpoint, database)
-        tiles = land_tiles(params.spec)
+        region = find_region(params.region, params.buffer_km)
+        params = settled(placed(params, region), checkpoint, database)
+        tiles = land_tiles(replace(params.spec, region=region))
         if not tiles:
             raise UserError(f"the box {params.box} in {params.crs} has no land in any cell: give another one")
-        sums = kept_sums(images, params)
+        sums = kept_sums(images, params) | {"region": region.digest if region else None}
         parent = read_parent(params.parent, sums) if params.parent else None
-        made_of = decisive(images, params, parent)
-        card = GridCard(fingerprint=fingerprint(made_of), made_of=made_of, database=database, checkpoint=checkpoint)
+        made_of = decisive(images, params, parent) | decides(region)
+        made = {"fingerprint": fingerprint(made_of), "made_of": made_of, "database": database, "checkpoint": checkpoint}
         job = Job(product_url("grids", made_of), checkpoint, database, params, parent)
-        return cls(job, images, card, tiles, sums)
+        return cls(job, images, GridCard(**made, **card_of(region)), tiles, sums, region)
 
     @property
     def dims(self) -> int:
@@ -154,6 +162,24 @@ def settled(params: PublishParams, checkpoint: str, database: str) -> PublishPar
     return params.model_copy(update={"tile_cells": tile, "land": params.land or "any"})
 
 
+def placed(params: PublishParams, region: Region | None) -> PublishParams:
+    """Returns the parameters with the CRS and the box of the region, where they are left open.
+
+    Raises:
+        UserError: No box of these steps is around it.
+    """
+    if region is None or not params.is_open:
+        return params
+    plane = region.plane if params.crs == AUTO else Plane(params.crs)
+    try:
+        box = around(region, plane, params.step, params.overviews)
+        edges = dict(zip(("west", "south", "east", "north"), box, strict=True))
+        GridSpec(params.step, box=box, crs=plane.name)
+    except ValueError as error:
+        raise UserError(f"the region {region.name}: {error}") from None
+    return params.model_copy(update=edges | {"crs": plane.name})
+
+
 def dims_of(database: DatabaseCard, params: PublishParams) -> int:
     """Returns the length of a vector."""
     visual = params.retrieval.width * (params.compact_dims or database.value_dim)
@@ -163,6 +189,7 @@ def dims_of(database: DatabaseCard, params: PublishParams) -> int:
 def decisive(database: DatabaseCard, params: PublishParams, parent: Parent | None) -> dict[str, Any]:
     """Returns everything that decides a grid, as its fingerprint hashes it."""
     untold = {"promote", "drift_alert", "line", "land"} - told_land(params.land).keys()
+    untold |= {"region", "buffer_km"}  # told by its polygons
     if params.retrieval.is_side_by_side:
         untold.add("beta")
     else:
@@ -270,13 +297,13 @@ def finish(plan: GridPlan, since: versions.Pointer) -> None:
     job = plan.job
     if not is_finished(job.home):
         attrs = zarr.open_group(storage.zarr_store(job.grid), mode="r").attrs
-        told = {"line": since.line, "dims": plan.dims, "sums": plan.sums if job.params.keep_sums else None}
+        found = {"line": since.line, "dims": plan.dims, "sums": plan.sums if job.params.keep_sums else None}
         if lost := attrs.get("rangegrid:loss"):
             warn_of_loss(job, lost)
-            told["loss"] = lost
+            found["loss"] = lost
         if resolution := attrs.get("rangegrid:field", {}).get("whole_half_km"):
-            told["resolution_km"] = resolution
-        write_card(job.home, plan.card.model_copy(update=told))
+            found["resolution_km"] = resolution
+        write_card(job.home, plan.card.model_copy(update=found))
     versions.confirm(job.grid, since)
 
 

@@ -36,7 +36,7 @@ from tasks.newest import enter
 from tasks.params import SampleParams
 from tasks.patches import store
 from tasks.patches.estimate import Cost, beside, estimate, spent
-from tasks.patches.places import draw, source_digest
+from tasks.patches.places import counted, draw, source_digest
 from tasks.patches.reading import read_shard, shape
 from tasks.patches.reasons import Reason
 from tasks.patches.reuse import WHERE, places_read, siblings
@@ -44,6 +44,7 @@ from tasks.patches.scenes import asset_keys, find_items
 from tasks.patches.screening import by_place, hrefs, screen_cell
 from tasks.plots.maps import sample_map
 from tasks.products import PatchesCard
+from tasks.tables.regions import REGION, card_of, decides, find_region, keep_region
 from tasks.units import log, run_units
 
 PLACES = {
@@ -74,8 +75,8 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     Raises:
         UserError: The catalog does not answer or has no fitting scenes, or the storage cannot be written.
     """
-    sources = [[shown(c.url), c.collection] for c in catalogs()]
-    made_of = {"catalogs": sources, **params.model_dump(exclude={"line"}), **source_digest(params)}
+    params, region = counted(params), find_region(params.region, params.buffer_km)
+    made_of = decisive(params) | decides(region)
     url = product_url("patches", made_of)
     if is_finished(url):
         log().info("%s is there already", url)
@@ -85,11 +86,16 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     source = attribution()
     check(client, params, planned)
     store.create(url, *shape(params))
+    if region:
+        keep_region(url, region)
+        params = params.model_copy(update={"region": (storage.join(url, REGION),), "buffer_km": 0.0})  # as it is now
     units, lost = Units(client, url, params, siblings(made_of)), Counter[str]()
     places = ClearPlaces(units)
     rows = read_patches(units, places, lost)
     digest = store.write_manifest(url, rows)
-    picture = sample_map(rows[["lon", "lat"]].to_numpy(), f"{len(rows):,} patches, {PLACES[params.places]}", source)
+    where = f" in {region.name}" if region else ""
+    title = f"{len(rows):,} patches, {PLACES[params.places]}{where}"
+    picture = sample_map(rows[["lon", "lat"]].to_numpy(), title, source)
     keep_picture(storage.join(url, "samples.png"), picture, "sample-map", "Where the patches were taken")
     rejected = places.rejected + lost
     tell_cost(url, planned, cost(units, places.screened), rejected)
@@ -104,9 +110,17 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         rejected=rejected,
         passed_over=places.passed_over,
         offset_checks=rows["offset_check"].value_counts().to_dict(),
+        **card_of(region),
     )
     write_card(url, card)
     return url
+
+
+def decisive(params: SampleParams) -> dict[str, Any]:
+    """Returns everything that decides a sample, as its fingerprint hashes it, except its region."""
+    sources = [[shown(c.url), c.collection] for c in catalogs()]
+    untold = {"line", "region", "buffer_km", "spacing_km"}  # a spacing is a number of patches now
+    return {"catalogs": sources, **params.model_dump(exclude=untold), **source_digest(params)}
 
 
 def tell_cost(url: str, planned: Cost, actual: Cost, rejected: Mapping[str, int]) -> None:

@@ -43,7 +43,7 @@ LONG = {  # these say how much work there is: a case may still be at work when i
     "sample.patches", "sample.max_tries", "sample.patch_pixels", "train.steps", "train.degree", "train.hidden",
     "train.dim", "train.members", "train.sites", "train.tokens", "train.views", "train.encoder_dim",
     "encode.values_dim", "publish.step", "evaluate.repeats", "evaluate.folds", "evaluate.points", "ablate.repeats",
-    "ablate.folds", "ablate.points",
+    "ablate.folds", "ablate.points", "sample.spacing_km",
 }  # fmt: skip
 NO_NUMBERS = ("nan", "inf", "-inf", "true", "", "null", "1_0", "١", "1e1")
 NO_LISTS = ("[]", '[""]', "[null]", "", "[", "null", '["\0"]', '["é"]')
@@ -57,6 +57,7 @@ TEXTS = {  # by the last word of the option: odd ones that a text or a list with
     "name": ("rcf", "RCF", "checkpoint", "satmae", "math:sqrt", "tests.core.encoders.my_encoder:Means", ":", "a:b:c"),
     "weights": ("POINTS",),
     "crs": ("EPSG:3035", "EPSG:4326", "epsg:4326", "OGC:CRS84", "EPSG:3857", "4326", "EPSG:4258", "EPSG:0"),
+    "region": ('["DE"]', '["5 45 10 50", "FR"]', '["fr, de"]', '["170 -20 -170 -10"]', '["POINTS"]', '["nowhere"]'),
     "parent": ("GRID",),
     "device": ("cpu", "cuda:99", "cuda:00"),
     "embedder": ('["coordinates"]', '["coordinates", "coordinates"]', '["wrap", "theory", "unit vectors"]',

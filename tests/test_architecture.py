@@ -14,7 +14,7 @@ BELOW = {  # of each room of tasks, the rooms that it may import
     "patches": {"tables"},
     "model": {"patches"},
     "database": {"model"},
-    "grid": {"plots", "model", "database"},
+    "grid": {"plots", "tables", "model", "database"},
     "points": {"tables", "model", "database", "grid"},
     "release": {"plots", "model", "database", "grid"},
     "evaluation": {"tables", "model", "database", "grid", "points"},

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.core.earth.land import is_land
+from tasks.core.earth.region import Region
 from tasks.core.earth.sampling import draw_land
 from tasks.core.earth.sphere import EARTH_RADIUS_KM, moved
 
 PROBES = 250  # places on land, each with one neighbour at every distance
 DISTANCES_KM = (25.0, 35.0, 50.0, 70.0, 100.0, 140.0, 200.0, 280.0, 400.0, 560.0, 800.0, 1100.0, 1600.0, 2200.0, 3200.0)
+NEARER_KM = (1.0, 2.5, 5.0, 10.0, 16.0)  # looked at too in a region, whose images may be dense
 DIRECTIONS = 32  # tried for each neighbour, until one leads to land: a grid's cells are there
 FINER = 0.01  # share of the variance; neighbouring cells that differ by less gain nothing from a finer grid
 HALF = 0.5  # share of the variance at which `half_km` is read
@@ -26,7 +28,9 @@ Float = NDArray[np.float64]
 Km = float | str  # a distance, or the text ">3200" where it is beyond the largest that was looked at
 
 
-def probe_places(distances_km: tuple[float, ...], count: int = PROBES, seed: int = 0) -> Float:
+def probe_places(
+    distances_km: tuple[float, ...], count: int = PROBES, seed: int = 0, region: Region | None = None
+) -> Float:
     """Returns places on land, each followed by its neighbours, (count, 1 + distances, 2) in degrees.
 
     A neighbour is on land too, where any of its directions leads there.
@@ -35,8 +39,9 @@ def probe_places(distances_km: tuple[float, ...], count: int = PROBES, seed: int
         distances_km: Great-circle distances of the neighbours, each in a random direction.
         count: Number of places.
         seed: Seed of places and directions.
+        region: Where the places are, but not all of their neighbours; unset, everywhere.
     """
-    centres = draw_land(count, seed)
+    centres = draw_land(count, seed, region=region)
     bearings = np.random.default_rng(seed).uniform(0, 360, (count, len(distances_km), DIRECTIONS))
     ends = moved(centres[:, None, None], bearings, np.array(distances_km)[:, None])
     first = is_land(ends).argmax(-1)[..., None, None]

@@ -36,6 +36,7 @@ from infra.settings import settings
 from tasks.cards import fingerprint, is_finished, product_url, read_card
 from tasks.core.earth.density import land_shares
 from tasks.core.earth.land import land_km2
+from tasks.core.earth.region import Region
 from tasks.database.heads import told_curves
 from tasks.database.same import SAME, marks
 from tasks.database.store import (
@@ -211,8 +212,11 @@ def origin_of(card: DatabaseCard) -> Origin:
     recipe = patches.recipe
     if recipe.places not in UNIFORM:
         return origin
-    area = {"south": recipe.south, "north": recipe.north}
-    return origin.model_copy(update={**area, "land_km2": land_km2(recipe.south, recipe.north)})
+    area: dict[str, Any] = {"south": recipe.south, "north": recipe.north}
+    cut, region = patches.region, None
+    if cut:
+        area["region"], region = cut.geometry, Region.of(cut.name, cut.geometry)
+    return origin.model_copy(update={**area, "land_km2": land_km2(recipe.south, recipe.north, region)})
 
 
 def check_designs(origins: tuple[Origin, ...]) -> None:
@@ -284,7 +288,10 @@ def shares_of(images: Images) -> NDArray[np.float64]:
 def covers(origin: Origin, lonlat: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Tells whether a sample was drawn where each place is, (n,)."""
     lat = lonlat[:, 1]
-    return (lat >= origin.south) & (lat <= origin.north)
+    there = (lat >= origin.south) & (lat <= origin.north)
+    if origin.region:
+        there[there] = Region.of(origin.database, origin.region).holds(lonlat[there])
+    return there
 
 
 def write(

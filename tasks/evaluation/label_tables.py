@@ -27,18 +27,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from infra.errors import UserError
+from tasks.core.earth.region import Region
 from tasks.core.earth.sampling import uniform_places
+from tasks.core.earth.sphere import KM_PER_DEGREE
 from tasks.core.probes import Kind
 from tasks.evaluation.labels import LabelSet, demo_labels
 from tasks.params import EvaluateParams
 from tasks.tables.files import Place, Table, open_table, settled
 from tasks.tables.places import find_place, lonlat_of, remedy_of, shapes_of
+from tasks.tables.regions import find_region
 from tasks.units import log
 
 IN_POLYGONS = 10_000  # places drawn in polygons where no number is asked for
 FEWEST = 50  # fewest labelled places of a task
 DRAWS, TRIES = 20_000, 500  # places drawn at a time, and most draws, until polygons hold enough places
 NO_LABEL = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")  # texts that mean no label
+BLOCKS = 10  # blocks of a region for each fold
 DEMO_POINTS, BLOCK_DEGREES = 10_000, 10.0  # places of a demo task, and side of its blocks
 
 
@@ -71,8 +75,8 @@ PAPER = (
 )
 
 
-def read_labels(params: EvaluateParams) -> list[LabelSet]:
-    """Returns the tasks of the tables that were named.
+def read_labels(params: EvaluateParams, region: Region | None = None) -> list[LabelSet]:
+    """Returns the tasks of the tables that were named, cut to a region if there is one.
 
     Raises:
         UserError: A table cannot be read, lacks a column, or has too few labels of one kind.
@@ -80,7 +84,7 @@ def read_labels(params: EvaluateParams) -> list[LabelSet]:
     found = []
     for source in params.labels:
         with open_table(source, "labels") as table:
-            found += [make_labels(table, columns, params) for columns in recognise(table, params)]
+            found += [make_labels(table, columns, params, region) for columns in recognise(table, params)]
     names = [labels.name for labels in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two tables have labels of {twice[0]!r}: evaluate one of them at a time")
@@ -109,9 +113,12 @@ def recognise(table: Table, params: EvaluateParams) -> list[Columns]:
     return [replace(columns, lonlat=None) for columns in labelled]
 
 
-def make_labels(table: Table, columns: Columns, params: EvaluateParams) -> LabelSet:
+def make_labels(table: Table, columns: Columns, params: EvaluateParams, region: Region | None = None) -> LabelSet:
     """Returns the labels of one task after checks, at most as many as asked for."""
     lonlat, labels = _labelled_places(table, columns, params)
+    if region is not None:
+        inside = region.holds(lonlat)
+        lonlat, labels = lonlat[inside], labels[inside]
     labels = _typed(labels, columns, table.source)
     _check(lonlat, labels, columns, table.source)
     kept = _draw(len(labels), params)
@@ -224,7 +231,35 @@ def _check(lonlat: NDArray[np.float64], labels: NDArray, columns: Columns, sourc
 
 
 def label_sets(params: EvaluateParams) -> list[LabelSet]:
-    """Returns the tasks of the tables that are named, or the demo's tasks."""
+    """Returns the tasks of the tables that are named, or the demo's tasks; in a region those that it can tell apart."""
+    region = find_region(params.region, params.buffer_km)
+    if region is None:
+        if params.labels:
+            return read_labels(params)
+        return demo_labels(params.points or DEMO_POINTS, params.seed, params.block_degrees or BLOCK_DEGREES)
+    degrees = params.block_degrees or block_of(region, params.folds)
+    log().info("%s: blocks of %g degrees are held out, for %d folds", region.name, degrees, params.folds)
     if params.labels:
-        return read_labels(params)
-    return demo_labels(params.points or DEMO_POINTS, params.seed, params.block_degrees or BLOCK_DEGREES)
+        return read_labels(params.model_copy(update={"block_degrees": degrees}), region)
+    try:
+        found = demo_labels(params.points or DEMO_POINTS, params.seed, degrees, region)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return _told_apart(found, region)
+
+
+def _told_apart(found: list[LabelSet], region: Region) -> list[LabelSet]:
+    """Returns the tasks with enough labels in a region, and more than one value; says which are left out."""
+    kept = [labels for labels in found if len(labels.labels) >= FEWEST and len(np.unique(labels.labels)) > 1]
+    if left := sorted({labels.name for labels in found} - {labels.name for labels in kept}):
+        log().warning("%s is of one kind in %s, or has too few labels there: left out", ", ".join(left), region.name)
+    if not kept:
+        raise UserError(f"no task has labels of more than one kind in {region.name}: give a larger --region")
+    return kept
+
+
+def block_of(region: Region, folds: int) -> float:
+    """Returns the side of blocks in degrees, of which a region has BLOCKS for each fold: at most 10, in one digit."""
+    side = np.sqrt(region.area_km2 / (BLOCKS * folds)) / KM_PER_DEGREE
+    digits = 10.0 ** np.floor(np.log10(side))
+    return float(np.clip(round(np.floor(side / digits) * digits, 6), 0.01, BLOCK_DEGREES))

@@ -10,6 +10,7 @@ import rasterio
 from numpy.typing import NDArray
 
 from infra.packages import data_file
+from tasks.core.earth.region import Region
 from tasks.core.earth.sampling import draw_land
 from tasks.core.probes import Kind
 
@@ -32,9 +33,16 @@ class LabelSet:
     """Side of the blocks that are held out, in degrees."""
 
 
-def demo_labels(count: int, seed: int, block_degrees: float = 10.0) -> list[LabelSet]:
-    """Returns the demo's tasks at the same `count` places; a task leaves out places without a label."""
-    lonlat = draw_land(count, seed, south=-60.0)
+def demo_labels(count: int, seed: int, block_degrees: float = 10.0, region: Region | None = None) -> list[LabelSet]:
+    """Returns the demo's tasks at the same `count` places; a task leaves out places without a label.
+
+    Args:
+        count: Number of places.
+        seed: Seed of the places.
+        block_degrees: Side of the blocks that are held out.
+        region: Where the places are; unset, everywhere north of -60 degrees.
+    """
+    lonlat = draw_land(count, seed, south=-60.0, region=region)
     made = []
     for name, (kind, look_up, source) in TASKS.items():
         labels, known = look_up(lonlat)

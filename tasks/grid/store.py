@@ -40,6 +40,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ from tasks import arrays
 from tasks.cards import GRID, home_of
 from tasks.core.compact import Compact, Projection
 from tasks.core.earth.grid import CHUNK_CELLS, GridSpec, Tile, check_tile
+from tasks.core.earth.region import Region
 from tasks.core.quantize import NODATA_CODE, DType, Scale, half
 from tasks.grid import conventions
 
@@ -368,7 +370,23 @@ def open_spec(url: str) -> GridSpec:
         raise UserError(
             f"{shown(url)} says that its tiles have {array.shards[-1]:,} cells a side: none of ours has so many"
         )
-    return conventions.spec_of(attrs, array.shape[-1], array.shards[-1])
+    spec = conventions.spec_of(attrs, array.shape[-1], array.shards[-1])
+    return spec_at(home_of(url), spec, is_cut="region" in attrs.get("rangegrid:made_of", {}))
+
+
+def spec_at(home: str, spec: GridSpec, *, is_cut: bool) -> GridSpec:
+    """Returns the cells of a grid, cut to the region that is kept beside it if it is cut."""
+    if is_cut:
+        return replace(spec, region=region_beside(home))
+    return spec
+
+
+@lru_cache(maxsize=4)
+def region_beside(home: str) -> Region:
+    """Reads the region beside a grid, once per process."""
+    from tasks.tables.regions import kept_region  # here, since grids without a region need no tables
+
+    return kept_region(home)
 
 
 def _decoded(array: zarr.Array, index: Any) -> NDArray[np.float32]:

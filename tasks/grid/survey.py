@@ -16,7 +16,8 @@ from tasks.cards import read_card
 from tasks.core.compact import Compact
 from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.land import is_land, land_mask
-from tasks.core.field import DISTANCES_KM, FINER, Change, kernel_width_km, probe_places, whole
+from tasks.core.earth.region import Region
+from tasks.core.field import DISTANCES_KM, FINER, NEARER_KM, Change, Km, kernel_width_km, probe_places, whole
 from tasks.core.methods import Head
 from tasks.core.probes import blocked_folds, score
 from tasks.core.quantize import DType, Scale, half, loss, lost_by_dimension
@@ -55,9 +56,9 @@ def survey(job: Job, dtype: DType, compact: Compact) -> Survey:
         dtype: How its numbers will be stored.
         compact: Its projections.
     """
-    cell_km = round(job.spec.gsd / 1000, 1)
-    distances = tuple(sorted({cell_km, *DISTANCES_KM}))
-    places = probe_places(distances)
+    cell_km, region = round(job.spec.gsd / 1000, 1), job.spec.region
+    distances = tuple(sorted({cell_km, *DISTANCES_KM, *(NEARER_KM if region else ())} - {0.0}))
+    places = probe_places(distances, region=region)
     flat = places.reshape(-1, 2)
     if dtype == "int8":
         flat = np.concatenate([flat, shore_cells(job.spec)])
@@ -66,6 +67,8 @@ def survey(job: Job, dtype: DType, compact: Compact) -> Survey:
     parts = _parted(probed, job.method.blocks)
     changes = {name: Change.of(part, distances) for name, part in (parts | {"whole": whole(parts.values())}).items()}
     attrs: dict[str, Any] = {"rangegrid:field": _field(changes, cell_km)}
+    if region:
+        _tell_step(job.spec.size, cell_km, changes["whole"].half_km, region)
     if dtype == "float32":
         return Survey(attrs)
     if dtype == "int8":
@@ -103,6 +106,16 @@ def _parted(probed: dict[str, NDArray[np.float32]], heads: tuple[str, ...]) -> d
         return probed
     visual, location = (probed[name] for name in BLOCKS)
     return dict(zip(heads, np.split(visual, len(heads), axis=-1), strict=True)) | {BLOCKS[1]: location}
+
+
+def _tell_step(size: str, cell_km: float, half_km: Km, region: Region) -> None:
+    """Warns of cells that are smaller than what the field resolves in a region."""
+    if isinstance(half_km, str) or cell_km < half_km:
+        log().warning(
+            "cells of %s (%g km) are finer than the field resolves in %s: there an embedding changes by half of its "
+            "variance over %s km. More images resolve more, smaller cells do not",
+            *(size, cell_km, region.name, half_km),
+        )
 
 
 def _field(changes: dict[str, Change], cell_km: float) -> dict[str, Any]:

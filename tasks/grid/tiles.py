@@ -68,7 +68,7 @@ class Job:
     @property
     def spec(self) -> GridSpec:
         """Returns the grid's cells and tiles."""
-        return self.params.spec
+        return store.spec_at(self.home, self.params.spec, is_cut=bool(self.params.region))
 
     @property
     def method(self) -> Method:

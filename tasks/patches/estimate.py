@@ -16,7 +16,7 @@ from infra.imagery.ranges import CONNECTIONS
 from infra.metrics import BYTES
 from tasks.core.earth.sampling import grid_zone, square
 from tasks.params import SampleParams
-from tasks.patches.places import draw
+from tasks.patches.places import counted, draw
 from tasks.units import in_words
 
 THREADS = 8  # scenes read at a time in one unit: they wait for the network
@@ -97,6 +97,7 @@ def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -
         workers: Number of Dask worker processes.
         archive: Layout of the archive.
     """
+    params = counted(params)
     n = params.patches
     places = draw(min(math.ceil(n / archive.accepted), int(n * params.max_tries)), params)[:, 1:3]
     touched = [

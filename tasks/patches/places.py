@@ -5,15 +5,18 @@ import hashlib
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from infra import storage
 from infra.addresses import as_url, shown
 from infra.bounds import check_expansion
 from infra.errors import UserError
-from tasks.core.earth.sampling import draw_classes, draw_even, draw_land, thin
+from tasks.core.earth.region import Region
+from tasks.core.earth.sampling import draw_classes, draw_even, draw_land, spaced, thin
 from tasks.params import SampleParams
 from tasks.tables.files import BATCH
 from tasks.tables.points import check_points, open_points, rows_of
+from tasks.tables.regions import find_region
 
 
 def draw(count: int, params: SampleParams) -> NDArray[np.float64]:
@@ -23,22 +26,44 @@ def draw(count: int, params: SampleParams) -> NDArray[np.float64]:
         (n, 5): row id, lon, lat, season (-1: any), and the random number of `thin`.
     """
     repeats = 4 if params.scene == "seasons" else 1
-    places = _places(-(-count // repeats), params)
+    places = _places(-(-count // repeats), params, find_region(params.region, params.buffer_km))
     rows = np.arange(min(count, len(places) * repeats))
     season = rows % 4 if repeats == 4 else np.full(len(rows), -1)
     return np.column_stack([rows, places[rows // repeats], season, thin(len(rows), params.seed)])
 
 
-def _places(count: int, params: SampleParams) -> NDArray[np.float64]:
+def _places(count: int, params: SampleParams, region: Region | None) -> NDArray[np.float64]:
     if params.places == "list":
-        return read_points(str(params.source))[:count]
+        places = read_points(str(params.source))
+        return places[:count] if region is None else places[region.holds(places)][:count]
     try:
         if params.places == "class":
             classes, bounds = read_classes(str(params.source))
-            return draw_classes(count, params.seed, classes, bounds, params.south, params.north)
+            return draw_classes(count, params.seed, classes, bounds, params.south, params.north, region)
         if params.places == "even":
-            return draw_even(count, params.seed, params.south, params.north)
-        return draw_land(count, params.seed, params.south, params.north)
+            return draw_even(count, params.seed, params.south, params.north, region)
+        return draw_land(count, params.seed, params.south, params.north, region)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def counted(params: SampleParams) -> SampleParams:
+    """Returns the parameters with a number of patches in place of their spacing.
+
+    Raises:
+        UserError: The region has no land, or more places of this spacing than a sample can have.
+    """
+    region = find_region(params.region, params.buffer_km)
+    if params.spacing_km is None:
+        return params
+    try:
+        count = spaced(params.spacing_km, params.south, params.north, region)
+        return SampleParams(**params.model_dump() | {"patches": count, "spacing_km": None})
+    except ValidationError:
+        raise UserError(
+            f"{params.spacing_km:g} km apart the land has {count:,} places, more than a sample can have: give a larger "
+            "--spacing-km, or a smaller --region"
+        ) from None
     except ValueError as error:
         raise UserError(str(error)) from None
 

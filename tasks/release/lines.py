@@ -32,11 +32,13 @@ class Layout:
     """How a number is stored."""
     dims: int | None
     """Length of a vector; None where no metadata tells it."""
+    region: str | None = None
+    """Digest of the region that the grid is cut to; None where it has all land of its box."""
 
     @classmethod
     def of(cls, recipe: GridRecipe, dims: int | None) -> "Layout":
         """Returns the layout of a grid with these properties."""
-        return cls(recipe.crs, recipe.step, recipe.box, recipe.dtype, dims)
+        return cls(recipe.crs, recipe.step, recipe.box, recipe.dtype, dims, recipe.region)
 
     @property
     def place(self) -> str:
@@ -56,6 +58,8 @@ class Layout:
             parts.append(str(self.dims))
         if self.box != GLOBE:
             parts.append("box" + self.place.replace(",", "_"))
+        if self.region:
+            parts.append("region" + self.region[:8])
         return "-".join(parts)
 
 

@@ -21,7 +21,9 @@ from infra.intervals import Interval
 from infra.settings import settings
 from tasks.cards import GRID
 from tasks.core.earth.grid import GridSpec
+from tasks.core.earth.region import Region
 from tasks.grid.conventions import COPERNICUS, LEGAL_NOTICE, spec_of
+from tasks.grid.store import spec_at
 from tasks.release.lines import Version, versions_in
 
 STAC, IDENTITY = "1.0.0", "rangegrid"
@@ -32,6 +34,7 @@ EXTENSIONS = [
 ]
 SHOWN = ("data_type", "gsd", "cube:dimensions", "cube:variables")  # the collection's are those of its latest item
 OPENED = "The grid, for xarray.open_zarr(URL, zarr_format=3)"
+PARQUET = "application/vnd.apache.parquet"
 ZARR, GEOTIFF = "application/vnd+zarr", pystac.MediaType.COG
 FIRST_IMAGE = datetime(2015, 6, 27, tzinfo=UTC)  # first image of Sentinel-2A, four days after its launch
 BESIDE = {
@@ -40,6 +43,7 @@ BESIDE = {
     "evidence.png": ("evidence", pystac.MediaType.PNG, ["overview", "uncertainty"], "Distance to the nearest image"),
     "index.html": ("page", pystac.MediaType.HTML, ["overview"], "The maps, and how to open the grid"),
     "explorer.zarr": ("explorer", ZARR, ["overview"], "Leading components in int8, which the explorer's page reads"),
+    "region.parquet": ("region", PARQUET, ["metadata"], "The polygons of the region that the grid is cut to"),
     "scorecard.json": ("score-card", pystac.MediaType.JSON, ["metadata"], "Scores of linear probes"),
 }
 
@@ -62,12 +66,13 @@ def make_item(home: str) -> pystac.Item:
     attrs, arrays = node["attributes"], node["consolidated_metadata"]["metadata"]
     columns = next(arrays[name]["shape"][-1] for name in ("embedding", "visual") if name in arrays)
     spec, (moment, period) = spec_of(attrs, columns), _period(home, attrs)
+    region = spec_at(home, spec, is_cut="region" in attrs["rangegrid:made_of"]).region
     item = pystac.Item(
         id=posixpath.basename(home.rstrip("/")),
-        geometry=_geometry(spec),
+        geometry=region.geometry if region else _geometry(spec),
         bbox=list(spec.plane.bounds(spec.box)),
         datetime=moment,
-        properties=period | _described(spec, attrs, arrays),
+        properties=period | _described(spec, region, attrs, arrays),
         stac_extensions=EXTENSIONS,
         collection=IDENTITY,
         assets=_assets(home, attrs),
@@ -89,14 +94,17 @@ def _geometry(spec: GridSpec) -> dict[str, Any]:
     return mapping(union_all([box(left, south, right, north) for left, right in spans]))
 
 
-def _described(spec: GridSpec, attrs: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
+def _described(spec: GridSpec, region: Region | None, attrs: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
+    covered = "global land" if spec.is_globe else "land"
+    if region:
+        covered = f"land of {region.name}"
     found: dict[str, Any] = {
-        "title": f"RANGE embeddings, {spec.size}",
+        "title": f"RANGE embeddings{f' of {region.name}' if region else ''}, {spec.size}",
         "description": attrs["attribution"],
         "gsd": attrs["geoemb:gsd"],
         "data_type": attrs["geoemb:data_type"],
         "emb:runtime_parameters": attrs["rangegrid:made_of"],
-        "emb:spatial_coverage": "global land" if spec.is_globe else "land",
+        "emb:spatial_coverage": covered,
         "rangegrid:code": attrs["geoemb:build_version"],
     }
     if (resolution := attrs.get("rangegrid:field", {}).get("whole_half_km")) is not None:

@@ -107,7 +107,7 @@ def validate_grid(client: Client, grid: str, card: GridCard) -> list[Finding]:
         UserError: The database or the checkpoint is gone, or the store does not answer.
     """
     params = card.recipe.params
-    spec = params.spec
+    spec = store.spec_at(home_of(grid), params.spec, is_cut=bool(card.recipe.region))
     tiles = land_tiles(spec)
     missing = set(tiles) - store.written(grid, spec, tiles)
     findings = [presence(tiles, missing), checksums(grid), beside(client, grid)]
@@ -115,7 +115,9 @@ def validate_grid(client: Client, grid: str, card: GridCard) -> list[Finding]:
         findings += header(grid, spec, card)
     if any(finding.passed is False for finding in findings):
         return [*findings, Finding("values", None, "none read: first mend what failed")]
-    checks = run_units(client, partial(check_tile, grid, spec, blocks(grid)), tiles, label="validate")
+    checks = run_units(
+        client, partial(check_tile, grid, blocks(grid), params.spec, bool(spec.region)), tiles, label="validate"
+    )
     findings += shards(checks, None if params.location_dims else UNIT[params.dtype])
     if any(check.error for check in checks):
         return findings
@@ -208,8 +210,17 @@ def blocks(grid: str) -> dict[str, list[int]]:
     return opened(grid).attrs["geoemb:blocks"]
 
 
-def check_tile(grid: str, spec: GridSpec, parts: dict[str, list[int]], tile: Tile) -> TileCheck:
-    """Reads one shard back and checks it."""
+def check_tile(grid: str, parts: dict[str, list[int]], spec: GridSpec, is_cut: bool, tile: Tile) -> TileCheck:
+    """Reads one shard back and checks it.
+
+    Args:
+        grid: URL of the Zarr.
+        parts: First and last dimension of each part of a vector.
+        spec: The grid's cells, without its region, which may be large: it is read where it is needed.
+        is_cut: Whether the grid is cut to a region.
+        tile: The tile.
+    """
+    spec = store.spec_at(home_of(grid), spec, is_cut=is_cut)
     try:
         data = store.read_tile(grid, tile)
     except arrays.Damaged as error:

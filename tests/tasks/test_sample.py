@@ -14,12 +14,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import shapely
 import zarr
 from pydantic import ValidationError
 from pyproj import Transformer
 from rasterio.session import DummySession
 from rasterio.windows import Window
+from typer.testing import CliRunner
 
+from flows.cli import app
 from infra import clusters, storage
 from infra.errors import UserError
 from tasks.core.earth.land import is_land
@@ -30,6 +33,7 @@ from tasks.params import BANDS, EncodeParams, EncoderParams, SampleParams, Train
 from tasks.patches.estimate import Archive, estimate
 from tasks.patches.store import open_patches, read_parts
 from tasks.sample import sample_patches
+from tasks.tables.regions import countries, find_region
 from tasks.train import train_model
 from tests.proxy import Proxy
 
@@ -370,3 +374,57 @@ def test_the_estimate_is_what_a_run_takes(run, whole_scene, tmp_path, monkeypatc
     assert planned.requests / 1.5 < requests < planned.requests * 1.5
     assert planned.bytes_read / 1.5 < read < planned.bytes_read * 1.5
     assert planned.bytes_stored / 1.5 < stored < planned.bytes_stored * 1.5
+
+
+def test_a_region_is_sampled_like_the_world_there(run, tmp_path):
+    """Places of four countries are those that a sample of all land has there, by shapely alone."""
+    codes = ["FR", "DE", "PL", "UA"]
+    shape = shapely.union_all(countries().set_index("iso2").geometry[codes].values)
+    inside, world = run(patches=12, region=(",".join(codes[:2]), *codes[2:])), run(patches=60).manifest
+    near = world[shapely.intersects_xy(shape, world.lon, world.lat)]
+    ours = inside.manifest
+    assert shapely.intersects_xy(shape, ours.lon, ours.lat).all()
+    assert 3 < len(near) <= 12
+    assert {*zip(near.lon, near.lat, strict=True)} <= {*zip(ours.lon, ours.lat, strict=True)}
+    card = json.loads(storage.read(storage.join(inside.url, "card.json")))
+    assert card["region"]["name"] == "France, Germany, Poland and 1 more"
+    assert card["made_of"]["region"] == card["region"]["digest"] == find_region(codes).digest
+    assert shapely.geometry.shape(card["region"]["geometry"]).area == pytest.approx(shape.area, rel=0.01)
+    assert gpd.read_parquet(storage.join(inside.url, "region.parquet").removeprefix("file://")).area[
+        0
+    ] == pytest.approx(shape.area, rel=1e-6)
+
+
+def test_a_spacing_is_a_number_of_patches(run):
+    """Of a box, by the area of its land; the sample is the one of that number."""
+    given = {"region": ("5 45 10 50",), "patch_pixels": 4}
+    by_spacing = run(spacing_km=100, **given)
+    count = len(by_spacing.manifest)
+    land = 6371.0088**2 * math.radians(5) * (math.sin(math.radians(50)) - math.sin(math.radians(45)))
+    assert count == pytest.approx(land / 1e4, abs=2)  # all of it is land but some lakes
+    assert run(patches=count, **given).url == by_spacing.url
+
+
+def test_a_sample_of_everywhere_keeps_its_name(run):
+    """What decides a sample without a region is what it was before there were regions."""
+    made_of = json.loads(storage.read(storage.join(run().url, "card.json")))["made_of"]
+    assert not {"region", "buffer_km", "spacing_km"} & made_of.keys()
+
+
+def test_a_region_is_refused_before_work(run, tmp_path):
+    with pytest.raises(UserError, match="no land"):
+        run(region=("0 0 1 1",))
+    with pytest.raises(UserError, match="no land between 43 and 52"):
+        run(region=("KE",))
+    with pytest.raises(UserError, match="more than a sample can have"):
+        run(region=("DE",), spacing_km=0.01)
+    assert not list(tmp_path.glob("patches/*"))
+
+
+def test_the_plan_counts_a_spacing(run):
+    ran = CliRunner().invoke(app, ["sample", "plan", "--region", "KE", "--spacing-km", "50"])
+    assert ran.exit_code == 0, ran.output
+    places = int(
+        next(line for line in ran.output.splitlines() if line.startswith("places")).split()[1].replace(",", "")
+    )
+    assert places == pytest.approx(580_000 / 2500 / 0.55, rel=0.05)

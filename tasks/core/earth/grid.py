@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.core.earth.plane import GLOBE, WGS84, Box, Plane
+from tasks.core.earth.region import Region
 
 Land = Literal["any", "centre"]
 CHUNK_CELLS = 20  # cells along one side of a Zarr chunk of the grid; a smaller tile is one chunk
@@ -53,6 +54,8 @@ class GridSpec:
     """The coordinate reference system, a code or WKT."""
     land: Land = "any"
     """Which cells are land: those with any land in them, or those whose centre lies on it."""
+    region: Region | None = None
+    """The region that the grid is cut to; none where all land counts."""
 
     def __post_init__(self) -> None:
         west, south, east, north = self.box
@@ -162,6 +165,39 @@ class GridSpec:
         """Returns a tile's cell centres, (rows, columns, 2) in degrees (lon, lat); NaN where the CRS has no place."""
         rows, columns = tile.window
         return self.plane.lonlat(np.stack(np.meshgrid(self.x[columns], self.y[rows]), axis=-1))
+
+
+def around(region: Region, plane: Plane, step: float, overviews: int = 0) -> Box:
+    """Returns the box of whole cells around a region, whose edges are multiples of the step.
+
+    Args:
+        region: The region.
+        plane: The plane of the grid.
+        step: Cell size in the units of the plane.
+        overviews: How often the numbers of rows and columns can be halved.
+
+    Raises:
+        ValueError: No such box is on the globe.
+    """
+    west, south, east, north = region.box(plane)
+    wide, high = ((-180.0, 540.0), (-90.0, 90.0)) if plane.is_geographic else ((-np.inf, np.inf),) * 2
+    west, east = _snapped(west, east, step, 2**overviews, wide)
+    south, north = _snapped(south, north, step, 2**overviews, high)
+    return west, south, east, north
+
+
+def _snapped(low: float, high: float, step: float, times: int, limits: tuple[float, float]) -> tuple[float, float]:
+    """Returns the least whole number of steps, a multiple of `times`, around an interval and within limits."""
+    first, last = np.floor(low / step + WHOLE), np.ceil(high / step - WHOLE)
+    count = max(last - first, 1.0)
+    count += -count % times
+    first = min(first, np.floor(limits[1] / step + WHOLE) - count)
+    if first * step < limits[0] - WHOLE:
+        raise ValueError(
+            f"{count:g} steps of {step:g} around the region do not fit the globe: give a step that divides 90, fewer "
+            "overviews, or a box"
+        )
+    return round(float(first * step), 9), round(float((first + count) * step), 9)
 
 
 def check_tile(cells: int) -> None:

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.earth.plane import GLOBE, Float
-from tasks.core.earth.sphere import EARTH_RADIUS_KM
+from tasks.core.earth.region import CELLS_PER_DEGREE, Region, cell_km2
 
-CELLS_PER_DEGREE = 12
 STRIP = 720  # rows and columns computed at a time
 TOUCH = 1e-6  # share of a mask cell; a smaller overlap is rounding
 LATTICE = np.linspace(0.001, 0.999, 5), np.linspace(0.001, 0.999, 3)  # points in a cell of the mask, by lat and lon
@@ -72,13 +71,14 @@ def has_land(south: float, north: float) -> bool:
     return bool(mask()[int(first) : int(np.ceil(last))].any())
 
 
-def land_km2(south: float, north: float) -> float:
-    """Returns the area of the land between two latitudes, in km²."""
+def land_km2(south: float, north: float, region: Region | None = None) -> float:
+    """Returns the area of the land between two latitudes, in a region or everywhere, in km²."""
     first, last = ((np.clip(limit, -90, 90) + 90) * CELLS_PER_DEGREE for limit in (south, north))
-    row, _ = np.nonzero(mask())
-    low, high = (np.sin(np.radians((row + edge) / CELLS_PER_DEGREE - 90)) for edge in (0, 1))
-    area = EARTH_RADIUS_KM**2 * (high - low) * np.radians(1 / CELLS_PER_DEGREE)
-    return float((area * np.clip(np.minimum(last, row + 1) - np.maximum(first, row), 0, 1)).sum())
+    row, _ = np.nonzero(mask() if region is None else mask() & region.touched)
+    area = cell_km2(row) * np.clip(np.minimum(last, row + 1) - np.maximum(first, row), 0, 1)
+    if region is not None:
+        area = area * region.shares[mask()[np.nonzero(region.touched)]]
+    return float(area.sum())
 
 
 @lru_cache(maxsize=2)
@@ -92,7 +92,21 @@ def land_mask(spec: GridSpec) -> Cells:
 
 
 def land_of(spec: GridSpec, tile: Tile) -> Cells:
-    """Tells which cells of a tile are land by the grid's rule, (rows, columns); none whose centre is not on Earth."""
+    """Tells which cells of a tile are land by the grid's rule, (rows, columns); none whose centre is not on Earth.
+
+    Of a grid that is cut to a region, they are also in the region by that rule.
+    """
+    land = _land_of(spec, tile)
+    if spec.region is None or not land.any():
+        return land
+    if spec.land == "centre":
+        land[land] = spec.region.holds(spec.lonlat(tile)[land])
+        return land
+    (rows, columns), (x, y) = tile.window, spec.edges
+    return land & spec.region.cells(spec.plane, x[columns.start : columns.stop + 1], y[rows.start : rows.stop + 1])
+
+
+def _land_of(spec: GridSpec, tile: Tile) -> Cells:
     if spec.land == "centre":
         return is_land(spec.lonlat(tile))
     if spec.plane.has_lonlat:

@@ -9,20 +9,23 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.core.earth.land import has_land, is_land
+from tasks.core.earth.land import has_land, is_land, land_km2
+from tasks.core.earth.plane import Box, Plane
+from tasks.core.earth.recurrence import recurrence, recurrence_in
+from tasks.core.earth.region import Region
 from tasks.core.earth.sphere import EARTH_RADIUS_KM
 
 BLOCK = 4096  # places drawn at a time, always so many: the stream must not depend on how many are asked for
+NEAR = 65_536  # places in the box around a region that are looked at at a time
+MOST = 100_000_000  # places that are looked at before a region counts as too thin for its box
 ZONE_DEGREES, BAND_DEGREES = 6.0, 8.0  # degrees of longitude of a UTM zone, and of latitude of an MGRS band
 THIN = 3e-3  # share of the globe between two latitudes, below which a sequence over all of it takes long to meet them
-# 2**64 over the plastic number 1.32471795724474602596 and over its square: the steps of R2, a point sequence of low
-# discrepancy (Roberts 2018), in 2**-64 of a side. Whole numbers wrap where they should, so the n-th point is within
-# n * 2**-64 of the true one, 5.5e-12 of the hundred millionth; n * step in float64 would be off by 1e-8 there.
-STEPS = np.array([0xC13FA9A902A6328F, 0x91E10DA5C79E7B1D], np.uint64)
 TILES = 6  # most MGRS tiles that hold one place: two by two of its zone, and two of the next
 
 
-def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> NDArray[np.float64]:
+def draw_land(
+    n: int, seed: int, south: float = -80.0, north: float = 84.0, region: Region | None = None
+) -> NDArray[np.float64]:
     """Returns the first `n` places of the seed's stream, uniform over the land area, each independent of the others.
 
     Longitude and the sine of latitude are uniform, and places off land are skipped. The same seed and a larger `n`
@@ -33,6 +36,7 @@ def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> N
         seed: Seed of the stream.
         south: Southern limit in degrees; UTM, the grid of Sentinel-2, begins at -80.
         north: Northern limit in degrees; UTM ends at 84.
+        region: Where to draw; unset, everywhere.
 
     Returns:
         (n, 2) in degrees (lon, lat).
@@ -40,18 +44,25 @@ def draw_land(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> N
     Raises:
         ValueError: There is no land between the limits.
     """
-    rng, box = np.random.default_rng(seed), (-180.0, south, 180.0, north)
-    return _first_on_land(n, (uniform_places(rng, BLOCK, box) for _ in itertools.count()), south, north)
+    west, low, east, high = _box(south, north, region)
+    rng, box = np.random.default_rng(seed), (west, low, east, high)
+    return _first_on_land(n, (uniform_places(rng, BLOCK, box) for _ in itertools.count()), south, north, region)
 
 
-def draw_even(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> NDArray[np.float64]:
+def draw_even(
+    n: int, seed: int, south: float = -80.0, north: float = 84.0, region: Region | None = None
+) -> NDArray[np.float64]:
     """Returns the first `n` places of a sequence that covers the land area evenly: no holes, and no clusters.
 
     An additive recurrence (`STEPS`) in longitude and the sine of latitude, which the seed shifts as a whole. It covers
-    the globe, and limits cut it as the sea does: stretched to a narrow band, it would leave holes again. Arguments,
-    result and errors are those of `draw_land`, and a larger `n` extends the same places here too.
+    the globe, and limits and regions cut it as the sea does, so that a region has the places that the world has there;
+    stretched to a narrow band, it would leave holes again. Arguments, result and errors are those of `draw_land`, and
+    a larger `n` extends the same places here too.
     """
     shift = np.random.default_rng(seed).integers(0, 2**64, 2, dtype=np.uint64)
+    if region is not None:
+        blocks = _even_in(_box(south, north, region), shift)
+        return _first_on_land(n, blocks, south, north, region)
     if np.ptp(np.sin(np.radians([south, north]))) / 2 < THIN:
         box = (-180.0, south, 180.0, north)
     else:
@@ -60,36 +71,74 @@ def draw_even(n: int, seed: int, south: float = -80.0, north: float = 84.0) -> N
     return _first_on_land(n, (block[_between(block, south, north)] for block in blocks), south, north)
 
 
-def _first_on_land(n: int, blocks: Iterator[NDArray[np.float64]], south: float, north: float) -> NDArray[np.float64]:
-    """Returns the first `n` places on land of blocks of places, (m, 2), that lie between two latitudes."""
-    if not has_land(south, north):
-        raise ValueError(f"there is no land between {south} and {north} degrees: widen --south and --north")
-    found, there = [np.empty((0, 2))], 0
+def _box(south: float, north: float, region: Region | None) -> Box:
+    """Returns the box to draw in: between two latitudes, and around a region."""
+    if region is None:
+        return -180.0, south, 180.0, north
+    west, low, east, high = region.box(Plane())
+    return west, max(low, south), east, min(high, north)
+
+
+def _even_in(box: Box, shift: NDArray[np.uint64]) -> Iterator[NDArray[np.float64]]:
+    """Yields the places of the even sequence of the whole globe that lie in a box, in blocks."""
+    west, south, east, north = box
+    low, high = ((1 + np.sin(np.radians(edge))) / 2 for edge in (south, north))
+    unit = ((west + 180) / 360, low, (east + 180) / 360, high)
+    count = int(NEAR / ((unit[2] - unit[0]) * max(high - low, np.finfo(float).tiny)))
+    for start in itertools.count(0, count):
+        places = _by_area(recurrence_in(start, count, shift, unit), (-180.0, -90.0, 180.0, 90.0))
+        yield places[_between(places, south, north)]
+
+
+def _first_on_land(
+    n: int,
+    blocks: Iterator[NDArray[np.float64]],
+    south: float,
+    north: float,
+    region: Region | None = None,
+) -> NDArray[np.float64]:
+    """Returns the first `n` places on land of blocks of places, (m, 2), that lie between two latitudes in a region."""
+    check_land(south, north, region)
+    found, there, seen = [np.empty((0, 2))], 0, 0
     while there < n:
         places = next(blocks)
+        seen += len(places)
+        if region is not None:
+            places = places[region.holds(places)]
         found.append(places[is_land(places)])
         there += len(found[-1])
+        if seen > MOST and there < n:
+            raise ValueError(
+                f"of {seen:,} places in the bounds of {region.name if region else 'the land'} {there:,} are on its "
+                f"land, fewer than {n:,}: ask for fewer, or divide the region"
+            )
     return np.concatenate(found)[:n]
+
+
+def check_land(south: float, north: float, region: Region | None) -> None:
+    """Refuses limits and regions without land.
+
+    Raises:
+        ValueError: It names them.
+    """
+    if region is not None and not land_km2(south, north, region):
+        raise ValueError(
+            f"the region {region.name} has no land between {south:g} and {north:g} degrees, by the land mask of 5 "
+            "minutes: give another one, or widen it with --buffer-km"
+        )
+    if not has_land(south, north):
+        raise ValueError(f"there is no land between {south} and {north} degrees: widen --south and --north")
+
+
+def spaced(km: float, south: float, north: float, region: Region | None) -> int:
+    """Returns how many even places lie about `km` apart: the land area over the square of the distance."""
+    check_land(south, north, region)
+    return max(1, round(land_km2(south, north, region) / km**2))
 
 
 def _between(lonlat: NDArray[np.float64], south: float, north: float) -> NDArray[np.bool_]:
     """Tells which (n, 2) places lie between two latitudes."""
     return (south <= lonlat[:, 1]) & (lonlat[:, 1] <= north)
-
-
-def recurrence(start: int, count: int, shift: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Returns some points of R2 in the unit square: the n-th lies at shift + n * `STEPS`, modulo 1.
-
-    Args:
-        start: Number of the first point.
-        count: Number of points.
-        shift: (2,) in 2**-64 of a side.
-
-    Returns:
-        (count, 2), at least 0 and below 1.
-    """
-    turns = np.arange(start, start + count, dtype=np.uint64)[:, None] * STEPS + shift  # modulo 2**64
-    return np.ldexp((turns >> np.uint64(11)).astype(np.float64), -53)  # 53 bits, which float64 holds exactly
 
 
 def uniform_places(
@@ -121,6 +170,7 @@ def draw_classes(
     bounds: tuple[float, float, float, float],
     south: float = -80.0,
     north: float = 84.0,
+    region: Region | None = None,
 ) -> NDArray[np.float64]:
     """Returns the first `n` places of a stream that takes the classes of a raster in turn, each uniformly by area.
 
@@ -131,6 +181,7 @@ def draw_classes(
         bounds: West, south, east, north of the raster in degrees.
         south: Southern limit in degrees. Pixels whose centre is beyond it are left out.
         north: Northern limit in degrees.
+        region: Where to draw; unset, everywhere. Pixels whose centre is beyond it are left out too.
 
     Returns:
         (n, 2) in degrees (lon, lat).
@@ -143,11 +194,16 @@ def draw_classes(
     size = np.array([(east - west) / width, (top - bottom) / height])
     centres = top - (np.arange(height) + 0.5) * size[1]
     classes = np.where(((south <= centres) & (centres <= north))[:, None], classes, 0)
+    if region is not None:
+        centre = west + (np.arange(width) + 0.5) * size[0]
+        inside = region.holds(np.stack(np.meshgrid(centre, centres), axis=-1).reshape(-1, 2))
+        classes = np.where(inside.reshape(classes.shape), classes, 0)
     names = np.unique(classes[classes > 0])
     if not len(names):
+        where = f" in {region.name}" if region else ""
         raise ValueError(
-            f"the class raster is 0 everywhere between {south} and {north} degrees, which is no class: "
-            "give one with classes above 0"
+            f"the class raster is 0 everywhere between {south} and {north} degrees{where}, which is no class: give one "
+            "with classes above 0"
         )
     weights = np.cos(np.radians(centres))
     turns = -(-n // len(names))

@@ -11,7 +11,8 @@ from scipy.stats import chisquare
 
 from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.land import is_land, land_mask, mask
-from tasks.core.earth.sampling import draw_classes, draw_even, draw_land, grid_zone, recurrence, square
+from tasks.core.earth.recurrence import recurrence
+from tasks.core.earth.sampling import draw_classes, draw_even, draw_land, grid_zone, square
 from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
 
 BOTH = pytest.mark.parametrize("draw", [draw_land, draw_even])

@@ -31,6 +31,7 @@ from tasks.params import JoinParams, PublishParams
 from tasks.products import CheckpointCard, DatabaseCard, PatchesCard
 from tasks.publish import publish_grid
 from tasks.release.inventory import products
+from tasks.tables.regions import card_of, find_region
 from tests.core.test_retrieval import close, softmax
 
 DIM, VALUES = 8, 4
@@ -52,12 +53,14 @@ def encoded(lonlat, scene=0):
     return keys.astype("f4"), raw[:, DIM:].astype("f4")
 
 
-def sampled(home, name, lonlat, south=-80.0, north=84.0, places="even", scene=0, rows=64, patches=True, **told):
+def sampled(
+    home, name, lonlat, south=-80.0, north=84.0, places="even", scene=0, rows=64, patches=True, region=None, **told
+):
     """A database of places, and the card of the patches that it was made of."""
     url, count = f"{home}/databases/{name}", len(lonlat)
     if patches:
         design = {"places": places, "south": south, "north": north, "patches": count, "datetime": "2021"}
-        card = PatchesCard(fingerprint=f"patches-{name}", made_of=design, attribution="nobody")
+        card = PatchesCard(fingerprint=f"patches-{name}", made_of=design, attribution="nobody", **card_of(region))
         write_card(f"{home}/patches/patches-{name}", card)
         told["patches"] = f"patches-{name}"
     keys, values = encoded(lonlat, scene)
@@ -100,6 +103,17 @@ def test_a_dense_region_has_its_share_of_land(home, world, region):
     assert np.ptp(data.weights[inside]) == 0
     np.testing.assert_allclose(data.weights[inside].sum() / 400, share, rtol=0.02)
     assert len(data.keys) == 400 + 500 - within(open_database(world).locations).sum()  # the world's are the region's
+
+
+def test_a_country_has_its_share_of_land(home, world):
+    """By polygons: the images of Brazil count as Brazil's part of the world's land, by its area in an atlas."""
+    brazil = find_region(("BR",))
+    dense = sampled(home, "brazil", draw_even(300, 0, region=brazil), region=brazil)
+    data = open_database(join_databases([world, dense]))
+    inside = brazil.holds(data.locations)
+    assert (inside.sum(), np.ptp(data.weights[inside])) == (300, 0)  # the world's places there are among them
+    assert (data.weights[~inside] == 1).all()
+    np.testing.assert_allclose(data.weights[inside].sum() / 400, 8.4e6 / land(-80, 84), rtol=0.03)
 
 
 def test_samples_that_share_no_image_add_their_densities(home, world):

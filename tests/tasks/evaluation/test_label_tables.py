@@ -4,12 +4,15 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
+import shapely
 from shapely.geometry import MultiPoint, Point, box
 
 from infra import storage
 from infra.errors import UserError
-from tasks.evaluation.label_tables import PAPER, draw_in_polygons, read_labels
+from tasks.evaluate import evaluate_database
+from tasks.evaluation.label_tables import PAPER, draw_in_polygons, label_sets, read_labels
 from tasks.params import EvaluateParams
+from tasks.tables.regions import countries, find_region
 
 COUNT = 80
 
@@ -187,3 +190,41 @@ def test_polygons_too_small_to_be_hit_are_refused(monkeypatch):
     specks = gpd.GeoDataFrame(geometry=[box(0, 0, 1e-9, 1e-9), box(90, 50, 90 + 1e-9, 50 + 1e-9)], crs="EPSG:4326")
     with pytest.raises(UserError, match="polygons so small"):
         draw_in_polygons(specks, 10, 0, "specks.geojson")
+
+
+def test_labels_are_cut_to_a_region_with_smaller_blocks(rows, tmp_path, caplog):
+    table = pd.DataFrame({"lon": np.linspace(-10, 50, 4000), "lat": np.tile(np.linspace(-6, 6, 40), 100)})
+    table["elevation"] = np.arange(4000.0)
+    table.to_csv(tmp_path / "e.csv", index=False)
+    caplog.set_level("INFO")
+    (found,) = label_sets(EvaluateParams(labels=(str(tmp_path / "e.csv"),), region=("KE",)))
+    kenya = countries().set_index("iso2").geometry["KE"]
+    inside = shapely.intersects_xy(kenya, table.lon, table.lat)
+    np.testing.assert_array_equal(found.labels, table.elevation[inside])
+    assert found.block_degrees == 0.9  # 50 blocks of 582,646 km² are 108 km wide: 0.97 degrees
+    assert "Kenya: blocks of 0.9 degrees are held out, for 5 folds" in caplog.text
+    (given,) = label_sets(EvaluateParams(labels=(str(tmp_path / "e.csv"),), region=("KE",), block_degrees=2))
+    assert given.block_degrees == 2
+
+
+def test_the_demos_labels_are_drawn_in_a_region(caplog):
+    sets = label_sets(EvaluateParams(region=("KE",), points=300, folds=3))
+    kenya = countries().set_index("iso2").geometry["KE"]
+    assert {"climate zone", "elevation", "temperature"} <= {labels.name for labels in sets}
+    for labels in sets:
+        assert shapely.intersects_xy(kenya, *labels.lonlat.T).all()
+        assert len(set(labels.labels)) > 1
+    assert "left out" in caplog.text or "country" in {labels.name for labels in sets}
+
+
+def test_a_region_is_evaluated(tmp_path, monkeypatch):
+    """Whole: the report is another one than that of everywhere, and is found again by another name of the region."""
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
+    asked = {"embedder": ("coordinates",), "points": 300, "folds": 3}
+    urls = [
+        evaluate_database(None, None, EvaluateParams(region=texts, **asked)) for texts in (("KE",), ("Kenya",), ("UG",))
+    ]
+    assert urls[0] == urls[1] != urls[2]
+    scores = pd.read_csv(storage.join(urls[0], "scores.csv"))
+    assert scores.blocked.notna().any()
+    assert storage.read_json(storage.join(urls[0], "card.json"))["made_of"]["region"] == find_region(("KE",)).digest

@@ -60,7 +60,8 @@ class Page {
   }
 
   private readonly progress = (done: number, total: number) => {
-    if (total > 2) this.tell(done < total ? `Reading the grid, part ${done} of ${total} …` : "");
+    const failed = this.status.classList.contains("error"); // parts that come after must not hide it
+    if (total > 2 && !failed) this.tell(done < total ? `Reading the grid, part ${done} of ${total} …` : "");
   };
 
   /** Shows a line at the bottom: progress, or an error that stays. */

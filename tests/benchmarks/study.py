@@ -178,7 +178,7 @@ def chart(study: Study, asked: list[str]) -> bytes:
     columns = min(3, len(asked))
     rows = -(-len(asked) // columns)
     figure = Figure(figsize=(5.4 * columns, 1 + 2.6 * rows), facecolor="white", layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     default = np.mean(means(study, BASE))
     for axes, name in zip(panels, asked, strict=False):
         points = questions()[name]

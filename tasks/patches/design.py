@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.addresses import as_url, shown
 from infra.errors import UserError
+from tasks.core.earth.region import Region
 from tasks.patches.places import read_classes
 from tasks.products import PatchesCard
 from tasks.units import log
@@ -38,13 +39,19 @@ def weights_of(card: PatchesCard, lonlat: Float) -> Float | None:
     if digest != recipe.source_sha256:
         log().warning("%s is no longer what patches were drawn by: each counts 1", shown(source))
         return None
-    return by_class(classes, bounds, lonlat, recipe.south, recipe.north)
+    region = Region.of(card.region.name, card.region.geometry) if card.region else None
+    return by_class(classes, bounds, lonlat, recipe.south, recipe.north, region)
 
 
 def by_class(
-    classes: NDArray[np.integer], bounds: tuple[float, float, float, float], lonlat: Float, south: float, north: float
+    classes: NDArray[np.integer],
+    bounds: tuple[float, float, float, float],
+    lonlat: Float,
+    south: float,
+    north: float,
+    region: Region | None = None,
 ) -> Float:
-    """Returns how much each place counts, (n,): the area of its class between two latitudes by the places in it.
+    """Returns how much each place counts, (n,): the area of its class where places were drawn, by the places in it.
 
     Args:
         classes: (lat, lon), north up; 0 is no class.
@@ -52,12 +59,17 @@ def by_class(
         lonlat: Places, (n, 2) degrees.
         south: Southern limit in degrees.
         north: Northern limit in degrees.
+        region: Where places were drawn between these; unset, everywhere.
     """
     west, bottom, east, top = bounds
     height, width = classes.shape
     centres = top - (np.arange(height) + 0.5) * (top - bottom) / height
-    inside = (south <= centres) & (centres <= north)
-    area = np.bincount(np.maximum(classes, 0)[inside].ravel(), np.repeat(np.cos(np.radians(centres[inside])), width))
+    inside = np.repeat(((south <= centres) & (centres <= north))[:, None], width, axis=1)
+    if region is not None:
+        across = west + (np.arange(width) + 0.5) * (east - west) / width
+        inside &= region.holds(np.stack(np.meshgrid(across, centres), axis=-1).reshape(-1, 2)).reshape(inside.shape)
+    areas = np.repeat(np.cos(np.radians(centres))[:, None], width, axis=1)
+    area = np.bincount(np.maximum(classes, 0)[inside], areas[inside])
     row = np.clip((top - lonlat[:, 1]) / (top - bottom) * height, 0, height - 1).astype(int)
     column = np.clip((lonlat[:, 0] - west) % 360 / (east - west) * width, 0, width - 1).astype(int)
     own = classes[row, column]

@@ -380,7 +380,7 @@ def test_a_region_is_sampled_like_the_world_there(run, tmp_path):
     """Places of four countries are those that a sample of all land has there, by shapely alone."""
     codes = ["FR", "DE", "PL", "UA"]
     shape = shapely.union_all(countries().set_index("iso2").geometry[codes].values)
-    inside, world = run(patches=12, region=(",".join(codes[:2]), *codes[2:])), run(patches=60).manifest
+    inside, world = run(patches=12, region=(",".join(codes[:2]), *codes[2:])), run(patches=12).manifest
     near = world[shapely.intersects_xy(shape, world.lon, world.lat)]
     ours = inside.manifest
     assert shapely.intersects_xy(shape, ours.lon, ours.lat).all()

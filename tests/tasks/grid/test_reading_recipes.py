@@ -78,6 +78,7 @@ PLACES = {  # what may be read of each: a point, and a country
 }
 DTYPES = ("float32", "float16", "int8")
 CASES = [(name, dtype, (i + j) % 2) for i, name in enumerate(PLACES) for j, dtype in enumerate(DTYPES)]
+FURTHER = {("box", "float32"), ("across 180", "int8"), ("Europe", "float32")}  # the others are whole and compact
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,14 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cases(world, tmp_path_factory):
-    """Every kind of grid, read by every recipe, all in one process, which spares imports."""
+def cases(request, world, tmp_path_factory):
+    """Every kind of grid that is asked for, read by every recipe, all in one process, which spares imports."""
     folder, checkpoint, database = world
-    made = {}
+    ours = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    asked, made = {item.callspec.params.get("case") for item in ours} | {CASES[0]}, {}
     with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        for name, dtype, compact in CASES:
+        for name, dtype, compact in filter(asked.__contains__, CASES):
             options = {"dtype": dtype, "evidence": True, "keep_sums": True} | method_of(name, compact)
             grid = publish_grid(client, checkpoint, database, PublishParams(**PLACES[name][0], **options))
             here = tmp_path_factory.mktemp("reader")
@@ -233,7 +235,13 @@ def labelled(case):
     return np.concatenate([inside, rng.uniform((-180, -80), (180, 80), (100, 2))])
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} {case[1]}{' compact' * case[2]}")
+def marked(case):
+    """The case as a parameter, further or not."""
+    marks = pytest.mark.further if case[:2] in FURTHER else ()
+    return pytest.param(case, marks=marks, id=f"{case[0]} {case[1]}{' compact' * case[2]}")
+
+
+@pytest.fixture(params=map(marked, CASES))
 def case(request, cases):
     return cases[request.param[:2]]
 

@@ -369,7 +369,7 @@ def pipeline(params: PipelineParams) -> None:
     from flows.started import start
 
     for name, url in start(flow, params).items():
-        print(f"{name:<11}{url}")
+        print(f"{name:<13}{url}")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from flows.deployed import HOUR, in_deployment, run_deployed
 from flows.encode import encode
 from flows.evaluate import evaluate
 from flows.inputs import settle
+from flows.join import join
 from flows.publish import publish
 from flows.sample import sample
 from flows.started import start
@@ -19,14 +20,20 @@ from infra import clusters, storage
 from infra.errors import UserError
 from tasks.artifacts import show_table
 from tasks.cards import home_of
-from tasks.params import PipelineParams
+from tasks.params import EvaluateParams, PipelineParams
 from tasks.steps import promote_evaluated
 from tasks.units import in_run, in_words
+
+BASE_GRID = "base grid"
+BESIDE = ("coordinates", "location encoder", "RANGE+", "multi-head")  # embedders beside a grid of the base
 
 
 @flow(name="pipeline", flow_run_name="pipeline, {params.sample.patches} patches", timeout_seconds=168 * HOUR)
 def pipeline(params: PipelineParams = PipelineParams()) -> Any:
     """Runs sample, train, encode, publish and evaluate, and promotes the grid if its scores allow it.
+
+    With a base, the patches are encoded with its checkpoint and joined to its database. The same cells are published of
+    the base alone too, and the report compares the two.
 
     Each step resumes where an earlier run ended. As a deployment, the pipeline runs each step as a deployment too.
     Otherwise all steps run here, on one cluster.
@@ -35,7 +42,8 @@ def pipeline(params: PipelineParams = PipelineParams()) -> Any:
         params: The parameters of every step.
 
     Returns:
-        The URLs of the patches, checkpoint, database, grid and report.
+        The URLs of the patches, checkpoint, database, grid and report; with a base also of the patches' own database
+        and of the base's grid.
     """
     params = settle(params=params).in_region()
     rows: list[dict[str, Any]] = []
@@ -74,16 +82,30 @@ def run_steps(params: PipelineParams, run: Any, rows: list[dict[str, Any]]) -> d
         return url
 
     patches = make("patches", sample, params.sample)
-    checkpoint = make("checkpoint", train, patches, params.train)
-    database = make("database", encode, patches, checkpoint, params.encode)
-    grid = make("grid", publish, checkpoint, database, params.publish.model_copy(update={"promote": False}))
-    make("report", evaluate, checkpoint, database, params.evaluate, grid)
+    published, evaluated = params.publish.model_copy(update={"promote": False}), params.evaluate
+    if params.base:
+        checkpoint, world = params.base
+        own = make("own-database", encode, patches, checkpoint, params.encode)
+        database = make("database", join, [world, own])
+        before = make("base-grid", publish, checkpoint, world, published)
+        evaluated = beside(evaluated, before)
+    else:
+        checkpoint = make("checkpoint", train, patches, params.train)
+        database = make("database", encode, patches, checkpoint, params.encode)
+    grid = make("grid", publish, checkpoint, database, published)
+    make("report", evaluate, checkpoint, database, evaluated, grid)
     try:
         rows.append(_row("gate", _pass_gate(grid, params)))
     except UserError as error:
         rows.append(_row("gate", str(error)))
         raise
     return urls
+
+
+def beside(params: EvaluateParams, grid: str) -> EvaluateParams:
+    """Returns parameters of an evaluation with one more grid in it, to which all are compared if to nothing else."""
+    asked = (*(params.embedder or BESIDE), f"{BASE_GRID}={grid}")
+    return params.model_copy(update={"embedder": asked, "reference": params.reference or BASE_GRID})
 
 
 def _row(what: str, it_is: str, took: str = "", stored: str = "") -> dict[str, Any]:

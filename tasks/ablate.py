@@ -32,7 +32,7 @@ from tasks.database.store import read_pair
 from tasks.evaluation.embedders import Embeddings, Lonlat, Named
 from tasks.evaluation.label_tables import label_sets
 from tasks.evaluation.score_tables import keep_scores
-from tasks.evaluation.scoring import digest, find_reference, score_all
+from tasks.evaluation.scoring import digest, find_references, score_all
 from tasks.grid.tiles import load
 from tasks.params import AblateParams, Choice
 from tasks.plots.charts import ablation_chart
@@ -79,7 +79,7 @@ def ablate_database(choice: Choice, checkpoint: str, database: str, params: Abla
     """
     card = read_pair(checkpoint, database)
     variants = list(variants_of(choice, checkpoint, database, params))
-    find_reference(variants, params.reference)
+    find_references(variants, params.reference)
     sets = label_sets(params)
     labels = {one.name: digest(one) for one in sets}
     made_of = {"choice": choice, "database": card.fingerprint, "labels": labels}

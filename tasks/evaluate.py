@@ -23,7 +23,7 @@ from tasks.evaluation.failures import losses, spread, where_it_fails
 from tasks.evaluation.label_tables import label_sets
 from tasks.evaluation.labels import LabelSet
 from tasks.evaluation.score_tables import keep_scores, named_apart, records
-from tasks.evaluation.scoring import Scored, digest, find_reference, score_all
+from tasks.evaluation.scoring import Scored, digest, find_references, score_all
 from tasks.evaluation.uncertainty import Uncertainty, uncertainty
 from tasks.evaluation.uncertainty import markdown as uncertainty_tables
 from tasks.grid.tiles import load
@@ -67,7 +67,7 @@ def evaluate_database(
     if grid:
         check_grid(grid)
     scored_by = embedders(checkpoint, database, grid, params)
-    find_reference(scored_by, params.reference)
+    find_references(scored_by, params.reference)
     sets = label_sets(params)
     beside = beside_grids(checkpoint, database, grid, scored_by, params)
     made_of = made_from(card, scored_by, sets, params, grid)

@@ -14,7 +14,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.settings import settings
 from tasks.cards import GRID, AnyCard, Card, kind_of, read_card
-from tasks.params import Params
+from tasks.params import Params, PipelineParams
 from tasks.products import CheckpointCard, DatabaseCard, GridCard, PatchesCard
 
 NEWEST = "newest"
@@ -63,6 +63,9 @@ def resolve(asked: Mapping[str, Any], at: datetime) -> dict[str, Any]:
     """
     found = dict(asked)
     found |= {name: value.at(at) for name, value in asked.items() if isinstance(value, Params)}
+    if isinstance(params := found.get("params"), PipelineParams) and params.base:
+        base = resolve(dict(zip(("checkpoint", "database"), params.base, strict=True)), at)
+        found["params"] = params.model_copy(update={"base": tuple(base.values())})
     if is_newest(found.get("patches")):
         found["patches"] = newest(PatchesCard, found["patches"])
     if is_newest(found.get("database")):

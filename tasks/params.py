@@ -594,8 +594,8 @@ class EmbedderParams(Params):
     """Which embedding methods to compare."""
 
     embedder: tuple[str, ...] = ()
-    """Embedding methods to compare: names, NAME=WEIGHTS for those that need weights, or URLs of grids. Several joined
-    by + are one, with their vectors side by side: geoclip+range+. Unset: all."""
+    """Embedding methods to compare: names, NAME=WEIGHTS for those that need weights, or URLs of grids, also as
+    NAME=URL. Several joined by + are one, with their vectors side by side: geoclip+range+. Unset: all."""
     interpolation: Sampling = "nearest"
     """How a grid is read at a place: its nearest cell, or bilinear interpolation of four cells."""
 
@@ -627,8 +627,8 @@ class EvaluateParams(RegionParams, EmbedderParams):
     """Number of times that the blocks are dealt to the folds, each time by another seed. A blocked score is the mean
     over all of these splits."""
     reference: str | None = None
-    """Embedding method to which the others are compared, split by split. Unset: the location encoder where it is
-    scored, else coordinates, else the first."""
+    """Embedding method to which the others are compared, split by split. A grid is one for grids of the same cells.
+    Unset: the location encoder where it is scored, else coordinates, else the first."""
     block_degrees: float | None = Field(None, ge=0.01, le=90)
     """Side of a block of spatial cross-validation in degrees. Unset: 10, 1 for California housing, and in a region as
     many blocks as folds need."""
@@ -676,6 +676,12 @@ class PipelineParams(RegionParams):
     preset: Preset | None = Field(None, exclude=True)
     """Sets the fields that are left at their default for a quick trial, a continent or the globe, or as SatCLIP was
     trained."""
+    spacing_km: float | None = Field(None, gt=0, le=2000)
+    """Distance in km at which places lie apart, in place of their number, where the sample has none of its own."""
+    base: tuple[str, ...] = Field((), max_length=2)
+    """URLs of a checkpoint and of the world's database that it encoded, or newest:LINE. The patches are encoded with
+    that checkpoint and joined to that database, nothing is trained, and the grid is scored beside one of that database
+    alone. Unset: a model is trained on the patches."""
     sample: SampleParams = Field(default_factory=SampleParams)
     """Where, when and how many Sentinel-2 patches to sample."""
     train: TrainParams = Field(default_factory=TrainParams)
@@ -692,15 +698,26 @@ class PipelineParams(RegionParams):
     location encoder alone, and of the same recipe with values shuffled among the images."""
 
     def in_region(self) -> Self:
-        """Returns a copy whose steps have the region, unless they have one of their own."""
+        """Returns a copy whose steps have the region and the spacing, unless they have their own."""
         ours = {"region": self.region, "buffer_km": self.buffer_km}
         steps: dict[str, RegionParams] = {"sample": self.sample, "publish": self.publish, "evaluate": self.evaluate}
         open_ = {name: step for name, step in steps.items() if self.region and not step.region}
-        return self.model_copy(update={name: step.model_copy(update=ours) for name, step in open_.items()})
+        placed = {name: step.model_copy(update=ours) for name, step in open_.items()}
+        if self.spacing_km and not self.sample.spacing_km:
+            sample = placed.get("sample", self.sample)
+            placed["sample"] = sample.model_copy(update={"spacing_km": self.spacing_km})
+        return self.model_copy(update=placed)
+
+    @field_validator("base")
+    @classmethod
+    def _both(cls, base: tuple[str, ...]) -> tuple[str, ...]:
+        if len(base) == 1:
+            raise ValueError(f"{base[0]}: give two, a checkpoint and the database that it encoded")
+        return base
 
     @model_validator(mode="after")
     def _enough_patches(self) -> Self:
-        if self.sample.spacing_km:
+        if self.base or self.spacing_km or self.sample.spacing_km:
             return self
         if self.train.batch > self.sample.patches:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Tells which scores of a table differ beyond noise, by the paired interval of `tasks.core.paired`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -10,13 +11,13 @@ NUMBERS = ("random", "random_std", "blocked", "blocked_std", "difference", "diff
 COLUMNS = ("task", "metric", "embedder", "places", *NUMBERS, "verdict", "best", "reference")  # before all others
 
 
-def compare(table: pd.DataFrame, reference: str) -> pd.DataFrame:
+def compare(table: pd.DataFrame, references: Sequence[str]) -> pd.DataFrame:
     """Returns a table of scores with what each differs by from the reference's on the same blocked splits.
 
     Args:
         table: A row per section (`places`), embedder and task, with `blocked`, `blocked_splits` and `folds`; NaN where
             an embedder has no weights.
-        reference: Name of the embedder to compare with; empty for none.
+        references: Names of embedders to compare with: in each section the first that is scored there.
 
     Returns:
         The table with the further columns `reference`; `difference`, `difference_low` and `difference_high`, its
@@ -24,12 +25,14 @@ def compare(table: pd.DataFrame, reference: str) -> pd.DataFrame:
         not beyond noise below the highest one. The reference itself is best where all others are below it.
     """
     names = [*COLUMNS, *(name for name in table if name not in COLUMNS)]
-    found = table.reindex(columns=names).assign(verdict="", best=False, reference=reference)
+    found = table.reindex(columns=names).assign(verdict="", best=False, reference="")
     for _, rows in table[table["blocked"].notna()].groupby(["places", "task"], sort=False):
-        base = rows[rows["embedder"] == reference].index
-        if len(base):
-            told = _told(dict(rows.iterrows()), base[0])
+        there = dict(zip(rows["embedder"], rows.index, strict=True))
+        base = next((there[name] for name in references if name in there), None)
+        if base is not None:
+            told = _told(dict(rows.iterrows()), base)
             found.loc[told.index, told.columns] = told
+            found.loc[told.index, "reference"] = rows["embedder"][base]
     return found.astype(dict.fromkeys(NUMBERS, float) | {"dims": "Int64", "best": bool})
 
 

@@ -276,11 +276,13 @@ def _rows(spec: str, checkpoint: str | None, database: str | None, params: Embed
 
 
 def _named(spec: str, checkpoint: str | None, database: str | None, params: EmbedderParams) -> Named:
-    name, _, path = spec.partition("=")
-    name = name.strip().lower()
+    given, _, path = spec.partition("=")
+    name = given.strip().lower()
     if name in BY_PATH:
         return _by_path(name, path.strip())
-    if "://" in spec or spec.rstrip("/").endswith(".zarr"):
+    if "://" not in given and _is_grid(path):
+        return _grid(given.strip(), as_url(path.strip()), params)
+    if _is_grid(spec):
         return _grid(shown(spec), as_url(spec), params)
     if name in FIXED:
         return Named(name, lambda lonlat: FIXED[name](lonlat).astype(np.float32))
@@ -340,6 +342,10 @@ def _degree(checkpoint: str | None) -> int:
 
 def _harmonics(degree: int, lonlat: Lonlat) -> Embeddings:
     return spherical_harmonics(lonlat, degree).astype(np.float32)
+
+
+def _is_grid(text: str) -> bool:
+    return "://" in text or text.rstrip("/ ").endswith(".zarr")
 
 
 def _grid(name: str, url: str, params: EmbedderParams) -> Named:

@@ -51,9 +51,9 @@ def markdown(table: pd.DataFrame) -> str:
         parts.append(_by_task(rows, title, _scores))
         compared = rows[rows["verdict"] != ""]
         if len(compared):
-            parts.append(_by_task(compared, f"blocked, minus {rows['reference'].iloc[0]}", _difference))
+            parts.append(_by_task(compared, f"blocked, minus {compared['reference'].iloc[0]}", _difference))
         parts.append(_counts(rows))
-    return "\n\n".join([*parts, _legend(table.iloc[0])])
+    return "\n\n".join([*parts, _legend(table)])
 
 
 def _by_task(table: pd.DataFrame, title: str, text: Callable[[Any], str]) -> str:
@@ -93,13 +93,15 @@ def _counts(rows: pd.DataFrame) -> str:
     return f"Places: {', '.join(told)}."
 
 
-def _legend(row: pd.Series) -> str:
-    """Returns what the numbers and marks are, from any row."""
+def _legend(table: pd.DataFrame) -> str:
+    """Returns what the numbers and marks are."""
+    row, references = table.iloc[0], [name for name in table["reference"].unique() if name]
     told = f"Blocked: mean ± deviation over {row['folds'] * row['fold_seeds']} splits, {row['folds']} folds of blocks "
     told += f"dealt {row['fold_seeds']} times."
-    if row["reference"]:
+    if references:
+        them = cell(" or ".join(references))
         told += (
-            f" ▲ ▼: above or below {cell(row['reference'])} beyond noise, by the {CONFIDENCE:.0%} interval of the "
+            f" ▲ ▼: above or below {them} beyond noise, by the {CONFIDENCE:.0%} interval of the "
             "differences on the same splits. Bold: above it beyond noise, and not beyond noise below the highest score."
         )
     return told

@@ -112,9 +112,9 @@ def score_all(
     Raises:
         UserError: A task has too few blocks, or classes that are too rare; or there is no such reference.
     """
-    reference = find_reference(embedders, params.reference)
+    references = find_references(embedders, params.reference)
     places, where = distinct(sets)
-    again = [*beside, *(one for one in embedders if one.name == reference and one not in beside)]
+    again = [*beside, *(one for one in embedders if one.name in references and not one.partial and one not in beside)]
     vectors = {one: _embedding(one, places, keep=one.partial or one in again) for one in (*again, *embedders)}
     rows: list[dict[str, Any]] = []
     predicted: dict[tuple[str, str], NDArray] = {}
@@ -131,22 +131,24 @@ def score_all(
             if one.partial or section.name == EVERYWHERE:
                 advance(1)
     by_name = {one.name: embedded for one, embedded in vectors.items()}
-    return Scored(compare(pd.DataFrame(rows), reference), predicted, sections, by_name)
+    return Scored(compare(pd.DataFrame(rows), references), predicted, sections, by_name)
 
 
-def find_reference(embedders: list[Named], asked: str | None) -> str:
-    """Returns the name of the embedder to compare with; empty where none knows all places.
+def find_references(embedders: list[Named], asked: str | None) -> tuple[str, ...]:
+    """Returns names of embedders to compare with: in each section of the table the first that is scored there.
+
+    That is the one that was asked for, then by default one that knows all places, if there is one.
 
     Raises:
-        UserError: The one that is asked for is not scored on all places.
+        UserError: There is no such embedder.
     """
-    there = {one.name.lower(): one.name for one in embedders if one.embed and not one.partial}
-    if asked is not None and asked.strip().lower() not in there:
-        raise UserError(
-            f"the reference {asked!r} is not scored on all places: name one of {', '.join(there.values()) or 'more'}"
-        )
-    wanted = [asked.strip().lower()] if asked is not None else [*REFERENCES, *there]
-    return next((there[name] for name in wanted if name in there), "")
+    there = {one.name.lower(): one.name for one in embedders if one.embed}
+    whole = [one.name for one in embedders if one.embed and not one.partial]
+    wanted = [asked.strip().lower()] if asked is not None else []
+    if asked is not None and wanted[0] not in there:
+        raise UserError(f"the reference {asked!r} is not scored: name one of {', '.join(there.values()) or 'more'}")
+    default = next((name for name in (*REFERENCES, *whole) if name in whole), "")
+    return tuple(dict.fromkeys([*(there[name] for name in wanted), *([default] if default else [])]))
 
 
 def _embedding(one: Named, places: Lonlat, keep: bool) -> Callable[[], Embeddings | None]:

@@ -141,7 +141,7 @@ def test_what_is_best_beyond_noise_is_bold(products, tmp_path):
 
 @pytest.mark.parametrize("reference", ["geoclip", "SatCLIP", "nobody"])
 def test_a_reference_that_is_not_scored_is_refused(products, reference):
-    with pytest.raises(UserError, match=f"the reference '{reference}' is not scored on all places: name one of coord"):
+    with pytest.raises(UserError, match=f"the reference '{reference}' is not scored: name one of coord"):
         evaluate_database(*products[:2], params(products[2], reference=reference))
 
 
@@ -274,6 +274,12 @@ def test_a_grid_gets_its_card_and_is_scored_with_the_location_encoder_on_the_pla
     compared = {row["embedder"]: row for row in read(few, "scores.json") if row["places"] == "grid"}
     assert list(compared) == ["location encoder", "coordinates", "wrap", "grid"]
     assert compared["location encoder"]["blocked_splits"] == rows["grid", "location encoder"]["blocked_splits"]
+    beside = params(table, embedder=("wrap", f"former={url}"), reference="former")
+    told = read(evaluate_database(checkpoint, images, beside, url), "scores.json")
+    found = {(row["places"], row["embedder"]): (row["reference"], row["difference"], row["verdict"]) for row in told}
+    assert found["all", "wrap"] == ("wrap", None, "")  # which has no grid to be compared with
+    assert found["former, grid", "grid"] == ("former", 0.0, "level")
+    assert found["former, grid", "location encoder"][::2] == ("former", "below")
 
 
 def test_the_card_of_a_grid_tells_what_its_dtype_costs_each_task(products, tmp_path):

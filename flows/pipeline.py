@@ -17,9 +17,11 @@ from flows.sample import sample
 from flows.started import start
 from flows.train import train
 from infra import clusters, storage
+from infra.addresses import as_url
 from infra.errors import UserError
 from tasks.artifacts import show_table
 from tasks.cards import home_of
+from tasks.database.store import read_pair
 from tasks.params import EvaluateParams, PipelineParams
 from tasks.steps import promote_evaluated
 from tasks.units import in_run, in_words
@@ -81,10 +83,13 @@ def run_steps(params: PipelineParams, run: Any, rows: list[dict[str, Any]]) -> d
         rows.append(_row(product, url, str(took), in_words(storage.size(home_of(url)))))
         return url
 
+    base = [as_url(url) for url in params.base]
+    if base:
+        read_pair(*base)
     patches = make("patches", sample, params.sample)
     published, evaluated = params.publish.model_copy(update={"promote": False}), params.evaluate
-    if params.base:
-        checkpoint, world = params.base
+    if base:
+        checkpoint, world = base
         own = make("own-database", encode, patches, checkpoint, params.encode)
         database = make("database", join, [world, own])
         before = make("base-grid", publish, checkpoint, world, published)

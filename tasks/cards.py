@@ -88,6 +88,8 @@ def find_card(url: str, model: type[AnyCard]) -> AnyCard | None:
         content = storage.read_json(storage.join(url, "card.json"))
     except FileNotFoundError:
         return None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"the card at {url} is damaged ({error}): make the product again") from error
     kind = kind_of(model)

@@ -18,6 +18,7 @@ from s3fs import S3FileSystem
 from flows.pipeline import pipeline
 from infra import storage
 from infra.errors import UserError
+from infra.settings import settings
 from tasks.core.earth.sphere import unit_vectors
 from tasks.database.store import open_database
 from tasks.model.checkpoint import load_checkpoint
@@ -233,3 +234,48 @@ def test_nothing_found_is_one_sentence(sandbox, prefect, cluster, monkeypatch):
     monkeypatch.setenv("RANGEGRID_CLUSTER", cluster)
     with pytest.raises(UserError, match=r"only 0 of 5 patches .* widen --datetime"):
         sample(SAMPLE.model_copy(update={"datetime": "1999-01-01/1999-12-31", "patches": 5}))
+
+
+REGION = {"region": ("-5 43 8 50",), "spacing_km": 180.0, "sample": SAMPLE}
+
+
+def test_a_region_is_joined_to_the_base_and_scored_beside_it(made, cluster, monkeypatch):
+    """Nothing is trained; the places are the world's; the report compares two grids of the same cells."""
+    monkeypatch.setenv("RANGEGRID_CLUSTER", cluster)
+    publish, evaluate = PublishParams(step=1.0, promote=False), EvaluateParams(points=300, folds=2)
+    base = (made["checkpoint"], made["database"])
+    urls = pipeline(PipelineParams(**REGION, base=base, publish=publish, evaluate=evaluate))
+    assert list(urls) == ["patches", "own-database", "database", "base-grid", "grid", "report"]
+    own, joined = open_database(urls["own-database"]), open_database(urls["database"])
+    lon, lat = own.locations.T
+    assert len(own.keys) > 10
+    assert ((lon >= -5) & (lon <= 8) & (lat >= 43) & (lat <= 50)).all()
+    assert len(joined.keys) == 30 + len(own.keys)
+    grids = [xr.open_zarr(storage.zarr_store(urls[name])).embedding for name in ("base-grid", "grid")]
+    held = [np.isfinite(grid.values[0]) for grid in grids]
+    np.testing.assert_array_equal(*held)
+    assert np.abs(grids[0].values - grids[1].values)[:, held[0]].max() > 1e-3
+    rows = json.loads(storage.read(storage.join(urls["report"], "scores.json")))
+    compared = {row["embedder"]: row for row in rows if row["places"] == "base grid, grid"}
+    assert compared["grid"]["reference"] == "base grid"
+    assert compared["grid"]["blocked_splits"] != compared["base grid"]["blocked_splits"]
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (("file:///nowhere/checkpoint", "file:///nowhere/database"), "no finished checkpoint"),
+        (("nowhere", "elsewhere"), "no finished checkpoint"),
+    ],
+)
+def test_a_base_that_is_none_is_refused_before_any_work(sandbox, cluster, monkeypatch, base, message):
+    monkeypatch.setenv("RANGEGRID_CLUSTER", cluster)
+    before = storage.names(storage.join(settings().storage_url, "patches"))
+    with pytest.raises(UserError, match=message):
+        pipeline(PipelineParams(**REGION | {"spacing_km": 500.0}, base=base))
+    assert storage.names(storage.join(settings().storage_url, "patches")) == before
+
+
+def test_a_base_is_two():
+    with pytest.raises(ValueError, match="one: give two, a checkpoint and the database"):
+        PipelineParams(base=("one",))

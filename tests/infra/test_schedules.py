@@ -160,21 +160,28 @@ def test_a_sample_overtakes_the_grids_that_run_and_wait(client, path):
     grids = [due(name, "publish", **inputs) for name in ("publish 1", "publish 2")]
     samples = []
 
+    def states(runs):
+        return sorted(client.read_flow_run(run).state.type.value for run in runs)
+
+    async def until(runs, state):
+        async with asyncio.timeout(servers.PATIENCE):
+            while state not in states(runs):
+                await asyncio.sleep(0.05)
+
     async def work():
         async with Worker(work_pool_name="rangegrid") as worker:
             worker.released = asyncio.Event()
             await worker.sync_with_backend()
             await worker.get_and_submit_flow_runs()
+            await until(grids, "RUNNING")
             samples.append(due("sample", "sample"))
             await worker.get_and_submit_flow_runs()
-            async with asyncio.timeout(servers.PATIENCE):
-                while not client.read_flow_run(samples[0]).state.is_completed():
-                    await asyncio.sleep(0.05)
-            seen = [client.read_flow_run(run).state.type.value for run in grids]
+            await until(samples, "COMPLETED")
+            seen = states(grids)
             worker.released.set()
             return seen
 
-    assert sorted(asyncio.run(work())) == ["RUNNING", "SCHEDULED"]
+    assert asyncio.run(work()) == ["RUNNING", "SCHEDULED"]
     for run in (*grids, *samples):
         client.delete_flow_run(run)
 

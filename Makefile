@@ -19,11 +19,12 @@ help:  ## this list
 demo: .venv/ready  ## set up, then make a global RANGE+ grid from the demo planet
 	$(BIN)/rangegrid demo
 
-# Two processes have a core each: more threads of OpenMP would only wait for each other. Files go in their own order:
-# by number of tests, as the default is, those of few slow tests came last, and one process waited for the other.
+# Three processes on two cores, since tests wait for servers a third of their time; more threads of OpenMP would only
+# wait for each other. Files go in their own order: by number of tests, as the default is, those of few slow tests came
+# last, and one process waited for the others.
 test: .venv/ready  ## set up, then pass the checks and the tests
 	$(MAKE) --no-print-directory check
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 further: .venv/ready  ## the tests whose further options are left out of `make test`, to keep it short
 	$(BIN)/python -m pytest -m further -n 2 --dist loadfile --no-loadscope-reorder

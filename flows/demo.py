@@ -92,9 +92,8 @@ def copy_out(made: dict[str, str], output: Path) -> list[Path]:
         storage.copy(storage.join(home_of(made["grid"]), name), (output / name).absolute().as_uri())
     copies = []
     for product, names in PICTURES.items():
-        home = made[product].removesuffix("/grid.zarr")
         for name in names:
-            storage.copy(storage.join(home, name), (output / name).absolute().as_uri())
+            storage.copy(storage.join(home_of(made[product]), name), (output / name).absolute().as_uri())
             copies.append(output / name)
     return copies
 

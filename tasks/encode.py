@@ -8,7 +8,7 @@ from distributed import Client
 from infra import storage
 from tasks.artifacts import keep_picture
 from tasks.cards import fingerprint, is_finished, product_url, read_card
-from tasks.database.heads import told_curves
+from tasks.database.heads import measured
 from tasks.database.store import create_database, finish_database, write_rows, write_weights, written_shards
 from tasks.model.checkpoint import describe, keys_of
 from tasks.model.features import encode_features, encode_rows, identity, image_encoder, load, open_store, read_features
@@ -66,7 +66,7 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
         told["weighted"] = True
     finish_database(
         url,
-        measure=partial(told_curves, load(checkpoint).location),
+        measure=partial(measured, load(checkpoint).location),
         fingerprint=fingerprint(made_of),
         made_of=made_of,
         patches=source.fingerprint,

@@ -202,9 +202,8 @@ def decisive(database: DatabaseCard, params: PublishParams, parent: Parent | Non
 
 def period(database: DatabaseCard) -> dict[str, str]:
     """Returns the time window of a database's images, where the samples that it was made from still exist and agree."""
-    windows = {
-        _window(patches) for patches in (database.patches, *(one.patches for one in database.origins)) if patches
-    }
+    samples = [database.patches, *(origin.patches for origin in database.origins)]
+    windows = {_window(patches) for patches in samples if patches}
     if len(windows) == 1 and None not in windows:
         return {"rangegrid:datetime": str(windows.pop())}
     return {}

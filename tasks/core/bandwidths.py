@@ -13,7 +13,7 @@ Source: Stone (1974), Cross-validatory choice and assessment of statistical pred
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,6 +62,11 @@ class Curve:
     def chosen(self) -> Head:
         """Returns the head with the best mean of both."""
         return Head(self.kind, self.at[int(np.argmax(np.add(self.one_out, self.block_out)))])
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Returns the curve as the card of a database tells it, with what it chose."""
+        return asdict(self) | {"chosen": str(self.chosen)}
 
 
 def curves(

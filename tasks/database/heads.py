@@ -1,7 +1,7 @@
 """Settles what the multi-head method leaves open: heads that the database's own images choose, and projections."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -24,18 +24,6 @@ HEAD_DIMS, LOCATION_DIMS = 128, 256  # dimensions of a head and of the location 
 FITTED_ON = 16_384  # images at whose places the projection of the location part is fitted
 
 MultiHead = TypeVar("MultiHead", PublishParams, EmbedParams)
-
-
-def told_curves(
-    encoder: Encodes,
-    keys: Rows,
-    values: Rows,
-    locations: NDArray[np.float64],
-    weights: NDArray[np.float64] | None = None,
-) -> list[dict[str, Any]]:
-    """Returns the curves of a database as its card tells them, each with what it chose."""
-    found = measured(encoder, keys, values, locations, weights)
-    return [asdict(curve) | {"chosen": str(curve.chosen)} for curve in found]
 
 
 def curves_of(card: DatabaseCard, measure: Callable[[], list[Curve]]) -> list[Curve]:

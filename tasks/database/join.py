@@ -37,7 +37,7 @@ from tasks.cards import fingerprint, is_finished, product_url, read_card
 from tasks.core.earth.density import land_shares
 from tasks.core.earth.land import land_km2
 from tasks.core.earth.region import Region
-from tasks.database.heads import told_curves
+from tasks.database.heads import measured
 from tasks.database.same import SAME, marks
 from tasks.database.store import (
     LINEAGE,
@@ -320,13 +320,18 @@ def _shards(databases: list[str], images: Images, size: int) -> Iterator[dict[st
             here = rows[(rows >= start) & (rows < start + len(data.keys))] - start
             start += len(data.keys)
             held.append({name: getattr(data, name)[here] for name in names_of()})
-            while sum(len(part["keys"]) for part in held) >= size:
-                whole = {name: np.concatenate([part[name] for part in held]) for name in names_of()}
-                yield {name: array[:size] for name, array in whole.items()}
-                held = [{name: array[size:] for name, array in whole.items()}]
-    rest = {name: np.concatenate([part[name] for part in held]) for name in names_of()}
-    if len(rest["keys"]):
-        yield rest
+            if sum(len(part["keys"]) for part in held) >= size:
+                *full, rest = _cut(held, size)
+                yield from full
+                held = [rest]
+    yield from (part for part in _cut(held, size) if len(part["keys"]))
+
+
+def _cut(held: list[dict[str, NDArray]], size: int) -> Iterator[dict[str, NDArray]]:
+    """Yields rows that are held, so many at a time, and at the end what is left, perhaps nothing."""
+    whole = {name: np.concatenate([part[name] for part in held]) for name in names_of()}
+    for start in range(0, len(whole["keys"]) + 1, size):
+        yield {name: array[start : start + size] for name, array in whole.items()}
 
 
 def measure_with(checkpoint: str) -> Any:
@@ -335,4 +340,4 @@ def measure_with(checkpoint: str) -> Any:
         url = newest(CheckpointCard, "newest", lambda card: card.fingerprint == checkpoint, everywhere=True)
     except UserError:
         return None
-    return partial(told_curves, load_checkpoint(url).location)
+    return partial(measured, load_checkpoint(url).location)

@@ -28,9 +28,10 @@ from infra.bounds import EXPANSION
 from infra.errors import UserError
 from tasks import arrays
 from tasks.cards import read_card, write_card
+from tasks.core.bandwidths import Curve
 from tasks.products import CheckpointCard, DatabaseCard
 
-Measure = Callable[[arrays.Rows, arrays.Rows, NDArray, NDArray | None], Any]
+Measure = Callable[[arrays.Rows, arrays.Rows, NDArray, NDArray | None], list[Curve]]
 CHECKED = 16_384  # images checked at a time
 READ_ROWS = 1024  # rows read at a time: reading all at once takes a quarter more memory than the database
 NAMES = ("keys", "values", "locations", "row_ids")
@@ -131,7 +132,7 @@ def finish_database(url: str, measure: Measure | None = None, **told: Any) -> Da
         counts = None if weights is None else weights[rows]
         check(keys[rows], values[rows], locations[rows], url, counts, start)
     if measure:
-        told["heads"] = measure(keys, values, read_array(url, "locations"), weights)
+        told["heads"] = [curve.told for curve in measure(keys, values, read_array(url, "locations"), weights)]
     card = DatabaseCard(images=keys.shape[0], key_dim=keys.shape[1], value_dim=values.shape[1], **told)
     write_card(url, card)
     return card

@@ -144,11 +144,13 @@ def find_references(embedders: list[Named], asked: str | None) -> tuple[str, ...
     """
     there = {one.name.lower(): one.name for one in embedders if one.embed}
     whole = [one.name for one in embedders if one.embed and not one.partial]
-    wanted = [asked.strip().lower()] if asked is not None else []
-    if asked is not None and wanted[0] not in there:
-        raise UserError(f"the reference {asked!r} is not scored: name one of {', '.join(there.values()) or 'more'}")
-    default = next((name for name in (*REFERENCES, *whole) if name in whole), "")
-    return tuple(dict.fromkeys([*(there[name] for name in wanted), *([default] if default else [])]))
+    found = [name for name in (*REFERENCES, *whole) if name in whole][:1]
+    if asked is not None:
+        name = asked.strip().lower()
+        if name not in there:
+            raise UserError(f"the reference {asked!r} is not scored: name one of {', '.join(there.values()) or 'more'}")
+        found.insert(0, there[name])
+    return tuple(found)
 
 
 def _embedding(one: Named, places: Lonlat, keep: bool) -> Callable[[], Embeddings | None]:

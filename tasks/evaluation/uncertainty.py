@@ -174,9 +174,9 @@ def _spearman(signal: NDArray, error: NDArray[np.float64]) -> float | None:
 def markdown(uncertainty: pd.DataFrame, signals: pd.DataFrame) -> str:
     """Returns two tables by task: the coverage and size of each calibration, and the correlations of the signals."""
     calibrations, names = uncertainty["calibration"].unique(), signals["signal"].unique()
-    covered = [
-        [task, *(_covered(row) for _, row in rows.iterrows())] for task, rows in uncertainty.groupby("task", sort=False)
-    ]
+    covered = []
+    for task, rows in uncertainty.groupby("task", sort=False):
+        covered.append([task, *(_covered(row) for _, row in rows.iterrows())])
     correlated = []
     for task, rows in signals.groupby("task", sort=False):
         told = rows.set_index("signal")["spearman"]

@@ -151,8 +151,9 @@ def _box(text: str) -> Polygons:
     if east < west:
         east += 360
     middle = np.linspace(west, east, 5)[1:-1]  # no edge is over 180 degrees then
-    low, high = ([(x, y) for x in (west, *middle, east)] for y in (south, north))
-    return cut(np.array([shapely.Polygon([*low, *high[::-1]])]))
+    edge = [west, *middle, east]
+    low, high = [(x, south) for x in edge], [(x, north) for x in reversed(edge)]
+    return cut(np.array([shapely.Polygon([*low, *high])]))
 
 
 # Countries

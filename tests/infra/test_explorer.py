@@ -19,14 +19,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from starlette.testclient import TestClient
 
 from flows.cli_explore import shelf_of
-from infra import clusters, storage
+from infra import storage
 from infra.errors import UserError
 from infra.explorer import bundle
 from infra.explorer.server import Shelf, page_server, serve
 from tasks.params import PublishParams
-from tasks.publish import publish_grid
 from tests.tasks.test_artifacts import readable
-from tests.tasks.test_publish import images, store, store_checkpoint
+from tests.tasks.test_publish import publishing
 
 NODE = Path(ROOT_DIR, "bin/node")
 CELLS, COMPONENTS, SIDE = 400, 128, 20
@@ -208,12 +207,8 @@ def exploring(grid):
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     """A small grid, published without its companion and apart from any catalog, as a download is."""
-    folder = tmp_path_factory.mktemp("explored")
-    checkpoint = store_checkpoint(folder.as_uri())
-    database = store(folder, "database", images(np.arange(100)))
-    with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 1) as client:
-        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        made = publish_grid(client, checkpoint, database, PublishParams(step=10.0, tile_cells=20, method="range+"))
+    with publishing(tmp_path_factory.mktemp("explored"), 100, workers=1) as publish_params:
+        made = publish_params(PublishParams(step=10.0, tile_cells=20, method="range+"))
     copy = tmp_path_factory.mktemp("a copy") / "of it" / "grid.zarr"
     storage.copy(made, copy.as_uri())
     return made, copy

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.decomposition import PCA
 from typer.testing import CliRunner
 
 from flows.cli import app
-from infra import storage
+from infra import clusters, storage
 from infra.errors import UserError
 from tasks.cards import home_of, read_card
 from tasks.core import retrieval
@@ -107,12 +108,19 @@ def store(home, name, arrays, checkpoint=None, shard=150, **card):
 
 
 @contextmanager
-def inputs(folder):
-    """URLs of a checkpoint and of a database of 300 images, in the folder that is the storage meanwhile."""
+def inputs(folder, count=300):
+    """URLs of a checkpoint and of a database of so many images, in the folder that is the storage meanwhile."""
     checkpoint = store_checkpoint(folder.as_uri())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
-        yield checkpoint, store(folder, "database", images(np.arange(300)))
+        yield checkpoint, store(folder, "database", images(np.arange(count)))
+
+
+@contextmanager
+def publishing(folder, count=300, workers=2):
+    """A function that publishes a grid of them."""
+    with inputs(folder, count) as paths, clusters.connect("threads", workers) as client:
+        yield partial(publish_grid, client, *paths)
 
 
 @pytest.fixture(scope="module")

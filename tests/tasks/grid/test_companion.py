@@ -8,12 +8,11 @@ import xarray as xr
 from pyproj import Transformer
 from sklearn.decomposition import PCA
 
-from infra import clusters, storage
+from infra import storage
 from tasks.cards import home_of
 from tasks.grid import companion
 from tasks.params import PublishParams
-from tasks.publish import publish_grid
-from tests.tasks.test_publish import images, store, store_checkpoint
+from tests.tasks.test_publish import publishing
 
 ARCTIC = {"crs": "EPSG:3413", "step": 200_000.0} | dict(
     zip(("west", "south", "east", "north"), (-2.4e6, -2.4e6, 2.4e6, 2.4e6), strict=True)
@@ -23,15 +22,12 @@ ARCTIC = {"crs": "EPSG:3413", "step": 200_000.0} | dict(
 @pytest.fixture(scope="module")
 def publish(tmp_path_factory):
     """Publishes a grid whose companion has chunks of 20 cells, and three levels of the globe in steps of 5 degrees."""
-    folder = tmp_path_factory.mktemp("companion")
-    checkpoint = store_checkpoint(folder.as_uri())
-    database = store(folder, "database", images(np.arange(200)))
-    with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
-        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
+    home = tmp_path_factory.mktemp("companion")
+    with pytest.MonkeyPatch.context() as patch, publishing(home, 200) as publish_params:
         patch.setattr(companion, "CHUNK", 20)
         patch.setattr(companion, "COARSEST", 20)
         params = PublishParams(step=5.0, tile_cells=10, method="range+")
-        yield lambda **options: publish_grid(client, checkpoint, database, params.model_copy(update=options))
+        yield lambda **options: publish_params(params.model_copy(update=options))
 
 
 @pytest.fixture(scope="module")

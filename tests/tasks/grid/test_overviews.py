@@ -8,24 +8,19 @@ import xarray as xr
 import zarr
 import zarr_cm
 
-from infra import clusters, storage
+from infra import storage
 from tasks.grid import store as grids
 from tasks.grid.updates import home_of
 from tasks.params import PublishParams
-from tasks.publish import publish_grid
-from tests.tasks.test_publish import images, store, store_checkpoint
+from tests.tasks.test_publish import publishing
 
 
 @pytest.fixture(scope="module")
 def publish(tmp_path_factory):
     """Publishes a grid with two levels: 36 x 72, 18 x 36 and 9 x 18 cells."""
-    folder = tmp_path_factory.mktemp("overviews")
-    checkpoint = store_checkpoint(folder.as_uri())
-    database = store(folder, "database", images(np.arange(100)))
-    with pytest.MonkeyPatch.context() as patch, clusters.connect("threads", 2) as client:
-        patch.setenv("RANGEGRID_STORAGE_URL", folder.as_uri())
+    with publishing(tmp_path_factory.mktemp("overviews"), 100) as publish_params:
         params = PublishParams(step=5.0, tile_cells=20, overviews=2, method="range+")
-        yield lambda **options: publish_grid(client, checkpoint, database, params.model_copy(update=options))
+        yield lambda **options: publish_params(params.model_copy(update=options))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

@@ -10,14 +10,13 @@ import xarray as xr
 from typer.testing import CliRunner
 
 from flows.cli import app
-from infra import clusters, storage
+from infra import storage
 from infra.errors import UserError
 from tasks import publish as publish_module
 from tasks.params import PublishParams
-from tasks.publish import publish_grid
 from tasks.release import versions
 from tests.proxy import Proxy, lost
-from tests.tasks.test_publish import STEP, inputs
+from tests.tasks.test_publish import STEP, publishing
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -343,8 +342,8 @@ def test_a_copied_storage_names_its_own_grids(home, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A function that publishes a grid."""
-    with inputs(tmp_path_factory.mktemp("lines")) as paths, clusters.connect("threads", 2) as client:
-        yield lambda **params: publish_grid(client, *paths, PublishParams(**{**STEP, **params}))
+    with publishing(tmp_path_factory.mktemp("lines")) as publish_params:
+        yield lambda **params: publish_params(PublishParams(**{**STEP, **params}))
 
 
 def test_publish_goes_by_line(made):

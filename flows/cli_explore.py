@@ -36,29 +36,28 @@ def explore(
 def companion_of(grid: str, scratch: str) -> str:
     """Returns the URL of a grid's companion, which is made where there is none: beside it, else in `scratch`."""
     from infra import clusters, storage
-    from tasks.cards import GRID
-    from tasks.grid.companion import NAME, companion_url, publish_companion
+    from tasks.cards import COMPACT, GRID
+    from tasks.grid.companion import companion_url, publish_companion
 
     beside = companion_url(grid)
     if storage.exists(storage.join(beside, "zarr.json")):
         return beside
     own = grid.endswith(f"/{GRID}") and not is_web(grid)
     with clusters.connect() as client:
-        return publish_companion(client, grid, beside if own else storage.as_url(f"{scratch}/{NAME}"))
+        return publish_companion(client, grid, beside if own else storage.as_url(f"{scratch}/{COMPACT}"))
 
 
 def shelf_of(grid: str, companion: str) -> tuple["Shelf", str]:
     """Returns what the server serves, all grids of the catalog that a grid is in, or it alone; and the grid's name."""
     from infra import storage
     from infra.explorer.server import Shelf
-    from tasks.cards import home_of
-    from tasks.grid.companion import NAME
+    from tasks.cards import COMPACT, home_of
     from tasks.release.stac import COLLECTION
 
     home = home_of(grid)
     parent, _, name = home.rpartition("/")
     if storage.exists(storage.join(parent, COLLECTION)):
-        return Shelf({"": parent, f"{name}/{NAME}/": companion}), name
+        return Shelf({"": parent, f"{name}/{COMPACT}/": companion}), name
     alone = {"links": [{"rel": "item", "href": f"./{ALONE}/item.json", "title": unquote(name)}]}
-    places = {f"{ALONE}/": home, f"{ALONE}/{NAME}/": companion}
+    places = {f"{ALONE}/": home, f"{ALONE}/{COMPACT}/": companion}
     return Shelf(places, {COLLECTION: json.dumps(alone).encode()}), ALONE

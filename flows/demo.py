@@ -13,7 +13,7 @@ from rich.markdown import Markdown
 
 from infra import sandbox, storage
 from tasks.artifacts import web_address
-from tasks.cards import home_of, name_of
+from tasks.cards import COMPACT, GRID, home_of, name_of
 
 STAND_IN = "Everything above is NASA Blue Marble at about 7 km standing in for 10 m Sentinel-2."
 PICTURES = {
@@ -88,7 +88,7 @@ def end(process: subprocess.Popen) -> None:
 
 def copy_out(made: dict[str, str], output: Path) -> list[Path]:
     """Copies the grid and the pictures to `output`, and returns the paths of the pictures."""
-    for name in ("grid.zarr", "explorer.zarr"):
+    for name in (GRID, COMPACT):
         storage.copy(storage.join(home_of(made["grid"]), name), (output / name).absolute().as_uri())
     copies = []
     for product, names in PICTURES.items():

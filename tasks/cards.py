@@ -15,7 +15,7 @@ from infra.addresses import as_url
 from infra.errors import UserError
 from infra.settings import settings
 
-GRID, SUMS = "grid.zarr", "sums.zarr"  # in the directory of a grid
+GRID, SUMS, COMPACT = "grid.zarr", "sums.zarr", "compact.zarr"  # in the directory of a grid
 
 Source = tuple[str, str]  # the directory of a kind, and a product's name, fingerprint or digest
 
@@ -160,8 +160,8 @@ def product_url(kind: str, made_of: Any) -> str:
 
 
 def home_of(grid: str) -> str:
-    """Returns the URL of the product whose Zarr is at a path or URL."""
-    return as_url(grid).rstrip("/").removesuffix("/" + GRID)
+    """Returns the URL of the product whose Zarr, of the grid or compact, is at a path or URL."""
+    return as_url(grid).rstrip("/").removesuffix("/" + GRID).removesuffix("/" + COMPACT)
 
 
 def name_of(grid: str) -> str:

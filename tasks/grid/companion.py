@@ -1,192 +1,141 @@
-"""Makes the companion of a grid, `explorer.zarr` beside it: what the explorer's page reads, small and in int8.
+"""Makes the compact product of a grid, `compact.zarr` beside it: the leading components of its vectors in int8.
 
-A Zarr group, whose root is written last, with all metadata in it. Its data are derived from the grid: a reader of the
-grid needs none of them, and where the companion is missing nothing but the explorer's page misses it.
+It is what most readers download, and what the explorer's page reads; all of it is derived from the grid. A Zarr group
+whose root is written last, with all metadata in it; those of the older format 2 lie beside them (`older_zarr`).
 
-============== ================== ======= ==================================================================
-variable       dims               dtype   meaning
-============== ================== ======= ==================================================================
-scale          component          float32 value of a component = code * scale
-axes, mean     dim, component     float32 (vector of the grid - mean) @ axes are the components
-x1/leading     component, y, x    int8    the first 64 components of all parts, by falling variance; -128: no data
-x1/further     component, y, x    int8    the next 64
-x1/evidence    layer, y, x        float32 of a grid with evidence: distance_km, effective_images; NaN: no data
-x2, x4, ...    as of x1           int8    levels of half the rows and columns each, of means; no evidence
-============== ================== ======= ==================================================================
+=============== ================== ======= ====================================================================
+variable        dims               dtype   meaning
+=============== ================== ======= ====================================================================
+embedding       component, y, x    int8    256 components of all parts, or as many as there are; any prefix is good,
+                                           64 for pictures and likeness, 128 for classes; -128: no data
+scale           component          float32 value of a component = code * scale
+kept            component          float32 share of the variance of land that the components up to this one keep
+axes, mean      dim, component     float32 (vector of the grid - mean) @ axes are the components
+evidence        layer, y, x        float32 of a grid with evidence: distance_km, effective_images; NaN: no data
+x2, x4, ...                                groups of an `embedding` of half the rows and columns each, of means
+lonlat                                     of a projected grid: all of it again in degrees, for maps of the world;
+                                           each cell has the nearest cell of the grid
+=============== ================== ======= ====================================================================
 
-Places are degrees of longitude and latitude, north up, whatever the grid's CRS: of a projected grid each cell of the
-companion has the nearest cell of the grid. Chunks of 120 x 120 cells with all components are plain objects, so that
-the world at half a degree is 18 requests and no server needs to know ranges. They are packed by gzip, which browsers
-unpack by themselves, and all are there, at sea too: no object that is asked for is ever missing.
+The cells are the grid's. Chunks of 64 components of 120 x 120 cells are plain objects, so that the first components of
+the world at half a degree are 18 requests and no server needs to know ranges. They are packed by gzip, which has a
+CRC32, which browsers unpack by themselves and every GDAL reads, and all are there, at sea too: no object that is asked
+for is ever missing.
 """
 
 import gzip
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.buffer import Buffer
-from zarr.codecs import Crc32cCodec, GzipCodec
+from zarr.codecs import GzipCodec
 from zarr.storage import MemoryStore
 
 from infra import storage
 from tasks import arrays
-from tasks.cards import home_of
+from tasks.cards import COMPACT, home_of
 from tasks.core.earth.grid import GridSpec, Tile
-from tasks.core.earth.plane import METRES_PER_DEGREE, WGS84
 from tasks.core.quantize import NODATA_CODE
-from tasks.grid import conventions, store
+from tasks.grid import conventions, levels, store
 from tasks.grid.leading import Leading, pooled
+from tasks.grid.levels import Level, pyramids
+from tasks.grid.older_zarr import older
 from tasks.grid.previews import land_sample
 from tasks.units import run_units
 
 if TYPE_CHECKING:  # who reads companions needs no Dask
     from distributed import Client
 
-NAME = "explorer.zarr"
-COMPONENTS = 64  # of each of the two arrays: likeness takes the first, classes both
-ARRAYS = ("leading", "further")
+COMPONENTS = 256  # at most: docs/grid.md tells what fewer cost
+DEPTH = 64  # components of a chunk: the page's likeness takes the first, its classes two
 LAYERS = ("distance_km", "effective_images")  # of evidence
 EVIDENCE = "evidence"
-FITTED = ("mean", "axes", "scale")
-TOLD = ("attribution", "license", "rangegrid:fingerprint", "rangegrid:made_of", "rangegrid:field", "geoemb:dimensions")
+FITTED = ("mean", "axes", "scale", "kept")
+TOLD = ("attribution", "license", "rangegrid:fingerprint", "rangegrid:made_of", "rangegrid:field", "rangegrid:datetime")
+OF_VECTORS = ("geoemb:blocks", "geoemb:dimensions_axis")  # of the grid, which do not hold for components
+PREFIXES = (32, 64, 128, 256)  # numbers of components of which the attributes tell the share of variance
 LEVEL = 6  # of gzip
-CHUNK = 120  # cells along a side of a chunk
-COARSEST = 240  # columns; a level with as many or fewer is the last: the first picture
+PLAIN: Any = {  # readable as format 2 too
+    "compressors": (GzipCodec(level=LEVEL),),
+    "chunk_key_encoding": {"name": "v2", "separator": "/"},
+}
 BLOCKS, CELLS = 256, 100  # blocks of land and cells of each by which the components are found
-
-
-@dataclass(frozen=True)
-class Level:
-    """The cells of one level, in degrees."""
-
-    rows: int
-    """Number of rows."""
-    columns: int
-    """Number of columns."""
-    west: float
-    """Western edge."""
-    north: float
-    """Northern edge."""
-    wide: float
-    """Width of a cell."""
-    high: float
-    """Height of a cell."""
-    times: int = 1
-    """Cells of the finest level along a side of one of its cells."""
-
-    @classmethod
-    def finest(cls, spec: GridSpec) -> "Level":
-        """Returns the finest level of a grid: its own cells, or of a projected grid such of about their size."""
-        if spec.plane.has_lonlat:
-            (rows, columns), (wide, high), (west, _, _, north) = spec.shape, spec.sides, spec.box
-            return cls(rows, columns, west, north, wide / columns, high / rows)
-        west, south, east, north = spec.plane.bounds(spec.box)
-        wide, high, side = (east - west) % 360 or 360.0, north - south, spec.step * spec.plane.metres
-        rows, columns = (max(1, round(length * METRES_PER_DEGREE / side)) for length in (high, wide))
-        return cls(rows, columns, west, north, wide / columns, high / rows)
-
-    @property
-    def name(self) -> str:
-        """Returns the name of its group."""
-        return f"x{self.times}"
-
-    @property
-    def coarser(self) -> "Level":
-        """Returns the level with half the rows and columns, the odd ones beyond the edge."""
-        shape = (-(-self.rows // 2), -(-self.columns // 2))
-        return Level(*shape, self.west, self.north, 2 * self.wide, 2 * self.high, 2 * self.times)
-
-    @property
-    def transform(self) -> list[float]:
-        """Returns the affine transform, as the convention `spatial:` has it."""
-        return [self.wide, 0.0, self.west, 0.0, -self.high, self.north]
-
-    def tiles(self) -> list[Tile]:
-        """Returns its chunks."""
-        return [
-            Tile(row, column, min(CHUNK, self.rows - row), min(CHUNK, self.columns - column))
-            for row in range(0, self.rows, CHUNK)
-            for column in range(0, self.columns, CHUNK)
-        ]
-
-    def lonlat(self, tile: Tile) -> NDArray[np.float64]:
-        """Returns the centres of a chunk's cells, (rows, columns, 2) in degrees (lon, lat)."""
-        lon = self.west + (np.arange(tile.column, tile.column + tile.columns) + 0.5) * self.wide
-        lat = self.north - (np.arange(tile.row, tile.row + tile.rows) + 0.5) * self.high
-        return np.stack(np.meshgrid(lon, lat), axis=-1)
-
-
-def levels(spec: GridSpec) -> Iterator[Level]:
-    """Yields the levels of a grid's companion, the finest first."""
-    level = Level.finest(spec)
-    yield level
-    while max(level.rows, level.columns) > COARSEST:
-        level = level.coarser
-        yield level
+Small = tuple[tuple[str, ...], NDArray, dict[str, Any]]  # dimensions, values and attributes of an array of one chunk
 
 
 def publish_companion(client: "Client", grid: str, url: str | None = None) -> str:
-    """Makes the companion of a complete grid, unless it is there, and resumes what an earlier run began.
+    """Makes the compact product of a complete grid, unless it is there, and resumes what an earlier run began.
 
     Args:
         client: The Dask cluster. A unit holds the vectors of one chunk, 120 x 120 cells.
         grid: URL of the grid's Zarr.
-        url: Where the companion goes; unset, beside the grid.
+        url: Where the product goes; unset, beside the grid.
 
     Returns:
-        The URL of the companion.
+        The URL of the product.
     """
     url = url or companion_url(grid)
     if storage.exists(storage.join(url, store.ROOT)):
         return url
-    spec, attrs = store.open_spec(grid), zarr.open_group(storage.zarr_store(grid), mode="r").attrs.asdict()
-    there, found = storage.names(grid), list(levels(spec))
+    spec, attrs = store.open_spec(grid), dict(store.attributes(grid))
+    there, found = storage.names(grid), pyramids(spec)
     source = Source(grid, url, _leading(grid, url, spec, attrs), [name for name in LAYERS if name in there])
-    files = template(source, found, attrs)
-    root = files.pop(store.ROOT)
+    files = template(source, spec, found, attrs)
+    last = {name: files.pop(name) for name in sorted(files, key=lambda name: name == store.ROOT) if "/" not in name}
     for name in sorted(files):  # of the root's arrays `scale` comes last
         storage.write(storage.join(url, name), files[name])
-    _fill(client, url, found[0], partial(project_chunk, source, found[0]))
-    for before, level in pairwise(found):
-        _fill(client, url, level, partial(average_chunk, url, before, level))
-    storage.write(storage.join(url, store.ROOT), root)
+    for finest, *coarser in found:
+        _fill(client, source, finest, partial(project_chunk, source, finest))
+        for before, level in pairwise([finest, *coarser]):
+            _fill(client, source, level, partial(average_chunk, url, before, level))
+    for name, data in last.items():
+        storage.write(storage.join(url, name), data)
     return url
 
 
 @dataclass(frozen=True)
 class Source:
-    """What every chunk of a companion needs; small, so that it can travel to the workers with each unit."""
+    """What every chunk of a product needs; small, so that it can travel to the workers with each unit."""
 
     grid: str
     """URL of the grid's Zarr."""
     url: str
-    """URL of the companion."""
+    """URL of the product."""
     leading: Leading
     """The components."""
     evidence: list[str]
     """Layers of evidence that the grid has."""
 
+    @property
+    def blocks(self) -> int:
+        """Returns the number of chunks that hold all components of some cells."""
+        return -(-len(self.leading.scale) // DEPTH)
+
 
 def _leading(grid: str, url: str, spec: GridSpec, attrs: dict[str, Any]) -> Leading:
     """Returns the components that an earlier run began with, or those of a sample of the grid."""
     if storage.exists(storage.join(url, "scale", store.ROOT)):
-        group = {name: zarr.open_array(storage.zarr_store(storage.join(url, name)), mode="r") for name in FITTED}
-        return Leading(**{name: arrays.read(array, ...) for name, array in group.items()})
-    sample = land_sample(store.open_vectors(grid), spec, BLOCKS, CELLS)
-    return Leading.fit(sample, parts_of(attrs), len(ARRAYS) * COMPONENTS)
+        return open_leading(url)
+    return Leading.fit(land_sample(store.open_vectors(grid), spec, BLOCKS, CELLS), parts_of(attrs), COMPONENTS)
+
+
+def open_leading(url: str) -> Leading:
+    """Reads the components of a product."""
+    arrays_of = {
+        name: zarr.open_array(storage.zarr_store(storage.join(url, name)), mode="r", zarr_format=3) for name in FITTED
+    }
+    return Leading(**{name: arrays.read(array, ...) for name, array in arrays_of.items()})
 
 
 def companion_url(grid: str) -> str:
-    """Returns the URL of the companion beside a grid."""
-    return storage.join(home_of(grid), NAME)
+    """Returns the URL of the compact product beside a grid."""
+    return storage.join(home_of(grid), COMPACT)
 
 
 def parts_of(attrs: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -196,13 +145,13 @@ def parts_of(attrs: dict[str, Any]) -> dict[str, tuple[int, int]]:
     return {name: edges for name, edges in blocks.items() if name != "visual" or not heads}
 
 
-def _fill(client: "Client", url: str, level: Level, make: Any) -> None:
-    """Makes the chunks of a level that are not there."""
-    rows: dict[int, set[str]] = {}
-    for row in range(-(-level.rows // CHUNK)):
-        rows[row] = set(storage.names(storage.join(url, level.name, ARRAYS[-1], "c", "0", str(row))))
-    left = [tile for tile in level.tiles() if str(tile.column // CHUNK) not in rows[tile.row // CHUNK]]
-    run_units(client, make, left, label=f"explorer {level.name}", there=len(level.tiles()) - len(left))
+def _fill(client: "Client", source: Source, level: Level, make: Any) -> None:
+    """Makes the chunks of a level that are not there; the last components of a chunk are its completion marker."""
+    marker = storage.join(source.url, level.within(store.VARIABLE, str(source.blocks - 1)))
+    rows = {row: set(storage.names(storage.join(marker, str(row)))) for row in range(-(-level.rows // levels.CHUNK))}
+    every = level.tiles()
+    left = [tile for tile in every if str(tile.column // levels.CHUNK) not in rows[tile.row // levels.CHUNK]]
+    run_units(client, make, left, label=f"compact {level.path or 'product'}", there=len(every) - len(left))
 
 
 def project_chunk(source: Source, level: Level, tile: Tile) -> None:
@@ -210,13 +159,14 @@ def project_chunk(source: Source, level: Level, tile: Tile) -> None:
     look = _Window.of(store.open_spec(source.grid), level, tile)
     if source.evidence:
         layers = [look.read(store.open_vectors(source.grid, name)) for name in source.evidence]
-        _write(source.url, level, EVIDENCE, tile, np.stack(layers))
-    _write_codes(source.url, level, tile, source.leading.encode(look.read(store.open_vectors(source.grid))))
+        _write(storage.join(source.url, level.within(EVIDENCE, "0")), tile, np.stack(layers))
+    codes = source.leading.encode(look.read(store.open_vectors(source.grid)))
+    _write_codes(source.url, level, tile, codes)
 
 
 @dataclass(frozen=True)
 class _Window:
-    """The cells of a grid that a chunk of the companion shows."""
+    """The cells of a grid that a chunk of the product shows."""
 
     rows: slice
     """Rows to read."""
@@ -227,10 +177,10 @@ class _Window:
 
     @classmethod
     def of(cls, spec: GridSpec, level: Level, tile: Tile) -> "_Window":
-        if spec.plane.has_lonlat:
+        if not level.pyramid:
             return cls(*tile.window)
         (west, _, _, north), (rows, columns) = spec.box, spec.shape
-        x, y = np.moveaxis(spec.plane.xy(level.lonlat(tile)), -1, 0)
+        x, y = np.moveaxis(spec.plane.xy(level.centres(tile)), -1, 0)
         with np.errstate(invalid="ignore"):
             i, j = np.floor((north - y) / spec.sides[1] * rows), np.floor((x - west) / spec.sides[0] * columns)
             inside = (i >= 0) & (i < rows) & (j >= 0) & (j < columns)
@@ -254,76 +204,129 @@ class _Window:
 def average_chunk(url: str, source: Level, level: Level, tile: Tile) -> None:
     """Makes a chunk of a level from the cells that it covers in the level before."""
     rows, columns = (slice(2 * part.start, 2 * part.stop) for part in tile.window)
-    codes = [arrays.read(_open(url, source, name), (slice(None), rows, columns)) for name in ARRAYS]
-    _write_codes(url, level, tile, pooled(np.concatenate(codes)))
+    _write_codes(url, level, tile, pooled(arrays.read(open_codes(url, source), (slice(None), rows, columns))))
+
+
+def open_codes(url: str, level: Level) -> zarr.Array:
+    """Opens the codes of a level, (component, y, x) int8."""
+    return zarr.open_array(storage.zarr_store(storage.join(url, level.within(store.VARIABLE))), mode="r", zarr_format=3)
 
 
 def _write_codes(url: str, level: Level, tile: Tile, codes: NDArray[np.int8]) -> None:
-    """Writes a chunk of both arrays; the second is the completion marker."""
-    for name, part in zip(ARRAYS, np.split(codes, len(ARRAYS)), strict=True):
-        _write(url, level, name, tile, part)
+    for block, start in enumerate(range(0, len(codes), DEPTH)):
+        whole = np.full((DEPTH, *codes.shape[1:]), NODATA_CODE, np.int8)
+        part = codes[start : start + DEPTH]
+        whole[: len(part)] = part
+        _write(storage.join(url, level.within(store.VARIABLE, str(block))), tile, whole)
 
 
-def _write(url: str, level: Level, name: str, tile: Tile, values: NDArray) -> None:
-    """Writes a whole chunk; Zarr's own gzip would write the time into it, and a rerun must write the same bytes."""
+def _write(place: str, tile: Tile, values: NDArray) -> None:
+    """Writes a whole chunk."""
+    side = levels.CHUNK
     missing = NODATA_CODE if values.dtype == np.int8 else np.nan
-    whole = np.full((len(values), CHUNK, CHUNK), missing, values.dtype.newbyteorder("<"))
+    whole = np.full((len(values), side, side), missing, values.dtype)
     whole[:, : tile.rows, : tile.columns] = values
-    packed = gzip.compress(whole.tobytes(), LEVEL, mtime=0)
-    place = storage.join(url, level.name, name, "c", "0", str(tile.row // CHUNK), str(tile.column // CHUNK))
-    storage.write(place, packed + google_crc32c.value(packed).to_bytes(4, "little"))
+    storage.write(storage.join(place, str(tile.row // side), str(tile.column // side)), _packed(whole))
 
 
-def _open(url: str, level: Level, name: str) -> zarr.Array:
-    return zarr.open_array(storage.zarr_store(storage.join(url, level.name, name)), mode="r")
+def _packed(values: NDArray) -> bytes:
+    """Packs a whole chunk; Zarr's own gzip would write the time into it, and a rerun must write the same bytes."""
+    return gzip.compress(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes(), LEVEL, mtime=0)
 
 
-def template(source: Source, found: list[Level], attrs: dict[str, Any]) -> dict[str, bytes]:
-    """Returns the objects of a companion but for its chunks, by name: metadata, places of the cells, components."""
+def template(source: Source, spec: GridSpec, found: list[list[Level]], attrs: dict[str, Any]) -> dict[str, bytes]:
+    """Returns the objects of a product but for its chunks, by name: metadata, places of the cells, components."""
     files: dict[str, Buffer] = {}
-    root = zarr.open_group(MemoryStore(files), mode="w", attributes=_described(source, found, attrs))
-    _put(root, "scale", source.leading.scale, "component")
-    _put(root, "axes", source.leading.axes, "dim", "component")
-    _put(root, "mean", source.leading.mean, "dim")
-    for level in found:
-        group = root.create_group(level.name)
-        for name in ARRAYS:
-            _empty(group, name, level, COMPONENTS, np.int8(NODATA_CODE), "component")
-        if source.evidence and level is found[0]:
-            _empty(group, EVIDENCE, level, len(source.evidence), np.float32(np.nan), "layer")
-        _put(group, "lat", level.lonlat(Tile(0, 0, level.rows, 1))[:, 0, 1], "lat")
-        _put(group, "lon", level.lonlat(Tile(0, 0, 1, level.columns))[0, :, 0], "lon")
+    root = zarr.open_group(MemoryStore(files), mode="w", attributes=_described(source, spec, attrs))
+    small = _fitted(source.leading)
+    for pyramid in found:
+        for level in pyramid:
+            group = root.require_group(level.path) if level.path else root
+            small |= _axes(level)
+            _create(group, store.VARIABLE, level, len(source.leading.scale), _about(level))
+            if level is pyramid[0]:
+                group.attrs.update(_layout(pyramid))
+            if level is pyramid[0] and source.evidence:
+                _create(group, EVIDENCE, level, len(source.evidence), {"grid_mapping": conventions.GRID_MAPPING})
+    for name, (dims, values, told) in small.items():
+        about: Any = {"dimension_names": dims, "attributes": told, **PLAIN}
+        root.create_array(name, shape=values.shape, chunks=values.shape, dtype=values.dtype, **about)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consolidated metadata")
         zarr.consolidate_metadata(MemoryStore(files))
-    return {name: data.to_bytes() for name, data in files.items()}
+    made = {name: data.to_bytes() for name, data in files.items()}
+    chunks = {"/".join([name, *["0"] * (values.ndim or 1)]): _packed(values) for name, (_, values, _) in small.items()}
+    return made | older(made) | chunks
 
 
-def _described(source: Source, found: list[Level], attrs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the attributes: what the page tells, and the levels as the convention of multiscales lists them."""
-    layout = [
-        {"asset": level.name, "spatial:shape": [level.rows, level.columns], "spatial:transform": level.transform}
-        for level in found
-    ]
+def _described(source: Source, spec: GridSpec, attrs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the root's attributes: as a grid's, how to decode, and what the page tells."""
     told = {name: attrs[name] for name in TOLD if name in attrs}
-    told |= {"proj:code": WGS84, "rangegrid:evidence": source.evidence, "rangegrid:parts": parts_of(attrs)}
-    scales = {"layout": layout, "resampling_method": "average"}
-    return conventions.declared({}, conventions.PROJ, conventions.MULTISCALES) | told | {"multiscales": scales}
+    told |= {name: value for name, value in attrs.items() if name.startswith("geoemb:") and name not in OF_VECTORS}
+    scale = {"type": "array", "array_name": "scale", "nodata": NODATA_CODE}
+    about = {"method": "linear per component", "original_dtype": "float32", "quantized_dtype": "int8", "scale": scale}
+    kept = source.leading.kept
+    told |= {
+        "coordinates": "axes mean",  # no variables: tools that clip or warp expect these to have cells
+        "geoemb:dimensions": len(kept),
+        "geoemb:data_type": "int8",
+        "geoemb:dimensions_axis": "component",
+        "geoemb:quantization": about,
+        "rangegrid:evidence": source.evidence,
+        "rangegrid:parts": parts_of(attrs),
+        "rangegrid:kept": {str(n): round(float(kept[n - 1]), 4) for n in PREFIXES if n <= len(kept)},
+    }
+    if not spec.plane.has_lonlat:
+        told["rangegrid:shown"] = levels.SHOWN  # the group of the levels in degrees
+    return conventions.declared(conventions.placed(spec), conventions.GEOEMB, conventions.MULTISCALES) | told
 
 
-def _empty(group: zarr.Group, name: str, level: Level, depth: int, missing: Any, dim: str) -> None:
+def _layout(pyramid: list[Level]) -> dict[str, Any]:
+    """Returns the levels as the convention of multiscales lists them."""
+    layout = [
+        {"asset": level.asset, "spatial:shape": [level.rows, level.columns], "spatial:transform": level.transform}
+        for level in pyramid
+    ]
+    crs = {"proj:code" if pyramid[0].plane.code else "proj:wkt2": pyramid[0].plane.name}
+    return crs | {"multiscales": {"layout": layout, "resampling_method": "average"}}
+
+
+def _about(level: Level) -> dict[str, Any]:
+    """Returns the attributes of the components of a level."""
+    beside = "" if level.path else "scale kept "
+    return {
+        "long_name": "leading components of the embedding",
+        "units": "1",
+        "grid_mapping": conventions.GRID_MAPPING,
+        "coordinates": beside + conventions.GRID_MAPPING,
+        "_FillValue": NODATA_CODE,
+    }
+
+
+def _fitted(leading: Leading) -> dict[str, Small]:
+    """Returns the components' own arrays, by name."""
+    dims = {"scale": ("component",), "kept": ("component",), "axes": ("dim", "component"), "mean": ("dim",)}
+    return {name: (dims[name], getattr(leading, name), {}) for name in FITTED}
+
+
+def _axes(level: Level) -> dict[str, Small]:
+    """Returns the coordinates of a level's cells, by path."""
+    found = conventions.referenced(level.plane, level.y, level.x, level.transform)
+    return {
+        level.within(name): (tuple(np.atleast_1d(dims)), np.asarray(values), told)
+        for name, (dims, values, told) in found.items()
+    }
+
+
+def _create(group: zarr.Group, name: str, level: Level, depth: int, told: dict[str, Any]) -> None:
+    """Writes the metadata of an array of cells: of codes, or of layers of evidence."""
+    coded = name == store.VARIABLE
+    about: Any = {"dtype": np.int8, "fill_value": NODATA_CODE} if coded else {"dtype": np.float32, "fill_value": np.nan}
     group.create_array(
         name,
         shape=(depth, level.rows, level.columns),
-        chunks=(depth, CHUNK, CHUNK),
-        dtype=missing.dtype,
-        fill_value=missing,
-        attributes={"_FillValue": missing.item()} if missing.dtype == np.int8 else {},
-        compressors=arrays.packed(GzipCodec(level=LEVEL)),
-        dimension_names=(dim, "lat", "lon"),
+        chunks=(DEPTH if coded else depth, levels.CHUNK, levels.CHUNK),
+        attributes=told,
+        dimension_names=("component" if coded else "layer", *level.plane.dims),
+        **about | PLAIN,
     )
-
-
-def _put(group: zarr.Group, name: str, values: NDArray, *dims: str) -> None:
-    about: Any = {"compressors": (Crc32cCodec(),), "dimension_names": dims}
-    group.create_array(name, data=np.ascontiguousarray(values), chunks=values.shape, **about)

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import zarr_cm
+from numpy.typing import NDArray
 from zarr_cm import ConventionMetadataObject as Convention
 
 from tasks.core.earth.grid import GridSpec
+from tasks.core.earth.plane import Plane
 from tasks.products import GridRecipe
 
+Centres = NDArray[np.float64]
 COPERNICUS = "Copernicus Sentinel"  # in the attribution of what was made from Sentinel-2
 SENTINEL_2 = "https://dataspace.copernicus.eu/data-collections/copernicus-sentinel-data/sentinel-2"
 LEGAL_NOTICE = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
@@ -60,12 +63,24 @@ def spec_of(attrs: Mapping[str, Any], columns: int, tile: int = 1) -> GridSpec:
 
 def axes(spec: GridSpec) -> dict[str, Any]:
     """Returns the coordinates of the cells with their CRS, as CF asks and GDAL and rioxarray read it."""
-    y, x = spec.plane.dims
-    about = {axis["axis"]: {k: axis[k] for k in AXIS} for axis in spec.plane.definition.cs_to_cf()}
-    wide, _, west, _, high, north = placed(spec)["spatial:transform"]
-    mapping = spec.plane.definition.to_cf()
+    return referenced(spec.plane, spec.y, spec.x, placed(spec)["spatial:transform"])
+
+
+def referenced(plane: Plane, rows: Centres, columns: Centres, transform: list[float]) -> dict[str, Any]:
+    """Returns coordinates with their CRS: of each name the dimensions, the values and the attributes.
+
+    Args:
+        plane: The CRS.
+        rows: Centres of the rows.
+        columns: Centres of the columns.
+        transform: The affine transform, as the convention `spatial:` has it.
+    """
+    y, x = plane.dims
+    about = {axis["axis"]: {k: axis[k] for k in AXIS} for axis in plane.definition.cs_to_cf()}
+    wide, _, west, _, high, north = transform
+    mapping = plane.definition.to_cf()
     mapping |= {"spatial_ref": mapping["crs_wkt"], "GeoTransform": f"{west} {wide} 0.0 {north} 0.0 {high}"}
-    return {y: (y, spec.y, about["Y"]), x: (x, spec.x, about["X"]), GRID_MAPPING: ((), np.int64(0), mapping)}
+    return {y: (y, rows, about["Y"]), x: (x, columns, about["X"]), GRID_MAPPING: ((), np.int64(0), mapping)}
 
 
 def multiscale(spec: GridSpec, names: list[str]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class Leading:
     """(dim, components) columns: `(vector - mean) @ axes` are the components."""
     scale: NDArray[np.float32]
     """(components,) difference between the values of neighbouring codes."""
+    kept: NDArray[np.float32]
+    """(components,) share of the sample's variance that the components up to each keep."""
 
     @classmethod
     def fit(cls, vectors: NDArray[np.float32], parts: Mapping[str, tuple[int, int]], most: int) -> "Leading":
@@ -35,17 +37,19 @@ class Leading:
         Args:
             vectors: The sample, (n, dim), finite.
             parts: First dimension of each part, and the one after its last; together all dimensions.
-            most: Components to find; those beyond the vectors' own dimensions are 0.
+            most: Components to find; where the vectors have fewer dimensions, as many as these.
         """
         weights = np.ones(vectors.shape[1], np.float32)
         for start, stop in parts.values():
             weights[start:stop] = 1 / (np.sqrt(vectors[:, start:stop].var(0, dtype=np.float64).sum()) or 1)
         found = Projection.fit(vectors * weights, min(most, len(weights)))
-        axes = np.zeros((len(weights), most), np.float32)
-        axes[:, : found.components.shape[1]] = found.components * weights[:, None]
-        mean = found.mean / weights
-        largest = np.abs((vectors - mean) @ axes).max(0) * (1 + MARGIN)
-        return cls(mean, axes, np.array([_rounded(value / CODES) for value in largest], np.float32))
+        axes, mean = found.components * weights[:, None], found.mean / weights
+        values = (vectors - mean) @ axes
+        largest = np.abs(values).max(0) * (1 + MARGIN)
+        scale = np.array([_rounded(value / CODES) for value in largest], np.float32)
+        total = (vectors * weights).var(0, dtype=np.float64).sum() or 1.0
+        kept = np.minimum(values.var(0, dtype=np.float64).cumsum() / total, 1).round(6)
+        return cls(mean, axes, scale, kept.astype(np.float32))
 
     def encode(self, vectors: NDArray[np.float32]) -> NDArray[np.int8]:
         """Returns the codes of vectors (dim, ...), (components, ...); NODATA_CODE throughout where a vector is NaN.

@@ -38,7 +38,7 @@ land, an empty shard is written after all others (`tasks.grid.seas`); grids of e
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -318,7 +318,7 @@ def _scale(array: zarr.Array) -> Scale:
 
 def _arrays(url: str, variable: str, mode: Any) -> list[zarr.Array]:
     """Opens the arrays that hold a variable: its own, or the two blocks of an embedding in int8."""
-    group = zarr.open_group(storage.zarr_store(url), mode=mode)
+    group = zarr.open_group(storage.zarr_store(url), mode=mode, zarr_format=3)
     return [group[name] for name in ((variable,) if variable in group else BLOCKS)]
 
 
@@ -337,6 +337,8 @@ class Vectors:
 
     arrays: tuple[zarr.Array, ...]
     """One array, or one per block."""
+    scale: NDArray[np.float32] | None = None
+    """Of a compact product (`tasks.grid.companion`), the scale of each dimension, (dim,)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -345,6 +347,8 @@ class Vectors:
 
     def __getitem__(self, index: Any) -> NDArray[np.float32]:
         """Reads one dimension, `vectors[0]`, or all dimensions of a window, `vectors[:, rows, columns]`."""
+        if self.scale is not None:
+            return _scaled(arrays.read(self.arrays[0], index), self.scale, index)
         if isinstance(index, int | np.integer):
             for array in self.arrays[:-1]:
                 if index < array.shape[0]:
@@ -360,18 +364,38 @@ class Vectors:
 
 def open_vectors(url: str, variable: str = VARIABLE) -> Vectors:
     """Opens the embeddings of the grid at `url`, or a layer of its evidence."""
-    return Vectors(tuple(_arrays(url, variable, "r")))
+    found = tuple(_arrays(url, variable, "r"))
+    return Vectors(found, scale_of(url) if variable == VARIABLE and found[0].dtype == np.int8 else None)
+
+
+def scale_of(url: str) -> NDArray[np.float32] | None:
+    """Returns the scale of each dimension of a compact product, None for a grid of another kind."""
+    group = zarr.open_group(storage.zarr_store(url), mode="r", zarr_format=3)
+    return arrays.read(group["scale"], ...) if "scale" in group else None
+
+
+def _scaled(codes: NDArray[np.int8], scale: NDArray[np.float32], index: Any) -> NDArray[np.float32]:
+    """Returns the values of codes, NaN where they are NODATA_CODE, by the scales of the dimensions that were read."""
+    if isinstance(index, tuple):
+        index = index[0]
+    factor = scale if index is Ellipsis else scale[index]
+    values = codes * factor.reshape(-1, *[1] * (codes.ndim - 1)) if factor.ndim else codes * factor
+    return np.where(codes == NODATA_CODE, np.float32(np.nan), values)
 
 
 def open_spec(url: str) -> GridSpec:
     """Returns the cells of the grid at `url`, from its metadata."""
-    (array, *_), attrs = _arrays(url, VARIABLE, "r"), zarr.open_group(storage.zarr_store(url), mode="r").attrs
-    if array.shards and max(array.shards[1:]) > MOST_TILE:
-        raise UserError(
-            f"{shown(url)} says that its tiles have {array.shards[-1]:,} cells a side: none of ours has so many"
-        )
-    spec = conventions.spec_of(attrs, array.shape[-1], array.shards[-1])
+    (array, *_), attrs = _arrays(url, VARIABLE, "r"), attributes(url)
+    sides = array.shards or array.chunks  # of a compact product, chunks
+    if max(sides[1:]) > MOST_TILE:
+        raise UserError(f"{shown(url)} says that its tiles have {sides[-1]:,} cells a side: none of ours has so many")
+    spec = conventions.spec_of(attrs, array.shape[-1], sides[-1])
     return spec_at(home_of(url), spec, is_cut="region" in attrs.get("rangegrid:made_of", {}))
+
+
+def attributes(url: str) -> Mapping[str, Any]:
+    """Returns the attributes of the grid at `url`."""
+    return zarr.open_group(storage.zarr_store(url), mode="r", zarr_format=3).attrs
 
 
 def spec_at(home: str, spec: GridSpec, *, is_cut: bool) -> GridSpec:

@@ -254,8 +254,9 @@ def _why_none(grid: Grid, rows: Index, columns: Index) -> NDArray[np.int8]:
 
 def _has_shard(grid: Grid, i: int, j: int) -> bool:
     """Tells whether a tile was published: the variable that is written last has its shard."""
+    marker = grid.vectors.arrays[-1]
     try:
-        return storage.exists(storage.join(grid.url, grid.vectors.arrays[-1].basename, "c", "0", str(i), str(j)))
+        return storage.exists(storage.join(grid.url, marker.basename, marker.metadata.encode_chunk_key((0, i, j))))
     except Refused:  # a bucket that may not be listed refuses what is not there; the grid itself was served
         return False
 

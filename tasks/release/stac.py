@@ -42,7 +42,8 @@ BESIDE = {
     "world.tif": ("colours", GEOTIFF, ["visual"], "First three principal components, in the grid's CRS"),
     "evidence.png": ("evidence", pystac.MediaType.PNG, ["overview", "uncertainty"], "Distance to the nearest image"),
     "index.html": ("page", pystac.MediaType.HTML, ["overview"], "The maps, and how to open the grid"),
-    "explorer.zarr": ("explorer", ZARR, ["overview"], "Leading components in int8, which the explorer's page reads"),
+    "compact.zarr": ("compact", ZARR, ["data", "overview"], "Leading components in int8, a scale each: most readers'"),
+    "explorer.zarr": ("explorer", ZARR, ["overview"], "Leading components in int8, of an earlier version"),
     "region.parquet": ("region", PARQUET, ["metadata"], "The polygons of the region that the grid is cut to"),
     "scorecard.json": ("score-card", pystac.MediaType.JSON, ["metadata"], "Scores of linear probes"),
 }

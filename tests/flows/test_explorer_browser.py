@@ -78,8 +78,8 @@ def keep(page, name):
 def decoded(grid):
     url = companion_url(grid)
     options = {"zarr_format": 3, "storage_options": {"anon": True}}
-    root, level = xr.open_zarr(url, **options), xr.open_zarr(url, group="x1", **options)
-    return np.concatenate([level.leading, level.further]) * root.scale.values[:, None, None], level
+    level = xr.open_zarr(url, **options)
+    return (level.embedding * level.scale).values[:128], level
 
 
 def test_likeness_is_numpys(sandbox, grid, browser):
@@ -136,7 +136,7 @@ def test_marks_give_classes_and_their_accuracy(sandbox, grid, browser):
 
 def test_labels_of_a_file_give_a_map_and_a_score(sandbox, grid, browser, tmp_path):
     _, level = decoded(grid)
-    land = np.argwhere(np.isfinite(level.leading.values[0]))[::60]
+    land = np.argwhere(np.isfinite(level.embedding.values[0]))[::60]
     file = tmp_path / "latitudes.csv"
     rows = [f"{level.lon.values[j]},{level.lat.values[i]},{abs(level.lat.values[i])}" for i, j in land]
     file.write_text("\n".join(["lon,lat,from the equator", *rows]))
@@ -154,7 +154,7 @@ def test_a_broken_bucket_is_told(sandbox, grid, browser, broken):
     home = storage.join(f"s3://{PRODUCTS}", "grids")
     places = {
         "missing": (f"{companion_url(grid)}/zarr.json", None, "There is no companion of a grid at"),
-        "damaged": (f"{companion_url(grid)}/x1/leading/c/0/0/0", b"no such bytes", "is damaged"),
+        "damaged": (f"{companion_url(grid)}/embedding/0/0/0", b"no such bytes", "is damaged"),
         "no catalog": (f"{home}/collection.json", None, "There is no catalog of grids"),
     }
     url, content, told = places[broken]

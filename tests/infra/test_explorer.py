@@ -233,23 +233,23 @@ def test_the_command_serves_a_grid_with_parts_of_files(grid, monkeypatch):
             assert (answer.status_code, answer.content) == (206, expected)
             assert answer.headers["Content-Range"] == f"bytes {told}/{len(whole)}"
         assert int(web.head(f"{home}/grid.zarr/zarr.json").headers["Content-Length"]) == len(whole)
-        root = xr.open_zarr(f"{address.partition('/explorer')[0]}{home}/explorer.zarr", zarr_format=3)
-        assert root.sizes["component"] == COMPONENTS
+        root = xr.open_zarr(f"{address.partition('/explorer')[0]}{home}/compact.zarr", zarr_format=3)
+        assert root.sizes["component"] == xr.open_zarr(grid[1], zarr_format=3).sizes["embedding_dim"]
         for path in ("/grids/none", f"{home}/../../x", f"{home}/%2e%2e/%2e%2e/etc/passwd", "/explorer/none.js"):
             assert web.get(path).status_code == 404
         assert web.get("/grids/collection.json", headers={"Host": "elsewhere.example"}).status_code == 400
-    assert (grid[1].parent / "explorer.zarr/zarr.json").exists()  # made beside the grid, for the next time
+    assert (grid[1].parent / "compact.zarr/zarr.json").exists()  # made beside the grid, for the next time
 
 
 def test_a_version_is_served_with_all_of_its_catalog(grid):
     made = grid[0]
-    shelf, name = shelf_of(made, f"{made.removesuffix('/grid.zarr')}/explorer.zarr")
+    shelf, name = shelf_of(made, f"{made.removesuffix('/grid.zarr')}/compact.zarr")
     with TestClient(page_server(shelf), base_url="http://localhost") as web:
         catalog = web.get("/grids/collection.json").json()
         (item,) = [link["href"] for link in catalog["links"] if link["rel"] == "item"]
         assert item == f"./{name}/item.json"
-        assert web.get(f"/grids/{name}/item.json").json()["assets"]["explorer"]["href"] == "./explorer.zarr"
-        assert web.get(f"/grids/{name}/explorer.zarr/x1/leading/c/0/0/0").status_code == 200
+        assert web.get(f"/grids/{name}/item.json").json()["assets"]["compact"]["href"] == "./compact.zarr"
+        assert web.get(f"/grids/{name}/compact.zarr/embedding/0/0/0").status_code == 200
 
 
 def test_a_taken_port_is_refused():

@@ -1,15 +1,17 @@
-/** Reads a grid's companion, `explorer.zarr`: levels of int8 components in chunks, each one object, and its evidence. */
+/** Reads the first components of a grid's compact product, `compact.zarr`: levels of int8 codes in chunks, each one
+ * object, and its evidence. */
 
 import * as zarr from "zarrita";
 import { type Codes, lengths } from "./compute";
 import { Told, damaged, read, readJson } from "./told";
 
-/** Components of each of the two arrays. */
+/** Components of a chunk. */
 export const LEADING = 64;
 
 /** One level: its cells, in degrees. */
 export interface Level {
-  name: string;
+  /** Path of its arrays, with a slash at its end. */
+  path: string;
   rows: number;
   columns: number;
   west: number;
@@ -57,6 +59,7 @@ export class Companion {
     readonly levels: Level[],
     readonly side: number,
     readonly scale: Float32Array,
+    private readonly blocks: number,
     readonly attributes: Record<string, any>,
     private readonly root: zarr.Location<any>,
     private readonly store: Store,
@@ -65,20 +68,27 @@ export class Companion {
   /** Opens the companion at a URL that ends with a slash. */
   static async open(url: string): Promise<Companion> {
     const node = await readJson(`${url}zarr.json`, "companion of a grid");
-    const layout = node?.attributes?.multiscales?.layout;
     const metadata = node?.consolidated_metadata?.metadata;
-    if (!layout || !metadata) throw new Told(`${url} is no companion of a grid: give the address of explorer.zarr.`);
+    const shown = node?.attributes?.["rangegrid:shown"]; // of a projected grid, the group of the levels in degrees
+    const base = shown ? `${shown}/` : "";
+    const layout = (shown ? metadata?.[shown] : node)?.attributes?.multiscales?.layout;
+    const about = metadata?.[`${base}embedding`];
+    if (!layout || !about) throw new Told(`${url} is no companion of a grid: give the address of compact.zarr.`);
     const levels = layout.map((each: any) => {
       const [wide, , west, , high, north] = each["spatial:transform"];
       const [rows, columns] = each["spatial:shape"];
-      return { name: each.asset, rows, columns, west, north, wide, high: -high };
+      const path = base + (each.asset === "." ? "" : `${each.asset}/`);
+      return { path, rows, columns, west, north, wide, high: -high };
     });
     const store = new Store(url);
     const known = await zarr.withConsolidatedMetadata(new Known(store, node), { format: "v3" });
     const root = zarr.root(known);
-    const scale = await zarr.get(await zarr.open.v3(root.resolve("scale"), { kind: "array" }));
-    const side = metadata[`${levels[0].name}/leading`].chunk_grid.configuration.chunk_shape[1];
-    return new Companion(url, levels, side, scale.data as Float32Array, node.attributes, root, store);
+    const told = await zarr.get(await zarr.open.v3(root.resolve("scale"), { kind: "array" }));
+    const scale = new Float32Array(2 * LEADING); // 0 for components that a small grid has not
+    scale.set((told.data as Float32Array).subarray(0, scale.length));
+    const blocks = Math.ceil(about.shape[0] / LEADING);
+    const side = about.chunk_grid.configuration.chunk_shape[1];
+    return new Companion(url, levels, side, scale, blocks, node.attributes, root, store);
   }
 
   /** Bytes and requests until now. */
@@ -119,8 +129,8 @@ export class Companion {
   private async load(there: Chunk | null, level: number, row: number, column: number, whole: boolean): Promise<Chunk> {
     const cells = this.side * this.side;
     const [first, further] = await Promise.all([
-      there ? there.codes : this.part(level, "leading", row, column),
-      whole ? this.part(level, "further", row, column) : new Int8Array(0),
+      there ? there.codes : this.part(level, "embedding", 0, row, column),
+      whole ? this.further(level, row, column) : new Int8Array(0),
     ]);
     const codes = new Int8Array(first.length + further.length);
     codes.set(first as Int8Array);
@@ -131,18 +141,22 @@ export class Companion {
     return { ...part, level, row, column, whole, norms, empty };
   }
 
-  private async part(level: number, name: string, row: number, column: number): Promise<Int8Array | Float32Array> {
-    const path = `${this.levels[level].name}/${name}`;
+  private async further(level: number, row: number, column: number): Promise<Int8Array | Float32Array> {
+    return this.blocks > 1 ? this.part(level, "embedding", 1, row, column) : new Int8Array(LEADING * this.side ** 2);
+  }
+
+  private async part(level: number, name: string, n: number, row: number, column: number): Promise<Int8Array | Float32Array> {
+    const path = `${this.levels[level].path}${name}`;
     const opened = this.arrays.get(path) ?? zarr.open.v3(this.root.resolve(path), { kind: "array" });
     this.arrays.set(path, opened);
     const array = await opened;
     try {
-      const { data, shape } = await array.getChunk([0, row, column]);
+      const { data, shape } = await array.getChunk([n, row, column]);
       if ((data as Int8Array).length !== shape.reduce((a, b) => a * b)) throw new Error("a chunk of another length");
       return data as Int8Array;
     } catch (error) {
       if (error instanceof Told) throw error;
-      throw damaged(`${this.url}${path}/c/0/${row}/${column}`);
+      throw damaged(`${this.url}${path}/${n}/${row}/${column}`);
     }
   }
 
@@ -166,7 +180,7 @@ export class Companion {
     const names: string[] = this.attributes["rangegrid:evidence"] ?? [];
     if (!names.length) return {};
     const { side } = this;
-    const layers = await this.part(0, "evidence", Math.floor(row / side), Math.floor(column / side));
+    const layers = await this.part(0, "evidence", 0, Math.floor(row / side), Math.floor(column / side));
     const at = (row % side) * side + (column % side);
     return Object.fromEntries(names.map((name, n) => [name, layers[n * side * side + at]]));
   }

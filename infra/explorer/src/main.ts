@@ -45,7 +45,7 @@ class Page {
     this.state.grid = version.id;
     this.tell("Opening the grid …");
     const listener = { progress: this.progress, changed: () => this.map.refresh(), failed: (text: string) => this.tell(text, true) };
-    this.about = await this.engine.open(`${version.home}explorer.zarr/`, Comlink.proxy(listener));
+    this.about = await this.engine.open(`${version.home}compact.zarr/`, Comlink.proxy(listener));
     this.look();
     await this.show();
   }
@@ -109,7 +109,7 @@ class Page {
     if (mode === "clusters") return { kind: "clusters", count: clusters };
     if (mode === "compare" && against) {
       const to = this.found.find(({ id }) => id === against);
-      if (to) return { kind: "change", other: `${to.home}explorer.zarr/` };
+      if (to) return { kind: "change", other: `${to.home}compact.zarr/` };
     }
     if (mode === "compare" && at && other) return { kind: "between", at, other };
     if (mode === "labels" && this.labels) return this.labelled(this.labels, method, least);

@@ -219,7 +219,7 @@ export class Panel {
 
   private away(): HTMLElement {
     const { page } = this;
-    const url = page.version ? `${page.version.home}explorer.zarr` : "";
+    const url = page.version ? `${page.version.home}compact.zarr` : "";
     const globe = h("button", { id: "globe", "aria-pressed": String(!page.state.flat), onclick: () => { page.state.flat = !page.state.flat; page.map.globe = !page.state.flat; page.set({}); } }, "Globe");
     const png = h("button", { onclick: () => void page.trying(() => this.picture()) }, "PNG");
     const marks = h("button", { disabled: !page.state.marks.length, onclick: () => download("marks.geojson", asGeojson(page.state.marks), "application/geo+json") }, "Marks");

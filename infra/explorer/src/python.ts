@@ -5,8 +5,9 @@ import type { State } from "./link";
 export function lines(url: string, state: State): string {
   const opened = `import numpy as np, xarray as xr
 url = "${url}"
-root, level = (xr.open_zarr(url, group=g, zarr_format=3) for g in (None, "x1"))
-cells = np.concatenate([level.leading, level.further]) * root.scale.values[:, None, None]
+root = xr.open_zarr(url, zarr_format=3)
+level = xr.open_zarr(url, group=root.attrs.get("rangegrid:shown"), zarr_format=3)  # in degrees
+cells = (level.embedding[:128] * root.scale[:128]).values
 def at(lon, lat):  # the numbers of the cell that holds a place
     j, i = abs(level.lon.values - lon).argmin(), abs(level.lat.values - lat).argmin()
     return cells[:, i, j]

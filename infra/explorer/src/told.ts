@@ -47,7 +47,7 @@ export async function readJson(url: string, what: string): Promise<any> {
 /** Returns the error of bytes that are not those that were written. */
 export function damaged(url: string): Told {
   return new Told(
-    `${shown(url)} is damaged: its bytes are not those that were written. Delete the explorer.zarr it is in, and ` +
+    `${shown(url)} is damaged: its bytes are not those that were written. Delete the compact.zarr it is in, and ` +
       "run `rangegrid explore` or publish again, which makes it anew.",
   );
 }

@@ -1,16 +1,17 @@
-"""The companion that the explorer reads, against the grid, xarray's coarsening, scikit-learn's PCA and pyproj."""
+"""The compact product, which the explorer reads, against the grid, xarray's means, scikit-learn's PCA and pyproj."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import xarray as xr
 from pyproj import Transformer
 from sklearn.decomposition import PCA
 
 from infra import storage
 from tasks.cards import home_of
-from tasks.grid import companion
+from tasks.grid import companion, levels
 from tasks.params import PublishParams
 from tests.tasks.test_publish import publishing
 
@@ -21,11 +22,12 @@ ARCTIC = {"crs": "EPSG:3413", "step": 200_000.0} | dict(
 
 @pytest.fixture(scope="module")
 def publish(tmp_path_factory):
-    """Publishes a grid whose companion has chunks of 20 cells, and three levels of the globe in steps of 5 degrees."""
+    """Publishes a grid whose product has chunks of 10 of its 24 components and 20 cells, and three levels."""
     home = tmp_path_factory.mktemp("companion")
     with pytest.MonkeyPatch.context() as patch, publishing(home, 200) as publish_params:
-        patch.setattr(companion, "CHUNK", 20)
-        patch.setattr(companion, "COARSEST", 20)
+        patch.setattr(levels, "CHUNK", 20)
+        patch.setattr(levels, "COARSEST", 20)
+        patch.setattr(companion, "DEPTH", 10)
         params = PublishParams(step=5.0, tile_cells=10, method="range+")
         yield lambda **options: publish_params(params.model_copy(update=options))
 
@@ -35,22 +37,20 @@ def globe(publish):
     return publish(evidence=True)
 
 
-def level(grid, name):
+def level(grid, name=None):
     return xr.open_zarr(companion.companion_url(grid), group=name, zarr_format=3)
 
 
-def decoded(grid, name):
-    """The components of a level, (component, lat, lon), as a reader decodes them; NaN at sea."""
-    opened, root = level(grid, name), xr.open_zarr(companion.companion_url(grid), zarr_format=3)
-    both = np.concatenate([opened.leading.values, opened.further.values])
-    return both * root.scale.values[:, None, None]
+def decoded(grid, name=None):
+    """The components of a level, (component, y, x), as a reader decodes them; NaN at sea."""
+    return (level(grid, name).embedding * level(grid).scale).values
 
 
 def test_components_are_those_of_the_grid_to_half_a_code(globe):
     root = xr.open_zarr(companion.companion_url(globe), zarr_format=3)
     vectors, axes, scale = xr.open_zarr(globe).embedding.values, root.axes.values, root.scale.values
     exact = np.einsum("dyx,dc->cyx", vectors - root["mean"].values[:, None, None], axes)
-    stored, bound = decoded(globe, "x1"), (127 * scale)[:, None, None]
+    stored, bound = decoded(globe), (127 * scale)[:, None, None]
     np.testing.assert_array_equal(np.isnan(stored), np.isnan(exact))
     known = np.isfinite(exact)
     inside = known & (np.abs(exact) < bound)
@@ -70,25 +70,24 @@ def test_a_prefix_explains_as_much_as_the_principal_components_of_all_land(globe
     for name in ("visual", "location"):
         part = (grid.block == name).values
         sample[:, part] /= np.sqrt(sample[:, part].var(0).sum())
-    best = PCA(8).fit(sample).explained_variance_
-    ours = decoded(globe, "x1").reshape(128, -1).T[drawn]
-    np.testing.assert_allclose(ours[:, :8].var(0), best, rtol=0.1)
+    best = PCA().fit(sample).explained_variance_
+    ours = decoded(globe).reshape(24, -1).T[drawn]
+    np.testing.assert_allclose(ours[:, :8].var(0), best[:8], rtol=0.1)
     assert np.abs(np.corrcoef(ours[:, :4].T) - np.eye(4)).max() < 0.1
-    assert not ours[:, 24:].any()  # beyond the vectors' own dimensions
+    np.testing.assert_allclose(level(globe).kept, np.cumsum(best) / best.sum(), atol=0.01)
 
 
 def test_levels_are_means_and_the_root_lists_them(globe):
     listed = storage.read_json(f"{companion.companion_url(globe)}/zarr.json")
     layout = listed["attributes"]["multiscales"]["layout"]
-    assert [each["asset"] for each in layout] == ["x1", "x2", "x4"]
-    assert {"x1/leading", "x4/further", "x1/evidence", "scale"} <= listed["consolidated_metadata"]["metadata"].keys()
-    before = level(globe, "x1")
+    assert [each["asset"] for each in layout] == [".", "x2", "x4"]
+    assert {"embedding", "x4/embedding", "evidence", "scale"} <= listed["consolidated_metadata"]["metadata"].keys()
+    before = level(globe)
     for each in layout[1:]:
         now = level(globe, each["asset"])
-        for name in ("leading", "further"):
-            expected = before[name].coarsen(lat=2, lon=2, boundary="pad").mean()
-            np.testing.assert_array_equal(np.isnan(now[name]), np.isnan(expected))
-            assert np.nanmax(np.abs(now[name].values - expected.values)) <= 0.5
+        expected = before.embedding.coarsen(lat=2, lon=2, boundary="pad").mean()
+        np.testing.assert_array_equal(np.isnan(now.embedding), np.isnan(expected))
+        assert np.nanmax(np.abs(now.embedding.values - expected.values)) <= 0.5
         wide, _, west, _, high, north = each["spatial:transform"]
         np.testing.assert_allclose(now.lon, west + (np.arange(now.sizes["lon"]) + 0.5) * wide)
         np.testing.assert_allclose(now.lat, north + (np.arange(now.sizes["lat"]) + 0.5) * high)
@@ -98,36 +97,70 @@ def test_levels_are_means_and_the_root_lists_them(globe):
 def test_every_object_is_there_and_evidence_is_the_grids(globe):
     """No request of a page for a part of the companion is answered by 404 or, where listing is forbidden, 403."""
     home = Path(companion.companion_url(globe).removeprefix("file://"))
-    assert len(list(home.glob("x1/leading/c/0/*/*"))) == 2 * 4
-    assert len(list(home.glob("x4/further/c/0/*/*"))) == 1
-    grid, opened = xr.open_zarr(globe), level(globe, "x1")
+    assert len(list(home.glob("embedding/*/*/*"))) == 3 * 2 * 4
+    assert len(list(home.glob("x4/embedding/2/*/*"))) == 1
+    grid, opened = xr.open_zarr(globe), level(globe)
     for i, name in enumerate(("distance_km", "effective_images")):
         np.testing.assert_array_equal(opened.evidence[i], grid[name])
 
 
-def test_of_a_projected_grid_each_cell_has_that_of_the_grid_that_holds_it(publish):
-    grid = publish(**ARCTIC)
-    root, opened, arctic = xr.open_zarr(companion.companion_url(grid)), level(grid, "x1"), xr.open_zarr(grid)
-    lon, lat = np.meshgrid(opened.lon, opened.lat)
+@pytest.fixture(scope="module")
+def arctic(publish):
+    return publish(**ARCTIC)
+
+
+def test_a_projected_grid_is_stored_in_its_own_cells_and_shown_by_the_nearest_ones(arctic):
+    """Both by the grid's vectors: those of the same cells, and those of the cell that holds a place, by pyproj."""
+    grid, root, shown = xr.open_zarr(arctic), level(arctic), level(arctic, "lonlat")
+    vectors, mean, axes = grid.embedding.values, root["mean"].values, root.axes.values
+    exact = np.einsum("dyx,dc->cyx", vectors - mean[:, None, None], axes)
+    assert np.nanquantile(np.abs(decoded(arctic) - exact) / root.scale.values[:, None, None], 0.999) < 0.501
+    np.testing.assert_array_equal(root.x, grid.x)
+    np.testing.assert_array_equal(root.y, grid.y)
+    lon, lat = np.meshgrid(shown.lon, shown.lat)
     x, y = Transformer.from_crs("EPSG:4326", "EPSG:3413", always_xy=True).transform(lon, lat)
     inside = (np.abs(x) < 2.4e6) & (np.abs(y) < 2.4e6)
     at = {"x": xr.DataArray(x[inside], dims="p"), "y": xr.DataArray(y[inside], dims="p")}
-    vectors = arctic.embedding.sel(at, method="nearest").values
-    exact = root.axes.values.T @ (vectors - root["mean"].values[:, None])
-    stored = decoded(grid, "x1")
+    stored = (shown.embedding * root.scale).values
     assert np.isnan(stored[:, ~inside]).all()
-    np.testing.assert_array_equal(np.isnan(stored[0, inside]), np.isnan(exact[0]))
-    error = np.abs(stored[:, inside] - exact) / root.scale.values[:, None]
-    assert np.nanquantile(error, 0.999) < 0.501
+    there = root.embedding.sel(at, method="nearest")
+    np.testing.assert_array_equal(stored[:, inside], (there * root.scale).values)
     assert np.isfinite(stored[0]).sum() > 500
+
+
+@pytest.mark.parametrize("name", ["embedding", "x2/embedding", "evidence"])
+def test_gdal_reads_it_with_its_place_and_no_data(globe, name):
+    """GDAL of rasterio 1.4 knows of Zarr what format 2 tells, and of that no shards, checksums or strings."""
+    home = companion.companion_url(globe).removeprefix("file://")
+    group, _, variable = name.rpartition("/")
+    expected = xr.open_zarr(home, group=group or None, zarr_format=3, mask_and_scale=False)
+    with rasterio.open(f'ZARR:"{home}":/{name}') as opened:
+        np.testing.assert_array_equal(opened.read(), expected[variable])
+        assert opened.crs.to_epsg() == 4326
+        step = 10.0 if group else 5.0
+        assert opened.transform == rasterio.transform.from_origin(-180, 90, step, step)
+        assert opened.nodata == -128 or np.isnan(opened.nodata)
+
+
+def test_gdal_reads_a_projected_one_in_its_own_plane(arctic):
+    home = companion.companion_url(arctic).removeprefix("file://")
+    with rasterio.open(f'ZARR:"{home}":/embedding') as opened:
+        assert (opened.crs.to_epsg(), opened.count, opened.dtypes[0]) == (3413, 24, "int8")
+        assert opened.bounds == (-2.4e6, -2.4e6, 2.4e6, 2.4e6)
+
+
+def test_both_formats_tell_the_same(globe):
+    home = companion.companion_url(globe)
+    found, expected = (xr.open_zarr(home, zarr_format=n) for n in (2, 3))
+    xr.testing.assert_identical(found.drop_encoding(), expected.drop_encoding())
 
 
 def test_a_rerun_completes_what_was_interrupted_and_reuses_its_axes(publish, globe):
     home = Path(companion.companion_url(globe).removeprefix("file://"))
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
     (home / "zarr.json").unlink()
-    (home / "x1/further/c/0/1/2").unlink()
-    kept = home / "x1/leading/c/0/0/0"
+    (home / "embedding/2/1/2").unlink()
+    kept = home / "embedding/0/0/0"
     touched = kept.stat().st_mtime_ns
     assert publish(evidence=True) == globe
     assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
@@ -136,4 +169,4 @@ def test_a_rerun_completes_what_was_interrupted_and_reuses_its_axes(publish, glo
 
 def test_the_item_names_the_companion(globe):
     assets = storage.read_json(f"{home_of(globe)}/item.json")["assets"]
-    assert assets["explorer"]["href"] == "./explorer.zarr"
+    assert assets["compact"]["href"] == "./compact.zarr"

@@ -160,8 +160,15 @@ def product_url(kind: str, made_of: Any) -> str:
 
 
 def home_of(grid: str) -> str:
-    """Returns the URL of the product whose Zarr, of the grid or compact, is at a path or URL."""
-    return as_url(grid).rstrip("/").removesuffix("/" + GRID).removesuffix("/" + COMPACT)
+    """Returns the URL of the product whose Zarr is at a path or URL."""
+    return as_url(grid).rstrip("/").removesuffix("/" + GRID)
+
+
+def whole_of(grid: str) -> str:
+    """Returns the URL of the grid beside a compact product at a path or URL, and of another grid its own."""
+    url = as_url(grid).rstrip("/")
+    home = url.removesuffix("/" + COMPACT)
+    return url if home == url else storage.join(home, GRID)
 
 
 def name_of(grid: str) -> str:

@@ -9,10 +9,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from infra import storage
-from infra.addresses import is_web, shown
+from infra.addresses import as_url, is_web, shown
 from infra.errors import UserError
 from tasks.artifacts import keep_picture, keep_table, markdown_table, opening, show_places, slugs
-from tasks.cards import fingerprint, home_of, is_finished, product_url, write_card
+from tasks.cards import fingerprint, home_of, is_finished, product_url, whole_of, write_card
 from tasks.core.conformal import COVERAGE
 from tasks.core.evidence import distance_km, evidence
 from tasks.database.heads import HEAD_DIMS
@@ -32,7 +32,7 @@ from tasks.plots.charts import bias_chart, score_chart
 from tasks.plots.maps import error_map, place_map
 from tasks.products import DatabaseCard, ReportCard
 from tasks.release.gate import CARD
-from tasks.release.stac import ITEM, write_item
+from tasks.release.stac import COMPACT_CARD, ITEM, write_item
 from tasks.tables.regions import decides, find_region
 from tasks.units import log, progress
 
@@ -89,8 +89,8 @@ def evaluate_database(
         write_card(url, ReportCard(fingerprint=fingerprint(made_of), made_of=made_of, scores=tuple(scores)))
     places = {"score card": storage.join(url, CARD), "table": storage.join(url, "scores.md")}
     if grid:
-        home = home_of(grid)
-        places["score card beside the grid"] = kept = storage.join(home, CARD)
+        home = home_of(whole_of(grid))
+        places["score card beside the grid"] = kept = storage.join(home, card_name(grid))
         storage.copy(places["score card"], kept)
         if storage.exists(storage.join(home, ITEM)):
             write_item(home)  # again, since it names the score card now
@@ -112,11 +112,16 @@ def read_inputs(checkpoint: str | None, database: str | None) -> DatabaseCard | 
     return None
 
 
+def card_name(grid: str) -> str:
+    """Returns the name of the score card beside a grid: a compact product has its own, which no gate reads."""
+    return CARD if whole_of(grid) == as_url(grid).rstrip("/") else COMPACT_CARD
+
+
 def check_grid(grid: str) -> None:
     """Refuses, before any work, a grid beside which no score card can be stored."""
     if is_web(grid):
         raise UserError(f"no score card can be stored beside {shown(grid)}: score it by --embedder {shown(grid)}")
-    storage.check_writable(home_of(grid))
+    storage.check_writable(home_of(whole_of(grid)))
 
 
 def made_from(

@@ -28,6 +28,7 @@ from tasks.database.store import read_pair
 from tasks.grid import conventions, store
 from tasks.grid.beside import check_beside, dims_beside
 from tasks.grid.companion import publish_companion
+from tasks.grid.geotiff import publish_geotiff
 from tasks.grid.overviews import publish_overviews
 from tasks.grid.parts import Part, parts_of, publish_in_parts
 from tasks.grid.previews import draw, write_page
@@ -318,9 +319,9 @@ def warn_of_loss(job: Job, lost: dict[str, Any]) -> None:
 
 
 def show(client: Client, job: Job, attribution: str) -> None:
-    """Writes maps, a companion for the explorer, a page and the STAC item beside the grid, and shows their places."""
+    """Writes maps, the compact product, a page and the STAC item beside the grid, and shows their places."""
     draw(client, job, attribution)
-    publish_companion(client, job.grid)
+    publish_geotiff(client, publish_companion(client, job.grid))
     explorer = place_page(settings().storage_url)
     page = write_page(job.home)
     write_item(job.home)

@@ -29,13 +29,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
 from infra import storage
 from infra.addresses import as_url, shown
 from infra.errors import UserError
+from tasks.cards import whole_of
 from tasks.core.earth.sphere import unit_vectors
 from tasks.core.encoders.encodings import theory, wrap
 from tasks.core.encoders.harmonics import spherical_harmonics
@@ -48,7 +48,8 @@ from tasks.database.heads import index_of
 from tasks.database.store import open_database
 from tasks.evaluation.fusion import JOINT, parts_of, side_by_side
 from tasks.grid.beside import embed_beside
-from tasks.grid.store import storing
+from tasks.grid.companion import storing
+from tasks.grid.store import attributes
 from tasks.grid.tiles import load, load_encoder
 from tasks.model.checkpoint import load_checkpoint
 from tasks.model.geoclip import embed_geoclip
@@ -224,7 +225,7 @@ def _retrieval_of_grid(grid: str, checkpoint: str, database: str) -> Callable[[]
     if not _attributes(grid).get("rangegrid:made_of"):
         return None
     params = _recipe(grid)
-    projected_by = as_url(grid) if params.is_compact else None
+    projected_by = whole_of(grid) if params.is_compact else None
     return lambda: (*load(checkpoint, database, projected_by), params.retrieval)
 
 
@@ -234,7 +235,7 @@ def _recipe(grid: str) -> PublishParams:
 
 
 def _attributes(grid: str) -> Mapping[str, Any]:
-    return zarr.open_group(storage.zarr_store(as_url(grid)), mode="r").attrs
+    return attributes(as_url(grid))
 
 
 def dtype_costs(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 Every part of a vector counts alike: a part is divided by the root of its total variance, as in the evaluation's fused
 embedders, so that likeness does not depend on the units of the parts. The components are ordered by variance: any
-prefix is the best of its length.
+prefix keeps the most that its length can. docs/grid.md compares other codes (`python -m tests.benchmarks.compact`).
 """
 
 from collections.abc import Mapping
@@ -62,6 +62,16 @@ class Leading:
         values = self.axes.T @ (flat[:, known] - self.mean[:, None]) / self.scale[:, None]
         codes[:, known] = np.clip(np.rint(values), -CODES, CODES)
         return codes.reshape(-1, *vectors.shape[1:])
+
+    def decode(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
+        """Returns the values of codes (components, ...), NaN where they are NODATA_CODE."""
+        return scaled(codes, self.scale)
+
+
+def scaled(codes: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the values of codes, NaN where they are NODATA_CODE, by the scale of each along the first dimension."""
+    values = codes * scale.reshape(*scale.shape, *[1] * (codes.ndim - scale.ndim))
+    return np.where(codes == NODATA_CODE, np.float32(np.nan), values)
 
 
 def pooled(codes: NDArray[np.int8]) -> NDArray[np.int8]:

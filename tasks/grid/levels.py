@@ -7,6 +7,7 @@ A grid of longitude and latitude has one pyramid of levels. A projected one has 
 from dataclasses import dataclass, replace
 
 import numpy as np
+from affine import Affine
 from numpy.typing import NDArray
 
 from tasks.core.earth.grid import GridSpec, Tile
@@ -78,6 +79,11 @@ class Level:
     def transform(self) -> list[float]:
         """Returns the affine transform, as the convention `spatial:` has it."""
         return [self.wide, 0.0, self.west, 0.0, -self.high, self.north]
+
+    @property
+    def affine(self) -> Affine:
+        """Returns the transform as rasterio has it."""
+        return Affine(*self.transform)
 
     @property
     def y(self) -> NDArray[np.float64]:

@@ -55,12 +55,13 @@ from infra import storage
 from infra.addresses import shown
 from infra.errors import UserError
 from tasks import arrays
-from tasks.cards import GRID, home_of
+from tasks.cards import GRID, home_of, whole_of
 from tasks.core.compact import Compact, Projection
 from tasks.core.earth.grid import CHUNK_CELLS, GridSpec, Tile, check_tile
 from tasks.core.earth.region import Region
 from tasks.core.quantize import NODATA_CODE, DType, Scale, half
 from tasks.grid import conventions
+from tasks.grid.leading import scaled
 
 VARIABLE = "embedding"
 BLOCKS = ("visual", "location")
@@ -348,7 +349,8 @@ class Vectors:
     def __getitem__(self, index: Any) -> NDArray[np.float32]:
         """Reads one dimension, `vectors[0]`, or all dimensions of a window, `vectors[:, rows, columns]`."""
         if self.scale is not None:
-            return _scaled(arrays.read(self.arrays[0], index), self.scale, index)
+            which = index[0] if isinstance(index, tuple) else index
+            return scaled(arrays.read(self.arrays[0], index), self.scale if which is ... else self.scale[which])
         if isinstance(index, int | np.integer):
             for array in self.arrays[:-1]:
                 if index < array.shape[0]:
@@ -374,15 +376,6 @@ def scale_of(url: str) -> NDArray[np.float32] | None:
     return arrays.read(group["scale"], ...) if "scale" in group else None
 
 
-def _scaled(codes: NDArray[np.int8], scale: NDArray[np.float32], index: Any) -> NDArray[np.float32]:
-    """Returns the values of codes, NaN where they are NODATA_CODE, by the scales of the dimensions that were read."""
-    if isinstance(index, tuple):
-        index = index[0]
-    factor = scale if index is Ellipsis else scale[index]
-    values = codes * factor.reshape(-1, *[1] * (codes.ndim - 1)) if factor.ndim else codes * factor
-    return np.where(codes == NODATA_CODE, np.float32(np.nan), values)
-
-
 def open_spec(url: str) -> GridSpec:
     """Returns the cells of the grid at `url`, from its metadata."""
     (array, *_), attrs = _arrays(url, VARIABLE, "r"), attributes(url)
@@ -390,7 +383,7 @@ def open_spec(url: str) -> GridSpec:
     if max(sides[1:]) > MOST_TILE:
         raise UserError(f"{shown(url)} says that its tiles have {sides[-1]:,} cells a side: none of ours has so many")
     spec = conventions.spec_of(attrs, array.shape[-1], sides[-1])
-    return spec_at(home_of(url), spec, is_cut="region" in attrs.get("rangegrid:made_of", {}))
+    return spec_at(home_of(whole_of(url)), spec, is_cut="region" in attrs.get("rangegrid:made_of", {}))
 
 
 def attributes(url: str) -> Mapping[str, Any]:

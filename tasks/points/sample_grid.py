@@ -271,7 +271,7 @@ def open_grid(url: str) -> Grid:
         return Grid(as_url(url), open_vectors(as_url(url)), open_spec(as_url(url)))
     except (FileNotFoundError, KeyError):
         raise UserError(
-            f"there is no grid at {shown(url)}: give the URL of its Zarr, which ends in grid.zarr"
+            f"there is no grid at {shown(url)}: give the URL of its Zarr, which ends in grid.zarr or compact.zarr"
         ) from None
 
 

@@ -37,14 +37,17 @@ OPENED = "The grid, for xarray.open_zarr(URL, zarr_format=3)"
 PARQUET = "application/vnd.apache.parquet"
 ZARR, GEOTIFF = "application/vnd+zarr", pystac.MediaType.COG
 FIRST_IMAGE = datetime(2015, 6, 27, tzinfo=UTC)  # first image of Sentinel-2A, four days after its launch
+COMPACT_CARD = "compact-scorecard.json"
 BESIDE = {
     "world.png": ("thumbnail", pystac.MediaType.PNG, ["thumbnail", "overview"], "First three principal components"),
     "world.tif": ("colours", GEOTIFF, ["visual"], "First three principal components, in the grid's CRS"),
     "evidence.png": ("evidence", pystac.MediaType.PNG, ["overview", "uncertainty"], "Distance to the nearest image"),
     "index.html": ("page", pystac.MediaType.HTML, ["overview"], "The maps, and how to open the grid"),
     "compact.zarr": ("compact", ZARR, ["data", "overview"], "Leading components in int8, a scale each: most readers'"),
+    "compact.tif": ("compact-geotiff", GEOTIFF, ["data"], "The same as a GeoTIFF, a band for each component"),
     "explorer.zarr": ("explorer", ZARR, ["overview"], "Leading components in int8, of an earlier version"),
     "region.parquet": ("region", PARQUET, ["metadata"], "The polygons of the region that the grid is cut to"),
+    COMPACT_CARD: ("compact-score-card", pystac.MediaType.JSON, ["metadata"], "Scores of probes, compact product"),
     "scorecard.json": ("score-card", pystac.MediaType.JSON, ["metadata"], "Scores of linear probes"),
 }
 

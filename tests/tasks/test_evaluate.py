@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from scipy.stats import spearmanr, t
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
@@ -17,14 +18,14 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.evaluate import evaluate
-from infra import storage
+from infra import clusters, storage
 from infra.errors import UserError
 from tasks.ablate import ablate_database, int8
 from tasks.artifacts import slugs
 from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.sphere import EARTH_RADIUS_KM, unit_vectors
 from tasks.core.encoders.location import LocationEncoder
-from tasks.core.probes import block_of
+from tasks.core.probes import block_of, random_split, score
 from tasks.core.quantize import Scale
 from tasks.core.retrieval import embed
 from tasks.database.heads import index_of
@@ -33,6 +34,8 @@ from tasks.database.store import open_database
 from tasks.evaluate import evaluate_database
 from tasks.evaluation.embedders import embedders
 from tasks.evaluation.failures import losses, where_it_fails
+from tasks.evaluation.label_tables import read_labels
+from tasks.grid.companion import publish_companion
 from tasks.grid.store import Content, create, template, write_tile
 from tasks.model.checkpoint import load_checkpoint, save_checkpoint
 from tasks.params import AblateParams, EmbedParams, EvaluateParams
@@ -300,6 +303,38 @@ def test_the_card_of_a_grid_tells_what_its_dtype_costs_each_task(products, tmp_p
     for split in ("random", "blocked"):
         assert cost[split]["float32"] == pytest.approx(rows["RANGE+"][split], abs=1e-3)
         assert cost[split]["stored"] == rows["grid's vectors, int8"][split] < cost[split]["float32"] - 0.05
+
+
+def test_a_compact_product_is_scored_as_a_grid_with_a_card_of_its_own(products, tmp_path):
+    """Its cells by its codes and scales, read by xarray; and what they cost at the places themselves, by its axes."""
+    checkpoint, images, table = products
+    card = read(images, "card.json")
+    url, spec = (tmp_path / "grids/one/grid.zarr").as_uri(), GridSpec(10, 20)
+    about = {"rangegrid:made_of": {"method": "range+", "beta": 0.5}}
+    create(url, spec, template(spec, Content(card["value_dim"], card["key_dim"]), about))
+    range_plus = embedders(checkpoint, images, None, params(table, embedder=("range+",)))[0].embed
+    for tile in spec.tiles():
+        vectors = range_plus(spec.lonlat(tile).reshape(-1, 2)).reshape(tile.rows, tile.columns, -1)
+        write_tile(url, tile, np.moveaxis(vectors, 2, 0))
+    with clusters.connect("threads", 1) as client:
+        compact = publish_companion(client, url)
+    (labels,), opened = read_labels(params(table)), xr.open_zarr(compact, zarr_format=3)
+    evaluate_database(checkpoint, images, params(table, embedder=("range+",)), compact)
+    assert not (tmp_path / "grids/one/scorecard.json").exists()  # the gate's, of the grid itself
+    found = read((tmp_path / "grids/one").as_uri(), "compact-scorecard.json")
+    scores = {(row["places"], row["embedder"]): row["random"] for row in found["scores"]}
+
+    def expected(vectors):
+        return score(vectors.astype(np.float32), labels.labels, labels.kind, random_split(len(labels.labels)))
+
+    at = {"lon": xr.DataArray(labels.lonlat[:, 0], dims="p"), "lat": xr.DataArray(labels.lonlat[:, 1], dims="p")}
+    cells = (opened.embedding * opened.scale).sel(at, method="nearest").values.T
+    assert scores["grid", "grid"] == pytest.approx(expected(cells), abs=2e-3)
+    exact, scale = range_plus(labels.lonlat), opened.scale.values
+    codes = np.clip(np.rint((exact - opened["mean"].values) @ opened.axes.values / scale), -127, 127)
+    (cost,) = found["dtype_costs"]
+    assert cost["random"]["stored"] == pytest.approx(expected(codes * scale), abs=2e-3)
+    assert cost["random"]["float32"] == pytest.approx(scores["all", "RANGE+"], abs=1e-3)
 
 
 def test_losses_add_up_to_the_score_and_distances_are_the_brute_force(products):

@@ -7,11 +7,12 @@ import pytest
 import rasterio
 import xarray as xr
 from pyproj import Transformer
+from rio_cogeo import cog_validate
 from sklearn.decomposition import PCA
 
 from infra import storage
 from tasks.cards import home_of
-from tasks.grid import companion, levels
+from tasks.grid import companion, geotiff, levels
 from tasks.params import PublishParams
 from tests.tasks.test_publish import publishing
 
@@ -28,6 +29,7 @@ def publish(tmp_path_factory):
         patch.setattr(levels, "CHUNK", 20)
         patch.setattr(levels, "COARSEST", 20)
         patch.setattr(companion, "DEPTH", 10)
+        patch.setattr(geotiff, "SIDE", 32)
         params = PublishParams(step=5.0, tile_cells=10, method="range+")
         yield lambda **options: publish_params(params.model_copy(update=options))
 
@@ -155,6 +157,54 @@ def test_both_formats_tell_the_same(globe):
     xr.testing.assert_identical(found.drop_encoding(), expected.drop_encoding())
 
 
+def geotiff_of(grid):
+    return Path(home_of(grid).removeprefix("file://"), "compact.tif")
+
+
+def test_the_geotiff_has_the_codes_of_every_level_with_scales_and_names(globe):
+    path, scale = geotiff_of(globe), level(globe).scale.values
+    assert cog_validate(path, strict=True) == (True, [], [])
+    for n, group in enumerate([None, "x2", "x4"]):
+        with rasterio.open(path, **({"OVERVIEW_LEVEL": n - 1} if group else {})) as opened:
+            codes = opened.read(masked=True)
+        expected = decoded(globe, group)
+        np.testing.assert_array_equal(codes.mask, np.isnan(expected))
+        np.testing.assert_array_equal((codes * scale[:, None, None]).filled(np.nan), expected)
+    with rasterio.open(path) as opened:
+        assert opened.scales == tuple(map(float, scale))
+        assert (set(opened.offsets), opened.nodata, opened.dtypes[0]) == ({0.0}, -128, "int8")
+        assert opened.descriptions == tuple(f"component {n}" for n in range(1, 25))
+        assert (opened.crs.to_epsg(), opened.bounds) == (4326, (-180, -90, 180, 90))
+        assert opened.overviews(24) == [2, 4]
+        assert opened.tags()["attribution"] == level(globe).attrs["attribution"]
+
+
+def test_the_geotiff_of_a_projected_grid_is_in_its_plane(arctic):
+    assert cog_validate(geotiff_of(arctic), strict=True) == (True, [], [])
+    with rasterio.open(geotiff_of(arctic)) as opened:
+        assert (opened.crs.to_epsg(), opened.bounds) == (3413, (-2.4e6, -2.4e6, 2.4e6, 2.4e6))
+        scaled = opened.read(masked=True) * np.array(opened.scales, np.float32)[:, None, None]
+        np.testing.assert_array_equal(scaled.filled(np.nan), decoded(arctic))
+
+
+def test_an_interrupted_geotiff_is_resumed_to_the_same_bytes(publish, globe, monkeypatch, capsys):
+    path = geotiff_of(globe)
+    before = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr(geotiff, "put_together", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        publish(evidence=True)
+    parts = sorted(path.with_name("compact.tif.parts").iterdir())
+    assert len(parts) == 3 * 2 + 2 * 1 + 1
+    parts[3].unlink()
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert publish(evidence=True) == globe
+    assert "compact GeoTIFF: 8 of 9" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert not parts[0].parent.exists()
+
+
 def test_a_rerun_completes_what_was_interrupted_and_reuses_its_axes(publish, globe):
     home = Path(companion.companion_url(globe).removeprefix("file://"))
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
@@ -169,4 +219,4 @@ def test_a_rerun_completes_what_was_interrupted_and_reuses_its_axes(publish, glo
 
 def test_the_item_names_the_companion(globe):
     assets = storage.read_json(f"{home_of(globe)}/item.json")["assets"]
-    assert assets["compact"]["href"] == "./compact.zarr"
+    assert [assets[name]["href"] for name in ("compact", "compact-geotiff")] == ["./compact.zarr", "./compact.tif"]

@@ -56,7 +56,7 @@ for folder in json.loads(sys.argv[1]):
     except Exception:
         open("error.txt", "w").write(traceback.format_exc())
 """
-KEPT = "nearest bilinear mean similarity regions trusted visual features score"
+KEPT = "nearest bilinear mean similarity regions trusted visual features score leading whole first"
 PLACES = {  # what may be read of each: a point, and a country
     "globe": ({"step": 3.0, "tile_cells": 60}, (2.35, 48.86), "France"),
     "box": (
@@ -211,7 +211,7 @@ def blocks():
     """The page's code: that on a grid, and that on how to come to it without keys."""
     page = (ROOT / "docs/reading.md").read_text()
     parts = [re.findall(r"```python\n(.*?)```", part, re.S) for part in page.split("## Without keys")]
-    assert list(map(len, parts)) == [12, 3]
+    assert list(map(len, parts)) == [14, 3]
     return parts
 
 
@@ -342,6 +342,20 @@ def test_a_probe_learns_from_the_grid(case):
 def test_evidence_tells_where_to_trust(case):
     group = zarr.open_group(case.url.removeprefix("file://"), mode="r")
     np.testing.assert_array_equal(case.found["trusted"], group["distance_km"][:] < 500)
+
+
+def test_the_compact_product_nearly_gives_the_vector_back(case):
+    """To half a code of each component, and what of the vectors more components would tell; GDAL reads the same."""
+    group = zarr.open_group(case.url.replace("grid.zarr", "compact.zarr").removeprefix("file://"), zarr_format=3)
+    scale, axes, mean = (group[name][:].astype(np.float64) for name in ("scale", "axes", "mean"))
+    exact = case.at([case.point[0]], [case.point[1]])[0]
+    assert (np.abs(case.found["leading"] - (exact - mean) @ axes) < 0.502 * scale).all()
+    np.testing.assert_allclose(
+        (case.found["whole"] - mean) @ axes, case.found["leading"], atol=1e-3 * np.abs(scale).max()
+    )
+    codes = group["embedding"][:3].astype(np.float64)
+    expected = np.where(codes == -128, np.nan, codes * scale[:3, None, None])
+    np.testing.assert_allclose(case.found["first"], expected, rtol=1e-6)
 
 
 def test_a_compact_grid_gives_its_values_back(case):

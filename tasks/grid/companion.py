@@ -66,7 +66,7 @@ PLAIN: Any = {  # readable as format 2 too
     "compressors": (GzipCodec(level=LEVEL),),
     "chunk_key_encoding": {"name": "v2", "separator": "/"},
 }
-BLOCKS, CELLS = 512, 50  # blocks of land and cells of each by which the components are found
+BLOCKS, CELLS = 512, 100  # blocks of land and cells of each by which the components are found
 Small = tuple[tuple[str, ...], NDArray, dict[str, Any]]  # dimensions, values and attributes of an array of one chunk
 
 

@@ -3,11 +3,13 @@
 import json
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
+import rasterio
 import xarray as xr
 
 from infra import clusters, storage
@@ -17,7 +19,7 @@ from tasks.grid.companion import companion_url
 from tasks.params import PublishParams
 from tasks.publish import publish_grid
 from tests.station import ROOT
-from tests.tasks.test_publish import images, store, store_checkpoint
+from tests.tasks.test_publish import SIDE_BY_SIDE, images, store, store_checkpoint
 
 SHOTS = ROOT / "build/ui"
 CONGO, SAHARA, AMAZON = (22.5, 0.5), (10.5, 24.5), (-61.5, -4.5)
@@ -25,14 +27,26 @@ pytestmark = [pytest.mark.ui, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
-def grid(sandbox):
-    """A grid of one degree in the sandbox, published as any: with its companion, and the page beside all grids."""
+def grids(sandbox):
+    """Grids in the sandbox, published as any are: with their companions, and the page beside all of them.
+
+    One of one degree, a later version of it from other images, and one of two degrees by another method.
+    """
     root = f"s3://{PRODUCTS}"
+    home = SimpleNamespace(as_uri=lambda: root)
     checkpoint = store_checkpoint(root)
-    database = store(SimpleNamespace(as_uri=lambda: root), "database", images(np.arange(300)))
+    first = store(home, "database", images(np.arange(300)))
+    later = store(home, "later", images(np.arange(100, 400), changed=range(0, 300, 3)))
+    params = PublishParams(step=1.0, method="range+", evidence=True)
+    heads = PublishParams(step=2.0, **SIDE_BY_SIDE)
     with clusters.connect("threads", 2) as client:
-        params = PublishParams(step=1.0, method="range+", evidence=True)
-        return publish_grid(client, checkpoint, database, params)
+        publish = partial(publish_grid, client, checkpoint)
+        return publish(first, params), publish(later, params), publish(first, heads)
+
+
+@pytest.fixture(scope="module")
+def grid(grids):
+    return grids[0]
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +93,128 @@ def decoded(grid):
     url = companion_url(grid)
     options = {"zarr_format": 3, "storage_options": {"anon": True}}
     level = xr.open_zarr(url, **options)
-    return (level.embedding * level.scale).values[:128], level
+    return level, (level.embedding * level.scale).values[:128]
 
 
-def test_likeness_is_numpys(sandbox, grid, browser):
-    cells, level = decoded(grid)
+def taken(page, folder):
+    """The numbers of the map that is shown, from the GeoTIFF that the page saves, and how it is placed."""
+    with page.expect_download() as saving:
+        page.get_by_role("button", name="GeoTIFF").click()
+    file = folder / saving.value.suggested_filename
+    saving.value.save_as(file)
+    with rasterio.open(file) as tiff:
+        return tiff.read(), {"names": tiff.descriptions, "tags": tiff.tags(), **tiff.profile}
+
+
+def printed(page):
+    """What the page's lines of Python define."""
+    page.get_by_role("button", name="Python").click()
+    found = {}
+    exec(page.inner_text("pre"), found)
+    return found
+
+
+def test_likeness_is_numpys(sandbox, grid, browser, tmp_path):
+    level, cells = decoded(grid)
     leading = cells[:64]
     query = leading[:, np.abs(level.lat - CONGO[1]).argmin(), np.abs(level.lon - CONGO[0]).argmin()]
     expected = np.einsum("cyx,c->yx", leading, query) / np.linalg.norm(leading, axis=0) / np.linalg.norm(query)
     with opened(browser, address(sandbox, grid, f"&mode=likeness&at={CONGO[0]},{CONGO[1]}")) as page:
         shown(page, "likeness")
-        found = page.evaluate(f"explorer.engine.likenesses([{CONGO[0]}, {CONGO[1]}]).then((all) => [...all])")
-        found = np.array([np.nan if value is None else value for value in found], float).reshape(expected.shape)
+        (found,), told = taken(page, tmp_path)
         np.testing.assert_allclose(found, expected, atol=1e-3)
+        np.testing.assert_allclose(printed(page)["likeness"], found, atol=1e-3)
+        assert (told["crs"], told["dtype"], told["names"]) == ("EPSG:4326", "float32", ("likeness",))
+        assert told["transform"] == rasterio.transform.from_bounds(-180, -90, 180, 90, 360, 180)
+        assert told["tags"]["ATTRIBUTION"] == "nobody"
         first = page.locator("ol.found button").first.inner_text()
         assert float(first.split()[0]) <= np.nanmax(expected) + 1e-3
         assert "nearest image" in page.inner_text("#evidence")
         keep(page, "likeness")
+
+
+def test_parts_count_as_their_sliders_say(sandbox, grid, browser, tmp_path):
+    """All 24 numbers of this grid are in its components, so what the page makes of them is the grid's own."""
+    level, cells = decoded(grid)
+    axes = level.axes.values[:, :64].astype(float)
+    weights = np.linalg.norm(axes, axis=1)  # of a rotation of weighted numbers
+    whole = np.einsum("cyx,dc->dyx", cells[:64], axes / weights[:, None])
+    shares = np.where(np.arange(len(whole)) < level.attrs["rangegrid:parts"]["visual"][1], 0.2, 0.9)
+    whole *= np.sqrt(shares)[:, None, None]
+    query = whole[:, np.abs(level.lat - CONGO[1]).argmin(), np.abs(level.lon - CONGO[0]).argmin()]
+    expected = np.einsum("dyx,d->yx", whole, query) / np.linalg.norm(whole, axis=0) / np.linalg.norm(query)
+    with opened(browser, address(sandbox, grid, f"&mode=likeness&at={CONGO[0]},{CONGO[1]}")) as page:
+        shown(page, "likeness")
+        page.get_by_label("visual").fill("0.2")
+        page.get_by_label("location").fill("0.9")
+        page.wait_for_url("**location%3A0.9**")
+        page.wait_for_selector("#status:empty", state="attached")
+        (found,), _ = taken(page, tmp_path)
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+        np.testing.assert_allclose(printed(page)["likeness"], found, atol=1e-3)
+        keep(page, "parts")
+        link = page.evaluate("location.href")
+    with opened(browser, link) as page:
+        shown(page, "likeness")
+        assert page.get_by_label("visual").input_value() == "0.2"
+
+
+def test_two_places_are_compared(sandbox, grid, browser, tmp_path):
+    level, cells = decoded(grid)
+    cells = cells[:64] / np.linalg.norm(cells[:64], axis=0)
+    a, b = (
+        cells[:, np.abs(level.lat - lat).argmin(), np.abs(level.lon - lon).argmin()] for lon, lat in (CONGO, SAHARA)
+    )
+    with opened(browser, address(sandbox, grid, "&mode=compare&flat=1&map=2.50/16.00/10.00")) as page:
+        shown(page, "colours")
+        for lon, lat in (CONGO, SAHARA):
+            page.mouse.click(*page.evaluate(f"Object.values(explorer.map.map.project([{lon}, {lat}]))"))
+        shown(page, "between")
+        page.wait_for_selector("#pair")
+        (found,), _ = taken(page, tmp_path)
+        at = parse_qs(page.evaluate("location.hash"))  # a pixel is less than a cell
+        assert [round(float(n) - 0.5) for n in at["other"][0].split(",")] == [round(n - 0.5) for n in SAHARA]
+        np.testing.assert_allclose(found, np.einsum("cyx,c->yx", cells, b - a), atol=1e-3)
+        assert f"likeness {a @ b:.3f}" in page.inner_text("#pair")
+        np.testing.assert_allclose(printed(page)["between"], found, atol=1e-3)
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["version", "grid"])
+def test_two_versions_and_two_grids_are_compared(sandbox, grids, browser, tmp_path, which):
+    """How far cells turned: 1 - correlation of likeness to some places, which the page names."""
+    with opened(browser, address(sandbox, grids[0], "&mode=compare")) as page:
+        shown(page, "colours")
+        page.select_option("#against", name_of(grids[which]))
+        shown(page, "change")
+        page.wait_for_selector("#turned")
+        (found,), told = taken(page, tmp_path)
+        assert told["names"] == ("turned",)
+        places = np.array(page.evaluate("explorer.shown.compared.places"))
+        expected = 1 - correlations(*(profiles(grid, places, grids[0]) for grid in (grids[0], grids[which])))
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+        assert np.nanmedian(expected) > 0.01  # they differ
+        assert float(page.inner_text("#turned").split()[-1].rstrip(".")) == pytest.approx(
+            np.nanmedian(expected), rel=0.3
+        )
+        np.testing.assert_allclose(printed(page)["turned"], found, atol=1e-3)
+        keep(page, f"change-{which}")
+
+
+def profiles(grid, places, of):
+    """Likeness of each cell of a grid to some places, in another grid: its cells that hold the centres."""
+    level, cells = decoded(grid)
+    unit = cells[:64] / np.linalg.norm(cells[:64], axis=0)
+    look = partial(level.assign(unit=(("c", "lat", "lon"), unit)).unit.sel, method="nearest")
+    own = decoded(of)[0]
+    anchors = np.stack([look(lon=lon, lat=lat).values for lon, lat in places])
+    return np.einsum("kc,cyx->kyx", anchors, look(lon=own.lon, lat=own.lat).values)
+
+
+def correlations(a, b):
+    both = np.isfinite(a[0]) & np.isfinite(b[0])
+    found = np.full(both.shape, np.nan)
+    found[both] = [np.corrcoef(x, y)[0, 1] for x, y in zip(a[:, both].T, b[:, both].T, strict=True)]
+    return found
 
 
 def test_a_click_asks_for_that_place_and_its_address_restores_the_view(sandbox, grid, browser):
@@ -117,7 +236,11 @@ def test_a_click_asks_for_that_place_and_its_address_restores_the_view(sandbox, 
         assert page.evaluate("explorer.map.map.getZoom()") == pytest.approx(3, abs=0.01)
 
 
-def test_marks_give_classes_and_their_accuracy(sandbox, grid, browser):
+def cell_of(mark):
+    return int(90 - mark[1]), int(mark[0] + 180)
+
+
+def test_marks_give_classes_and_their_accuracy(sandbox, grid, browser, tmp_path):
     marks = [
         (*CONGO, "wet"),
         (*AMAZON, "wet"),
@@ -129,13 +252,23 @@ def test_marks_give_classes_and_their_accuracy(sandbox, grid, browser):
     told = ";".join(",".join(map(str, mark)) for mark in marks)
     with opened(browser, address(sandbox, grid, f"&mode=classes&marks={told}")) as page:
         shown(page, "classes")
+        (found, near), about = taken(page, tmp_path)
+        assert (about["dtype"], about["nodata"], about["names"]) == ("uint8", 255, ("class", "a mark is alike"))
+        names = np.array([about["tags"][f"CLASS_{n}"] for n in range(2)])
+        expected = printed(page)["classes"]  # scikit-learn's
+        land = expected != ""
+        assert (names[found[land]] == expected[land]).mean() > 0.999
+        assert set(found[~land]) == {255}
+        unit = (cells := decoded(grid)[1][:64]) / np.linalg.norm(cells, axis=0)
+        alike = np.max([np.einsum("cyx,c->yx", unit, unit[:, *cell_of(mark)]) for mark in marks], 0)
+        assert (near[land] == (alike[land] >= 0.3)).mean() > 0.999
         assert "accuracy" in page.inner_text("#scores")
         assert "wet (3)" in page.inner_text("ul.names")
         keep(page, "classes")
 
 
-def test_labels_of_a_file_give_a_map_and_a_score(sandbox, grid, browser, tmp_path):
-    _, level = decoded(grid)
+def test_labels_of_a_file_give_a_map_and_a_score(sandbox, grid, browser, tmp_path, monkeypatch):
+    level, _ = decoded(grid)
     land = np.argwhere(np.isfinite(level.embedding.values[0]))[::60]
     file = tmp_path / "latitudes.csv"
     rows = [f"{level.lon.values[j]},{level.lat.values[i]},{abs(level.lat.values[i])}" for i, j in land]
@@ -147,6 +280,10 @@ def test_labels_of_a_file_give_a_map_and_a_score(sandbox, grid, browser, tmp_pat
         page.locator("#scores").wait_for()
         assert float(page.inner_text("#scores").split("R² ")[1].split(",")[0]) > 0.5
         assert f"{len(rows)} places" in page.inner_text("#panel")
+        (found,), _ = taken(page, tmp_path)
+        file.rename(tmp_path / "labels.csv")
+        monkeypatch.chdir(tmp_path)
+        np.testing.assert_allclose(printed(page)["prediction"].astype(float), found, atol=0.05)
 
 
 @pytest.mark.parametrize("broken", ["missing", "damaged", "no catalog"])

@@ -23,6 +23,7 @@ from infra import storage
 from infra.errors import UserError
 from infra.explorer import bundle
 from infra.explorer.server import Shelf, page_server, serve
+from tasks.grid.leading import Leading
 from tasks.params import PublishParams
 from tests.tasks.test_artifacts import readable
 from tests.tasks.test_publish import publishing
@@ -84,6 +85,35 @@ def test_likeness_is_the_cosine(part):
     found = np.array(run(part, body), float)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.isnan(found[::7]).all()
+
+
+def test_parts_count_by_their_shares():
+    """Against the vectors themselves, which have fewer dimensions than there are components."""
+    rng = np.random.default_rng(4)
+    parts = {"semantic": (0, 12), "geodesic": (12, 20), "location": (20, 45)}
+    vectors = rng.normal(size=(CELLS, 45)) @ rng.normal(size=(45, 45)) * np.repeat([3, 0.1, 20], [12, 8, 25])
+    leading = Leading.fit(vectors.astype(np.float32), parts, COMPONENTS)
+    codes = leading.encode(vectors.T.astype(np.float32))
+    codes[:, ::9] = -128
+    known = np.linalg.pinv(leading.axes.T.astype(float)) @ (codes * leading.scale[:, None])
+    shares = {"semantic": 1.0, "geodesic": 0.25, "location": 0.05}
+    for name, part in parts.items():
+        own = slice(*part)
+        known[own] *= np.sqrt(shares[name] / vectors[:, own].var(0).sum())
+    expected = known[:, 3] @ known / np.linalg.norm(known, axis=0) / np.linalg.norm(known[:, 3])
+    body = """const found = compute.grams(Float32Array.from(told.axes), told.columns, told.parts, 64);
+    const query = compute.valuesAt(part, 3, scale, 64);
+    const lengths = found.map((own) => compute.squares(part, scale, own));
+    return { all: compute.weighted(part, lengths, scale, query, found, told.shares),
+             pair: compute.weightedCosine(query, compute.valuesAt(part, 4, scale, 64), found, told.shares) }"""
+    missing = ((0, 64 - 45), (0, 0))  # as the page reads them: of components that are not there codes do not matter
+    axes, scale = np.pad(leading.axes.T, missing).T, np.pad(leading.scale, missing[0])
+    told = {"axes": axes.ravel().tolist(), "columns": 64, "parts": list(parts.values())}
+    found = run((np.pad(codes, missing, mode="edge"), scale), body, **told, shares=list(shares.values()))
+    land = codes[0] != -128
+    np.testing.assert_allclose(np.array(found["all"], float)[land], expected[land], atol=1e-3)
+    assert np.isnan(np.array(found["all"], float)[~land]).all()
+    assert found["pair"] == pytest.approx(expected[4], abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["ridge", "knn"])

@@ -3,6 +3,7 @@
 
 import * as zarr from "zarrita";
 import { type Codes, lengths } from "./compute";
+import type { Bounds } from "./layers";
 import { Told, damaged, read, readJson } from "./told";
 
 /** Components of a chunk. */
@@ -18,6 +19,15 @@ export interface Level {
   north: number;
   wide: number;
   high: number;
+}
+
+/** Some cells of a level. */
+export interface Window {
+  level: number;
+  row: number;
+  column: number;
+  rows: number;
+  columns: number;
 }
 
 /** A chunk of a level. */
@@ -96,10 +106,44 @@ export class Companion {
     return { bytes: this.store.bytes, requests: this.store.requests };
   }
 
-  /** Rows and columns of chunks of a level. */
-  counts(level: number): [number, number] {
-    const { rows, columns } = this.levels[level];
-    return [Math.ceil(rows / this.side), Math.ceil(columns / this.side)];
+  /** The parts of the grid's vectors by name: the first dimension of each, and the one after its last. */
+  get parts(): Record<string, [number, number]> {
+    return this.attributes["rangegrid:parts"] ?? {};
+  }
+
+  /** By which each dimension of a vector enters each of the first components, one dimension after the other. */
+  async axes(): Promise<Float32Array> {
+    const { data, shape } = await zarr.get(await zarr.open.v3(this.root.resolve("axes"), { kind: "array" }));
+    const found = new Float32Array(shape[0] * LEADING); // 0 for components that a small grid has not
+    const count = Math.min(LEADING, shape[1]);
+    for (let d = 0; d < shape[0]; d++) found.set((data as Float32Array).subarray(d * shape[1], d * shape[1] + count), d * LEADING);
+    return found;
+  }
+
+  /** Rows and columns of the chunks that hold some cells of a level. */
+  within(row: number, column: number, rows: number, columns: number): [number, number][] {
+    const span = (first: number, count: number) => {
+      const [start, stop] = [Math.floor(first / this.side), Math.ceil((first + count) / this.side)];
+      return Array.from({ length: stop - start }, (_, n) => start + n);
+    };
+    return span(row, rows).flatMap((r) => span(column, columns).map((c): [number, number] => [r, c]));
+  }
+
+  /** Returns the finest cells of the grid that are so few at most; of a grid that has more, those in view. */
+  window([west, south, east, north]: Bounds, most: number): Window {
+    const all = this.levels[0].rows * this.levels[0].columns <= most;
+    const windows = this.levels.map((own, level) => {
+      const left = mod(west - own.west) / own.wide;
+      const right = left + (east - west) / own.wide;
+      const across = all || east - west >= 360 || right > own.columns ? [0, own.columns] : [left, right];
+      const down = all ? [0, own.rows] : [(own.north - north) / own.high, (own.north - south) / own.high];
+      const [column, row] = [Math.max(0, Math.floor(across[0])), Math.max(0, Math.floor(down[0]))];
+      const columns = Math.min(own.columns, Math.ceil(across[1])) - column;
+      return { level, row, column, rows: Math.min(own.rows, Math.ceil(down[1])) - row, columns };
+    });
+    const found = windows.find(({ rows, columns }) => rows * columns <= most) ?? windows[windows.length - 1];
+    if (found.rows < 1 || found.columns < 1) throw new Told("Nothing of the grid is in view: move the map.");
+    return found;
   }
 
   /** The finest level of so few cells that all of the world is read at once. */
@@ -163,7 +207,7 @@ export class Companion {
   /** Row and column of the cell that holds a place, or null where the level has none. */
   cellAt(level: number, lon: number, lat: number): [number, number] | null {
     const { west, north, wide, high, rows, columns } = this.levels[level];
-    const column = Math.floor(((((lon - west) % 360) + 360) % 360) / wide);
+    const column = Math.floor(mod(lon - west) / wide);
     const row = Math.floor((north - lat) / high);
     return row >= 0 && row < rows && column >= 0 && column < columns ? [row, column] : null;
   }
@@ -172,7 +216,7 @@ export class Companion {
   placeOf(level: number, row: number, column: number): [number, number] {
     const { west, north, wide, high } = this.levels[level];
     const lon = west + (column + 0.5) * wide;
-    return [((((lon + 180) % 360) + 360) % 360) - 180, north - (row + 0.5) * high];
+    return [mod(lon + 180) - 180, north - (row + 0.5) * high];
   }
 
   /** Evidence of a cell of the finest level by name; nothing where the grid has none. */
@@ -184,6 +228,11 @@ export class Companion {
     const at = (row % side) * side + (column % side);
     return Object.fromEntries(names.map((name, n) => [name, layers[n * side * side + at]]));
   }
+}
+
+/** Returns degrees between 0 and 360. */
+function mod(degrees: number): number {
+  return ((degrees % 360) + 360) % 360;
 }
 
 /** A store whose root's metadata were read already. */

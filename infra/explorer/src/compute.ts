@@ -46,10 +46,104 @@ export function lengths(part: Codes, scale: Float32Array, count: number): Float3
 /** Returns the cosine of every cell's components with a vector's; NaN where there is no data. */
 export function likeness(part: Codes, norms: Float32Array, scale: Float32Array, query: Float32Array): Float32Array {
   const length = Math.sqrt(query.reduce((sum, value) => sum + value * value, 0)) || 1;
+  return compared(part, norms, scale, query, length);
+}
+
+/** Returns the product of every cell's components with a vector, by the cell's length and a further one. */
+function compared(part: Codes, norms: Float32Array, scale: Float32Array, vector: ArrayLike<number>, length: number): Float32Array {
   const found = new Float32Array(part.cells);
-  accumulate(part, Float64Array.from(query, (value, c) => (value * scale[c]) / length), query.length, found);
+  accumulate(part, Float64Array.from(vector, (value, c) => (value * scale[c]) / length), vector.length, found);
   for (let i = 0; i < part.cells; i++) found[i] = part.codes[i] === NODATA ? NaN : found[i] / (norms[i] || 1);
   return found;
+}
+
+/**
+ * Returns for each part of the grid's vectors the matrix G by which z' G z is the squared length of what the first
+ * components z tell of that part.
+ *
+ * A companion's axes are orthonormal but for a factor of each part, so that the matrices add to one with ones on its
+ * diagonal; by that the factors are found.
+ *
+ * @param axes `axes[d * columns + c]`: by which dimension d of a vector enters component c.
+ * @param parts First dimension of each part, and the one after its last.
+ * @param count Components.
+ */
+export function grams(axes: Float32Array, columns: number, parts: [number, number][], count: number): Float64Array[] {
+  const products = parts.map(([start, stop]) => {
+    const found = new Float64Array(count * count);
+    for (let d = start; d < stop; d++) {
+      const row = axes.subarray(d * columns, d * columns + count);
+      for (let c = 0; c < count; c++) for (let e = 0; e < count; e++) found[c * count + e] += row[c] * row[e];
+    }
+    return found;
+  });
+  const normal = Float64Array.from(products.flatMap((a) => products.map((b) => dot(a, b))));
+  const traces = Float64Array.from(products, (own) => own.reduce((sum, value, n) => sum + (n % (count + 1) ? 0 : value), 0));
+  factorise(normal, parts.length);
+  const factors = solved(normal, parts.length, traces);
+  return products.map((own, n) => own.map((value) => value * factors[n]));
+}
+
+function dot(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  let sum = 0;
+  for (let n = 0; n < a.length; n++) sum += a[n] * b[n];
+  return sum;
+}
+
+/** Returns a matrix times a vector. */
+function times(matrix: Float64Array, vector: ArrayLike<number>): Float64Array {
+  const count = vector.length;
+  return Float64Array.from(vector, (_, c) => dot(matrix.subarray(c * count, (c + 1) * count), vector));
+}
+
+/** Returns the squared length of every cell's part of which a matrix tells. */
+export function squares(part: Codes, scale: Float32Array, gram: Float64Array): Float32Array {
+  const count = Math.sqrt(gram.length);
+  const found = new Float32Array(part.cells);
+  const row = new Float64Array(count);
+  for (let i = 0; i < part.cells; i++) {
+    if (part.codes[i] === NODATA) continue;
+    for (let c = 0; c < count; c++) row[c] = part.codes[c * part.cells + i] * scale[c];
+    found[i] = squaredBy(gram, row);
+  }
+  return found;
+}
+
+/** Returns z' G z of a symmetric G. */
+function squaredBy(gram: Float64Array, z: Float64Array): number {
+  let [twice, once] = [0, 0];
+  for (let c = 0; c < z.length; c++) {
+    let sum = 0;
+    for (let e = 0; e < c; e++) sum += gram[c * z.length + e] * z[e];
+    twice += sum * z[c];
+    once += gram[c * z.length + c] * z[c] * z[c];
+  }
+  return Math.max(0, 2 * twice + once);
+}
+
+/**
+ * Returns the cosine of every cell with a vector, to which each part of both counts by its share.
+ *
+ * @param lengths Squared lengths of the cells, by part.
+ * @param shares What each part counts, 0 or more; cells without the parts that count are like nothing.
+ */
+export function weighted(
+  part: Codes, lengths: Float32Array[], scale: Float32Array, query: Float32Array, found: Float64Array[], shares: number[],
+): Float32Array {
+  const matrix = summed(found, shares);
+  const norms = Float32Array.from(lengths[0], (_, i) => Math.sqrt(shares.reduce((sum, own, n) => sum + own * lengths[n][i], 0)));
+  return compared(part, norms, scale, times(matrix, query), Math.sqrt(squaredBy(matrix, Float64Array.from(query))) || 1);
+}
+
+/** Returns the cosine of two vectors, to which each part counts by its share. */
+export function weightedCosine(a: Float32Array, b: Float32Array, found: Float64Array[], shares: number[]): number {
+  const matrix = summed(found, shares);
+  const length = (own: Float32Array) => squaredBy(matrix, Float64Array.from(own));
+  return dot(times(matrix, a), b) / (Math.sqrt(length(a) * length(b)) || 1);
+}
+
+function summed(matrices: Float64Array[], shares: number[]): Float64Array {
+  return matrices[0].map((_, n) => shares.reduce((sum, share, k) => sum + share * matrices[k][n], 0));
 }
 
 /** A linear model of several outputs: `weights[k] . x + offsets[k]`. */

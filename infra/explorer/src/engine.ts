@@ -1,9 +1,11 @@
 /** The page's worker: reads the grid, computes layers, and paints the map's tiles. */
 
 import * as Comlink from "comlink";
-import { type Found, likeness, likest } from "./compute";
-import { type Chunk, Companion, LEADING } from "./companion";
-import { FAR, type Fitted, type Layer, type Place, fitted, landOf, vectorAt } from "./layers";
+import { type Found, likest } from "./compute";
+import { type Chunk, Companion, LEADING, type Window } from "./companion";
+import { ABSENT, type Band, type Bounds, FAR, type Fitted, type Layer, type Place, fitted, landOf, vectorAt } from "./layers";
+import { type Raster, geotiff } from "./geotiff";
+import { type Shares, measure } from "./measure";
 
 const MOST_CELLS = 450_000; // of the level on which all of the world is computed: half a degree is 259,200
 const TILE = 256; // pixels
@@ -23,6 +25,8 @@ export interface About {
   step: number;
   /** West, south, east, north. */
   box: [number, number, number, number];
+  /** Names of the parts of the grid's vectors. */
+  parts: string[];
 }
 
 export interface Shown {
@@ -30,6 +34,10 @@ export interface Shown {
   names?: string[];
   scores?: Record<string, number>;
   value?: number;
+  /** The places by which grids were compared, and the level of the other. */
+  compared?: { places: Place[]; level: string };
+  /** Penalty of the probe. */
+  alpha?: number;
   likest?: Found[];
   evidence?: Record<string, number>;
   /** Milliseconds to compute the likeness of all of the world once its data are there. */
@@ -53,7 +61,7 @@ class Engine {
     this.layer = null;
     const [{ west, north, wide, high, rows, columns }] = this.companion.levels;
     const box: About["box"] = [west, north - rows * high, west + columns * wide, north];
-    return { attributes: this.companion.attributes, step: wide, box };
+    return { attributes: this.companion.attributes, step: wide, box, parts: Object.keys(this.companion.parts) };
   }
 
   /** Fits a layer and makes it the one that tiles show; a later call overtakes an earlier one. */
@@ -69,19 +77,18 @@ class Engine {
     this.listener.changed();
     const chunks = layer.kind === "colours" ? await coarsest() : await world(found.whole);
     if (turn !== this.turn) return null;
-    const told = layer.kind === "likeness" ? await this.alike(layer.at, chunks) : {};
+    const told = layer.kind === "likeness" ? await this.alike(layer.at, layer.shares, chunks) : {};
     if (layer.kind !== "colours") this.listener.changed();
-    const { paint: _, whole: __, ...said } = found;
+    const { bands: _, values: __, colour: ___, whole: ____, ...said } = found;
     return { ...said, ...told, ...this.companion.traffic };
   }
 
-  private async alike(at: Place, chunks: Chunk[]): Promise<Pick<Shown, "took" | "likest" | "evidence">> {
+  private async alike(at: Place, shares: Shares, chunks: Chunk[]): Promise<Pick<Shown, "took" | "likest" | "evidence">> {
     const query = (await vectorAt(this.companion, at, LEADING)) as Float32Array;
     const where = chunks.filter((chunk) => !chunk.empty).map((chunk) => ({ chunk, ...this.places(chunk) }));
+    const by = await measure(this.companion, shares);
     const began = performance.now();
-    const all = where.map(({ chunk, lon, lat }) => {
-      return { values: likeness(chunk, chunk.norms, this.companion.scale, query), lon, lat };
-    });
+    const all = where.map(({ chunk, lon, lat }) => ({ values: by.cells(chunk, query), lon, lat }));
     const took = performance.now() - began;
     const [row, column] = this.companion.cellAt(0, ...at) as [number, number];
     return { took, likest: likest(all, at, 10, APART), evidence: await this.companion.evidence(row, column) };
@@ -97,22 +104,6 @@ class Engine {
     return { lon, lat };
   }
 
-  /** Returns the cosine of a place with every cell of the finest level, row by row; for tests and downloads. */
-  async likenesses(at: Place): Promise<Float32Array> {
-    const { rows, columns } = this.companion.levels[0];
-    const query = (await vectorAt(this.companion, at, LEADING)) as Float32Array;
-    const found = new Float32Array(rows * columns).fill(NaN);
-    const { side } = this.companion;
-    for (const chunk of await this.read(0, false)) {
-      const values = likeness(chunk, chunk.norms, this.companion.scale, query);
-      for (const { i } of landOf(this.companion, chunk, null)) {
-        const row = chunk.row * side + Math.floor(i / side);
-        found[row * columns + chunk.column * side + (i % side)] = values[i];
-      }
-    }
-    return Comlink.transfer(found, [found.buffer]);
-  }
-
   private other(url: string): Promise<Companion> {
     const found = this.others.get(url) ?? Companion.open(url);
     this.others.set(url, found);
@@ -121,14 +112,21 @@ class Engine {
   }
 
   private async read(level: number, whole: boolean): Promise<Chunk[]> {
-    const [rows, columns] = this.companion.counts(level);
+    const { rows, columns } = this.companion.levels[level];
+    const wanted = this.companion.within(0, 0, rows, columns);
+    return this.reading(wanted.map(([row, column]) => () => this.companion.chunk(level, row, column, whole)));
+  }
+
+  /** Reads chunks, and tells how many are there. */
+  private async reading(wanted: (() => Promise<Chunk>)[]): Promise<Chunk[]> {
     let done = 0;
-    const reading = Array.from({ length: rows * columns }, async (_, n) => {
-      const chunk = await this.companion.chunk(level, Math.floor(n / columns), n % columns, whole);
-      this.listener.progress(++done, rows * columns);
-      return chunk;
-    });
-    return Promise.all(reading);
+    return Promise.all(
+      wanted.map(async (read) => {
+        const chunk = await read();
+        this.listener.progress(++done, wanted.length);
+        return chunk;
+      }),
+    );
   }
 
   /** Returns a tile of the map of what is there; what is missing is read, and `changed` told then. */
@@ -189,7 +187,7 @@ class Engine {
     const layer = this.layer as Fitted;
     const known = this.companion.loaded(level, row, column, layer.whole);
     if (known) {
-      const colours = await layer.paint(known);
+      const colours = layer.colour(await layer.values(known));
       if (layer === this.layer) this.painted.set(key, colours);
       return new Uint32Array(colours.buffer);
     }
@@ -200,21 +198,50 @@ class Engine {
     return null;
   }
 
-  /** Returns the map of the world as a picture in degrees, a pixel a cell, with its world file. */
-  async picture(): Promise<{ png: Blob; world: string; name: string }> {
-    const level = this.companion.world(MOST_CELLS);
-    const { rows, columns, west, north, wide, high } = this.companion.levels[level];
+  /** Returns what is shown as a picture in degrees, a pixel a cell, with its world file. */
+  async picture(view: Bounds): Promise<{ picture: Blob; world: string }> {
     const layer = this.layer as Fitted;
+    const { bands, rows, columns, west, north, wide, high } = await this.mosaic(layer, view);
     const canvas = new OffscreenCanvas(columns, rows);
     const context = canvas.getContext("2d") as OffscreenCanvasRenderingContext2D;
-    const { side } = this.companion;
-    for (const chunk of await this.read(level, layer.whole)) {
-      const colours = Uint8ClampedArray.from(await layer.paint(chunk));
-      context.putImageData(new ImageData(colours, side, side), chunk.column * side, chunk.row * side);
-    }
+    context.putImageData(new ImageData(new Uint8ClampedArray(layer.colour(bands)), columns, rows), 0, 0);
     const world = [wide, 0, 0, -high, west + wide / 2, north - high / 2].join("\n");
-    return { png: await canvas.convertToBlob({ type: "image/png" }), world, name: `${columns}x${rows}` };
+    return { picture: await canvas.convertToBlob({ type: "image/png" }), world };
   }
+
+  /** Returns the numbers that are shown as GeoTIFF, with some words in its header. */
+  async tiff(view: Bounds, said: Record<string, string>): Promise<Blob> {
+    const layer = this.layer as Fitted;
+    const names = Object.fromEntries((layer.names ?? []).map((name, n) => [`CLASS_${n}`, name]));
+    return geotiff(await this.mosaic(layer, view), layer.bands, { ...said, ...names });
+  }
+
+  /** Returns a layer's numbers: of all of the grid, or where that has too many cells of what is in view. */
+  private async mosaic(layer: Fitted, view: Bounds): Promise<Raster> {
+    const window = this.companion.window(view, MOST_CELLS);
+    const { level, row, column, rows, columns } = window;
+    const { west, north, wide, high } = this.companion.levels[level];
+    const wanted = this.companion.within(row, column, rows, columns);
+    const chunks = await this.reading(wanted.map(([r, c]) => () => this.companion.chunk(level, r, c, layer.whole)));
+    const values = await Promise.all(chunks.map(layer.values));
+    const bands = layer.bands.map((_, n) => placed(chunks, values.map((own) => own[n]), window, this.companion.side));
+    return { bands, rows, columns, west: west + column * wide, north: north - row * high, wide, high };
+  }
+}
+
+/** Puts the numbers of chunks together, as the cells of a window have them. */
+function placed(chunks: Chunk[], parts: Band[], window: Window, side: number): Band {
+  const { row, column, rows, columns } = window;
+  const count = rows * columns;
+  const found = parts[0] instanceof Float32Array ? new Float32Array(count).fill(NaN) : new Uint8Array(count).fill(ABSENT);
+  parts.forEach((band, n) => {
+    const [top, left] = [chunks[n].row * side - row, chunks[n].column * side - column];
+    const [first, last] = [Math.max(0, -left), Math.min(side, columns - left)];
+    for (let i = Math.max(0, -top); i < Math.min(side, rows - top); i++) {
+      found.set(band.subarray(i * side + first, i * side + last), (top + i) * columns + left + first);
+    }
+  });
+  return found;
 }
 
 /** Draws stripes where a class is too far from all marks. */

@@ -1,11 +1,12 @@
 /** What the map can show, and how each kind is fitted and painted on a chunk of cells. */
 
 import {
-  type Classifier, type Codes, NODATA, applied, blocked, classified, classifier, clustered, correlation, heldOut,
+  type Codes, NODATA, applied, blocked, classified, classifier, clustered, correlation, heldOut,
   heldOutR2, kmeans, likeness, quantile, ridge, seeded, shuffled, valuesAt,
 } from "./compute";
 import { CLASSES, DIVERGING_TABLE, SEQUENTIAL_TABLE, oklab, parsed } from "./colours";
 import { type Chunk, type Companion, LEADING } from "./companion";
+import { type Measure, type Shares, measure } from "./measure";
 import { Told } from "./told";
 
 export type Place = [number, number];
@@ -20,19 +21,26 @@ export interface Mark {
 
 export type Layer =
   | { kind: "colours"; components: [number, number, number]; within: Bounds | null }
-  | { kind: "likeness"; at: Place }
-  | { kind: "between"; at: Place; other: Place }
+  | { kind: "likeness"; at: Place; shares: Shares }
+  | { kind: "between"; at: Place; other: Place; shares: Shares }
   | { kind: "classes"; method: "ridge" | "knn"; marks: Mark[]; least: number }
   | { kind: "clusters"; count: number }
   | { kind: "probe"; places: Place[]; values: number[] }
   | { kind: "change"; other: string };
 
-/** What a fitted layer tells beside its map. */
+/** A number of each cell: NaN, or of bytes ABSENT, where there is no data. */
+export type Band = Float32Array | Uint8Array;
+
+/** A layer's numbers and colours, and what it tells beside its map. */
 export interface Fitted {
   /** Whether the further components are needed. */
   whole: boolean;
-  /** Colours of a chunk's cells, four bytes each; opacity FAR where a class is too far from all marks. */
-  paint: (chunk: Chunk) => Uint8ClampedArray | Promise<Uint8ClampedArray>;
+  /** What the numbers of a cell are. */
+  bands: string[];
+  /** Returns the numbers of a chunk's cells, of one kind. */
+  values: (chunk: Chunk) => Band[] | Promise<Band[]>;
+  /** Returns colours, four bytes a cell; opacity FAR where a class is too far from all marks. */
+  colour: (values: Band[]) => Uint8ClampedArray;
   /** Least and largest value of the legend. */
   range?: [number, number];
   /** Names of classes, in the order of their colours. */
@@ -41,9 +49,14 @@ export interface Fitted {
   scores?: Record<string, number>;
   /** A number that the layer is about. */
   value?: number;
+  /** The places by which grids were compared, and the level of the other. */
+  compared?: { places: Place[]; level: string };
+  /** Penalty of the probe. */
+  alpha?: number;
 }
 
 export const FAR = 254;
+export const ABSENT = 255;
 const SAMPLE = 6000; // cells by which stretches and clusters are found
 const ANCHORS = 64; // places by whose likeness two grids are compared
 const MOST_LABELS = 5000;
@@ -78,9 +91,11 @@ export async function fitted(
     case "colours":
       return colours(layer, companion, layer.within ? await world(false) : await coarsest());
     case "likeness":
-      return alike(await vectorThere(companion, layer.at), companion);
-    case "between":
-      return between(await vectorThere(companion, layer.at), await vectorThere(companion, layer.other), companion);
+      return alike(await vectorThere(companion, layer.at), await measure(companion, layer.shares));
+    case "between": {
+      const [a, b] = await Promise.all([layer.at, layer.other].map((place) => vectorThere(companion, place)));
+      return between(a, b, await measure(companion, layer.shares));
+    }
     case "classes":
       return classes(layer, companion);
     case "clusters":
@@ -99,37 +114,26 @@ function colours(layer: Layer & { kind: "colours" }, companion: Companion, chunk
     const values = Float32Array.from(rows, (row) => row[c]);
     return [quantile(values, 0.02), quantile(values, 0.98)];
   });
-  const factors = layer.components.map((c, n) => companion.scale[c] / (ends[n][1] - ends[n][0] || 1));
-  const starts = ends.map(([low, high]) => low / (high - low || 1));
-  const paint = (chunk: Chunk) =>
-    coloured(chunk, (i) => {
-      const [x, y, z] = layer.components.map((c, n) => chunk.codes[c * chunk.cells + i] * factors[n] - starts[n]);
-      return oklab(clamp(x), clamp(y), clamp(z));
-    });
-  return { whole: false, paint };
-}
-
-function alike(query: Float32Array, companion: Companion): Fitted {
-  const paint = (chunk: Chunk) => graded(likeness(chunk, chunk.norms, companion.scale, query), 0, 1, SEQUENTIAL_TABLE);
-  return { whole: false, paint, range: [0, 1] };
-}
-
-function between(a: Float32Array, b: Float32Array, companion: Companion): Fitted {
-  const paint = (chunk: Chunk) => {
-    const [first, other] = [a, b].map((query) => likeness(chunk, chunk.norms, companion.scale, query));
-    return graded(first.map((value, i) => other[i] - value), -1, 1, DIVERGING_TABLE);
+  const [light, yellow, pink] = ends.map(([low, high]) => (value: number) => clamp((value - low) / (high - low || 1)));
+  return {
+    whole: false,
+    bands: layer.components.map((c) => `component ${c + 1}`),
+    values: (chunk) => layer.components.map((c) => component(chunk, c, companion.scale[c])),
+    colour: ([x, y, z]) => coloured(x, (i) => oklab(light(x[i]), yellow(y[i]), pink(z[i]))),
   };
-  return { whole: false, paint, range: [-1, 1], value: cosine(a, b) };
 }
 
-function cosine(a: Float32Array, b: Float32Array): number {
-  let [product, first, other] = [0, 0, 0];
-  a.forEach((value, c) => {
-    product += value * b[c];
-    first += value * value;
-    other += b[c] * b[c];
-  });
-  return product / (Math.sqrt(first * other) || 1);
+function alike(query: Float32Array, by: Measure): Fitted {
+  return { whole: false, bands: ["likeness"], values: (chunk) => [by.cells(chunk, query)], ...shades([0, 1]) };
+}
+
+function between(a: Float32Array, b: Float32Array, by: Measure): Fitted {
+  const values = (chunk: Chunk) => {
+    const [first, other] = [a, b].map((query) => by.cells(chunk, query));
+    return [first.map((value, i) => other[i] - value)];
+  };
+  const bands = ["likeness to B less likeness to A"];
+  return { whole: false, bands, values, value: by.pair(a, b), ...shades([-1, 1], DIVERGING_TABLE) };
 }
 
 async function classes(layer: Layer & { kind: "classes" }, companion: Companion): Promise<Fitted> {
@@ -142,7 +146,8 @@ async function classes(layer: Layer & { kind: "classes" }, companion: Companion)
   const labels = kept.map((mark) => names.indexOf(mark.name));
   const model = classifier(layer.method, rows, labels, names.length);
   const scores = held(layer.method, rows, labels, names.length, kept.map((mark) => mark.at));
-  return { whole: true, names, scores, paint: (chunk) => paintClasses(chunk, companion, model, rows, layer.least) };
+  const values = (chunk: Chunk) => [classified(chunk, companion.scale, model), close(chunk, companion, rows, layer.least)];
+  return { whole: true, bands: ["class", "a mark is alike"], values, colour: ([found, near]) => grouped(found, near), names, scores };
 }
 
 /** Returns accuracies with marks held out one by one, or of many in blocks. */
@@ -151,22 +156,21 @@ function held(method: "ridge" | "knn", rows: Float32Array[], labels: number[], c
   return { marks: heldOut(method, rows, labels, count, rows.map((_, n) => n)) };
 }
 
-function paintClasses(chunk: Chunk, companion: Companion, model: Classifier, rows: Float32Array[], least: number) {
-  const found = classified(chunk, companion.scale, model);
-  const best = new Float32Array(chunk.cells).fill(-1);
+/** Returns 1 where a mark is alike, 0 where none is. */
+function close(chunk: Chunk, companion: Companion, rows: Float32Array[], least: number): Uint8Array {
+  const found = new Uint8Array(chunk.cells);
   for (const row of rows) {
     const near = likeness(chunk, chunk.norms, companion.scale, row.subarray(0, LEADING));
-    for (let i = 0; i < chunk.cells; i++) if (near[i] > best[i]) best[i] = near[i];
+    for (let i = 0; i < chunk.cells; i++) if (near[i] >= least) found[i] = 1;
   }
-  const painted = grouped(found, chunk);
-  for (let i = 0; i < chunk.cells; i++) if (painted[4 * i + 3] && best[i] < least) painted[4 * i + 3] = FAR;
-  return painted;
+  return found.map((value, i) => (chunk.codes[i] === NODATA ? ABSENT : value));
 }
 
 function clusters(count: number, companion: Companion, chunks: Chunk[]): Fitted {
   const centres = kmeans(sampled(companion, chunks, LEADING, null), count, 0);
   const names = centres.map((_, n) => `cluster ${n + 1}`);
-  return { whole: false, names, paint: (chunk) => grouped(clustered(chunk, companion.scale, centres), chunk) };
+  const values = (chunk: Chunk) => [clustered(chunk, companion.scale, centres)];
+  return { whole: false, bands: ["cluster"], values, colour: ([found]) => grouped(found), names };
 }
 
 async function probe(layer: Layer & { kind: "probe" }, companion: Companion, chunks: Chunk[]): Promise<Fitted> {
@@ -174,20 +178,21 @@ async function probe(layer: Layer & { kind: "probe" }, companion: Companion, chu
   const found = await Promise.all(chosen.map((n) => vectorAt(companion, layer.places[n], 2 * LEADING)));
   const kept = chosen.flatMap((n, i) => (found[i] ? [{ n, row: found[i] as Float32Array }] : []));
   if (kept.length < 10) throw new Told(`Only ${kept.length} of the labelled places are on land of this grid: give 10.`);
-  const [rows, values] = [kept.map(({ row }) => row), kept.map(({ n }) => layer.values[n])];
+  const [rows, known] = [kept.map(({ row }) => row), kept.map(({ n }) => layer.values[n])];
   const folds = blocked(kept.map(({ n }) => layer.places[n]), BLOCK, FOLDS);
-  const tried = ALPHAS.map((alpha) => ({ alpha, score: heldOutR2(rows, values, alpha, folds) }));
+  const tried = ALPHAS.map((alpha) => ({ alpha, score: heldOutR2(rows, known, alpha, folds) }));
   const best = tried.reduce((a, b) => (b.score > a.score ? b : a));
-  const model = ridge(rows, [values], best.alpha);
+  const model = ridge(rows, [known], best.alpha);
   const all = chunks.flatMap((chunk) => [...applied(chunk, companion.scale, model, 0)].filter(Number.isFinite));
   const range: [number, number] = [quantile(Float32Array.from(all), 0.02), quantile(Float32Array.from(all), 0.98)];
-  const paint = (chunk: Chunk) => graded(applied(chunk, companion.scale, model, 0), ...range, SEQUENTIAL_TABLE);
-  return { whole: true, paint, range, scores: { blocks: best.score }, value: kept.length };
+  const values = (chunk: Chunk) => [applied(chunk, companion.scale, model, 0)];
+  const scores = { blocks: best.score };
+  return { whole: true, bands: ["prediction"], values, scores, value: kept.length, alpha: best.alpha, ...shades(range) };
 }
 
 /** How far each cell turned: 1 - correlation of its likeness to some places of the world, in either grid. */
 async function change(companion: Companion, other: Companion, chunks: Chunk[]): Promise<Fitted> {
-  const anchors = await anchored(companion, other, chunks);
+  const { places, anchors } = await anchored(companion, other, chunks);
   const turned = async (chunk: Chunk) => {
     const there = await gathered(companion, chunk, other);
     const profiles = anchors.map(([a, b]) => [
@@ -204,26 +209,31 @@ async function change(companion: Companion, other: Companion, chunks: Chunk[]): 
   const known = Float32Array.from(some.filter(Number.isFinite));
   const range: [number, number] = [0, known.length ? Math.max(quantile(known, 0.98), 0.01) : 1];
   const value = known.length ? quantile(known, 0.5) : NaN;
-  const paint = async (chunk: Chunk) => graded(await turned(chunk), ...range, SEQUENTIAL_TABLE);
-  return { whole: false, paint, range, value };
+  const values = async (chunk: Chunk) => [await turned(chunk)];
+  return { whole: false, bands: ["turned"], values, value, compared: { places, level: other.levels[levelLike(companion, 0, other)].path.slice(0, -1) }, ...shades(range) };
 }
 
-async function anchored(companion: Companion, other: Companion, chunks: Chunk[]): Promise<[Float32Array, Float32Array][]> {
-  const places = shuffled(chunks.flatMap((chunk) => landOf(companion, chunk, null)), seeded(2)).slice(0, 4 * ANCHORS);
+async function anchored(companion: Companion, other: Companion, chunks: Chunk[]) {
+  const tried = shuffled(chunks.flatMap((chunk) => landOf(companion, chunk, null)), seeded(2)).slice(0, 4 * ANCHORS);
   const found = await Promise.all(
-    places.map(({ at }) => Promise.all([vectorAt(companion, at, LEADING), vectorAt(other, at, LEADING)])),
+    tried.map(async ({ at }) => ({ at, pair: await Promise.all([vectorAt(companion, at, LEADING), vectorAt(other, at, LEADING)]) })),
   );
-  const both = found.filter((pair): pair is [Float32Array, Float32Array] => pair.every(Boolean)).slice(0, ANCHORS);
+  const both = found.filter(({ pair }) => pair.every(Boolean)).slice(0, ANCHORS);
   if (both.length < 10) throw new Told("The two grids have too little land in common to be compared.");
-  return both;
+  return { places: both.map(({ at }) => at), anchors: both.map(({ pair }) => pair as [Float32Array, Float32Array]) };
+}
+
+/** Returns the level of another grid whose cells are about as large as those of a level. */
+function levelLike(companion: Companion, level: number, other: Companion): number {
+  const size = companion.levels[level].wide;
+  return other.levels.reduce((best, { wide }, n) => (wide <= size * 1.01 ? n : best), 0);
 }
 
 /** Returns the codes that another grid has at the cells of a chunk. */
 async function gathered(companion: Companion, chunk: Chunk, other: Companion): Promise<Codes & { norms: Float32Array }> {
   const codes = new Int8Array(LEADING * chunk.cells).fill(NODATA);
   const norms = new Float32Array(chunk.cells).fill(1);
-  const size = companion.levels[chunk.level].wide;
-  const level = other.levels.reduce((best, { wide }, n) => (wide <= size * 1.01 ? n : best), 0);
+  const level = levelLike(companion, chunk.level, other);
   for (const { i, at } of landOf(companion, chunk, null)) {
     const cell = other.cellAt(level, ...at);
     if (!cell) continue;
@@ -269,24 +279,35 @@ function clamp(value: number): number {
   return Math.min(1, Math.max(0, value));
 }
 
-function coloured(chunk: Codes, colour: (cell: number) => ArrayLike<number>): Uint8ClampedArray {
-  const found = new Uint8ClampedArray(4 * chunk.cells);
-  for (let i = 0; i < chunk.cells; i++) if (chunk.codes[i] !== NODATA) found.set(colour(i), 4 * i);
+function component(chunk: Chunk, c: number, scale: number): Float32Array {
+  const codes = chunk.codes.subarray(c * chunk.cells, (c + 1) * chunk.cells);
+  return Float32Array.from(codes, (code) => (code === NODATA ? NaN : code * scale));
+}
+
+function coloured(known: Band, colour: (cell: number) => ArrayLike<number>): Uint8ClampedArray {
+  const found = new Uint8ClampedArray(4 * known.length);
+  for (let i = 0; i < known.length; i++) if (!Number.isNaN(known[i])) found.set(colour(i), 4 * i);
   return found;
 }
 
-function graded(values: Float32Array, low: number, high: number, table: Uint8ClampedArray): Uint8ClampedArray {
-  const found = new Uint8ClampedArray(4 * values.length);
-  values.forEach((value, i) => {
-    if (Number.isNaN(value)) return;
-    const at = 4 * Math.round(255 * clamp((value - low) / (high - low || 1)));
-    found.set(table.subarray(at, at + 4), 4 * i);
-  });
-  return found;
+/** Returns the legend's ends, and what colours a number between them. */
+function shades(range: [number, number], table = SEQUENTIAL_TABLE): Pick<Fitted, "range" | "colour"> {
+  const [low, high] = range;
+  const colour = ([values]: Band[]) =>
+    coloured(values, (i) => {
+      const at = 4 * Math.round(255 * clamp((values[i] - low) / (high - low || 1)));
+      return table.subarray(at, at + 4);
+    });
+  return { range, colour };
 }
 
 const GROUPS = CLASSES.map(parsed);
+const NOTHING = [0, 0, 0, 0];
 
-function grouped(groups: Uint8Array, chunk: Codes): Uint8ClampedArray {
-  return coloured(chunk, (i) => GROUPS[groups[i] % GROUPS.length]);
+function grouped(groups: Band, near?: Band): Uint8ClampedArray {
+  return coloured(groups, (i) => {
+    if (groups[i] === ABSENT) return NOTHING;
+    const [red, green, blue, opacity] = GROUPS[groups[i] % GROUPS.length];
+    return [red, green, blue, near?.[i] === 0 ? FAR : opacity];
+  });
 }

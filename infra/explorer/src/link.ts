@@ -1,6 +1,7 @@
 /** What the page shows, as the part of its address after #: who opens the address sees the same. */
 
 import type { Mark, Place } from "./layers";
+import type { Shares } from "./measure";
 
 export interface State {
   grid: string;
@@ -8,6 +9,8 @@ export interface State {
   components: [number, number, number];
   at: Place | null;
   other: Place | null;
+  /** What parts count for likeness, where it is not 1. */
+  shares: Shares;
   marks: Mark[];
   method: "ridge" | "knn";
   least: number;
@@ -19,7 +22,7 @@ export interface State {
 }
 
 export const START: State = {
-  grid: "", mode: "colours", components: [0, 1, 2], at: null, other: null, marks: [], method: "ridge", least: 0.3,
+  grid: "", mode: "colours", components: [0, 1, 2], at: null, other: null, shares: {}, marks: [], method: "ridge", least: 0.3,
   clusters: 8, against: "", flat: false, view: null,
 };
 
@@ -32,6 +35,8 @@ export function written(state: State): string {
   if (String(state.components) !== String(START.components)) told.set("rgb", state.components.map((c) => c + 1).join(","));
   if (state.at) told.set("at", place(state.at));
   if (state.other) told.set("other", place(state.other));
+  const shares = Object.entries(state.shares).filter(([, share]) => share !== 1);
+  if (shares.length) told.set("parts", shares.map((each) => each.join(":")).join(";"));
   if (state.marks.length) told.set("marks", state.marks.map((mark) => `${place(mark.at)},${mark.name}`).join(";"));
   if (state.method !== START.method) told.set("method", state.method);
   if (state.least !== START.least) told.set("least", String(state.least));
@@ -55,6 +60,7 @@ export function parsed(hash: string): State {
     components: rgb.length === 3 && rgb.every((c) => c >= 0 && c < 64) ? (rgb as State["components"]) : START.components,
     at: placed(text("at")),
     other: placed(text("other")),
+    shares: Object.fromEntries(text("parts").split(";").flatMap(shared)),
     marks: text("marks").split(";").flatMap(marked),
     method: text("method") === "knn" ? "knn" : "ridge",
     least: Math.min(1, Math.max(-1, Number(told.get("least") ?? START.least) || 0)),
@@ -77,6 +83,11 @@ function numbers(text: string, by: string): number[] {
 function placed(text: string): Place | null {
   const found = numbers(text, ",");
   return found.length === 2 && Math.abs(found[1]) <= 90 ? (found as Place) : null;
+}
+
+function shared(text: string): [string, number][] {
+  const [, name, share] = /^(.+):([\d.]+)$/.exec(text) ?? [];
+  return name && Number(share) <= 1 ? [[name, Number(share)]] : [];
 }
 
 function marked(text: string): Mark[] {

@@ -103,15 +103,15 @@ class Page {
 
   /** Returns the layer of the state; nothing while a person has more to choose, and the map stays as it is. */
   private layer(): Layer | null {
-    const { mode, components, at, other, marks, method, least, clusters, against } = this.state;
-    if (mode === "likeness" && at) return { kind: "likeness", at };
+    const { mode, components, at, other, shares, marks, method, least, clusters, against } = this.state;
+    if (mode === "likeness" && at) return { kind: "likeness", at, shares };
     if (mode === "classes" && new Set(marks.map((mark) => mark.name)).size > 1) return { kind: "classes", method, marks, least };
     if (mode === "clusters") return { kind: "clusters", count: clusters };
     if (mode === "compare" && against) {
       const to = this.found.find(({ id }) => id === against);
       if (to) return { kind: "change", other: `${to.home}compact.zarr/` };
     }
-    if (mode === "compare" && at && other) return { kind: "between", at, other };
+    if (mode === "compare" && at && other) return { kind: "between", at, other, shares };
     if (mode === "labels" && this.labels) return this.labelled(this.labels, method, least);
     if (mode === "colours" || !this.shown) return { kind: "colours", components, within: this.within };
     return null;

@@ -99,8 +99,23 @@ export class Panel {
     if (!state.at || !shown?.likest) return h("p", {}, "Click a place: the map shows how alike every other is to it.");
     return h("div", {},
       h("p", {}, `Likeness to ${told(state.at)}, the cosine of the first 64 components.`),
-      this.legend("sequential", ["0 or less", "1"]), this.evidence(), h("h2", {}, "Likest, 1,500 km apart"), this.found(shown.likest),
+      this.legend("sequential", ["0 or less", "1"]), this.shares(), this.evidence(), h("h2", {}, "Likest, 1,500 km apart"), this.found(shown.likest),
       h("p", { class: "faint", id: "took" }, `${shown.took?.toFixed(0)} ms; ${(shown.bytes / 1e6).toFixed(1)} MB in ${shown.requests} requests until now.`));
+  }
+
+  /** What each part of the vectors counts for the likeness. */
+  private shares(): HTMLElement | false {
+    const { page } = this;
+    const { parts } = page.about;
+    if (parts.length < 2) return false;
+    return h("div", { id: "shares" }, ...parts.map((name) => {
+      const share = page.state.shares[name] ?? 1;
+      const slider = h("input", {
+        id: `share-${name}`, type: "range", min: 0, max: 1, step: 0.05, value: share,
+        onchange: () => page.set({ shares: { ...page.state.shares, [name]: Number(slider.value) } }),
+      });
+      return h("label", { class: "part" }, h("span", {}, name), slider, h("output", {}, share.toFixed(2)));
+    }));
   }
 
   private evidence(): HTMLElement | false {
@@ -183,7 +198,7 @@ export class Panel {
     if (!at || !other) return h("p", {}, "Click place A, then place B: the map shows to which of them every cell is more alike.");
     const { value } = this.page.shown ?? {};
     return h("div", {}, h("p", { id: "pair" }, `A ${told(at)} and B ${told(other)}: likeness ${value?.toFixed(3) ?? "…"}.`),
-      this.legend("diverging", ["more like A", "more like B"]));
+      this.legend("diverging", ["more like A", "more like B"]), this.shares());
   }
 
   private turned(): HTMLElement {
@@ -219,21 +234,40 @@ export class Panel {
 
   private away(): HTMLElement {
     const { page } = this;
-    const url = page.version ? `${page.version.home}compact.zarr` : "";
     const globe = h("button", { id: "globe", "aria-pressed": String(!page.state.flat), onclick: () => { page.state.flat = !page.state.flat; page.map.globe = !page.state.flat; page.set({}); } }, "Globe");
-    const png = h("button", { onclick: () => void page.trying(() => this.picture()) }, "PNG");
+    const save = (name: string, make: () => Promise<void>) => h("button", { disabled: !page.shown, onclick: () => void page.trying(make) }, name);
+    const [tiff, png] = [save("GeoTIFF", () => this.raster()), save("PNG", () => this.picture())];
     const marks = h("button", { disabled: !page.state.marks.length, onclick: () => download("marks.geojson", asGeojson(page.state.marks), "application/geo+json") }, "Marks");
     const code = h("button", { "aria-pressed": String(this.code), onclick: () => { this.code = !this.code; this.draw(); } }, "Python");
     const link = h("button", { onclick: () => void navigator.clipboard?.writeText(location.href).then(() => page.tell("The address of this view was copied.")) }, "Link");
-    return h("div", {}, h("div", { class: "row" }, globe, link, png, marks, code), this.code && h("pre", {}, lines(url, page.state)),
+    return h("div", {}, h("div", { class: "row" }, globe, link, tiff, png, marks, code), this.code && h("pre", {}, this.lines()),
       h("p", { class: "faint" }, String(page.about?.attributes?.attribution ?? "")));
+  }
+
+  private lines(): string {
+    const { version, state, shown, found, labels } = this.page;
+    const url = (of?: { home: string }) => (of ? `${of.home}compact.zarr` : "");
+    return lines({ url: url(version), other: url(found.find(({ id }) => id === state.against)), state, shown, label: labels?.name ?? "" });
   }
 
   /** Saves the map of the world, and the world file that places it for a GIS. */
   private async picture(): Promise<void> {
-    const { png, world, name } = await this.page.engine.picture();
-    download(`explorer-${name}.png`, png);
-    download(`explorer-${name}.pgw`, world);
+    const { picture, world } = await this.page.engine.picture(this.page.map.view);
+    download(`${this.name}.png`, picture);
+    download(`${this.name}.pgw`, world);
+    this.page.tell("");
+  }
+
+  /** Saves the numbers behind the map. */
+  private async raster(): Promise<void> {
+    const { page } = this;
+    const said = { GRID: page.version.home, PAGE: location.href, ATTRIBUTION: String(page.about.attributes.attribution ?? "") };
+    download(`${this.name}.tif`, await page.engine.tiff(page.map.view, said));
+    page.tell("");
+  }
+
+  private get name(): string {
+    return `${this.page.version.id.slice(0, 8)}-${document.body.dataset.shown}`;
   }
 }
 

@@ -120,9 +120,13 @@ class Source:
 
 
 def _leading(grid: str, url: str, spec: GridSpec, attrs: dict[str, Any]) -> Leading:
-    """Returns the components that an earlier run began with, or those of a sample of the grid."""
+    """Returns the components that an earlier run began with, an update's its parent's, or those of a sample."""
     if storage.exists(storage.join(url, "scale", store.ROOT)):
         return open_leading(url)
+    if parent := attrs.get("rangegrid:made_of", {}).get("parent"):
+        before = storage.join(home_of(grid).rpartition("/")[0], parent, COMPACT)
+        if storage.exists(storage.join(before, store.ROOT)):
+            return open_leading(before)  # so that a model of the parent's components is one of these
     return Leading.fit(land_sample(store.open_vectors(grid), spec, BLOCKS, CELLS), parts_of(attrs), COMPONENTS)
 
 

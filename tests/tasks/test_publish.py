@@ -29,6 +29,7 @@ from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.database.store import create_database, finish_database, write_rows
 from tasks.grid import previews, updates
 from tasks.grid import tiles as tiles_module
+from tasks.grid.companion import companion_url
 from tasks.grid.store import read_compact, read_tile, write_tile
 from tasks.grid.survey import survey
 from tasks.grid.tiles import Job, land_tiles
@@ -280,6 +281,18 @@ def test_sums_serve_any_beta(publish, before, parent, products):
 
 
 @pytest.mark.further
+def test_an_update_has_the_components_of_its_parent(publish, parent, after):
+    """So that a model that was fitted on the one holds for the other; their codes are of their own vectors."""
+    grid = publish(after, KEEPS.model_copy(update={"parent": parent}))
+    new, old = (xr.open_zarr(companion_url(url), zarr_format=3) for url in (grid, parent))
+    for name in ("axes", "mean", "scale"):
+        np.testing.assert_array_equal(new[name], old[name])
+    exact = np.einsum("dyx,dc->cyx", embeddings(grid) - new["mean"].values[:, None, None], new.axes.values)
+    away = np.abs((new.embedding * new.scale).values - exact) / new.scale.values[:, None, None]
+    assert np.nanquantile(away, 0.99) < 0.501
+    assert not np.array_equal(new.embedding, old.embedding, equal_nan=True)
+
+
 def test_updates_of_updates_stay_exact(home, publish, parent):
     """Images go until, for many cells, nearly all the weight has gone; then they come back."""
     grid = parent

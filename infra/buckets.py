@@ -78,6 +78,34 @@ def s3(bucket: str, prefix: str = "") -> S3Store:
 
 
 @lru_cache(maxsize=256)
+def s3_with(
+    bucket: str, endpoint: str, region: str, keys: tuple[str, str] | None, requester_pays: bool = False
+) -> S3Store:
+    """Returns the store of a bucket of an archive: with these keys and no other ones, none: those of this machine.
+
+    Keys are handed over as a provider of credentials: a session token of the environment, which belongs to other keys,
+    would be sent beside them otherwise.
+    """
+    options: dict[str, Any] = {"credential_provider": lambda: _credential(*keys)} if keys else {}
+    return S3Store(
+        bucket,
+        config={
+            "endpoint": endpoint,
+            "region": region,
+            "virtual_hosted_style_request": False,
+            "request_payer": requester_pays,
+        },
+        client_options={"allow_http": endpoint.startswith("http://")},
+        retry_config=RETRIES,
+        **options,
+    )
+
+
+def _credential(key: str, secret: str) -> Any:
+    return {"access_key_id": key, "secret_access_key": secret, "token": None, "expires_at": None}
+
+
+@lru_cache(maxsize=256)
 def s3_at(bucket: str, prefix: str, endpoint: str | None, region: str, key: str | None, secret: str | None) -> S3Store:
     """Returns the store of a bucket at an endpoint, none: at AWS; without keys nothing is signed."""
     options: dict[str, Any] = {"region": region, "virtual_hosted_style_request": False}

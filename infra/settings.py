@@ -5,21 +5,25 @@ begins at the file's folder, so that a command, a worker and a run with its own 
 at import.
 """
 
+import json
 import os
 import re
+import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 from urllib.parse import unquote, urlsplit
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
     EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -30,13 +34,63 @@ from infra.errors import UserError
 PREFIX = "RANGEGRID_"
 FILE = "RANGEGRID_SETTINGS"  # names the settings file
 RUN = ("PREFECT__FLOW_RUN_ID", "PREFECT__RUNTIME__DEPLOYMENT__ID")  # set by Prefect in a run of a deployment
-PATHS = ("storage_url", "stac_url", "fallback_stac_url", "tls_ca", "tls_cert", "tls_key", "kubernetes_template")
+PATHS = (
+    "archives",
+    "storage_url",
+    "stac_url",
+    "fallback_stac_url",
+    "tls_ca",
+    "tls_cert",
+    "tls_key",
+    "kubernetes_template",
+)
 OTHERS = ("RANGEGRID_CATALOG", "RANGEGRID_FIXTURES", "RANGEGRID_STATION")  # used by the compose file and the tests
 SERVICE = re.compile(r"_(SERVICE_(HOST|PORT)|PORT)(_|$)")  # Kubernetes sets these in pods for a service `rangegrid…`
 ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")  # read by the S3 client itself
 READ = (PREFIX, "AWS_", "PREFECT__")  # prefixes of the variables that the settings depend on
 EXAMPLE = """["*.amazonaws.com", "bucket"]"""
-SECRET = re.compile("KEY|SECRET|PASSWORD|DATABASE")  # names whose values no message repeats
+SECRET = re.compile("KEY|SECRET|PASSWORD|DATABASE|ARCHIVES")  # names whose values no message repeats
+
+
+class Archive(BaseModel):
+    """Access to the imagery of one archive: of the hosts or buckets of a pattern."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    endpoint: str | None = None
+    """URL of its S3 endpoint. Unset: AWS."""
+    region: str | None = None
+    """Region of the bucket."""
+    access_key: SecretStr | None = None
+    """S3 access key."""
+    secret_key: SecretStr | None = None
+    """S3 secret key."""
+    sas_token: SecretStr | None = None
+    """Token of a container of Azure, for hosts of it."""
+    unsigned: bool = False
+    """Whether to ask as the public does."""
+    requester_pays: bool = False
+    """Whether we agree to pay for what is read."""
+
+    @property
+    def keys(self) -> tuple[str, str] | None:
+        """Returns key and secret in clear, for a client of S3 alone."""
+        if self.unsigned or self.access_key is None or self.secret_key is None:
+            return None
+        return self.access_key.get_secret_value(), self.secret_key.get_secret_value()
+
+    @field_validator("endpoint")
+    @classmethod
+    def _has_scheme(cls, url: str | None) -> str | None:
+        if url and not has_scheme(url):
+            raise ValueError("give the endpoint with its scheme, as https://…")
+        return url.rstrip("/") if url else None
+
+    @model_validator(mode="after")
+    def _has_both(self) -> Self:
+        if (self.secret_key is None) != (self.access_key is None):
+            raise ValueError("give both, access_key and secret_key")
+        return self
 
 
 class Settings(BaseSettings):
@@ -66,6 +120,9 @@ class Settings(BaseSettings):
     asset_hosts: tuple[str, ...] = ()
     """Hosts and S3 buckets that files of the items may be read from, such as ["*.amazonaws.com", "bucket"]. Empty:
     all."""
+    archives: Annotated[dict[str, Archive], NoDecode] = Field(default_factory=dict)
+    """Access to archives of imagery: a TOML file with a table for each host or bucket, such as ["eodata"] with
+    endpoint, region, access_key, secret_key, sas_token, unsigned or requester_pays; or the same as JSON."""
     storage_url: str = Field(default_factory=lambda: (file().parent / "rangegrid-data").as_uri())
     """Root of every stored product: a directory, `file:///directory` or `s3://bucket[/prefix]`."""
     s3_endpoint: str | None = None
@@ -115,6 +172,21 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Orders the sources: the environment before the file. Relative paths begin at a place of each source's own."""
         return init_settings, _Environment(settings_cls), _File(settings_cls, env_file=file())
+
+    def archive(self, *names: str | None) -> Archive | None:
+        """Returns the access to the first of some hosts or buckets that a pattern has; the first pattern counts."""
+        told = [name.lower() for name in names if name]
+        return next((a for p, a in self.archives.items() for name in told if fnmatchcase(name, p.lower())), None)
+
+    @field_validator("archives", mode="before")
+    @classmethod
+    def _of_text(cls, told: Any) -> Any:
+        if not isinstance(told, str):
+            return told
+        try:
+            return json.loads(told) if told.lstrip().startswith("{") else tomllib.loads(Path(told).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{type(error).__name__}: give JSON, or the path of a TOML file") from None
 
     @field_validator("storage_url")
     @classmethod
@@ -176,7 +248,7 @@ def resolve(place: str, folder: Path) -> str:
         local, place = True, place.replace("file://", "file:", 1)
     if local:
         return (folder / unquote(place.removeprefix("file:"))).resolve().as_uri()
-    if "://" in place or place.startswith("file:"):
+    if "://" in place or place.startswith("file:") or place.lstrip().startswith("{"):
         return place
     return str(folder / Path(place).expanduser())
 

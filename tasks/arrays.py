@@ -21,8 +21,8 @@ from zarr.errors import ContainsArrayError
 from infra import storage
 from infra.addresses import is_web, shown
 from infra.bounds import EXPANSION, FREE
+from infra.decoding import unbounded
 from infra.errors import UserError
-from tasks.decoding import unbounded
 
 LARGE = 1 << 30  # bytes of one read, above which they are compared with the stored ones; a tile has 0.05 to 0.5 GB
 MOST_CHUNKS = 1_000_000  # chunks; bounds one read, and one shard; a tile has some thousand

@@ -40,8 +40,8 @@ from tasks.patches.places import counted, draw, source_digest
 from tasks.patches.reading import read_shard, shape
 from tasks.patches.reasons import Reason
 from tasks.patches.reuse import WHERE, places_read, siblings
-from tasks.patches.scenes import asset_keys, find_items
-from tasks.patches.screening import by_place, hrefs, screen_cell
+from tasks.patches.scenes import assets_of, find_items, unread_bands
+from tasks.patches.screening import by_place, screen_cell
 from tasks.plots.maps import sample_map
 from tasks.products import PatchesCard
 from tasks.tables.regions import REGION, card_of, decides, find_region, keep_region
@@ -56,6 +56,8 @@ PLACES = {
 }
 LOOKS = 32  # places at which scenes are looked for, to learn the catalog's bands
 OPENED = 5  # scenes opened until one is readable: a single one may be deleted or refused
+READABLE = "GeoTIFF, JPEG 2000 and Zarr"
+ELSEWHERE = "Set RANGEGRID_COLLECTION or RANGEGRID_STAC_URL to a catalog that has them"
 SCREENED = ["row_id", "item_id", "reason", "round", "cell"]  # columns kept in memory of each place tried
 PLANNED = ["position", "row_id", "round", "cell"]  # columns that lead a unit of reading to a place's verdict
 READ = [*store.MANIFEST, "position", "reason"]
@@ -169,7 +171,7 @@ def check_bands(params: SampleParams, places: NDArray[np.float64]) -> None:
         if not items:
             continue
         wanted = set(_wanted(items, params))
-        whole = [item for item in items if wanted <= set(asset_keys(item)) and item.id not in problems]
+        whole = [item for item in items if wanted <= set(assets_of(item)) and item.id not in problems]
         for item in whole[:: max(1, len(whole) // OPENED)][: OPENED - len(problems)]:
             try:
                 _open_bands(item, params)
@@ -188,9 +190,14 @@ def _wanted(items: list[UsableItem], params: SampleParams) -> list[str]:
     Raises:
         UserError: A band is unknown to the catalog.
     """
-    known = {band for item in items for band in asset_keys(item)}
+    known = {band for item in items for band in assets_of(item)}
     wanted = [*params.bands, "SCL"]
     lacking = [band for band in wanted if band not in known]
+    other = {band: kind for item in items for band, kind in unread_bands(item).items()}
+    if lacking and lacking[0] in other:
+        raise UserError(
+            f"the catalog's {lacking[0]} is {other[lacking[0]]}, which is not read: {READABLE} are. {ELSEWHERE}"
+        )
     if known and lacking:
         raise UserError(
             f"the catalog's items have no {lacking[0]}: give --bands of {', '.join(sorted(known - {'SCL'}))}, or "
@@ -199,16 +206,15 @@ def _wanted(items: list[UsableItem], params: SampleParams) -> list[str]:
     if lacking:
         there = [f"{key} ({asset.media_type or 'no media type'})" for key, asset in items[0].assets.items()]
         raise UserError(
-            "the catalog's items have no asset that is a band of Sentinel-2 L2A in a GeoTIFF of its own: "
-            f"{items[0].id} has {', '.join(there[:6])}. Set RANGEGRID_COLLECTION or RANGEGRID_STAC_URL to one that has "
-            "them"
+            f"the catalog's items have no asset that is a band of Sentinel-2 L2A as {READABLE}: {items[0].id} has "
+            f"{', '.join(there[:6])}. {ELSEWHERE}"
         )
     return wanted
 
 
 def _open_bands(item: UsableItem, params: SampleParams) -> None:
     """Reads the headers of a scene's bands and of its scene classification."""
-    full = hrefs(item)
+    full = assets_of(item)
     wanted = {band: full[band] for band in (*params.bands, "SCL")}
     read_scene(wanted, np.empty((0, 2)), params.patch_pixels, params.resolution_m)
 
@@ -217,8 +223,8 @@ def _unreadable(problems: list[UserError]) -> UserError:
     """Returns the error for scenes that all cannot be read; where all were refused, it may pass."""
     refused = all(isinstance(problem, RefusedAsset) for problem in problems)
     return (Unavailable if refused else UserError)(
-        f"none of {len(problems)} scenes can be read: {problems[0]}. GeoTIFFs of one band of 8 or 16 bits are; set "
-        "RANGEGRID_COLLECTION or RANGEGRID_STAC_URL to a catalog that has them"
+        f"none of {len(problems)} scenes can be read: {problems[0]}. Read are {READABLE} of one band of 8 or 16 bits. "
+        + ("Keys of an archive are told by RANGEGRID_ARCHIVES" if refused else ELSEWHERE)
     )
 
 

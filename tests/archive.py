@@ -97,10 +97,10 @@ def listed(folder, rows_columns):
 
 
 class Server:
-    """Files on loopback by ranges; `answer(path)` may give a status and headers instead. `asked` is what came."""
+    """Files on loopback by ranges; `answer(path)` may give a status and headers instead. `asked` and `sent` came."""
 
     def __init__(self, root, answer=lambda path: None):
-        self.root, self.answer, self.asked = Path(root), answer, []
+        self.root, self.answer, self.asked, self.sent = Path(root), answer, [], []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -111,6 +111,7 @@ class Server:
 
             def do_GET(self):
                 outer.asked.append(self.path)
+                outer.sent.append(f"{self.path} {dict(self.headers)}")
                 status, headers, body = outer.reply(self)
                 self.send_response(status)
                 for key, value in {**headers, "Content-Length": str(len(body))}.items():

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote, unquote, urlsplit
 
 import aiohttp
@@ -23,6 +23,8 @@ from yarl import URL
 from infra import retries
 from infra.addresses import shown
 from infra.errors import RefusedHop, Unavailable, UserError
+from infra.imagery import assets
+from infra.imagery.assets import Asset
 from infra.imagery.signing import forget, learn_region, redirected, signed
 from infra.metrics import Cause, count_retry
 from infra.retries import retry_after
@@ -43,6 +45,10 @@ class UnreadableAsset(UserError):
     """An asset that stays unreadable: gone, corrupt, or no band."""
 
 
+class MissingAsset(UnreadableAsset):
+    """An asset that is not there."""
+
+
 class UnavailableAsset(Unavailable):
     """An asset that cannot be read now: the server is down or busy. A later run may succeed."""
 
@@ -52,8 +58,8 @@ class RefusedAsset(UnavailableAsset):
 
     place: str = ""
     """Host or bucket of the asset."""
-    neighbours: tuple[str, ...] = ()
-    """Hrefs of the same scene that were served."""
+    neighbours: tuple[Asset, ...] = ()
+    """Assets of the same scene that were served."""
 
 
 @dataclass
@@ -93,7 +99,9 @@ class Ranges:
         size: Bytes of the whole asset, once some were read.
     """
 
-    def __init__(self, href: str, traffic: Traffic) -> None:
+    def __init__(self, asset: Asset | str, traffic: Traffic) -> None:
+        self.asset = assets.of(asset)
+        href = self.asset.href
         if urlsplit(href).scheme not in SCHEMES:
             raise UserError(f"the asset {shown(href)} is not one that is read: http, https, s3 and file are")
         self.href, self.traffic = href, traffic
@@ -123,14 +131,14 @@ class Ranges:
         except Failed as error:
             failed = error
         else:
-            _served[self._place] = self.href
+            _served[self.asset.place] = self.asset
             return body
         raise self.failure(failed.kind, str(failed))  # not within: what it comes of may hold a signature
 
     def failure(self, kind: type[UserError], problem: str) -> UserError:
         """Returns an error of this asset, under a name without the URL's query."""
         name = "/".join(PurePosixPath(urlsplit(self.href).path).parts[-2:])
-        if kind is UnreadableAsset:
+        if issubclass(kind, UnreadableAsset):
             return kind(
                 f"the asset {name} cannot be read ({problem}): it is gone, corrupt or no band; take another scene"
             )
@@ -138,17 +146,12 @@ class Ranges:
             f"the asset {name} cannot be had now ({problem}): check that its server is up and lets us in, and run again"
         )
         if isinstance(error, RefusedAsset):
-            error.place = self._place
+            error.place = self.asset.place
         return error
 
     def lies_beside(self, ending: str) -> bool:
         """Returns whether a local asset has a file of its name and this ending beside it; servers are not asked."""
         return urlsplit(self.href).scheme in ("", "file") and Path(_path(self.href) + ending).exists()
-
-    @property
-    def _place(self) -> str:
-        """Returns the host or bucket that serves the asset."""
-        return urlsplit(self.href).netloc
 
     async def _ask(self, start: int, stop: int) -> bytes:
         """Returns the bytes, of one request.
@@ -160,7 +163,7 @@ class Ranges:
         if urlsplit(self.href).scheme in ("", "file"):
             return self._from_disk(start, stop)
         try:
-            self._url = self._url or await asyncio.to_thread(signed, self.href)
+            self._url = self._url or await asyncio.to_thread(signed, self.asset)
             return await self._follow(self._url, start, stop)
         except RefusedHop as error:
             raise Failed(str(error), kind=UnreadableAsset) from None
@@ -184,7 +187,7 @@ class Ranges:
             async with session.get(
                 URL(sendable(url), encoded=True), headers=headers, trace_request_ctx=self.traffic, allow_redirects=False
             ) as response:
-                if response.status >= 300 and learn_region(self.href, response.headers):
+                if response.status >= 300 and learn_region(self.asset, response.headers):
                     self._url = ""
                     raise Failed("its bucket is in another region", Cause.REGION)
                 if response.status in REDIRECTS and "Location" in response.headers:
@@ -203,7 +206,7 @@ class Ranges:
                 self.size = os.fstat(file.fileno()).st_size
         except OSError as error:
             gone = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
-            raise Failed(type(error).__name__, kind=UnreadableAsset if gone else UnavailableAsset) from None
+            raise Failed(type(error).__name__, kind=MissingAsset if gone else UnavailableAsset) from None
         self.traffic.requests += 1
         self.traffic.bytes += len(body)
         return body
@@ -240,7 +243,9 @@ def _check_status(response: aiohttp.ClientResponse) -> None:
     wait = retry_after(response.headers.get("Retry-After"))
     if status in (401, 403):
         raise Failed(Cause.REFUSED, Cause.REFUSED, RefusedAsset, wait)
-    if status in (404, 410, 416):  # 416: the asset ends before what its own header promises
+    if status in (404, 410):
+        raise Failed(f"HTTP {status}", kind=MissingAsset)
+    if status == 416:  # the asset ends before what its own header promises
         raise Failed(f"HTTP {status}", kind=UnreadableAsset)
     if status == 200:  # the whole asset would come
         raise Failed("its server knows no byte ranges")
@@ -261,7 +266,7 @@ def _path(href: str) -> str:
     return path
 
 
-_served: dict[str, str] = {}  # by host or bucket the href that was served last
+_served: dict[str, Asset] = {}  # by host or bucket what was served last
 
 
 def is_gone(error: RefusedAsset) -> bool:
@@ -273,10 +278,10 @@ def is_gone(error: RefusedAsset) -> bool:
     return run(_is_any_served((known,) if known else error.neighbours))
 
 
-async def _is_any_served(hrefs: tuple[str, ...]) -> bool:
-    for href in hrefs:
+async def _is_any_served(neighbours: tuple[Asset, ...]) -> bool:
+    for asset in neighbours:
         with suppress(UserError):
-            return bool(await Ranges(href, Traffic()).read(0, 1))
+            return bool(await Ranges(asset, Traffic()).read(0, 1))
     return False
 
 
@@ -289,6 +294,15 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             found.append((start, stop))
     return found
+
+
+async def every(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Returns results of concurrent work; raises the first error once all has ended, so that nothing runs on."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for error in results:
+        if isinstance(error, BaseException):
+            raise error
+    return cast("list[T]", results)
 
 
 def run(reading: Coroutine[Any, Any, T]) -> T:

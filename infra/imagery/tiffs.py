@@ -17,8 +17,6 @@ Take = Callable[[int, int], Awaitable[bytes]]
 """Fetches the bytes from a start to before a stop."""
 
 OTHERS = {
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"\xff\x4f\xff\x51": "JPEG 2000",
     b"\x89HDF": "HDF5 or netCDF",
     b"CDF": "netCDF",
     b"\x89PNG": "a PNG",

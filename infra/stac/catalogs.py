@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,6 +23,7 @@ from infra.addresses import absolute, may_read, shown
 from infra.errors import CatalogUnavailable, UserError
 from infra.intervals import Interval
 from infra.settings import settings
+from infra.stac.access import Way, ways
 from infra.stac.api import Features, open_api, search_api
 from infra.stac.files import is_file, open_file, search_file
 from infra.stac.items import BROKEN, UsableItem
@@ -184,7 +185,7 @@ def _usable(catalog: Catalog, features: Iterable[Any]) -> list[UsableItem]:
 
 
 def _resolve(item: pystac.Item, catalog: Catalog, hosts: tuple[str, ...]) -> int:
-    """Makes the assets' hrefs absolute and drops those that may not be read; tells how many.
+    """Makes the assets' hrefs absolute, takes the best of several ways, and drops what may not be read; tells how many.
 
     Beside a file its own address counts: the items' links tell where they once came from.
     """
@@ -193,9 +194,19 @@ def _resolve(item: pystac.Item, catalog: Catalog, hosts: tuple[str, ...]) -> int
     else:
         base = item.get_self_href() or catalog.url
     local = urlsplit(catalog.url).scheme in ("", "file")
-    for asset in item.assets.values():
-        asset.href = absolute(asset.href, storage.as_url(base))
-    refused = [key for key, asset in item.assets.items() if not may_read(asset.href, local, hosts)]
+    refused = []
+    for key, asset in item.assets.items():
+        found = [way._replace(href=absolute(way.href, storage.as_url(base))) for way in ways(item, asset)]
+        may = [way for way in found if _may_go(way, local, hosts)]
+        best = min(may or found, key=lambda way: way.rank)
+        asset.href, asset.extra_fields["access"] = best.href, asdict(best.access)
+        refused += [] if may else [key]
     for key in refused:
         del item.assets[key]
     return len(refused)
+
+
+def _may_go(way: Way, local: bool, hosts: tuple[str, ...]) -> bool:
+    """Tells whether we may read from a way's host or bucket, and from the endpoint that its item tells."""
+    endpoint = way.access.endpoint
+    return may_read(way.href, local, hosts) and (not endpoint or may_read(endpoint, False, hosts))

@@ -4,6 +4,7 @@ A shard that lacks patches is not written to the store: its pixels are *held* un
 replaces them. So the store's shards are whole from the first byte on, and no patch is ever silently nodata.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +14,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from infra import metrics, storage
+from infra.imagery import assets
+from infra.imagery.assets import Asset
 from infra.imagery.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
 from tasks.core.sentinel2 import radiometry
 from tasks.params import SampleParams
 from tasks.patches import reuse, store
 from tasks.patches.estimate import THREADS, Meter
 from tasks.patches.reasons import Reason
-from tasks.patches.scenes import find_items
-from tasks.patches.screening import JUDGED, hrefs, judge, settle
+from tasks.patches.scenes import assets_of, find_items
+from tasks.patches.screening import JUDGED, judge, settle
 from tasks.units import log
 
 FOUND = ["sha256", "nodata_fraction", "dark_dn", "offset_check"]  # columns that a read adds
@@ -154,20 +157,20 @@ class Reader:
         with ThreadPoolExecutor(THREADS) as pool:
             return pd.concat(pool.map(lambda job: self._read_scene(*job), groups))
 
-    def _full(self, rows: pd.DataFrame) -> dict[str, dict[str, str]]:
-        """Hrefs that can be read now, by item; the catalog is asked again for those whose query is never stored."""
+    def _full(self, rows: pd.DataFrame) -> dict[str, dict[str, Asset]]:
+        """Assets that can be read now, by item; the catalog is asked again for those whose query is never stored."""
         items = rows.drop_duplicates("item_id")
-        found = {item: _known(assets) for item, assets in zip(items["item_id"], items["assets"], strict=True)}
+        found = {str(row["item_id"]): _known(row) for row in items.to_dict("records")}
         if "passing" in rows:
             passing = rows[rows["passing"].eq(True)]
         else:
             passing = rows[:0]
         if len(passing):
-            again = {item.id: hrefs(item) for item in find_items(passing[["lon", "lat"]].to_numpy(), self.params)}
+            again = {item.id: assets_of(item) for item in find_items(passing[["lon", "lat"]].to_numpy(), self.params)}
             found |= {item: again.get(item, {}) for item in passing["item_id"].unique()}
         return found
 
-    def _read_scene(self, group: pd.DataFrame, full: dict[str, str]) -> pd.DataFrame:
+    def _read_scene(self, group: pd.DataFrame, full: dict[str, Asset]) -> pd.DataFrame:
         """Returns the verdict on the places of one scene; places not screened yet are screened first."""
         verdict = group[JUDGED].copy()
         untried = group[group["reason"] == Reason.UNTRIED]
@@ -178,7 +181,7 @@ class Reader:
             verdict.loc[clear.index, "reason"] = self._read_bands(clear, full)
         return verdict
 
-    def _read_bands(self, group: pd.DataFrame, full: dict[str, str]) -> list[str]:
+    def _read_bands(self, group: pd.DataFrame, full: dict[str, Asset]) -> list[str]:
         """Returns why each place has no patch; empty where it has one."""
         places, params = group[["lon", "lat"]].to_numpy(), self.params
         if not set(params.bands) <= set(full):
@@ -212,9 +215,11 @@ class Reader:
         return ""
 
 
-def _known(assets: dict[str, str | None]) -> dict[str, str]:
-    """Returns an item's own hrefs, since Parquet gives every item the bands of all."""
-    return {band: href for band, href in assets.items() if href is not None}
+def _known(row: Mapping[Any, Any]) -> dict[str, Asset]:
+    """Returns an item's own assets: Parquet gives each the bands of all, and earlier versions told hrefs alone."""
+    hrefs = {band: href for band, href in row["assets"].items() if href is not None}
+    told = row.get("sources")
+    return assets.from_text(hrefs, told if isinstance(told, str) else "")
 
 
 def nodata_fraction(patch: NDArray[np.uint16]) -> float:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.addresses import shown
 from infra.errors import UserError
+from infra.imagery.assets import Access, Asset
 from infra.stac.catalogs import ask, search
 from infra.stac.items import UsableItem
 from tasks.core.earth.sampling import TILES
 from tasks.core.earth.sphere import KM_PER_DEGREE
-from tasks.core.sentinel2.items import acquisition, band_assets, baseline, tile
+from tasks.core.sentinel2.items import acquisition, band_assets, band_sources, baseline, tile, unread
 from tasks.core.sentinel2.radiometry import decide
 from tasks.params import SampleParams
 from tasks.patches.reasons import Reason
@@ -144,7 +146,10 @@ def newest(scenes: Iterable[Scene]) -> list[Scene]:
 
 def _facts(item: UsableItem) -> dict[str, Any]:
     """Returns the item as a dictionary, without copying all of it."""
-    assets = {key: {"href": asset.href, **asset.extra_fields} for key, asset in item.assets.items()}
+    assets = {
+        key: {"href": asset.href, "type": asset.media_type, "roles": asset.roles, **asset.extra_fields}
+        for key, asset in item.assets.items()
+    }
     return {"id": item.id, "properties": item.properties, "assets": assets}
 
 
@@ -185,6 +190,24 @@ def version(item: UsableItem) -> tuple[int, int]:
     return baseline(_facts(item)) or (0, 0)
 
 
-def asset_keys(item: UsableItem) -> dict[str, str]:
-    """Returns asset keys by band name, `B04` or `SCL`."""
-    return band_assets(_facts(item))
+def assets_of(item: UsableItem) -> dict[str, Asset]:
+    """Returns what is read of each band, `B04` or `SCL`, as the catalog gave it: its query may sign it."""
+    facts = _facts(item)
+    crs = str(item.properties.get("proj:code") or item.properties.get("proj:epsg") or _zone(tile(facts)))
+    found = {}
+    for band, source in band_sources(facts).items():
+        told = facts["assets"][source.key]
+        own = str(told.get("proj:code") or told.get("proj:epsg") or crs) if source.format else ""
+        found[band] = Asset(source.href, source.format, own, Access(**told.get("access") or {}))
+    return found
+
+
+def _zone(name: str) -> str:
+    """Returns the CRS of an MGRS tile such as `31TCJ`; empty for what is none."""
+    match = re.fullmatch(r"(\d\d)([C-X])[A-Z]{2}", name)
+    return f"EPSG:{32600 + int(match[1]) + 100 * (match[2] < 'N')}" if match else ""
+
+
+def unread_bands(item: UsableItem) -> dict[str, str]:
+    """Returns the media types of bands that no reader takes."""
+    return unread(_facts(item))

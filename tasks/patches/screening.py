@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from infra import metrics
 from infra.addresses import shown
+from infra.imagery import assets
+from infra.imagery.assets import Asset
 from infra.imagery.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
 from infra.imagery.ranges import is_gone
 from infra.imagery.signing import signs
@@ -24,7 +26,7 @@ from tasks.params import SampleParams
 from tasks.patches import reuse, store
 from tasks.patches.estimate import THREADS, Meter
 from tasks.patches.reasons import Reason
-from tasks.patches.scenes import asset_keys, find_items, rank_scenes, version
+from tasks.patches.scenes import assets_of, find_items, rank_scenes, version
 
 NO_DATA, SATURATED, DARK = (0,), (1,), (4, 6)  # SCL: no data; saturated or defective; vegetation, water
 CLOUDY = (0, 1, 3, 8, 9, 10)  # SCL: no data, saturated, shadow, cloud (medium, high), cirrus
@@ -62,7 +64,7 @@ def _screen(candidates: NDArray[np.float64], params: SampleParams, traffic: Traf
     table = pd.DataFrame(
         [row for candidate, choice in zip(candidates, ranked, strict=True) for row in _rows(candidate, *choice, facts)]
     )
-    judge_in_order(table, {item.id: hrefs(item) for item in items}, params, traffic)
+    judge_in_order(table, {item.id: assets_of(item) for item in items}, params, traffic)
     metrics.count(metrics.PLACES, by_place(table)["reason"])
     return table
 
@@ -77,25 +79,21 @@ def _rows(
 
 
 def _facts(scene: UsableItem) -> dict[str, Any]:
-    found, number, full = decide(scene.to_dict(transform_hrefs=False)), version(scene), hrefs(scene)
+    found, number, full = decide(scene.to_dict(transform_hrefs=False)), version(scene), assets_of(scene)
     return {
         "item_id": scene.id,
         "reason": Reason.UNTRIED,
         "catalog": scene.extra_fields.get("catalog", ""),
         "collection": scene.collection_id or "",
-        "assets": {band: shown(href) for band, href in full.items()} or None,  # Parquet has no empty mapping
-        "passing": any(shown(href) != href and not signs(href) for href in full.values()),
+        "assets": {band: shown(asset.href) for band, asset in full.items()} or None,  # Parquet has no empty mapping
+        "sources": assets.to_text(full),
+        "passing": any(shown(asset.href) != asset.href and not signs(asset.href) for asset in full.values()),
         "datetime": str(scene.properties.get("datetime")),
         "platform": str(scene.properties.get("platform", "")),
         "baseline": f"{number[0]:02d}.{number[1]:02d}",
         "offset": found.offset,
         "offset_reason": "; ".join(found.reasons),
     }
-
-
-def hrefs(scene: UsableItem) -> dict[str, str]:
-    """Returns the href of each band as the catalog gave it: its query may sign it, so it is stored nowhere."""
-    return {band: scene.assets[key].href for band, key in asset_keys(scene).items()}
 
 
 def by_place(table: pd.DataFrame) -> pd.DataFrame:
@@ -105,13 +103,13 @@ def by_place(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge_in_order(
-    table: pd.DataFrame, full: Mapping[str, Mapping[str, str]], params: SampleParams, traffic: Traffic
+    table: pd.DataFrame, full: Mapping[str, Mapping[str, Asset]], params: SampleParams, traffic: Traffic
 ) -> None:
     """Judges the scenes of each place until one is good; the verdicts are put into the table.
 
     Args:
         table: Rows of places and scenes.
-        full: Hrefs that can be read now, by item and band.
+        full: Assets that can be read now, by item and band.
         params: How to judge.
         traffic: Counts requests and bytes.
 
@@ -132,7 +130,7 @@ def judge_in_order(
 
 
 def judge(
-    group: pd.DataFrame, full: Mapping[str, str], params: SampleParams, traffic: Traffic, refused: list[RefusedAsset]
+    group: pd.DataFrame, full: Mapping[str, Asset], params: SampleParams, traffic: Traffic, refused: list[RefusedAsset]
 ) -> pd.DataFrame:
     """Returns the verdict (`JUDGED`) on the places of one scene, by the scene classification around them.
 

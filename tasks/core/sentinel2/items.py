@@ -1,13 +1,15 @@
 """Reads what a STAC item of Sentinel-2 L2A says of itself, whichever provider wrote it.
 
 Items are plain dictionaries here. Earth Search names bands by colour (`red`), Planetary Computer by number (`B04`),
-Copernicus by number and pixel size (`B04_10m`); baseline, tile and acquisition stand in properties or only in a name.
+Copernicus by number and pixel size (`B04_10m`), EOPF by array or by a group of arrays; baseline, tile and acquisition
+stand in properties or only in a name.
 """
 
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 NAMES = {
     "B01": "coastal",
@@ -24,12 +26,23 @@ NAMES = {
     "B12": "swir22",
     "SCL": "scl",
 }
+METRES = {"B02": 10, "B03": 10, "B04": 10, "B08": 10, "B01": 60, "B09": 60}  # pixels as taken; of other bands: 20
 COMMON = {common: band for band, common in NAMES.items()}
 BASELINE_KEYS = ("s2:processing_baseline", "processing:version", "sentinel:processing_baseline")
 PRODUCT_KEYS = ("s2:product_uri", "s2:datatake_id", "sentinel:product_id", "s2:product_id")
 TILE = re.compile(r"(?<![0-9A-Z])T?(\d{1,2})([C-HJ-NP-X][A-HJ-NP-Z]{2})(?![0-9A-Z])")
 SENSED = re.compile(r"(S2[A-Z])_(?:MSIL2A_)?(\d{8}T\d{6})")
 SIZED = re.compile(r"(\w+)_(\d+)m")
+FILES = (
+    "image/tiff",
+    "image/vnd.stac.geotiff",
+    "image/geotiff",
+    "image/jp2",
+    "image/jpx",
+    "image/jpeg2000",
+    "image/j2k",
+)
+CLASSES = "conditions/mask/l2a_classification/r20m/scl"  # where EOPF's products have the scene classification
 TEST_BASELINE = (99, 99)  # written by Sen2Cor in a user's own run; says nothing of the format
 
 
@@ -79,32 +92,126 @@ def acquisition(item: Mapping[str, Any]) -> str:
     return f"{str(properties(item).get('platform', '')).lower()} {day} {tile(item)}"
 
 
-def band_assets(item: Mapping[str, Any]) -> dict[str, str]:
-    """Returns asset keys by band name, `B04` or `SCL`.
+class Source(NamedTuple):
+    """Where a band is read from."""
 
-    A band is recognised by the key, by its common name, or by what the asset says of its bands.
+    key: str
+    """Key of the asset."""
+    href: str
+    """Href of the file or of the array, which may lie below the asset's."""
+    format: str
+    """`zarr`, `zarr2` or `zarr3`; empty: a file, whose first bytes tell what it is."""
+
+
+def band_assets(item: Mapping[str, Any]) -> dict[str, str]:
+    """Returns asset keys by band name, `B04` or `SCL`; see `band_sources`."""
+    return {band: source.key for band, source in band_sources(item).items()}
+
+
+def band_sources(item: Mapping[str, Any]) -> dict[str, Source]:
+    """Returns where each band is read from, by its name, `B04` or `SCL`.
+
+    A band is recognised by the key, by its common name, or by what the asset says of its bands. Of several assets the
+    original counts, not a copy of other pixels: the one whose role is `sampling:original`, else that of the pixel size
+    that the band was taken in; then a file before an array; then the plainest key.
     """
     listed = item.get("assets")
-    best: dict[str, tuple[int, str]] = {}
+    best: dict[str, tuple[tuple[Any, ...], Source]] = {}
     for key, asset in (listed if isinstance(listed, Mapping) else {}).items():
-        if isinstance(asset, Mapping) and (fit := _fit(key, asset)):
-            band, rank = fit
-            best[band] = min(best.get(band, (rank, key)), (rank, key))
-    return {band: best[band][1] for band in NAMES if band in best}
+        if isinstance(asset, Mapping) and (format_ := format_of(asset)) is not None:
+            for band, rank, size, path in _fits(key, asset, format_):
+                source = Source(key, _below(str(asset.get("href", "")), path), format_)
+                found = ((*_copied(asset, band, size), format_ != "", rank, key), source)
+                best[band] = min(best.get(band, found), found)
+    found_bands = {band: best[band][1] for band in NAMES if band in best}
+    return found_bands if "SCL" in found_bands else found_bands | _classes_beside(found_bands)
 
 
-def _fit(key: str, asset: Mapping[str, Any]) -> tuple[str, int] | None:
-    """Returns the band of an asset and a rank: 0 for the exact key, then the common name, then the finest pixels."""
-    if key in NAMES:
-        return key, 0
-    if band := _band(key):
-        return band, 1
-    if (match := SIZED.fullmatch(key)) and (band := _band(match[1])):
-        return band, 1 + int(match[2])
+def format_of(asset: Mapping[str, Any]) -> str | None:
+    """Returns how an asset is stored, as `Source.format` tells it, by its media type; None where it is not read.
+
+    Without a media type the name tells whether it is Zarr.
+    """
+    told = str(asset.get("type") or "").lower()
+    path = urlsplit(str(asset.get("href", ""))).path.lower()
+    if "zarr" in told and "zip" not in told:
+        version = re.search(r"version=\"?([23])", told)
+        return f"zarr{version[1]}" if version else "zarr"
+    if not told or told.startswith(("application/octet-stream", "binary/octet-stream")):
+        return "zarr" if re.search(r"\.zarr(/|$)", path) else ""
+    return "" if told.startswith(FILES) else None
+
+
+def unread(item: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the media types of the assets of bands that no reader takes, by band."""
+    listed = item.get("assets")
+    told = [(key, a) for key, a in (listed if isinstance(listed, Mapping) else {}).items() if isinstance(a, Mapping)]
+    return {
+        band: str(asset.get("type"))
+        for key, asset in told
+        if format_of(asset) is None
+        for band, *_ in _fits(key, asset, "")
+    }
+
+
+def _copied(asset: Mapping[str, Any], band: str, size: float) -> tuple[int, float]:
+    """Orders the assets of a band: the original first, then what may be, by its pixels; copies last."""
+    roles = asset.get("roles")
+    told = [role for role in (roles if isinstance(roles, list) else []) if str(role).startswith("sampling:")]
+    if told:
+        return (0 if "sampling:original" in told else 2), 0.0
+    return 1, abs(size - METRES.get(band, 20)) if size else 0.0
+
+
+def _fits(key: str, asset: Mapping[str, Any], format_: str) -> Iterator[tuple[str, int, float, str]]:
+    """Yields the bands of an asset, each with a rank of its key, its pixels in metres (0: untold), and where it is."""
     named = {str(entry["name"]).upper() for entry in entries(asset) if entry.get("name")}  # alike in each extension
-    if len(named) == 1 and named <= NAMES.keys() and "visual" not in key:
-        return named.pop(), 2 + _pixel(asset)
-    return None
+    bands = named & NAMES.keys()
+    size = _pixel(key, asset)
+    sized = SIZED.fullmatch(key)
+    if format_ and _is_group(asset, len(bands)):
+        several = re.search(r"/reflectance/?$", urlsplit(str(asset.get("href", ""))).path)
+        for each in sorted(bands):
+            native = METRES.get(each, 20)
+            yield (each, 2, native, f"r{native}m/{each.lower()}") if several else (each, 2, size, each.lower())
+    elif key in NAMES:
+        yield key, 0, size, ""
+    elif band := _band(key):
+        yield band, 1, size, ""
+    elif sized and (band := _band(sized[1])):
+        yield band, 2, size, ""
+    elif len(named) == 1 and bands and "visual" not in key:
+        yield bands.pop(), 3, size, ""
+
+
+def _is_group(asset: Mapping[str, Any], bands: int) -> bool:
+    """Tells whether an asset of Zarr holds an array for each band: a picture of three has one array for all."""
+    if kind := asset.get("zarr:node_type"):
+        return bool(kind == "group")
+    roles = asset.get("roles")
+    path = urlsplit(str(asset.get("href", ""))).path
+    told = "reflectance" in (roles if isinstance(roles, list) else []) or re.search(
+        r"/(reflectance|SR_\d+m)(/|$)", path
+    )
+    return bands > 1 and bool(told)
+
+
+def _below(href: str, path: str) -> str:
+    """Returns the href of an array below a group; a query signs it too."""
+    if not path:
+        return href
+    parts = urlsplit(href)
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{path}").geturl()
+
+
+def _classes_beside(found: Mapping[str, Source]) -> dict[str, Source]:
+    """Returns the scene classification of a product of EOPF, whose item names the reflectance alone."""
+    for source in found.values():
+        path = urlsplit(source.href).path
+        if source.format and (match := re.match(r"(.*\.zarr)/measurements/reflectance/", path)):
+            parts = urlsplit(source.href)._replace(path=f"{match[1]}/{CLASSES}")
+            return {"SCL": Source(source.key, parts.geturl(), source.format)}
+    return {}
 
 
 def _band(name: str) -> str | None:
@@ -114,8 +221,17 @@ def _band(name: str) -> str | None:
     return COMMON.get(name.lower())
 
 
-def _pixel(asset: Mapping[str, Any]) -> int:
-    return round(number(asset.get("gsd")) or 0)
+def _pixel(key: str, asset: Mapping[str, Any]) -> float:
+    """Returns an asset's pixel size in metres, 0 where nothing tells it: its `gsd` may be that of the instrument."""
+    if match := SIZED.fullmatch(key):
+        return float(match[2])
+    roles, grid = asset.get("roles"), asset.get("proj:transform")
+    told = [str(role) for role in (roles if isinstance(roles, list) else [])]
+    if sized := [match[1] for match in map(re.compile(r"gsd:(\d+)m").fullmatch, told) if match]:
+        return float(sized[0])
+    values = [grid[0] if isinstance(grid, list) and grid else None, asset.get("raster:spatial_resolution")]
+    values += [entry.get("spatial_resolution") for entry in entries(asset)] + [asset.get("gsd")]
+    return next((abs(size) for size in map(number, values) if size), 0.0)
 
 
 def number(value: Any) -> float | None:

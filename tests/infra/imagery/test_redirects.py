@@ -127,7 +127,7 @@ def test_a_token_endpoint_that_leads_to_a_refused_host_is_refused(home, tokens, 
         with served(home, leads(f"{elsewhere}/token")) as server:
             tokens(f"{server.url}/to")
             with pytest.raises(UnreadableAsset, match="a redirect leads to localhost"):
-                read("https://account.blob.core.windows.net/container/B02.tif")
+                read("https://sentinel2l2a01.blob.core.windows.net/container/B02.tif")
             assert len(server.asked) == 1
         assert other.asked == []
 

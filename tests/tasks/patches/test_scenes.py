@@ -19,7 +19,7 @@ from infra.stac.items import UsableItem
 from tasks.core.earth.sampling import TILES, thin
 from tasks.core.sentinel2.radiometry import decide
 from tasks.params import SampleParams
-from tasks.patches.scenes import asset_keys, choose, describe, explain, find_items, newest
+from tasks.patches.scenes import assets_of, choose, describe, explain, find_items, newest
 
 BOX = shapely.box(0, 0, 1, 1)
 
@@ -171,7 +171,7 @@ def test_a_scene_is_found_offline_and_read(whole_scene, tmp_path, monkeypatch):
     place = whole_scene.places([[512, 400]])
     (lon, lat), *_ = place
     scene, _ = choose(find_items(place, params), candidates(lon=lon, lat=lat), params)[0]
-    (window,) = read_windows(scene.assets[asset_keys(scene)["B04"]].href, place, 32, 100)
+    (window,) = read_windows(assets_of(scene)["B04"], place, 32, 100)
     with rasterio.open(whole_scene.files["B04"]) as source:
         np.testing.assert_array_equal(window, source.read(1, window=Window(512 - 16, 400 - 16, 32, 32)))
 

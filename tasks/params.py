@@ -144,8 +144,12 @@ class SampleParams(RegionParams):
     newest product of a line by `newest:NAME`."""
     max_cloud_percent: float = Field(60.0, ge=0, le=100)
     """Largest cloud cover of a scene in percent."""
-    scene: Literal["least-cloudy", "nearest", "seasons"] = "least-cloudy"
-    """Which scene of a place to take: the least cloudy, the nearest to `date`, or the least cloudy of each season."""
+    scene: Literal["least-cloudy", "nearest", "seasons", "composite"] = "least-cloudy"
+    """Which scene of a place to take: the least cloudy, the nearest to `date`, or the least cloudy of each season.
+    `composite`: the median of the clear pixels of several scenes of one tile and season, of which the first is taken as
+    the least cloudy is."""
+    composite_scenes: int = Field(5, ge=2, le=12)
+    """Largest number of scenes of a `composite`."""
     date: str | None = None
     """Day for `nearest`, such as 2021-06-30."""
     min_clear_fraction: float = Field(0.9, ge=0, le=1)

@@ -122,6 +122,8 @@ def decisive(params: SampleParams) -> dict[str, Any]:
     """Returns everything that decides a sample, as its fingerprint hashes it, except its region."""
     sources = [[shown(c.url), c.collection] for c in catalogs()]
     untold = {"line", "region", "buffer_km", "spacing_km"}  # a spacing is a number of patches now
+    if params.scene != "composite":
+        untold.add("composite_scenes")
     return {"catalogs": sources, **params.model_dump(exclude=untold), **source_digest(params)}
 
 

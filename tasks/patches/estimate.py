@@ -19,6 +19,7 @@ from tasks.params import SampleParams
 from tasks.patches.places import counted, draw
 from tasks.units import in_words
 
+COMPOSED = 16  # places whose scenes are in memory at once for composites: 5 scenes of the default patches take 130 MB
 THREADS = 8  # scenes read at a time in one unit: they wait for the network
 LATENCY = 0.1  # seconds of one request to an archive in another region
 RATE = 50e6  # bytes per second of one machine's network
@@ -104,6 +105,9 @@ def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -
         archive.touch(params, "SCL", places),
         *(archive.touch(params, band, places[:n]) for band in params.bands),
     ]
+    if params.scene == "composite":
+        touched[1:] = [params.composite_scenes * each for each in touched[1:]]
+        touched.append(params.composite_scenes * archive.touch(params, "SCL", places[:n]))
     opens, further, blocks = np.sum(touched, axis=0)
     requests = opens + further
     read_bytes = opens * archive.header_bytes + blocks * archive.block**2 * archive.pixel_bytes
@@ -116,8 +120,15 @@ def estimate(params: SampleParams, workers: int, archive: Archive = Archive()) -
         bytes_read=round(read_bytes),
         bytes_stored=round(n * patch * archive.pixel_bytes / 2),
         seconds=math.ceil(max(requests * LATENCY / (workers * CONNECTIONS), read_bytes / RATE)),
-        worker_bytes=round(PROCESS_BYTES + min(n, params.shard_patches) * patch * 3),
+        worker_bytes=round(PROCESS_BYTES + min(n, params.shard_patches) * patch * 3 + _composed_bytes(params, patch)),
     )
+
+
+def _composed_bytes(params: SampleParams, patch: int) -> int:
+    """Returns the memory of the scenes of the places that are composed at once, and of one stack of floats."""
+    if params.scene != "composite":
+        return 0
+    return (COMPOSED + 4) * params.composite_scenes * patch
 
 
 class Meter:

@@ -7,7 +7,7 @@ replaces them. So the store's shards are whole from the first byte on, and no pa
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,10 @@ from infra.imagery import assets
 from infra.imagery.assets import Asset
 from infra.imagery.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene
 from tasks.core.sentinel2 import radiometry
+from tasks.core.sentinel2.composite import composite
 from tasks.params import SampleParams
 from tasks.patches import reuse, store
-from tasks.patches.estimate import THREADS, Meter
+from tasks.patches.estimate import COMPOSED, THREADS, Meter
 from tasks.patches.reasons import Reason
 from tasks.patches.scenes import assets_of, find_items
 from tasks.patches.screening import JUDGED, judge, settle
@@ -62,7 +63,7 @@ def _read(choices: pd.DataFrame, reader: "Reader") -> pd.DataFrame:
     """Reads the places of a shard that come from the archive, and returns their rows."""
     if not len(choices):
         return choices
-    plan = reader.read(choices)
+    plan = reader.compose(choices) if reader.params.scene == "composite" else reader.read(choices)
     plan.index = plan["position"] - reader.start
     plan["href"] = [assets[reader.params.bands[0]] for assets in plan["assets"]]
     metrics.count(metrics.PATCHES, plan["reason"])
@@ -100,6 +101,19 @@ def _held(url: str, params: SampleParams, number: int, shard: int) -> NDArray[np
         if store.digest(pixels[position - start]) != digest:
             raise RuntimeError(f"the pixels held for shard {shard} are gone: another run has finished the store")
     return pixels
+
+
+class Part(NamedTuple):
+    """What one scene adds to a composite."""
+
+    item: str
+    """Id of the item."""
+    pixels: NDArray[np.uint16]
+    """Raw numbers, (band, y, x)."""
+    classes: NDArray[np.uint8]
+    """Scene classification, (y, x)."""
+    offset: int
+    """DN to add."""
 
 
 @dataclass
@@ -150,6 +164,73 @@ class Reader:
                     lacking.discard(position)
         settle(self.refused)
         return choices.loc[found]
+
+    def compose(self, choices: pd.DataFrame) -> pd.DataFrame:
+        """Makes each patch of several of its scenes, some places at a time, since all their scenes are in memory.
+
+        Args:
+            choices: The places' scenes in order, as `_planned` gives them.
+
+        Returns:
+            One row per place: its first scene, with all ids; an empty reason, or why there is no patch.
+
+        Raises:
+            RefusedAsset: A scene is refused, and so is all else.
+            UnavailableAsset: An asset cannot be had now.
+        """
+        places = choices["position"].unique()
+        found = [
+            self._composed(choices[choices["position"].isin(some)].reset_index(drop=True))
+            for some in np.array_split(places, -(-len(places) // COMPOSED))
+        ]
+        settle(self.refused)
+        return pd.concat(found, ignore_index=True)
+
+    def _composed(self, choices: pd.DataFrame) -> pd.DataFrame:
+        parts: dict[int, list[Part]] = {position: [] for position in choices["position"].unique()}
+        first, turns = choices.drop_duplicates("position").copy(), choices.groupby("position").cumcount()
+        reasons: dict[int, str] = {}
+        for turn in range(int(turns.max()) + 1):
+            lacking = [position for position, had in parts.items() if len(had) < self.params.composite_scenes]
+            rows = choices[(turns == turn) & choices["position"].isin(lacking)]
+            full = self._full(rows) if len(rows) else {}
+            groups = [(group, full[str(item)]) for item, group in rows.groupby("item_id")]
+            with ThreadPoolExecutor(THREADS) as pool:
+                for group, windows in pool.map(lambda job: (job[0], self._parts(*job)), groups):
+                    for position, part in zip(group["position"], windows, strict=True):
+                        if isinstance(part, str):
+                            reasons.setdefault(position, part)
+                        else:
+                            parts[position].append(part)
+        for row, position in zip(first.index, first["position"], strict=True):
+            if not parts[position]:
+                first.loc[row, "reason"] = reasons[position]
+                continue
+            patch, offset = composite(*zip(*(part[1:] for part in parts[position]), strict=True))
+            first.loc[row, ["item_id", "offset"]] = " ".join(part.item for part in parts[position]), offset
+            first.loc[row, "reason"] = self._keep(position, tuple(patch))
+        return first
+
+    def _parts(self, group: pd.DataFrame, full: dict[str, Asset]) -> "list[Part | str]":
+        """Returns what one scene has of each place, or why it has nothing."""
+        params, wanted = self.params, (*self.params.bands, "SCL")
+        if not set(wanted) <= set(full):
+            return [Reason.UNREADABLE] * len(group)
+        places = group[["lon", "lat"]].to_numpy()
+        named = {band: full[band] for band in wanted}
+        try:
+            layers = read_scene(named, places, params.patch_pixels, params.resolution_m, self.traffic)
+        except UnreadableAsset as error:
+            log().warning("%s; %d patches are composed without it", error, len(group))
+            return [Reason.UNREADABLE] * len(group)
+        except RefusedAsset as error:
+            self.refused.append(error)
+            return [Reason.REFUSED] * len(group)
+        told = zip(group["item_id"], group["offset"], zip(*layers.values(), strict=True), strict=True)
+        return [
+            Reason.EDGE if any(w is None for w in windows) else Part(item, np.stack(windows[:-1]), windows[-1], offset)
+            for item, offset, windows in told
+        ]
 
     def _turn(self, rows: pd.DataFrame) -> pd.DataFrame:
         full = self._full(rows)

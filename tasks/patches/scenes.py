@@ -107,7 +107,26 @@ def _rank(scenes: list[Scene], candidate: NDArray[np.float64], params: SamplePar
     known = [scene for scene in scenes if not scene.quarantined]
     if not known:
         return [], Reason.QUARANTINED if scenes else Reason.NO_SCENE
-    return [scene.item for scene in ordered(known, params)[:MOST_SCENES]], ""
+    found = ordered(known, params)
+    if params.scene == "composite":
+        found = alike(found, {*params.bands, "SCL"})
+    return [scene.item for scene in found[:MOST_SCENES]], ""
+
+
+def alike(scenes: list[Scene], wanted: set[str]) -> list[Scene]:
+    """Returns the first of a place's scenes, and those that belong into one image with it.
+
+    They have its tile, and so its grid, and its season; all bands; and each acquisition once, in its newest processing.
+    """
+    first, best = scenes[0], {scene.item.id for scene in newest(scenes)}
+    season = _season(first.day)
+    of_one = [scene for scene in scenes if (scene.tile, _season(scene.day)) == (first.tile, season)]
+    return [first, *(s for s in of_one[1:] if s.item.id in best and wanted <= s.bands and s.overpass != first.overpass)]
+
+
+def _season(day: datetime.date) -> tuple[int, int]:
+    """Returns year and season of a day; December belongs to the winter of the year that follows."""
+    return day.year + (day.month == 12), SEASON[day.month]
 
 
 def ordered(scenes: list[Scene], params: SampleParams) -> list[Scene]:

@@ -21,6 +21,7 @@ from infra.imagery.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scen
 from infra.imagery.ranges import is_gone
 from infra.imagery.signing import signs
 from infra.stac.items import UsableItem
+from tasks.core.sentinel2.composite import NOT_CLEAR
 from tasks.core.sentinel2.radiometry import decide
 from tasks.params import SampleParams
 from tasks.patches import reuse, store
@@ -29,7 +30,6 @@ from tasks.patches.reasons import Reason
 from tasks.patches.scenes import assets_of, find_items, rank_scenes, version
 
 NO_DATA, SATURATED, DARK = (0,), (1,), (4, 6)  # SCL: no data; saturated or defective; vegetation, water
-CLOUDY = (0, 1, 3, 8, 9, 10)  # SCL: no data, saturated, shadow, cloud (medium, high), cirrus
 JUDGED = ["reason", "clear_fraction", "saturated_fraction", "dark_share"]  # columns that a scene classification tells
 
 
@@ -169,7 +169,7 @@ def settle(refused: list[RefusedAsset]) -> None:
 
 def _verdicts(windows: NDArray, params: SampleParams) -> pd.DataFrame:
     """Returns the verdicts (`JUDGED`) on windows of the scene classification, (place, y, x)."""
-    clear, saturated = 1 - _shares(windows, CLOUDY), _shares(windows, SATURATED)
+    clear, saturated = 1 - _shares(windows, NOT_CLEAR), _shares(windows, SATURATED)
     faults = {
         Reason.NODATA: _shares(windows, NO_DATA) > params.max_nodata_fraction,
         Reason.NOT_CLEAR: clear < params.min_clear_fraction,

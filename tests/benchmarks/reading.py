@@ -1,12 +1,14 @@
-"""Windows of COGs over HTTP, by us and by others: `python -m tests.benchmarks.reading`.
+"""Windows of scenes over HTTP, by us and by others: `python -m tests.benchmarks.reading`.
 
 256 x 256 windows of twelve bands, several in each of some scenes laid out as the archive's (10,980 pixels at 10 m, 20
 and 60 m bands, blocks of 512, deflate with predictor 2, overviews), served by a real server (SeaweedFS's filer), and
 again through a proxy that answers 50 ms later. Each reader is a process of its own that has read before; the fastest
 of some runs, each of other windows. Right means: equal to rasterio's read of the file on disk.
 
-The peers are the group `bench` (`uv pip install --group bench`). The first run makes 1.1 GB per scene in `--folder`,
-which takes minutes.
+By us the same scenes are read as lossless JPEG 2000 too (tiles of 1,024 pixels, which the header tells or not), and as
+Zarr (chunks of 1,830 pixels as EOPF's, Blosc with zstd). The peers are the group `bench` (`uv pip install --group
+bench`). The first run makes 4 GB per scene in `--folder`, which takes many minutes: `--bands B05 --bands B01` and
+`--readers rangegrid` make less.
 """
 
 import asyncio
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -31,18 +34,22 @@ import psutil
 import rasterio
 import rasterio.shutil
 import typer
+import zarr
 from affine import Affine
+from numcodecs import Blosc
 from numpy.typing import NDArray
 from pyproj import Transformer
 from rasterio.windows import Window
 from scipy.ndimage import gaussian_filter
 
+from infra.imagery.assets import Asset
 from infra.imagery.cogs import read_scene
 from infra.sandbox import servers
 from tests.proxy import Proxy, latency
 
 SIZES = {10: ("B02", "B03", "B04", "B08"), 20: ("B05", "B06", "B07", "B8A", "B11", "B12"), 60: ("B01", "B09")}
 BANDS = {band: size // 10 for size, bands in SIZES.items() for band in bands}
+ORDER = sorted(BANDS)
 SIDE_M, PIXELS, LEFT, TOP, ZONE = 109_800, 256, 300_000, 5_500_020, 32_631
 RUNS, DELAY, BUCKET = 3, 0.05, "scenes"
 KEYS = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark-secret"}
@@ -74,14 +81,15 @@ def under(corner: NDArray[np.intp], band: str) -> tuple[Window, tuple[NDArray, .
     return window, np.ix_(rows - rows[0], columns - columns[0])
 
 
-def by_us(root: str, work: list[Corners]) -> Pixels:
+def by_us(root: str, work: list[Corners], ending: str = ".tif", form: str = "") -> Pixels:
     """`read_scene`, four scenes at once."""
     to_lonlat = Transformer.from_crs(ZONE, 4326, always_xy=True)
 
     def read(number: int) -> Pixels:
         middle = work[number] + PIXELS // 2
         lonlat = np.column_stack(to_lonlat.transform(LEFT + 10 * middle[:, 0], TOP - 10 * middle[:, 1]))
-        found = read_scene({band: f"{root}/{number}/{band}.tif" for band in BANDS}, lonlat, PIXELS, 10)
+        assets = {band: Asset(f"{root}/{number}/{band}{ending}", form, f"EPSG:{ZONE}") for band in BANDS}
+        found = read_scene(assets, lonlat, PIXELS, 10)
         return {(number, band): list(windows) for band, windows in found.items()}  # type: ignore[arg-type]
 
     return _in_threads(4, read, range(len(work)))
@@ -144,6 +152,9 @@ def by_async_geotiff(root: str, work: list[Corners]) -> Pixels:
 
 READERS: dict[str, Reader] = {
     "rangegrid": by_us,
+    "JPEG 2000, TLM": partial(by_us, ending=".tlm.jp2"),
+    "JPEG 2000": partial(by_us, ending=".jp2"),
+    "Zarr": partial(by_us, ending=".zarr/b", form="zarr2"),
     "async-geotiff": by_async_geotiff,
     "rasterio": by_rasterio,
     "odc-stac": by_odc,
@@ -173,11 +184,38 @@ def make(folder: Path, scenes: int) -> None:
     """Writes the scenes that are not there yet."""
     texture = _texture()
     for number, (size, bands) in product(range(scenes), SIZES.items()):
-        for band in bands:
+        for band in sorted(BANDS.keys() & set(bands)):
             path = folder / str(number) / f"{band}.tif"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _write(path, np.roll(texture, 100 * number + 7 * sorted(BANDS).index(band), (0, 1)), size)
+                _write(path, np.roll(texture, 100 * number + 7 * ORDER.index(band), (0, 1)), size)
+            _rewrite(path)
+
+
+def _rewrite(path: Path) -> None:
+    """Writes a GeoTIFF as JPEG 2000 and as Zarr, unless they are there."""
+    with rasterio.open(path) as source:
+        placed = {"crs": source.crs, "transform": source.transform, "count": 1, "dtype": "uint16"}
+        shape = {"width": source.width, "height": source.height}
+        for ending, told in ((".jp2", "NO"), (".tlm.jp2", "YES")):
+            if (target := path.with_suffix(ending)).exists():
+                continue
+            how = {"QUALITY": "100", "REVERSIBLE": "YES", "blockxsize": 1024, "blockysize": 1024, "TLM": told}
+            with rasterio.open(
+                new := target.with_suffix(".new"), "w", driver="JP2OpenJPEG", **shape, **placed, **how
+            ) as file:
+                file.write(source.read(1), 1)
+            new.rename(target)
+        if (target := path.with_suffix(".zarr")).exists():
+            return
+        group = zarr.open_group(new := target.with_suffix(".new"), mode="w", zarr_format=2)
+        side = 1830 if source.width > 1830 else source.width
+        packed = Blosc(cname="zstd", clevel=3, shuffle=Blosc.BITSHUFFLE)
+        group.create_array("b", data=source.read(1), chunks=(side, side), compressors=packed)
+        grid = source.transform
+        group.create_array("x", data=grid.c + grid.a * (np.arange(source.width) + 0.5))
+        group.create_array("y", data=grid.f + grid.e * (np.arange(source.height) + 0.5))
+        new.rename(target)
 
 
 def _texture() -> NDArray[np.uint16]:
@@ -230,8 +268,9 @@ def _upload(endpoint: str, folder: Path, scenes: int) -> None:
     if not files.exists(BUCKET):
         files.mkdir(BUCKET)
     there = files.find(BUCKET, detail=True)
-    for number, band in product(range(scenes), BANDS):
-        path, key = folder / str(number) / f"{band}.tif", f"{BUCKET}/{number}/{band}.tif"
+    found = [path for number in range(scenes) for path in (folder / str(number)).rglob("*") if path.is_file()]
+    for path in found:
+        key = f"{BUCKET}/{path.relative_to(folder).as_posix()}"
         if there.get(key, {}).get("size") != path.stat().st_size:
             files.put(str(path), key)
 
@@ -274,8 +313,12 @@ def main(
     folder: Path = Path(tempfile.gettempdir(), "rangegrid-reading"),
     reader: str = "",
     root: str = "",
+    bands: list[str] = typer.Option(list(BANDS)),
+    readers: list[str] = typer.Option(list(READERS)),
 ) -> None:
     """Prints the table; with `reader` and `root`, the measures of one reader as JSON (for the table's own use)."""
+    for band in set(BANDS) - set(bands):
+        del BANDS[band]
     if reader:
         print(json.dumps(measure(reader, root, scenes, windows)))
         return
@@ -289,7 +332,7 @@ def main(
     print(f"{'latency':>8} {'reader':<14} {'Mpx/s':>7} {'CPU s':>6} {'requests/patch':>15} {'MB/patch':>9}  right")
     expected = [digest(on_disk(folder, corners(scenes, windows, run))) for run in range(RUNS)]
     with served(folder, scenes) as url:
-        for delay, name in product((0, DELAY), READERS):
+        for delay, name in product((0, DELAY), readers):
             _row(delay, name, url, scenes, windows, expected)
 
 
@@ -301,7 +344,7 @@ def _row(delay: float, name: str, url: str, scenes: int, windows: int, expected:
             proxy.inject(latency(delay))
         root = f"{proxy.url if delay else origin}/buckets/{path}"
         command = [sys.executable, "-m", "tests.benchmarks.reading", "--reader", name, "--root", root]
-        sizes = ["--scenes", str(scenes), "--windows", str(windows)]
+        sizes = ["--scenes", str(scenes), "--windows", str(windows), *(f"--bands={band}" for band in BANDS)]
         best = json.loads(subprocess.run([*command, *sizes], check=True, capture_output=True, text=True).stdout)
         asked, sent = sum(proxy.requests.values()) / (RUNS * patches), proxy.sent / 1e6 / (RUNS * patches)
     speed = patches * len(BANDS) * PIXELS**2 / 1e6 / best["seconds"]

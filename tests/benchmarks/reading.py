@@ -201,9 +201,8 @@ def _rewrite(path: Path) -> None:
             if (target := path.with_suffix(ending)).exists():
                 continue
             how = {"QUALITY": "100", "REVERSIBLE": "YES", "blockxsize": 1024, "blockysize": 1024, "TLM": told}
-            with rasterio.open(
-                new := target.with_suffix(".new"), "w", driver="JP2OpenJPEG", **shape, **placed, **how
-            ) as file:
+            new = target.with_name(f"new-{target.name}")  # by its ending GDAL writes boxes, with the CRS
+            with rasterio.open(new, "w", driver="JP2OpenJPEG", **shape, **placed, **how) as file:
                 file.write(source.read(1), 1)
             new.rename(target)
         if (target := path.with_suffix(".zarr")).exists():

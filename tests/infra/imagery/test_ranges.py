@@ -1,6 +1,8 @@
 """Reading through faults: a proxy before the real S3 server, and pixels equal to those read in peace."""
 
+import json
 import logging
+import os
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -213,6 +215,19 @@ def test_a_wrong_key_is_unavailable(proxy, hrefs, places, monkeypatch):
     with pytest.raises(UnavailableAsset, match="access is refused") as caught:
         read_scene(hrefs, places, 128, 10)
     assert_clean(caught.value)
+
+
+def test_the_keys_of_an_archive_open_it(proxy, hrefs, places, peace, monkeypatch, nobody):
+    """A real S3 server checks what is signed; products have another endpoint, other keys and a session token."""
+    sandbox = {name: os.environ[f"AWS_{name.upper()}"] for name in ("access_key_id", "secret_access_key")}
+    keys = {"access_key": sandbox["access_key_id"], "secret_key": sandbox["secret_access_key"]}
+    monkeypatch.setenv("RANGEGRID_S3_ENDPOINT", f"http://{nobody}")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
+        monkeypatch.setenv(f"AWS_{name}", "of-products")
+    monkeypatch.setenv(
+        "RANGEGRID_ARCHIVES", json.dumps({BUCKET: {"endpoint": proxy.url, "region": "us-east-1"} | keys})
+    )
+    assert_peace(read_scene(hrefs, places, 128, 10), peace)
 
 
 @pytest.fixture

@@ -112,7 +112,8 @@ def test_of_several_ways_the_one_that_we_have_access_to_is_taken(tmp_path, monke
 
 def test_version_1_of_the_storage_extension_tells_region_and_who_pays(tmp_path, monkeypatch):
     """With keys of AWS in the settings: presigned in the region told, with the consent to pay of the settings."""
-    monkeypatch.delenv("RANGEGRID_S3_ENDPOINT", raising=False)
+    for name in ("RANGEGRID_S3_ENDPOINT", "AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):  # of the sandbox
+        monkeypatch.delenv(name, raising=False)
     asset = Asset("s3://sentinel-s2-l2a/B02.jp2", access=Access(region="eu-central-1", requester_pays=True))
     url = signing.signed(asset)
     assert url.startswith("https://s3.eu-central-1.amazonaws.com/sentinel-s2-l2a/B02.jp2?")

@@ -237,7 +237,7 @@ def ablate(
 @command(EmbedderParams)
 def geoprior(
     photographs: Annotated[
-        str, typer.Argument(help="Path or URL of an .npz with lonlat, labels, train and log_probs.")
+        str, typer.Argument(help="Path or URL of an .npz with lonlat, labels, train, and log_probs or features.")
     ],
     params: EmbedderParams,
     checkpoint: Annotated[
@@ -251,7 +251,8 @@ def geoprior(
     from tasks.evaluation.embedders import embedders
     from tasks.evaluation.geoprior import geo_prior, read_photographs
 
-    table = geo_prior(read_photographs(photographs), embedders(checkpoint, database, None, params))
+    with read_photographs(photographs) as found:
+        table = geo_prior(found, embedders(checkpoint, database, None, params))
     print(table.to_string(index=False, na_rep="-"))
 
 

@@ -28,18 +28,25 @@ def read_file(place: str | Path, kind: str) -> bytes:
         data = storage.read(as_url(place))
     except FileNotFoundError:
         raise UserError(f"there is no file {shown(place)}: give the path or URL of {kind}") from None
-    _refuse_bomb(data, place, kind)
+    refuse_bomb(data, place, kind)
     return data
 
 
-def _refuse_bomb(data: bytes, place: str | Path, kind: str) -> None:
+def refuse_bomb(content: bytes | Path, place: str | Path, kind: str) -> None:
+    """Refuses an archive that expands more than EXPANSION times, given by its bytes or as a file.
+
+    Raises:
+        UserError: It does.
+    """
+    size = content.stat().st_size if isinstance(content, Path) else len(content)
     try:
-        expanded = sum(member.file_size for member in zipfile.ZipFile(io.BytesIO(data)).infolist())
+        with zipfile.ZipFile(content if isinstance(content, Path) else io.BytesIO(content)) as archive:
+            expanded = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return  # no archive at all: its reader says what is wrong
-    if expanded > EXPANSION * len(data):
+    if expanded > EXPANSION * size:
         raise UserError(
-            f"{shown(place)} is an archive of {len(data):,} bytes that would expand to {expanded:,}: give {kind} as "
+            f"{shown(place)} is an archive of {size:,} bytes that would expand to {expanded:,}: give {kind} as "
             "published"
         )
 

@@ -224,10 +224,10 @@ class EncoderParams(Params):
     """Which image encoder to use."""
 
     name: str = "rcf"
-    """rcf (random convolutional features), satclip-vit16, satclip-resnet18, satclip-resnet50, satmae, or your own as
-    module:function. All but rcf need weights."""
+    """rcf (random convolutional features), satclip-vit16, satclip-resnet18, satclip-resnet50, satmae, satmae-sentinel2,
+    or your own as module:function. All but rcf need weights."""
     weights: str | None = None
-    """Path or URL of a .safetensors file, or of an imported SatCLIP checkpoint."""
+    """Path or URL of a .safetensors, .pth or .bin file, or of an imported SatCLIP checkpoint."""
     dim: int = Field(1024, ge=2, le=8192, multiple_of=2)
     """Length of a feature vector of rcf, and so of the database's values. The other encoders have a fixed length."""
     seed: Seed = 0
@@ -599,7 +599,8 @@ class EmbedderParams(Params):
 
     embedder: tuple[str, ...] = ()
     """Embedding methods to compare: names, NAME=WEIGHTS for those that need weights, or URLs of grids, also as
-    NAME=URL. Several joined by + are one, with their vectors side by side: geoclip+range+. Unset: all."""
+    NAME=URL. Those of other projects as NAME=TABLE of vectors at places or NAME=module:function. Several joined by +
+    are one, with their vectors side by side: geoclip+range+. Unset: all."""
     interpolation: Sampling = "nearest"
     """How a grid is read at a place: its nearest cell, or bilinear interpolation of four cells."""
 
@@ -608,8 +609,8 @@ class EvaluateParams(RegionParams, EmbedderParams):
     """Which labels, embedding methods and splits to evaluate."""
 
     labels: tuple[str, ...] = ()
-    """Tables of labels, by path or URL: CSV, Parquet, GeoParquet, GeoJSON or shapefile. Unset: the labels of the
-    demo."""
+    """Tables of labels, by path or URL: CSV, Parquet, GeoParquet, GeoJSON or shapefile. Tables with labels of one name
+    are one task, in the order given. Unset: the labels of the demo."""
     label: str | None = None
     """Column of the labels. Not needed for the tasks of the RANGE paper, which are recognised."""
     kind: Literal["classification", "regression"] | None = None
@@ -620,11 +621,15 @@ class EvaluateParams(RegionParams, EmbedderParams):
     """Column of latitudes in degrees. Unset: recognised by its name."""
     log1p: bool = False
     """Predicts log(1 + label), as the paper does for population."""
+    split: str | None = None
+    """Column of a split of the table's own: train for rows to fit, test or val for rows to score. Or `files`: one table
+    of a task is fitted, by its name or the first, and the others are scored. Unset: the paper's random split, and of
+    its tables of land and ocean, which are two, by files."""
     points: int | None = Field(None, ge=200, le=1_000_000)
     """Largest number of labelled places per task. Unset: 10,000 for the demo's labels or drawn in polygons, all
     rows of a table."""
     repeats: int = Field(1, ge=1, le=100)
-    """Number of random splits. The first is the one of the paper."""
+    """Number of random splits. The first is the one of the paper, or the table's own."""
     folds: int = Field(5, ge=2, le=100)
     """Number of folds of spatial cross-validation, made of whole blocks."""
     fold_seeds: int = Field(3, ge=1, le=100)
@@ -656,6 +661,8 @@ class EvaluateParams(RegionParams, EmbedderParams):
             raise ValueError("log1p is of numbers, and classes are none: give kind regression, or no log1p")
         if self.lon and self.lon == self.lat:
             raise ValueError(f"{self.lon} cannot have both longitudes and latitudes: name a column of each")
+        if self.split and not self.labels:
+            raise ValueError("split is of a table: give the table with labels, or leave split out")
         return self
 
 

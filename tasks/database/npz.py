@@ -17,12 +17,12 @@ from tasks.database.store import (
     create_database,
     finish_database,
     open_database,
-    refuse_rows,
     repeated,
     write_rows,
 )
 from tasks.foreign import check_free, read_file, write_file
 from tasks.products import CheckpointCard, DatabaseCard
+from tasks.units import log
 
 FOREIGN = ("locs", "satclip_embeddings", "image_embeddings")
 IMPORTED_ROWS = 1024  # images per shard of an imported database, so that parts of it can be read
@@ -51,7 +51,8 @@ def import_npz(source: str | Path, url: str, checkpoint: str) -> DatabaseCard:
     locations, keys, values, weights = _load_npz(data, source)
     check(keys, values, locations, str(source), weights)
     _same_dim(keys, space, source)
-    refuse_rows(repeated(locations, values), str(source), "images that are there twice, place and value")
+    if twice := int(repeated(locations, values).sum()):
+        log().warning("%s has %d images twice, place and value: each counts as often as it is there", source, twice)
     keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
     weighted = weights is not None
     told: dict[str, Any] = {"weighted": True} if weighted else {}

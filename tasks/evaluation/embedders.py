@@ -15,6 +15,8 @@ shuffled values      multi-head with the values dealt at random to other images:
 range, range+        retrieval from our database, as published: of several members by the first
 multi-head           retrieval by heads side by side, those that the database chooses
 URL of a grid        the vectors of a published grid
+NAME=TABLE           a table of vectors at places, such as NAME=vectors.parquet
+NAME=module:function a function of an installed package, from (n, 2) degrees (lon, lat) to (n, d)
 several, joined by + their vectors side by side, such as `geoclip+range+`; the parts are scored too
 ==================== ==========================================================================
 """
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from infra import storage
-from infra.addresses import as_url, shown
+from infra.addresses import as_url, name_of, shown
 from infra.errors import UserError
 from tasks.cards import whole_of
 from tasks.core.earth.sphere import unit_vectors
@@ -46,6 +48,7 @@ from tasks.core.retrieval import Method, RetrievalIndex
 from tasks.core.retrieval import embed as embed_ours
 from tasks.database.heads import index_of
 from tasks.database.store import open_database
+from tasks.evaluation.external import external, is_external
 from tasks.evaluation.fusion import JOINT, parts_of, side_by_side
 from tasks.grid.beside import embed_beside
 from tasks.grid.companion import storing
@@ -53,7 +56,8 @@ from tasks.grid.store import attributes
 from tasks.grid.tiles import load, load_encoder
 from tasks.model.checkpoint import load_checkpoint
 from tasks.model.geoclip import embed_geoclip
-from tasks.model.satclip import import_satclip, load_foreign
+from tasks.model.satclip import import_satclip
+from tasks.model.weights import load_foreign
 from tasks.params import EmbedderParams, EmbedParams, PublishParams
 from tasks.points.sample_grid import cells_at, sample_grid
 from tasks.products import GridRecipe
@@ -111,6 +115,8 @@ class Named:
     """Whether it lacks vectors for some places."""
     parts: tuple[str, ...] = ()
     """Names of the embedders that it has side by side; none where it is one embedder."""
+    tried: bool = False
+    """Whether it stands beside those that know all places where it lacks none of those that are asked for."""
 
 
 def embedders(checkpoint: str | None, database: str | None, grid: str | None, params: EmbedderParams) -> list[Named]:
@@ -273,7 +279,9 @@ def _rows(spec: str, checkpoint: str | None, database: str | None, params: Embed
     embeds = [one.embed for one in parts if one.embed]
     embed = partial(side_by_side, embeds) if len(embeds) == len(parts) else None
     version = JOINT.join(one.version for one in parts)
-    return [*parts, Named(JOINT.join(names), embed, version, any(one.partial for one in parts), names)]
+    partial_ = any(one.partial for one in parts)
+    tried = partial_ and all(one.tried for one in parts if one.partial)
+    return [*parts, Named(JOINT.join(names), embed, version, partial_, names, tried)]
 
 
 def _named(spec: str, checkpoint: str | None, database: str | None, params: EmbedderParams) -> Named:
@@ -281,6 +289,8 @@ def _named(spec: str, checkpoint: str | None, database: str | None, params: Embe
     name = given.strip().lower()
     if name in BY_PATH:
         return _by_path(name, path.strip())
+    if is_external(path if path and "://" not in given else spec):
+        return _external(given.strip(), path.strip(), spec.strip())
     if "://" not in given and _is_grid(path):
         return _grid(given.strip(), as_url(path.strip()), params)
     if _is_grid(spec):
@@ -293,7 +303,20 @@ def _named(spec: str, checkpoint: str | None, database: str | None, params: Embe
         return Named("GeoCLIP", embed_geoclip if find_spec("geoclip") else None)
     if name in OURS or name in BY_HEADS:
         return _ours(name, checkpoint, database)
-    raise UserError(f"the embedder {spec!r} is unknown: use {', '.join(NAMES)}, the URL of a grid, or some joined by +")
+    raise UserError(
+        f"the embedder {spec!r} is unknown: use {', '.join(NAMES)}, the URL of a grid, NAME=TABLE of "
+        "vectors, NAME=module:function, or some joined by +"
+    )
+
+
+def _external(name: str, path: str, spec: str) -> Named:
+    """Returns an embedder of another project, by the name that was given or that of its file."""
+    if not path or "://" in name:
+        name, path = name_of(as_url(spec)).split(".")[0] if ":" not in spec or "://" in spec else spec, spec
+    if name.lower() in (*NAMES, GRID):
+        raise UserError(f"the embedder {spec!r} has a name that is taken: give it another than {name}")
+    embed, told = external(path)
+    return Named(name, embed, told, partial=True, tried=True)
 
 
 def _ours(name: str, checkpoint: str | None, database: str | None) -> Named:

@@ -26,7 +26,7 @@ def parts_of(spec: str, names: Sequence[str]) -> list[str]:
     """Splits the name of a fused embedder at its plus signs; returns the name alone where it is of one embedder.
 
     A plus sign may also end a name, as in `range+`, or be in a path or URL: it separates after a known name, after
-    `.zarr`, and before a known name or a URL.
+    `.zarr` or the suffix of a table, and before a known name, a URL, or NAME= of another project's embedder.
 
     Args:
         spec: What was asked for, such as `geoclip+range+`.
@@ -34,8 +34,9 @@ def parts_of(spec: str, names: Sequence[str]) -> list[str]:
     """
     known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     named = re.compile(rf"\s*({known})\s*(?:\+(.*)|$)", re.IGNORECASE | re.DOTALL)
-    begins = rf"\s*(?:(?:{known})\s*(?:[+=]|$)|[a-z][a-z0-9.-]*://)"
-    other = re.compile(rf"(.+?(?=\s*\+{begins})|.+?\.zarr/?)\s*\+(.*)", re.IGNORECASE | re.DOTALL)
+    begins = rf"\s*(?:(?:{known})\s*(?:[+=]|$)|[a-z][a-z0-9.-]*://|[\w -]+=)"
+    ends = r"\.(?:zarr/?|parquet|geoparquet|pq|csv(?:\.gz)?|tsv(?:\.gz)?)"
+    other = re.compile(rf"(.+?(?=\s*\+{begins})|.+?{ends})\s*\+(.*)", re.IGNORECASE | re.DOTALL)
     found: list[str] = []
     rest: str | None = spec
     while rest is not None:

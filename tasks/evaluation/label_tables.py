@@ -12,12 +12,17 @@ temperature  meanT             Lon, Lat               regression
 elevation    elevation         lon, lat               regression
 population   population        lon, lat               regression, log(1 + label)
 housing      median_house_value longitude, latitude   regression, blocks of 1°
+ocean        land              lon, lat               classification, a table to fit and one to score
 ============ ================= ====================== ==========================
 
-Any other column is named by the user. Rows without a label or a place are left out. The order of the rows stays, since
-the paper's split depends on it.
+Any other column is named by the user. Tables with labels of one name are one task, their rows in the order in which
+the tables are given: the paper's ecoregions and biomes are in two files. Rows without a label or a place are left out.
+The order of the rows stays, since the paper's split depends on it. A table may have a split of its own, by a column or
+by files.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import geopandas as gpd
@@ -26,6 +31,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from infra.addresses import as_url, name_of
 from infra.errors import UserError
 from tasks.core.earth.region import Region
 from tasks.core.earth.sampling import uniform_places
@@ -43,6 +49,8 @@ FEWEST = 50  # fewest labelled places of a task
 DRAWS, TRIES = 20_000, 500  # places drawn at a time, and most draws, until polygons hold enough places
 NO_LABEL = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "NULL", "null", "None")  # texts that mean no label
 BLOCKS = 10  # blocks of a region for each fold
+FILES = "files"  # the split by which a task's tables are what probes are fitted on, and scored on
+FITTED, SCORED = {"train", "training"}, {"test", "val", "valid", "validation", "eval"}  # words of a split
 DEMO_POINTS, BLOCK_DEGREES = 10_000, 10.0  # places of a demo task, and side of its blocks
 
 
@@ -62,6 +70,24 @@ class Columns:
     """Whether log(1 + label) is predicted in place of the label."""
     block_degrees: float = 10.0
     """Side of the blocks that are held out, in degrees."""
+    by_file: bool = False
+    """Whether one table of several is what probes are fitted on, and the others what they are scored on."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The labels of one table of a task, in its order."""
+
+    columns: Columns
+    """The columns that were read."""
+    source: str
+    """Path or URL of the table."""
+    lonlat: NDArray[np.float64]
+    """Places, (n, 2) in degrees."""
+    labels: NDArray
+    """Label of each place."""
+    scored: NDArray[np.bool_] | None = None
+    """Whether probes are scored on a row, not fitted; None where the table does not say."""
 
 
 PAPER = (
@@ -72,6 +98,7 @@ PAPER = (
     Columns("elevation", "elevation", "regression", ("lon", "lat")),
     Columns("population", "population", "regression", ("lon", "lat"), log1p=True),
     Columns("housing", "median_house_value", "regression", ("longitude", "latitude"), block_degrees=1.0),
+    Columns("ocean", "land", "classification", ("lon", "lat"), by_file=True),
 )
 
 
@@ -79,16 +106,17 @@ def read_labels(params: EvaluateParams, region: Region | None = None) -> list[La
     """Returns the tasks of the tables that were named, cut to a region if there is one.
 
     Raises:
-        UserError: A table cannot be read, lacks a column, or has too few labels of one kind.
+        UserError: A table cannot be read, is named twice or lacks a column, or there are too few labels of one kind.
     """
-    found = []
+    urls = [as_url(source) for source in params.labels]
+    if twice := [source for i, source in enumerate(params.labels) if urls[i] in urls[:i]]:
+        raise UserError(f"the table {twice[0]} is named twice: name each table once")
+    by_task: dict[str, list[Part]] = {}
     for source in params.labels:
         with open_table(source, "labels") as table:
-            found += [make_labels(table, columns, params, region) for columns in recognise(table, params)]
-    names = [labels.name for labels in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two tables have labels of {twice[0]!r}: evaluate one of them at a time")
-    return found
+            for columns in recognise(table, params):
+                by_task.setdefault(columns.name, []).append(read_part(table, columns, params, region))
+    return [make_labels(parts, params) for parts in by_task.values()]
 
 
 def recognise(table: Table, params: EvaluateParams) -> list[Columns]:
@@ -113,17 +141,73 @@ def recognise(table: Table, params: EvaluateParams) -> list[Columns]:
     return [replace(columns, lonlat=None) for columns in labelled]
 
 
-def make_labels(table: Table, columns: Columns, params: EvaluateParams, region: Region | None = None) -> LabelSet:
-    """Returns the labels of one task after checks, at most as many as asked for."""
-    lonlat, labels = _labelled_places(table, columns, params)
+def read_part(table: Table, columns: Columns, params: EvaluateParams, region: Region | None = None) -> Part:
+    """Returns the labels of one task in a table, after checks of each."""
+    lonlat, labels, split = _labelled_places(table, columns, params)
     if region is not None:
         inside = region.holds(lonlat)
-        lonlat, labels = lonlat[inside], labels[inside]
+        lonlat, labels, split = lonlat[inside], labels[inside], None if split is None else split[inside]
     labels = _typed(labels, columns, table.source)
     _check(lonlat, labels, columns, table.source)
+    scored = None if split is None else _scored_by_column(split, params.split or "", table)
+    return Part(columns, table.source, lonlat, labels, scored)
+
+
+def make_labels(parts: Sequence[Part], params: EvaluateParams) -> LabelSet:
+    """Returns the labels of a task from its tables, one after the other, at most as many as asked for.
+
+    Raises:
+        UserError: There are too few labels, all alike, or some of the tables have texts where the others have numbers.
+    """
+    columns, source = parts[0].columns, " + ".join(part.source for part in parts)
+    if len(parts) > 1:
+        log().info("%s: the rows of %s, in this order", columns.name, ", then ".join(part.source for part in parts))
+    if len({part.labels.dtype.kind in "OSU" for part in parts}) > 1:
+        raise UserError(f"{source} have texts and numbers in their columns {columns.label!r}: give one or the other")
+    lonlat, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("lonlat", "labels"))
+    _check_enough(labels, columns, source)
+    scored = _scored(parts, params)
     kept = _draw(len(labels), params)
+    if scored is not None:
+        scored = scored[kept]
+        if scored.all() or not scored.any():
+            raise UserError(f"{source} has no rows to {'fit' if scored.all() else 'score'} in its own split: give both")
     degrees = params.block_degrees or columns.block_degrees
-    return LabelSet(columns.name, columns.kind, lonlat[kept], labels[kept], table.source, degrees)
+    return LabelSet(columns.name, columns.kind, lonlat[kept], labels[kept], source, degrees, scored)
+
+
+def _scored(parts: Sequence[Part], params: EvaluateParams) -> NDArray[np.bool_] | None:
+    """Returns which rows of a task's own split are scored, (n,); None where it has no split of its own."""
+    if params.split == FILES and len(parts) == 1:
+        raise UserError(
+            f"{parts[0].source} is the only table of {parts[0].columns.name!r}: give both parts by --labels"
+        )
+    if len(parts) > 1 and (params.split == FILES or (params.split is None and parts[0].columns.by_file)):
+        return np.concatenate(
+            [np.full(len(part.labels), told) for part, told in zip(parts, _roles(parts), strict=True)]
+        )
+    columns = [part.scored for part in parts if part.scored is not None]
+    return np.concatenate(columns) if columns else None
+
+
+def _roles(parts: Sequence[Part]) -> list[bool]:
+    """Tells of each table whether it is scored: by its name where all names tell it, else all but the first."""
+    words = [set(re.split(r"[^a-z]+", name_of(as_url(part.source)).lower())) for part in parts]
+    told = [bool(found & SCORED) for found in words if found & (FITTED | SCORED)]
+    if len(told) == len(parts) and len(set(told)) == 2:
+        return told
+    return [i > 0 for i in range(len(parts))]
+
+
+def _scored_by_column(split: NDArray, column: str, table: Table) -> NDArray[np.bool_]:
+    words = np.array([str(word).strip().lower() for word in split])
+    known = np.isin(words, list(FITTED | SCORED))
+    if not known.all():
+        raise table.refused(
+            f"has {split[~known][0]!r} in its column {column!r}: write train for rows to fit, and test or val for rows "
+            "to score"
+        )
+    return np.isin(words, list(SCORED))
 
 
 def _draw(count: int, params: EvaluateParams) -> NDArray[np.int64]:
@@ -133,28 +217,44 @@ def _draw(count: int, params: EvaluateParams) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(params.seed).choice(count, params.points, replace=False))
 
 
-def _labelled_places(table: Table, columns: Columns, params: EvaluateParams) -> tuple[NDArray[np.float64], NDArray]:
-    """Returns places, (n, 2), and the label of each; rows without a place or a label are left out of both."""
+def _labelled_places(
+    table: Table, columns: Columns, params: EvaluateParams
+) -> tuple[NDArray[np.float64], NDArray, NDArray | None]:
+    """Returns places, (n, 2), the label of each, and the word of a split; rows without a place or a label are left out.
+
+    There are no words where no column of a split was named.
+    """
     place = _place(table, columns, params)
-    rows = settled(lambda: list(table.batches([columns.label, *place.columns])))
+    split = _split_column(table, params)
+    rows = settled(lambda: list(table.batches([columns.label, *place.columns, *split])))
     if not rows:
         raise table.refused("has no rows: give one for each label")
     read = pa.Table.from_batches(rows)
-    labels = read[columns.label].to_pandas()
-    labelled = (labels.notna() & ~labels.isin(NO_LABEL)).to_numpy()
+    found = pd.DataFrame({"label": read[columns.label].to_pandas()})
+    for name in split:
+        found["split"] = read[name].to_pandas()
+    labelled = (found["label"].notna() & ~found["label"].isin(NO_LABEL)).to_numpy()
     if not place.geometry:
-        return _known(lonlat_of(read, place, table), labels, labelled)
-    frame = gpd.GeoDataFrame({"label": labels}, geometry=shapes_of(read[place.geometry], place, table), crs=4326)
+        return _known(lonlat_of(read, place, table), found, labelled)
+    frame = gpd.GeoDataFrame(found, geometry=shapes_of(read[place.geometry], place, table), crs=4326)
     frame = frame[labelled & ~(frame.geometry.is_empty | frame.geometry.isna())]
     kinds = set(frame.geom_type)
     if kinds <= {"Point", "MultiPoint"}:
         frame = gpd.GeoDataFrame(frame.explode())  # each point of a multipoint gets the row's label
         lonlat = np.column_stack([frame.geometry.x, frame.geometry.y])
-        return _known(lonlat, frame["label"], np.ones(len(frame), bool))
+        return _known(lonlat, frame, np.ones(len(frame), bool))
     if not kinds <= {"Polygon", "MultiPolygon"}:
         raise table.refused(f"has geometries of {', '.join(sorted(kinds))}: give points alone, or polygons alone")
     lonlat, which = draw_in_polygons(frame, params.points or IN_POLYGONS, params.seed, table.source)
-    return lonlat, frame["label"].to_numpy()[which]
+    return _known(lonlat, frame.iloc[which], np.ones(len(which), bool))
+
+
+def _split_column(table: Table, params: EvaluateParams) -> list[str]:
+    if params.split in (None, FILES):
+        return []
+    if params.split not in table.names:
+        raise table.refused(f"has no column {params.split!r} among {', '.join(table.names)}: name the one of the split")
+    return [params.split]
 
 
 def _place(table: Table, columns: Columns, params: EvaluateParams) -> Place:
@@ -166,12 +266,13 @@ def _place(table: Table, columns: Columns, params: EvaluateParams) -> Place:
 
 
 def _known(
-    lonlat: NDArray[np.float64], labels: pd.Series, wanted: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], NDArray]:
+    lonlat: NDArray[np.float64], found: pd.DataFrame, wanted: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray, NDArray | None]:
     known = wanted & np.isfinite(lonlat).all(1)
     if left := int((~known).sum()):
         log().info("%d of %d rows have no place or no label, and are left out", left, len(known))
-    return lonlat[known], labels.to_numpy()[known]
+    words = found["split"].to_numpy()[known] if "split" in found else None
+    return lonlat[known], found["label"].to_numpy()[known], words
 
 
 def draw_in_polygons(
@@ -222,10 +323,14 @@ def _check(lonlat: NDArray[np.float64], labels: NDArray, columns: Columns, sourc
             f"{where} is at lon {lon[wrong][0]:g}, lat {lat[wrong][0]:g}: name the columns in degrees. "
             f"{remedy_of(lon[wrong][0], lat[wrong][0])}"
         )
-    if len(labels) < FEWEST:
-        raise UserError(f"{where} has {len(labels)} labels with a place: a probe needs at least {FEWEST}")
     if columns.kind == "regression" and not np.isfinite(labels).all():
         raise UserError(f"{where} has numbers that are not finite: mend them, or leave them empty")
+
+
+def _check_enough(labels: NDArray, columns: Columns, source: str) -> None:
+    where = f"{source}, column {columns.label!r},"
+    if len(labels) < FEWEST:
+        raise UserError(f"{where} has {len(labels)} labels with a place: a probe needs at least {FEWEST}")
     if len(np.unique(labels)) < 2:
         raise UserError(f"{where} has one value alone: there is nothing to tell apart")
 

@@ -1,7 +1,7 @@
 """Makes the demo's labels: real global data from packages, at places drawn by area on land."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import geopandas as gpd
@@ -31,6 +31,13 @@ class LabelSet:
     """Where the labels come from."""
     block_degrees: float = 10.0
     """Side of the blocks that are held out, in degrees."""
+    scored: NDArray[np.bool_] | None = None
+    """Whether probes are scored on a place, not fitted, by the task's own split, (n,); None where it has none."""
+
+    def at(self, kept: NDArray) -> "LabelSet":
+        """Returns the labels of some places."""
+        scored = None if self.scored is None else self.scored[kept]
+        return replace(self, lonlat=self.lonlat[kept], labels=self.labels[kept], scored=scored)
 
 
 def demo_labels(count: int, seed: int, block_degrees: float = 10.0, region: Region | None = None) -> list[LabelSet]:

@@ -50,7 +50,7 @@ class Trial:
     places: NDArray[np.int64]
     """Row of each of its places among the distinct places of all tasks."""
     random: list[Split]
-    """Random splits, the paper's first."""
+    """Random splits, the paper's first, or in its place the task's own."""
     blocked: list[Split]
     """Folds of whole blocks, those of one fold seed after those of another; those of each score every place once."""
     facts: dict[str, Any]
@@ -116,6 +116,7 @@ def score_all(
     places, where = distinct(sets)
     again = [*beside, *(one for one in embedders if one.name in references and not one.partial and one not in beside)]
     vectors = {one: _embedding(one, places, keep=one.partial or one in again) for one in (*again, *embedders)}
+    embedders = [_whole(one, vectors) for one in embedders]
     rows: list[dict[str, Any]] = []
     predicted: dict[tuple[str, str], NDArray] = {}
     sections = list(_sections(sets, where, embedders, vectors, again, params))
@@ -161,6 +162,15 @@ def _embedding(one: Named, places: Lonlat, keep: bool) -> Callable[[], Embedding
     return cache(embed) if keep else embed
 
 
+def _whole(one: Named, vectors: dict[Named, Callable[[], Any]]) -> Named:
+    """Returns an embedder as one that knows all places, if it might lack some and lacks none of these."""
+    if not one.tried or not np.isfinite(vectors[one]()[:, 0]).all():
+        return one
+    whole = replace(one, partial=False)
+    vectors[whole] = vectors.pop(one)
+    return whole
+
+
 def _sections(
     sets: list[LabelSet],
     where: list[NDArray[np.int64]],
@@ -195,7 +205,7 @@ def distinct(sets: list[LabelSet]) -> tuple[Lonlat, list[NDArray[np.int64]]]:
 def trial(labels: LabelSet, rows: NDArray[np.int64], known: NDArray[np.bool_] | None, params: EvaluateParams) -> Trial:
     """Returns a task on the places that are known, or on all, with its splits and their near-duplicates."""
     here = np.ones(len(rows), bool) if known is None else known[rows]
-    kept = replace(labels, lonlat=labels.lonlat[here], labels=labels.labels[here])
+    kept = labels.at(here)
     seeds = [SEED + i for i in range(params.fold_seeds)]
     try:
         blocked = [
@@ -203,7 +213,8 @@ def trial(labels: LabelSet, rows: NDArray[np.int64], known: NDArray[np.bool_] | 
         ]
     except ValueError as error:
         raise UserError(f"{labels.name}: {error}, by --block-degrees") from None
-    random = [random_split(len(kept.labels), SEED + i) for i in range(params.repeats)]
+    random = [*_own_split(kept), *(random_split(len(kept.labels), SEED + i) for i in range(params.repeats))]
+    random = random[: params.repeats]
     if kept.kind == "classification":
         _check_classes(kept, [*random, *blocked])
     facts = {
@@ -216,7 +227,18 @@ def trial(labels: LabelSet, rows: NDArray[np.int64], known: NDArray[np.bool_] | 
         "near_random": near_duplicates(kept.lonlat, random[0], params.near_km),
         "near_blocked": sum(near_duplicates(kept.lonlat, split, params.near_km) for split in blocked[: params.folds]),
     }
+    if kept.scored is not None:
+        facts["own_split"] = True
     return Trial(kept, rows[here], random, blocked, facts)
+
+
+def _own_split(labels: LabelSet) -> list[Split]:
+    """Returns the task's own split, which takes the place of the first random one; none where it has none."""
+    if labels.scored is None:
+        return []
+    if labels.scored.all() or not labels.scored.any():
+        raise UserError(f"{labels.name}: no place to fit or none to score is left of its own split")
+    return [Split(np.flatnonzero(~labels.scored), np.flatnonzero(labels.scored))]
 
 
 def _check_classes(labels: LabelSet, splits: list[Split]) -> None:
@@ -230,8 +252,9 @@ def _check_classes(labels: LabelSet, splits: list[Split]) -> None:
 
 
 def digest(labels: LabelSet) -> str:
-    """Returns a fingerprint of places and labels."""
-    return fingerprint([labels.lonlat.round(6).tolist(), labels.labels.tolist()])
+    """Returns a fingerprint of places and labels, and of the task's own split where it has one."""
+    own = [] if labels.scored is None else [labels.scored.tolist()]
+    return fingerprint([labels.lonlat.round(6).tolist(), labels.labels.tolist(), *own])
 
 
 def _score(name: str, known: Features | None, made: Trial) -> tuple[dict[str, Any], NDArray | None]:

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from distributed import Client
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load as parse
 
 from infra import storage
-from infra.addresses import as_url, name_of, shown
+from infra.addresses import as_url, name_of
 from infra.errors import Refused, UserError
 from tasks import arrays
 from tasks.cards import fingerprint, is_finished, product_url, read_card, write_card
 from tasks.core.encoders.images import ImageEncoder, take_bands
 from tasks.core.encoders.registry import fit_encoder, load_encoder
+from tasks.core.encoders.vision import RSHF_EPSILON
 from tasks.foreign import read_file
 from tasks.model.checkpoint import Checkpoint, describe, load_checkpoint, pack, unpack
+from tasks.model.weights import PICKLED, load_tensors
 from tasks.params import EncoderParams
 from tasks.patches.store import Patches, open_patches
 from tasks.products import FeaturesCard, PatchesCard
@@ -37,6 +37,8 @@ SHARD = 512  # images in a shard of features: 2 MB, some seconds of work
 SYMMETRIES = 8  # rotations and reflections of a square
 PIECE = 1 << 25  # pixel values encoded at a time, 2 to 14 bytes each: a shard of large images would take gigabytes
 READERS = 8  # shards read at a time
+WEIGHTS = "the weights of the image encoder, a .safetensors, .pth or .bin"
+REVISED = {"satmae": {"epsilon": RSHF_EPSILON}}  # what makes other features of the same weights than a former version
 RUNS, RUN = 40, 50  # runs, and images in a run, that an encoder is fitted to; runs are spread over the whole store
 
 
@@ -109,14 +111,14 @@ def identity(params: EncoderParams) -> dict[str, Any]:
     """Returns what determines an encoder: its parameters, with the digest of its weights in place of their path."""
     if params.weights is None:
         return params.model_dump()
-    digest = hashlib.sha256(read_file(_weights_file(params.weights), "a .safetensors")).hexdigest()
-    return {**params.model_dump(), "weights": digest}
+    digest = hashlib.sha256(read_file(_weights_file(params.weights), WEIGHTS)).hexdigest()
+    return {**params.model_dump(), "weights": digest, **REVISED.get(params.name, {})}
 
 
 def _weights_file(place: str) -> str:
-    """Returns the URL of a .safetensors file, in the directory of a checkpoint where that was given."""
+    """Returns the URL of a file of weights, in the directory of a checkpoint where that was given."""
     url = as_url(place)
-    if name_of(url).endswith(".safetensors"):
+    if name_of(url).endswith((".safetensors", *PICKLED)):
         return url
     inside = storage.join(url, "model.safetensors")
     with suppress(Refused):  # a signed URL serves one file only
@@ -128,16 +130,14 @@ def read_weights(place: str) -> dict[str, NDArray]:
     """Returns the weights of an image encoder, by name.
 
     Args:
-        place: Path or URL of a .safetensors file, or of a checkpoint with an image encoder.
+        place: Path or URL of a .safetensors, .pth or .bin file, or of a checkpoint with an image encoder. Nothing in
+            the file is executed.
 
     Raises:
-        UserError: There is no such file, or it is no .safetensors.
+        UserError: There is no such file, or it has no weights.
     """
     file = _weights_file(place)
-    try:
-        tensors = parse(read_file(file, "a .safetensors"))
-    except SafetensorError as error:
-        raise UserError(f"{shown(place)} is no .safetensors ({error}): convert the weights to one first") from error
+    tensors = load_tensors(file, WEIGHTS)
     found = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
     if file == as_url(place):
         return found

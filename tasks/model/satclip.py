@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as parse
 from torch import Tensor
 
 from infra.addresses import as_url, name_of, shown
@@ -21,9 +20,9 @@ from tasks.core.encoders.location import LocationEncoder, PlaceEncoder
 from tasks.core.encoders.registry import load_tower
 from tasks.foreign import check_free, read_file, write_file
 from tasks.model.checkpoint import Checkpoint, load_checkpoint, named, part_of, save_checkpoint
+from tasks.model.weights import first_line, unpickle
 from tasks.products import CheckpointCard
 
-ALLOWED: list[Any] = [argparse.Namespace]  # Lightning stores this beside plain containers and tensors
 FOREIGN_LOCATION = "model.location.nnet"
 LARGEST = {"legendre_polys": 100, "capacity": 4096, "num_hidden_layers": 16, "embed_dim": 4096}
 VISION = {  # SatCLIP's vision_layers: our encoder, and the name of its last layer
@@ -54,7 +53,7 @@ def import_satclip(source: str | Path, url: str) -> CheckpointCard:
     made_of = {"file": name_of(as_url(source)), "sha256": hashlib.sha256(data).hexdigest()}
     if there := made_before(url, CheckpointCard, made_of):
         return there
-    content = _unpickle(data, source)
+    content = unpickle(data, source, "a satclip-*.ckpt")
     try:
         settings = dict(_mapping(content["hyper_parameters"]))
         weights = dict(content["state_dict"])
@@ -64,43 +63,9 @@ def import_satclip(source: str | Path, url: str) -> CheckpointCard:
         raise
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{shown(source)} is not a SatCLIP checkpoint ({_first_line(error)}): give a satclip-*.ckpt"
+            f"{shown(source)} is not a SatCLIP checkpoint ({first_line(error)}): give a satclip-*.ckpt"
         ) from error
     return save_checkpoint(url, location, projection, encoder, source="SatCLIP", made_of=made_of, **note)
-
-
-def load_foreign(source: str | Path, kind: str) -> dict[str, Any]:
-    """Reads weights of another project, a `.safetensors` or `torch.save` file. Nothing in the file is executed.
-
-    Args:
-        source: Path or URL.
-        kind: What is wanted, for the message.
-
-    Raises:
-        UserError: The file does not exist, or cannot be read without running code from it.
-    """
-    data = read_file(source, kind)
-    if name_of(as_url(source)).endswith(".safetensors"):
-        try:
-            return parse(data)
-        except Exception as error:  # a hostile file may fail in any way
-            raise UserError(f"{shown(source)} is no .safetensors ({_first_line(error)}): give {kind}") from error
-    return _unpickle(data, source, kind)
-
-
-def _unpickle(data: bytes, source: str | Path, kind: str = "a satclip-*.ckpt") -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile file may fail in any way
-        raise UserError(
-            f"{shown(source)} is no checkpoint that can be read without running code from it ({_first_line(error)}): "
-            f"give {kind} as published"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -176,6 +176,11 @@ def _check_content(path: Path, suffix: str, source: str, kind: str) -> None:
         raise UserError(f"{source} cannot be read as a table of {kind} (by its content it {kinds})")
 
 
+def is_table(name: str) -> bool:
+    """Tells by the suffix of a file's name whether it is a table."""
+    return _suffix(name) in (*TEXT, *PARQUET, *SHAPES)
+
+
 def _suffix(name: str) -> str:
     """Returns the suffix in lower case, leaving out .gz."""
     return Path(name.lower().removesuffix(".gz")).suffix

@@ -8,11 +8,12 @@ satclip-vit16      the 12 of L2A, B10 zero      384    a SatCLIP checkpoint's `m
 satclip-resnet18   the 12 of L2A, B10 zero      512    as above
 satclip-resnet50   the 12 of L2A, B10 zero      2048   as above
 satmae             B04, B03, B02                1024   SatMAE ViT-L, pretrained on fMoW RGB
+satmae-sentinel2   B02 to B08, B8A, B11, B12    1024   SatMAE ViT-L, pretrained on fMoW-Sentinel
 module:function    its own                      its own its own
 ================== ============================ ====== ================================================
 
 The satclip and satmae encoders take the middle 224 x 224 pixels of an image, as SatCLIP and the published RANGE
-database do. Smaller images are enlarged first.
+database do, satmae-sentinel2 the middle 96 x 96. Smaller images are enlarged first.
 """
 
 import ast
@@ -64,6 +65,8 @@ class TorchEncoder:
     """Divisor of the difference, per channel or for all."""
     brightest: float = 1.0
     """Reflectance that higher values are clipped to."""
+    levels: int | None = None
+    """Number of steps to which the quotient is cut, between 0 and 1; None: it is taken as it is."""
     size: int = 224
     """Side of the module's input in pixels."""
     resolution_m: float | None = 10.0
@@ -78,10 +81,18 @@ class TorchEncoder:
     def normalisation(self) -> str:
         """Tells in words what it does to reflectance and to nodata."""
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        most = f"at most {self.brightest:g}, " if np.isfinite(self.brightest) else ""
+        cut = f", in 0 to 1 by steps of 1/{self.levels}" if self.levels else ""
         return (
-            f"at most {self.brightest:g}, less ({mean}), divided by ({std}); nodata to its band's mean in the image; "
-            f"the middle {self.size} pixels"
+            f"{most}less ({mean}), divided by ({std}){cut}; nodata to its band's mean in the image; "
+            f"the middle {self.size} pixels{self._epsilon}"
         )
+
+    @property
+    def _epsilon(self) -> str:
+        """Tells the epsilon of the layer norms where it is not a ViT's own."""
+        found = {norm.eps for norm in self.module.modules() if isinstance(norm, nn.LayerNorm)} - {vision.EPSILON}
+        return f"; epsilon of layer norms {found.pop():g}" if found else ""
 
     @torch.no_grad()
     def encode(self, reflectance: Images) -> NDArray[np.float32]:
@@ -98,7 +109,10 @@ class TorchEncoder:
         device = next(self.module.parameters()).device
         x = middle(torch.from_numpy(filled).to(device), self.size).clamp(max=self.brightest)
         mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return self.module((self._all_channels(x) - mean) / std).float().cpu().numpy()
+        x = (self._all_channels(x) - mean) / std
+        if self.levels:
+            x = (x.clamp(0, 1) * self.levels).floor() / self.levels
+        return self.module(x).float().cpu().numpy()
 
     def _all_channels(self, x: Tensor) -> Tensor:
         if self.channels == self.bands:
@@ -138,7 +152,17 @@ class Tower:
     """As in `TorchEncoder`."""
     brightest: float = 1.0
     """As in `TorchEncoder`."""
+    levels: int | None = None
+    """As in `TorchEncoder`."""
+    size: int = 224
+    """As in `TorchEncoder`."""
 
+
+FMOW_MEAN = np.array([1184.3824625, 1120.77120066, 1136.26026392, 1263.73947144, 1645.40315151, 1846.87040806,
+                      1762.59530783, 1972.62420416, 1732.16362238, 1247.91870117]) / 10_000  # fmt: skip
+FMOW_STD = np.array([650.2842772, 712.12507725, 965.23119807, 948.9819932, 1108.06650639, 1258.36394548,
+                     1233.1492281, 1364.38688993, 1310.36996126, 1087.6020813]) / 10_000  # fmt: skip
+# fMoW-Sentinel's numbers, divided by 10,000, of the ten bands: 0 to 1 is two deviations about the mean either way.
 
 TOWERS = {
     "satclip-vit16": Tower(vision.vit_small, SENTINEL2, 384),
@@ -151,6 +175,16 @@ TOWERS = {
         tuple(TRUE_COLOUR * IMAGENET[0]),
         tuple(TRUE_COLOUR * IMAGENET[1]),
         TRUE_COLOUR,
+    ),
+    "satmae-sentinel2": Tower(
+        vision.vit_large_grouped,
+        ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
+        1024,
+        tuple(FMOW_MEAN - 2 * FMOW_STD),
+        tuple(4 * FMOW_STD),
+        np.inf,
+        levels=255,
+        size=96,
     ),
 }
 
@@ -174,7 +208,8 @@ def load_tower(name: str, arrays: Arrays, bands: tuple[str, ...] = ()) -> TorchE
     weights = {key: _weight(name, key, like, arrays) for key, like in module.state_dict().items()}
     module.load_state_dict(weights, assign=True)
     module.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    return TorchEncoder(name, module, tower.channels, tower.dim, tower.mean, tower.std, tower.brightest)
+    how = (tower.mean, tower.std, tower.brightest, tower.levels, tower.size)
+    return TorchEncoder(name, module, tower.channels, tower.dim, *how)
 
 
 def _weight(name: str, key: str, like: Tensor, arrays: Arrays) -> Tensor:
@@ -216,7 +251,9 @@ def fit_encoder(name: str, sample: Images, bands: tuple[str, ...], dim: int, see
     if name in FITTED:
         return FITTED[name](sample, bands, dim, seed)
     _builder(name)
-    raise ValueError(f"the image encoder {name!r} needs weights: give the path or URL of its .safetensors")
+    raise ValueError(
+        f"the image encoder {name!r} needs weights: give the path or URL of its .safetensors, .pth or .bin"
+    )
 
 
 def load_encoder(name: str, arrays: Arrays, bands: tuple[str, ...]) -> ImageEncoder:

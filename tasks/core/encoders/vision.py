@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-EPSILON = 1e-6  # epsilon of a ViT's layer norms; PyTorch's default is 1e-5
+EPSILON = 1e-6  # epsilon of a ViT's layer norms, as in timm and in SatMAE's own code
+RSHF_EPSILON = 1e-5  # PyTorch's default, with which rshf runs SatMAE, and with which RANGE's values were made
+SENTINEL_GROUPS = ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9))  # of B02 to B08, B8A, B11, B12: 10 m, 20 m, short-wave infrared
 
 
 class Attention(nn.Module):
@@ -45,11 +47,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One transformer block, normalised before each half."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, epsilon: float = EPSILON) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPSILON)
+        self.norm1 = nn.LayerNorm(dim, eps=epsilon)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=EPSILON)
+        self.norm2 = nn.LayerNorm(dim, eps=epsilon)
         self.mlp = Mlp(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -74,7 +76,15 @@ class VisionTransformer(nn.Module):
     """A ViT (Dosovitskiy et al. 2021) without its head."""
 
     def __init__(
-        self, channels: int, dim: int, depth: int, heads: int, patch: int = 16, size: int = 224, mean: bool = False
+        self,
+        channels: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        patch: int = 16,
+        size: int = 224,
+        mean: bool = False,
+        epsilon: float = EPSILON,
     ) -> None:
         """Makes random weights, to be replaced by published ones.
 
@@ -87,14 +97,15 @@ class VisionTransformer(nn.Module):
             size: Pixels along one side of an image.
             mean: Whether the features are the mean of the squares' tokens, as in a masked autoencoder, or the class
                 token.
+            epsilon: What is added to the variance in layer norms.
         """
         super().__init__()
         self.mean = mean
         self.patch_embed = PatchEmbed(channels, dim, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
-        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim, eps=EPSILON)
+        self.blocks = nn.Sequential(*[Block(dim, heads, epsilon) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=epsilon)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps (n, channel, size, size) to (n, dim)."""
@@ -104,6 +115,52 @@ class VisionTransformer(nn.Module):
         if self.mean:
             return tokens[:, 1:].mean(1)
         return tokens[:, 0]
+
+
+class GroupedVisionTransformer(nn.Module):
+    """The encoder of SatMAE for many bands (Cong et al. 2022): a token for each square and group of bands.
+
+    A token's position is that of its square, then that of its group. The features are the mean of all tokens.
+    """
+
+    def __init__(
+        self,
+        groups: tuple[tuple[int, ...], ...],
+        dim: int,
+        depth: int,
+        heads: int,
+        patch: int = 8,
+        size: int = 96,
+        group_dim: int = 256,
+    ) -> None:
+        """Makes random weights, to be replaced by published ones.
+
+        Args:
+            groups: Channels of each group.
+            dim: Length of a token, and of the features.
+            depth: Number of blocks.
+            heads: Number of attention heads.
+            patch: Pixels along one side of a token's square.
+            size: Pixels along one side of an image.
+            group_dim: Numbers of a token's position that tell its group.
+        """
+        super().__init__()
+        self.groups = groups
+        self.patch_embed = nn.ModuleList([PatchEmbed(len(group), dim, patch) for group in groups])
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim - group_dim))
+        self.channel_embed = nn.Parameter(torch.zeros(1, len(groups), group_dim))
+        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=EPSILON)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps (n, channel, size, size) to (n, dim)."""
+        squares = self.pos_embed[:, 1:]
+        tokens = [self.cls_token.expand(len(images), -1, -1)]  # without a position, as in pretraining
+        for i, group in enumerate(self.groups):
+            own = self.channel_embed[:, i : i + 1].expand(-1, squares.shape[1], -1)
+            tokens.append(self.patch_embed[i](images[:, list(group)]) + torch.cat([squares, own], 2))
+        return self.norm(self.blocks(torch.cat(tokens, 1)))[:, 1:].mean(1)
 
 
 class BasicBlock(nn.Module):
@@ -191,8 +248,13 @@ def vit_small(channels: int) -> VisionTransformer:
 
 
 def vit_large_mean(channels: int) -> VisionTransformer:
-    """Makes a ViT-L/16 with 1024 features, the mean of the squares' tokens."""
-    return VisionTransformer(channels, dim=1024, depth=24, heads=16, mean=True)
+    """Makes a ViT-L/16 with 1024 features, the mean of the squares' tokens, with rshf's epsilon."""
+    return VisionTransformer(channels, dim=1024, depth=24, heads=16, mean=True, epsilon=RSHF_EPSILON)
+
+
+def vit_large_grouped(channels: int) -> GroupedVisionTransformer:
+    """Makes a ViT-L/8 of three groups of Sentinel-2's bands for 96 x 96 pixels, with 1024 features."""
+    return GroupedVisionTransformer(SENTINEL_GROUPS, dim=1024, depth=24, heads=16)
 
 
 def resnet18(channels: int) -> ResNet:

@@ -79,6 +79,22 @@ def test_satmae_sees_the_true_colour_image_as_imagenet_normalised_rgb():
     np.testing.assert_allclose(echo.encode(rgb)[0], expected.ravel(), atol=1e-5)
 
 
+def test_satmae_of_sentinel2_sees_the_levels_of_its_training():
+    """As SatMAE's SentinelNormalize, a byte of two deviations about each band's mean, of the middle 96 pixels."""
+    tower = TOWERS["satmae-sentinel2"]
+    how = (tower.mean, tower.std, tower.brightest, tower.levels, tower.size)
+    echo = TorchEncoder("echo", Echo(), tower.channels, 10 * 96**2, *how)
+    assert echo.bands == ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+    image = RNG.uniform(0, 0.6, (1, 10, 100, 100)).astype("f4")
+    numbers = image[0, :, 2:98, 2:98].astype("f8") * 10_000
+    low, high = (1184.3824625 - 2 * 650.2842772, 1184.3824625 + 2 * 650.2842772)  # B02
+    expected = np.clip((numbers[0] - low) / (high - low) * 255.0, 0, 255).astype("u1") / 255
+    found = echo.encode(image)[0].reshape(10, 96, 96)
+    assert np.mean(np.abs(found[0] - expected) < 1e-6) > 0.9999  # a number at the edge of a level may round either way
+    last = np.clip((numbers[9] - 1247.9187 + 2 * 1087.6021) / (4 * 1087.6021), 0, 1)  # B12
+    assert np.abs(found[9] - last).max() < 1.01 / 255
+
+
 def test_the_middle_is_cropped_and_small_images_are_enlarged():
     image = torch.arange(30.0 * 21).reshape(1, 1, 30, 21)
     assert torch.equal(middle(image, 11), image[:, :, 10:21, 5:16])

@@ -1,5 +1,8 @@
 """The audit: a good database passes, and every fault that can be put into one is found."""
 
+import argparse
+from pathlib import PurePosixPath
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -189,7 +192,17 @@ def test_weights_are_read_from_a_checkpoint_or_a_file(tmp_path):
     tower = load_tower("satclip-resnet18", weights("satclip-resnet18"))
     save_checkpoint((tmp_path / "tower").as_uri(), LocationEncoder(3, hidden=8, dim=4), ImageProjection(512, 4), tower)
     save_file(tower.arrays(), tmp_path / "tower.safetensors")
-    for place in (tmp_path / "tower", (tmp_path / "tower").as_uri(), tmp_path / "tower.safetensors"):
+    state = {name: torch.from_numpy(array) for name, array in tower.arrays().items()}
+    stored = {
+        "model": state,
+        "optimizer": {"state": {}},
+        "args": argparse.Namespace(lr=1.0),
+        "path": PurePosixPath("out"),
+    }
+    torch.save(stored, tmp_path / "tower.pth")  # as training scripts store it, with a class of theirs
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    files = [tmp_path / name for name in ("tower.safetensors", "tower.pth", "pytorch_model.bin")]
+    for place in (tmp_path / "tower", (tmp_path / "tower").as_uri(), *files):
         found = read_weights(str(place))
         assert set(found) == set(tower.arrays())
         np.testing.assert_array_equal(found["bn1.weight"], tower.arrays()["bn1.weight"])
@@ -208,6 +221,8 @@ def test_weights_without_a_name_are_refused():
         ({"name": "satmae", "weights": "nowhere"}, "there is no file .*nowhere"),
         ({"name": "satmae", "weights": "text"}, r"no \.safetensors"),
         ({"name": "satmae", "weights": "tower"}, "lack cls_token"),
+        ({"name": "satmae", "weights": "evil.pth"}, "without running code"),
+        ({"name": "satmae-sentinel2", "weights": "empty.bin"}, "has no tensors by name"),
     ],
 )
 def test_values_that_cannot_be_are_refused(client, made, tmp_path, monkeypatch, values, message):
@@ -215,6 +230,8 @@ def test_values_that_cannot_be_are_refused(client, made, tmp_path, monkeypatch, 
     tower = load_tower("satclip-resnet18", weights("satclip-resnet18"))
     save_checkpoint((tmp_path / "tower").as_uri(), LocationEncoder(3, hidden=8, dim=4), ImageProjection(512, 4), tower)
     (tmp_path / "text").write_text("not weights")
+    torch.save({"model": {}, "hook": print}, tmp_path / "evil.pth")
+    torch.save({"model": {"cls_token": "text"}}, tmp_path / "empty.bin")
     if "weights" in values:
         values = values | {"weights": str(tmp_path / values["weights"])}
     with pytest.raises(UserError, match=message):

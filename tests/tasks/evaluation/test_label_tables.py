@@ -1,16 +1,23 @@
 """Tables of labels: the paper's, any other, polygons, and what is wrong with them."""
 
+import json
+
 import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
 import shapely
+import torch
 from shapely.geometry import MultiPoint, Point, box
+from sklearn.linear_model import RidgeClassifierCV
+from sklearn.preprocessing import MinMaxScaler
 
 from infra import storage
 from infra.errors import UserError
 from tasks.evaluate import evaluate_database
+from tasks.evaluation.embedders import embedders
 from tasks.evaluation.label_tables import PAPER, draw_in_polygons, label_sets, read_labels
+from tasks.evaluation.scoring import score_all
 from tasks.params import EvaluateParams
 from tasks.tables.regions import countries, find_region
 
@@ -44,7 +51,7 @@ def test_the_papers_tables_are_recognised(rows, tmp_path, columns):
 
 
 def test_housing_is_not_taken_for_population(rows, tmp_path):
-    table = frame(rows, PAPER[-1]).assign(population=1.0)
+    table = frame(rows, PAPER[6]).assign(population=1.0)
     table.to_csv(tmp_path / "housing.csv", index=False)
     assert [labels.name for labels in read(tmp_path / "housing.csv")] == ["housing"]
 
@@ -178,11 +185,86 @@ def test_a_table_that_is_not_there_is_refused(tmp_path):
         read(tmp_path / "gone.csv")
 
 
-def test_two_tables_of_one_task_are_refused(tmp_path):
-    for name in ("a.csv", "b.csv"):
-        (tmp_path / name).write_text(GOOD)
-    with pytest.raises(UserError, match="two tables have labels of 'elevation'"):
+def ecoregions(folder, rows):
+    """The paper's two files: train and val, with labels of two tasks, some missing; pandas' join of them."""
+    table = pd.DataFrame({"X": rows["lon"], "Y": rows["lat"]})
+    table["BIOME_NAME"] = [f"b{i % 3}" for i in range(COUNT)]
+    table["ECO_NAME"] = [f"e{i % 2}" for i in range(COUNT)]
+    table.loc[[3, 60], "ECO_NAME"] = None
+    table[:50].to_csv(folder / "ecoregion_train.csv", index=False)
+    table[50:].to_csv(folder / "ecoregion_val.csv", index=False)
+    return folder / "ecoregion_train.csv", folder / "ecoregion_val.csv"
+
+
+def test_two_tables_of_one_task_are_one_in_the_order_given(rows, tmp_path, caplog):
+    """Against the paper's loader: concat, dropna, then PyTorch's random_split with seed 42."""
+    caplog.set_level("INFO")
+    files = ecoregions(tmp_path, rows)
+    whole = pd.concat([pd.read_csv(file) for file in files]).dropna(subset=["ECO_NAME"]).reset_index(drop=True)
+    biome, ecoregion = read(*files)
+    assert (biome.name, len(biome.labels), ecoregion.name) == ("biome", COUNT, "ecoregion")
+    np.testing.assert_array_equal(ecoregion.labels, whole["ECO_NAME"])
+    np.testing.assert_allclose(ecoregion.lonlat, whole[["X", "Y"]])
+    assert "ecoregion: the rows of " in caplog.text
+    train, _ = torch.utils.data.random_split(range(len(whole)), [0.8, 0.2], torch.Generator().manual_seed(42))
+    (_, trial) = evaluated(files, tmp_path)
+    np.testing.assert_array_equal(trial.random[0].train, train.indices)
+
+
+def evaluated(files, folder, **params):
+    params = EvaluateParams(labels=tuple(map(str, files)), embedder=("coordinates",), folds=2, fold_seeds=1, **params)
+    return score_all(read_labels(params), embedders(None, None, None, params), params, lambda *_: None).trials
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_land_and_ocean_keep_their_own_split(tmp_path, order, monkeypatch):
+    """The score is scikit-learn's of the first file's probe on the second, whatever the order of the options."""
+    rng = np.random.default_rng(1)
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
+    table = pd.DataFrame({"lon": rng.uniform(-180, 180, 500), "lat": rng.uniform(-90, 90, 500)})
+    table["land"] = (table["lon"] + 40 * rng.normal(size=500) > 0).astype(int)
+    files = [tmp_path / "land_ocean_train.csv", tmp_path / "land_ocean_test.csv"]
+    for file, part in zip(files, (table[:320], table[320:]), strict=True):
+        part.to_csv(file, index=False)
+    train, test = (pd.read_csv(file) for file in files)
+    scaler = MinMaxScaler().fit(train[["lon", "lat"]])
+    probe = RidgeClassifierCV(alphas=(0.1, 1.0, 10.0), cv=10)
+    probe.fit(scaler.transform(train[["lon", "lat"]]), train["land"])
+    expected = probe.score(scaler.transform(test[["lon", "lat"]]), test["land"])
+    params = EvaluateParams(labels=tuple(map(str, files[::order])), embedder=("coordinates",), folds=2, fold_seeds=1)
+    (score,) = json.loads(storage.read(f"{evaluate_database(None, None, params)}/scores.json"))
+    assert (score["task"], score["own_split"]) == ("ocean", True)
+    assert score["random_splits"] == pytest.approx([expected], abs=1e-6)
+    alone = read(files[0])[0]
+    assert alone.scored is None  # one table has no split
+
+
+def test_a_column_tells_the_split(rows, tmp_path):
+    table = rows.assign(elevation=np.arange(float(COUNT)), part=["train", "Val", "test", "train"] * 20)
+    table.to_csv(tmp_path / "e.csv", index=False)
+    (trial,) = evaluated([tmp_path / "e.csv"], tmp_path, split="part", repeats=2)
+    np.testing.assert_array_equal(trial.random[0].test, np.flatnonzero(table["part"] != "train"))
+    assert len(trial.random) == 2
+    table["part"] = "train"
+    table.to_csv(tmp_path / "t.csv", index=False)
+    for name, part, message in (
+        ("t", "part", "no rows to score"),
+        ("t", "lat", "write train"),
+        ("t", "no", "no column"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / f"{name}.csv", split=part)
+    with pytest.raises(UserError, match="only table of 'elevation'"):
+        read(tmp_path / "e.csv", split="files")
+
+
+def test_tables_that_are_no_parts_of_one_are_refused(rows, tmp_path):
+    rows.assign(country="NL").to_csv(tmp_path / "a.csv", index=False)
+    rows.assign(country=7).to_csv(tmp_path / "b.csv", index=False)
+    with pytest.raises(UserError, match="texts and numbers in their columns 'country'"):
         read(tmp_path / "a.csv", tmp_path / "b.csv")
+    with pytest.raises(UserError, match="named twice"):
+        read(tmp_path / "a.csv", tmp_path / "." / "a.csv")
 
 
 def test_polygons_too_small_to_be_hit_are_refused(monkeypatch):

@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import pathlib
+import pickle
+import sys
+import types
 import zipfile
 
 import numpy as np
@@ -129,6 +133,81 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(home, tmp_path, capsys):
     with pytest.raises(UserError, match="without running code"):
         import_satclip(file, f"{home}/imported")
     assert "must not run" not in capsys.readouterr().out
+
+
+class Callback:
+    """A class of a training script, which is not there where the file is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+
+Callback.__module__, Callback.__qualname__ = "lightning.pytorch.callbacks", "Callback"
+
+
+def test_unknown_classes_in_a_checkpoint_are_stood_in_for(home, tmp_path, monkeypatch):
+    """As Lightning writes them: classes, and objects with a state; none of their modules is there, nor imported."""
+    file = satclip_file(tmp_path / "satclip.ckpt", 10)
+    content = torch.load(file, weights_only=True)
+    module = types.ModuleType("lightning.pytorch.callbacks")
+    module.Callback = Callback
+    with monkeypatch.context() as there:
+        for name in ("lightning", "lightning.pytorch", "lightning.pytorch.callbacks"):
+            there.setitem(sys.modules, name, module)
+        kept = {"callbacks": {"best": Callback(pathlib.PurePosixPath("a"))}, "hparams_type": Callback}
+        torch.save(content | kept, file)
+    import_satclip(file, f"{home}/imported")
+    ours = load_checkpoint(f"{home}/imported").location
+    theirs = load_satclip_location_encoder(satclip_file(tmp_path / "plain.ckpt", 10))(torch.from_numpy(places()))
+    assert relative(embed_by(ours, places()), theirs.detach().numpy()) < 1e-6
+    assert "lightning" not in sys.modules
+
+
+def hostile(path, module, name, *arguments):
+    """Writes a checkpoint that calls a function when it is unpickled: the bytes of the call are put in by hand."""
+    satclip_file(path, 10)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"callbacks": argparse.Namespace(mark="here")}, path)
+    call = f"c{module}\n{name}\n".encode() + pickle.dumps(arguments, 2)[2:-1] + b"R"
+    members = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            members[member] = archive.read(member)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for member, data in members.items():
+            if member.endswith("data.pkl"):
+                assert data.count(b"X\x04\x00\x00\x00here") == 1
+                data = data.replace(b"X\x04\x00\x00\x00here", call)
+            archive.writestr(member, data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [
+        ("os", "system", "touch {}"),
+        ("posix", "system", "touch {}"),
+        ("subprocess", "getoutput", "touch {}"),
+        ("builtins", "exec", "open('{}', 'w')"),
+        ("__builtin__", "eval", "open('{}', 'w')"),
+        ("pathlib", "Path.touch", "{}"),
+        ("torch.hub", "load", "{}"),
+        ("evil_package", "run", "{}"),
+        ("functools", "partial", "{}"),
+    ],
+)
+def test_a_call_in_a_checkpoint_never_runs(home, tmp_path, monkeypatch, module, name, call):
+    """Of Python's functions it is a refusal; of a package's the call makes a stand-in, and no module is imported."""
+    (tmp_path / "evil_package.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = hostile(tmp_path / "evil.ckpt", module, name, call.format(tmp_path / "ran"))
+    if module in ("evil_package", "torch.hub", "functools", "pathlib"):
+        import_satclip(file, f"{home}/imported")
+    else:
+        with pytest.raises(UserError, match="without running code"):
+            import_satclip(file, f"{home}/imported")
+    assert not (tmp_path / "ran").exists()
+    assert "evil_package" not in sys.modules
 
 
 @pytest.mark.parametrize(

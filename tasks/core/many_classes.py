@@ -94,12 +94,12 @@ def _moments(
     blocks: Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]], index: NDArray[np.int64], classes: int
 ) -> Moments:
     """Returns the sums over rows of features and ±1 targets, whose products come by sums over each class's rows."""
-    n, x, xx, by_class, counts = 0, 0.0, 0.0, 0.0, np.zeros(classes)
+    total: Moments | None = None
     for at, features in blocks:
         of_class = scipy.sparse.csr_array((np.ones(len(at)), (index[at], np.arange(len(at)))), (classes, len(at)))
-        n += len(at)
-        x = x + features.sum(0)
-        xx = xx + features.T @ features
-        by_class = by_class + of_class @ features
-        counts += np.bincount(index[at], minlength=classes)
-    return Moments(n, x, 2 * counts - n, xx, 2 * by_class.T - x[:, None])
+        counts, x = np.bincount(index[at], minlength=classes).astype(np.float64), features.sum(0)
+        by_class = (of_class @ features).T
+        block = Moments(len(at), x, 2 * counts - len(at), features.T @ features, 2 * by_class - x[:, None])
+        total = block if total is None else total + block
+    assert total is not None, "there are rows"
+    return total

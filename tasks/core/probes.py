@@ -267,6 +267,9 @@ class Moments:
         """Sums over the rows of `x` and `y`."""
         return cls(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y)
 
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.n + other.n, self.x + other.x, self.y + other.y, self.xx + other.xx, self.xy + other.xy)
+
     def __sub__(self, other: "Moments") -> "Moments":
         return Moments(self.n - other.n, self.x - other.x, self.y - other.y, self.xx - other.xx, self.xy - other.xy)
 

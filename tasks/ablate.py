@@ -30,7 +30,7 @@ from tasks.core.quantize import Scale
 from tasks.core.retrieval import Method, RetrievalIndex, embed
 from tasks.database.store import read_pair
 from tasks.evaluation.embedders import Embeddings, Lonlat, Named
-from tasks.evaluation.label_tables import label_sets
+from tasks.evaluation.label_tables import UNTOLD, counted, label_sets
 from tasks.evaluation.score_tables import keep_scores
 from tasks.evaluation.scoring import digest, find_references, score_all
 from tasks.grid.tiles import load
@@ -77,13 +77,13 @@ def ablate_database(choice: Choice, checkpoint: str, database: str, params: Abla
     Raises:
         UserError: The choice lacks what it needs.
     """
-    card = read_pair(checkpoint, database)
+    params, card = counted(params), read_pair(checkpoint, database)
     variants = list(variants_of(choice, checkpoint, database, params))
     find_references(variants, params.reference)
     sets = label_sets(params)
     labels = {one.name: digest(one) for one in sets}
     made_of = {"choice": choice, "database": card.fingerprint, "labels": labels}
-    made_of |= params.model_dump(mode="json", exclude={"labels", "embedder", "region", "buffer_km"})
+    made_of |= params.model_dump(mode="json", exclude=UNTOLD)
     made_of |= decides(find_region(params.region, params.buffer_km))
     url = product_url("ablations", made_of)
     if is_finished(url):

@@ -41,7 +41,7 @@ def encode_database(client: Client, patches: str, checkpoint: str, params: Encod
     made_of = {"patches": source.fingerprint, "checkpoint": space.fingerprint, **params.model_dump()}
     made_of["values"] = identity(params.values)
     manifest = open_store(patches).manifest
-    weights = weights_of(source, manifest[["lon", "lat"]].to_numpy("f8"))
+    weights = weights_of(patches, source, manifest[["lon", "lat"]].to_numpy("f8"))
     if weights is not None:
         made_of["weights"] = "by class"  # beside a database of before, in which each image counts 1
     url = product_url("databases", made_of)

@@ -20,7 +20,7 @@ from tasks.database.store import read_pair
 from tasks.evaluation import fusion
 from tasks.evaluation.embedders import Lonlat, Named, beside_grids, dtype_costs, embedders, retrieval_of
 from tasks.evaluation.failures import losses, spread, where_it_fails
-from tasks.evaluation.label_tables import label_sets
+from tasks.evaluation.label_tables import UNTOLD, counted, label_sets
 from tasks.evaluation.labels import LabelSet
 from tasks.evaluation.score_tables import keep_scores, named_apart, records
 from tasks.evaluation.scoring import Scored, digest, find_references, score_all
@@ -63,7 +63,7 @@ def evaluate_database(
     Raises:
         UserError: Labels, embedders or products do not exist or do not fit.
     """
-    card = read_inputs(checkpoint, database)
+    params, card = counted(params), read_inputs(checkpoint, database)
     if grid:
         check_grid(grid)
     scored_by = embedders(checkpoint, database, grid, params)
@@ -129,7 +129,7 @@ def made_from(
 ) -> dict[str, Any]:
     """Returns everything that decides the scores, with labels and weights by their content."""
     return {
-        **params.model_dump(mode="json", exclude={"labels", "embedder", "region", "buffer_km"}),
+        **params.model_dump(mode="json", exclude=UNTOLD),
         **decides(find_region(params.region, params.buffer_km)),
         "database": card.fingerprint if card else None,
         "grid": grid,

@@ -99,6 +99,9 @@ class Params(BaseModel):
             for name, part in defaults.items()
             if isinstance(part, Params) and "preset" in type(part).model_fields
         }
+        for name, part in named.items():  # before the presets are laid under, whose box a region replaces
+            if isinstance(defaults[name], RegionParams) and given.get("region") and not part.get("region"):
+                part |= {"region": given["region"], "buffer_km": given.get("buffer_km", 0.0)}
         return laid_under(given["preset"], [kind.__name__ for kind in cls.__mro__], given, defaults) | named
 
     def at(self, when: Instant) -> Self:
@@ -628,6 +631,9 @@ class EvaluateParams(RegionParams, EmbedderParams):
     points: int | None = Field(None, ge=200, le=1_000_000)
     """Largest number of labelled places per task. Unset: 10,000 for the demo's labels or drawn in polygons, all
     rows of a table."""
+    spacing_km: float | None = Field(None, gt=0, le=2000)
+    """Distance in km at which labelled places lie apart, in place of their largest number: there are as many as the
+    land area in km² has squares of this side."""
     repeats: int = Field(1, ge=1, le=100)
     """Number of random splits. The first is the one of the paper, or the table's own."""
     folds: int = Field(5, ge=2, le=100)

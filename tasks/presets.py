@@ -64,9 +64,11 @@ def laid_under(
         defaults: Default values, by field.
     """
     offered = next((PRESETS[name][model] for model in models if model in PRESETS.get(name, {})), {})
+    own = EUROPE.keys() if given.get("region") else ()  # which has edges of its own
     left = {
         field: value
         for field, value in offered.items()
+        if field not in own
         if field not in given or to_jsonable_python(given[field]) == to_jsonable_python(defaults[field])
     }
     return {**given, **left}

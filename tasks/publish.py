@@ -113,7 +113,7 @@ class GridPlan:
         """
         images = read_pair(checkpoint, database)
         region = find_region(params.region, params.buffer_km)
-        params = settled(placed(params, region), checkpoint, database)
+        params = settled(placed(params, region), checkpoint, database, region)
         tiles = land_tiles(replace(params.spec, region=region))
         if not tiles:
             raise UserError(f"the box {params.box} in {params.crs} has no land in any cell: give another one")
@@ -144,8 +144,10 @@ class GridPlan:
         return attrs | {f"rangegrid:{name}": value for name, value in made.items()}
 
 
-def settled(params: PublishParams, checkpoint: str, database: str) -> PublishParams:
+def settled(params: PublishParams, checkpoint: str, database: str, region: Region | None = None) -> PublishParams:
     """Settles heads and dimensions, tile size and rule of land: the parent's, or the database's and by SHARD_BYTES.
+
+    Heads are those that its images in a region choose, where it is one's and has enough of them.
 
     Raises:
         UserError: More components are asked for than there are, or the weights of another encoder are not there.
@@ -157,6 +159,7 @@ def settled(params: PublishParams, checkpoint: str, database: str) -> PublishPar
         if parent.method == params.method == "multi-head":
             names += INHERITED_HEADS
         params = params.model_copy(update={n: getattr(parent, n) for n in names if not getattr(params, n)})
+    params = heads.in_region(params, checkpoint, database, region)
     params = heads.settled(params, card, partial(heads.measured_at, checkpoint, database))
     check_beside(params.with_)
     tile = params.tile_cells or store.tile_cells(dims_of(card, params), params.dtype)

@@ -44,6 +44,7 @@ LONG = {  # these say how much work there is: a case may still be at work when i
     "train.dim", "train.members", "train.sites", "train.tokens", "train.views", "train.encoder_dim",
     "encode.values_dim", "publish.step", "evaluate.repeats", "evaluate.folds", "evaluate.points", "ablate.repeats",
     "ablate.folds", "ablate.points", "sample.spacing_km",
+    "evaluate.spacing_km", "ablate.spacing_km",
 }  # fmt: skip
 NO_NUMBERS = ("nan", "inf", "-inf", "true", "", "null", "1_0", "١", "1e1")
 NO_LISTS = ("[]", '[""]', "[null]", "", "[", "null", '["\0"]', '["é"]')

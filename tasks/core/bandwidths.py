@@ -4,9 +4,10 @@ At the place of an image the head answers from the other images, and its answer 
 (leave-one-out cross-validation of a kernel regression). Two kinds of leaving out bound what a user's place is like:
 
 - *one out*: only the image itself. A place among images, as far from the nearest as images are apart.
-- *block out*: all images of its block of 10 degrees. A place where no image is near.
+- *block out*: all images of its block of 10 degrees, or of a region's smaller ones. A place where no image is near.
 
-Sharper kernels win the first, broader ones the second. A head is chosen by the mean of both.
+Sharper kernels win the first, broader ones the second. A head is chosen by the mean of both. For a product of a region
+the images that are left out are those in it: where they are denser than elsewhere, sharper kernels serve.
 
 Source: Stone (1974), Cross-validatory choice and assessment of statistical predictions; blocks after Roberts et al.
 (2017), Cross-validation strategies for data with temporal, spatial, hierarchical, or phylogenetic structure.
@@ -75,6 +76,8 @@ def curves(
     values: Rows,
     locations: Float,
     weights: Float | None = None,
+    within: NDArray[np.bool_] | None = None,
+    block_degrees: float = BLOCK_DEGREES,
 ) -> list[Curve]:
     """Measures every head of TRIED on a database.
 
@@ -84,15 +87,18 @@ def curves(
         values: (n, v), read in blocks.
         locations: (n, 2) degrees (lon, lat).
         weights: How much each image counts, (n,): in the heads, and among those that are left out; unset, 1.
+        within: Which images may be left out, (n,); unset, all. The others are there to restore them.
+        block_degrees: Side of the blocks that are left out.
 
     Returns:
         A curve for each kind of head; none where there are fewer than LEAST images or one block alone.
     """
-    count, blocks = len(locations), block_of(locations, BLOCK_DEGREES)
-    if count < LEAST or len(np.unique(blocks)) < 2:
+    count, blocks = len(locations), block_of(locations, block_degrees)
+    may = np.arange(count) if within is None else np.flatnonzero(within)
+    if len(may) < LEAST or len(np.unique(blocks[may])) < 2:
         return []
     wanted = _components(Projection.rotated(values, min(DIMS, *values.shape), weights=weights), values)
-    asked = drawn(count, max(LEAST, min(ASKED, PAIRS // count)), weights)
+    asked = may[drawn(len(may), max(LEAST, min(ASKED, PAIRS // count)), None if weights is None else weights[may])]
     counts = np.ones(count) if weights is None else weights
     points = unit_vectors(locations)
     others = count - np.unique(blocks, return_counts=True)[1].max()  # images that are left where a block is out

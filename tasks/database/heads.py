@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from infra.errors import UserError
 from tasks.cards import read_card
 from tasks.core.bandwidths import Curve, curves, drawn
-from tasks.core.compact import Compact, Projection, Rows, project
+from tasks.core.compact import Compact, Projection, Rows, Weights, project
+from tasks.core.earth.region import Region
 from tasks.core.methods import Head, Kind
 from tasks.core.retrieval import Encodes, RetrievalIndex
-from tasks.database.store import Database, open_database, read_rows, read_weights, stored_values
+from tasks.database.store import Database, read_array, read_weights, stored_keys, stored_values
 from tasks.model.checkpoint import load_checkpoint
 from tasks.params import EmbedParams, PublishParams
 from tasks.products import DatabaseCard
+from tasks.units import log
 
 DEFAULT: dict[Kind, float] = {"semantic": 12.0, "geodesic": 1000.0}  # heads by default, where too few images choose
 HEAD_DIMS, LOCATION_DIMS = 128, 256  # dimensions of a head and of the location part by default
@@ -73,10 +75,14 @@ def measured(
     keys: Rows,
     values: Rows,
     locations: NDArray[np.float64],
-    weights: NDArray[np.float64] | None = None,
+    weights: Weights = None,
+    region: Region | None = None,
 ) -> list[Curve]:
-    """Measures the curves of a database, whose keys and values are read in blocks."""
-    return curves(PlacesOf(encoder, locations), keys, values, locations, weights)
+    """Measures the curves of a database, or of its images in a region; keys and values are read in blocks."""
+    queries = PlacesOf(encoder, locations)
+    if region is None:
+        return curves(queries, keys, values, locations, weights)
+    return curves(queries, keys, values, locations, weights, region.holds(locations), region.block_degrees())
 
 
 @dataclass(frozen=True)
@@ -93,10 +99,26 @@ class PlacesOf:
 
 
 @lru_cache(maxsize=4)
-def measured_at(checkpoint: str, database: str) -> list[Curve]:
-    """Measures the curves of a stored database, once per process."""
-    data = open_database(database)
-    return measured(load_checkpoint(checkpoint).location, data.keys, data.values, data.locations, data.weights)
+def measured_at(checkpoint: str, database: str, region: Region | None = None) -> list[Curve]:
+    """Measures the curves of a stored database, or of its images in a region, once per process."""
+    encoder, weights = load_checkpoint(checkpoint).location, read_weights(database)
+    locations = read_array(database, "locations")
+    return measured(encoder, stored_keys(database), stored_values(database), locations, weights, region)
+
+
+def in_region(params: PublishParams, checkpoint: str, database: str, region: Region | None) -> PublishParams:
+    """Returns parameters with the heads that the images in a region choose, where they are left open.
+
+    Where the region has too few images, they are left open.
+    """
+    if region is None or params.method != "multi-head" or params.heads:
+        return params
+    found = measured_at(checkpoint, database, region)
+    if not found:
+        return params
+    heads = tuple(map(str, chosen(found)))
+    log().info("heads that the images in %s choose: %s", region.name, " ".join(heads))
+    return params.model_copy(update={"heads": heads})
 
 
 def index_of(
@@ -118,8 +140,8 @@ def index_of(
     """
     measure = partial(measured, encoder, data.keys, data.values, data.locations, data.weights)
     params = settled(params, data.card, measure)
-    places = data.locations[_fitted_on(len(data.keys), data.weights)]
-    compact = compact_of(params, encoder, data.values, places, data.weights)
+    some, counts = _fitted_on(len(data.keys), data.weights)
+    compact = compact_of(params, encoder, data.values, data.locations[some], data.weights, counts)
     index = projected_index(data, compact, **options)
     told: dict[str, Any] = {"method": params.method, "beta": params.beta}
     if params.heads:
@@ -136,9 +158,14 @@ def projected_index(data: Database, compact: Compact, **options: Any) -> Retriev
     return RetrievalIndex(data.keys, values, data.locations, **options)
 
 
-def _fitted_on(images: int, weights: NDArray[np.float64] | None) -> NDArray[np.int64]:
-    """Returns the rows of the images at whose places the projection of the location part is fitted, rising."""
-    return np.sort(drawn(images, FITTED_ON, weights))
+def _fitted_on(images: int, weights: Weights) -> tuple[NDArray[np.int64], Weights]:
+    """Returns the rows of the images at whose places the projection of the location part is fitted, and their weights.
+
+    Of many some are drawn, likelier the more they count, and then count alike.
+    """
+    if images > FITTED_ON:
+        return np.sort(drawn(images, FITTED_ON, weights)), None
+    return np.arange(images), weights
 
 
 def compact_of(
@@ -146,7 +173,8 @@ def compact_of(
     encoder: Encodes,
     values: Rows,
     places: NDArray[np.float64],
-    weights: NDArray[np.float64] | None = None,
+    weights: Weights = None,
+    place_weights: Weights = None,
 ) -> Compact:
     """Returns the projections of settled parameters.
 
@@ -156,20 +184,22 @@ def compact_of(
         values: The database's values, (n, v).
         places: Places of images, of all or of some, (m, 2) degrees.
         weights: How much each image counts, (n,); unset, 1.
+        place_weights: How much each of the places counts, (m,); unset, 1.
     """
     if params.method != "multi-head":
         return Compact(Projection.fit(values, params.compact_dims, weights) if params.compact_dims else None)
     assert params.compact_dims  # for the type checker: settled
     location = None
     if params.location_dims:
-        location = Projection.rotated(encoder.embed(places), params.location_dims, standardise=False)
+        embedded = encoder.embed(places)
+        location = Projection.rotated(embedded, params.location_dims, standardise=False, weights=place_weights)
     return Compact(Projection.rotated(values, params.compact_dims, weights=weights), location)
 
 
 def stored_compact(params: PublishParams, checkpoint: str, database: str) -> Compact:
     """Returns the projections for settled parameters of a stored database, whose values are read in blocks."""
-    places, weights = np.empty((0, 2)), read_weights(database)
+    places, weights, counts = np.empty((0, 2)), read_weights(database), None
     if params.location_dims:
-        some = _fitted_on(read_card(database, DatabaseCard).images, weights)
-        places = read_rows(database, some.tolist()).locations
-    return compact_of(params, load_checkpoint(checkpoint).location, stored_values(database), places, weights)
+        some, counts = _fitted_on(read_card(database, DatabaseCard).images, weights)
+        places = read_array(database, "locations")[some]
+    return compact_of(params, load_checkpoint(checkpoint).location, stored_values(database), places, weights, counts)

@@ -36,7 +36,6 @@ from infra.settings import settings
 from tasks.cards import fingerprint, is_finished, product_url, read_card
 from tasks.core.earth.density import land_shares
 from tasks.core.earth.land import land_km2
-from tasks.core.earth.region import Region
 from tasks.database.heads import measured
 from tasks.database.same import SAME, marks
 from tasks.database.store import (
@@ -53,6 +52,7 @@ from tasks.model.checkpoint import load_checkpoint
 from tasks.newest import newest
 from tasks.params import JoinParams
 from tasks.products import CheckpointCard, DatabaseCard, Origin, PatchesCard
+from tasks.tables.regions import region_of
 from tasks.units import log, progress
 
 MOST = 62  # samples of one database: as many bits has `held_by`
@@ -206,7 +206,7 @@ def origin_of(card: DatabaseCard) -> Origin:
     if card.patches is None or card.weighted:
         return origin
     try:
-        patches = read_card(storage.join(settings().storage_url, PatchesCard.directory, card.patches), PatchesCard)
+        patches = read_card(home_of_patches(card.patches), PatchesCard)
     except UserError:
         return origin
     recipe = patches.recipe
@@ -215,7 +215,7 @@ def origin_of(card: DatabaseCard) -> Origin:
     area: dict[str, Any] = {"south": recipe.south, "north": recipe.north}
     cut, region = patches.region, None
     if cut:
-        area["region"], region = cut.geometry, Region.of(cut.name, cut.geometry)
+        area["region"], region = cut.geometry, region_of(home_of_patches(card.patches), cut.geometry)
     return origin.model_copy(update={**area, "land_km2": land_km2(recipe.south, recipe.north, region)})
 
 
@@ -290,8 +290,13 @@ def covers(origin: Origin, lonlat: NDArray[np.float64]) -> NDArray[np.bool_]:
     lat = lonlat[:, 1]
     there = (lat >= origin.south) & (lat <= origin.north)
     if origin.region:
-        there[there] = Region.of(origin.database, origin.region).holds(lonlat[there])
+        there[there] = region_of(home_of_patches(str(origin.patches)), origin.region).holds(lonlat[there])
     return there
+
+
+def home_of_patches(name: str) -> str:
+    """Returns the URL of patches by their fingerprint."""
+    return storage.join(settings().storage_url, PatchesCard.directory, name)
 
 
 def write(

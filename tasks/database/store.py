@@ -175,6 +175,11 @@ def _card(url: str) -> DatabaseCard:
     return card
 
 
+def stored_keys(url: str) -> arrays.Rows:
+    """Returns the keys of a database, (n, d), to be read in blocks."""
+    return arrays.Rows(_table(url, "keys").open())
+
+
 def stored_values(url: str) -> arrays.Rows:
     """Returns the values of a database, (n, v), to be read in blocks."""
     return arrays.Rows(_table(url, "values").open())

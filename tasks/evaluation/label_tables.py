@@ -24,20 +24,21 @@ by files.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from infra.addresses import as_url, name_of
 from infra.errors import UserError
 from tasks.core.earth.region import Region
-from tasks.core.earth.sampling import uniform_places
-from tasks.core.earth.sphere import KM_PER_DEGREE
+from tasks.core.earth.sampling import spaced, uniform_places
 from tasks.core.probes import Kind
-from tasks.evaluation.labels import LabelSet, demo_labels
+from tasks.evaluation.labels import DEMO_SOUTH, LabelSet, demo_labels
 from tasks.params import EvaluateParams
 from tasks.tables.files import Place, Table, open_table, settled
 from tasks.tables.places import find_place, lonlat_of, remedy_of, shapes_of
@@ -52,6 +53,9 @@ BLOCKS = 10  # blocks of a region for each fold
 FILES = "files"  # the split by which a task's tables are what probes are fitted on, and scored on
 FITTED, SCORED = {"train", "training"}, {"test", "val", "valid", "validation", "eval"}  # words of a split
 DEMO_POINTS, BLOCK_DEGREES = 10_000, 10.0  # places of a demo task, and side of its blocks
+UNTOLD = {"labels", "embedder", "region", "buffer_km", "spacing_km"}  # what they name decides a report, not the names
+
+Asked = TypeVar("Asked", bound=EvaluateParams)
 
 
 @dataclass(frozen=True)
@@ -335,6 +339,27 @@ def _check_enough(labels: NDArray, columns: Columns, source: str) -> None:
         raise UserError(f"{where} has one value alone: there is nothing to tell apart")
 
 
+def counted(params: Asked) -> Asked:
+    """Returns the parameters with a largest number of places in place of their spacing.
+
+    Raises:
+        UserError: The region has no land, or too few or too many places of this spacing.
+    """
+    if params.spacing_km is None:
+        return params
+    region, south = find_region(params.region, params.buffer_km), -90.0 if params.labels else DEMO_SOUTH
+    try:
+        count = spaced(params.spacing_km, south, 90, region)
+        return type(params)(**params.model_dump() | {"points": count, "spacing_km": None})
+    except ValidationError:
+        raise UserError(
+            f"{params.spacing_km:g} km apart the land has {count:,} labelled places, and a task takes 200 to "
+            "1,000,000: give another --spacing-km, or another --region"
+        ) from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def label_sets(params: EvaluateParams) -> list[LabelSet]:
     """Returns the tasks of the tables that are named, or the demo's tasks; in a region those that it can tell apart."""
     region = find_region(params.region, params.buffer_km)
@@ -342,7 +367,7 @@ def label_sets(params: EvaluateParams) -> list[LabelSet]:
         if params.labels:
             return read_labels(params)
         return demo_labels(params.points or DEMO_POINTS, params.seed, params.block_degrees or BLOCK_DEGREES)
-    degrees = params.block_degrees or block_of(region, params.folds)
+    degrees = params.block_degrees or region.block_degrees(BLOCKS * params.folds)
     log().info("%s: blocks of %g degrees are held out, for %d folds", region.name, degrees, params.folds)
     if params.labels:
         return read_labels(params.model_copy(update={"block_degrees": degrees}), region)
@@ -361,10 +386,3 @@ def _told_apart(found: list[LabelSet], region: Region) -> list[LabelSet]:
     if not kept:
         raise UserError(f"no task has labels of more than one kind in {region.name}: give a larger --region")
     return kept
-
-
-def block_of(region: Region, folds: int) -> float:
-    """Returns the side of blocks in degrees, of which a region has BLOCKS for each fold: at most 10, in one digit."""
-    side = np.sqrt(region.area_km2 / (BLOCKS * folds)) / KM_PER_DEGREE
-    digits = 10.0 ** np.floor(np.log10(side))
-    return float(np.clip(round(np.floor(side / digits) * digits, 6), 0.01, BLOCK_DEGREES))

@@ -14,6 +14,8 @@ from tasks.core.earth.region import Region
 from tasks.core.earth.sampling import draw_land
 from tasks.core.probes import Kind
 
+DEMO_SOUTH = -60.0  # Antarctica has no labels
+
 
 @dataclass(frozen=True)
 class LabelSet:
@@ -49,7 +51,7 @@ def demo_labels(count: int, seed: int, block_degrees: float = 10.0, region: Regi
         block_degrees: Side of the blocks that are held out.
         region: Where the places are; unset, everywhere north of -60 degrees.
     """
-    lonlat = draw_land(count, seed, south=-60.0, region=region)
+    lonlat = draw_land(count, seed, south=DEMO_SOUTH, region=region)
     made = []
     for name, (kind, look_up, source) in TASKS.items():
         labels, known = look_up(lonlat)

@@ -15,16 +15,18 @@ from infra.errors import UserError
 from tasks.core.earth.region import Region
 from tasks.patches.places import read_classes
 from tasks.products import PatchesCard
+from tasks.tables.regions import region_of
 from tasks.units import log
 
 Float = NDArray[np.float64]
 
 
-def weights_of(card: PatchesCard, lonlat: Float) -> Float | None:
+def weights_of(url: str, card: PatchesCard, lonlat: Float) -> Float | None:
     """Returns how much each patch counts, (n,), of mean 1; none where each counts 1.
 
     Args:
-        card: The card of the patches.
+        url: Directory of the patches.
+        card: Their card.
         lonlat: Their places, (n, 2) degrees.
     """
     recipe = card.recipe
@@ -39,7 +41,7 @@ def weights_of(card: PatchesCard, lonlat: Float) -> Float | None:
     if digest != recipe.source_sha256:
         log().warning("%s is no longer what patches were drawn by: each counts 1", shown(source))
         return None
-    region = Region.of(card.region.name, card.region.geometry) if card.region else None
+    region = region_of(url, card.region.geometry) if card.region else None
     return by_class(classes, bounds, lonlat, recipe.south, recipe.north, region)
 
 

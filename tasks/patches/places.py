@@ -14,7 +14,7 @@ from infra.errors import UserError
 from tasks.core.earth.region import Region
 from tasks.core.earth.sampling import draw_classes, draw_even, draw_land, spaced, thin
 from tasks.params import SampleParams
-from tasks.tables.files import BATCH
+from tasks.tables.files import BATCH, layer_of
 from tasks.tables.points import check_points, open_points, rows_of
 from tasks.tables.regions import find_region
 
@@ -73,7 +73,7 @@ def source_digest(params: SampleParams) -> dict[str, str]:
     if params.places not in ("class", "list"):
         return {}
     draw(1, params)
-    return {"source_sha256": hashlib.sha256(storage.read(as_url(str(params.source)))).hexdigest()}
+    return {"source_sha256": hashlib.sha256(storage.read(as_url(layer_of(str(params.source))[0]))).hexdigest()}
 
 
 def read_points(source: str) -> NDArray[np.float64]:

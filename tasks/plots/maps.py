@@ -157,8 +157,7 @@ def _ranks(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray
 def sample_map(lonlat: NDArray[np.float64], title: str, caption: str) -> bytes:
     """Draws the places of patches; returns a PNG."""
     figure, axes = canvas(12, 6.6, title, caption)
-    outline(axes)
-    _land(axes)
+    globe(axes)
     axes.scatter(*equal_earth(*lonlat.T), s=2.2, c=ACCENT, alpha=0.55, linewidths=0)
     return png(figure)
 
@@ -172,8 +171,9 @@ def outline(axes: Axes) -> None:
     axes.plot(np.append(x, x[0]), np.append(y, y[0]), color=OCEAN, lw=1, zorder=-0.3)  # where white land is at the edge
 
 
-def _land(axes: Axes) -> None:
-    """Draws the land of the Earth, in Equal Earth, so that marks are seen to lie somewhere."""
+def globe(axes: Axes) -> None:
+    """Draws the Earth's outline and its land, in Equal Earth, so that marks are seen to lie somewhere."""
+    outline(axes)
     land = mask()[::THINNED, ::THINNED]
     rows, columns = land.shape
     lon, lat = np.meshgrid(np.linspace(-180, 180, columns), np.linspace(-90, 90, rows))
@@ -192,8 +192,7 @@ def error_map(lonlat: NDArray[np.float64], lost: NDArray[np.float64], title: str
         caption: Below it.
     """
     figure, axes = canvas(12, 6.6, title, caption)
-    outline(axes)
-    _land(axes)
+    globe(axes)
     order = np.argsort(lost, kind="stable")
     x, y = equal_earth(*lonlat[order].T)
     axes.scatter(x, y, c=lost[order], cmap=ERRORS, vmin=0, vmax=1, s=5, linewidths=0)
@@ -211,8 +210,7 @@ def place_map(lonlat: NDArray[np.float64], values: NDArray[np.float64], title: s
         unit: Of the values.
     """
     figure, axes = canvas(12, 6.6, title, caption)
-    outline(axes)
-    _land(axes)
+    globe(axes)
     known = values[np.isfinite(values)]
     highest = float(np.quantile(known, SHOWN)) if len(known) else 1.0
     order = np.argsort(values, kind="stable")

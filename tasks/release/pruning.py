@@ -48,7 +48,7 @@ def prune_all(
     needed = _needed(roots, every)
     doomed = [product for name, product in every.items() if name not in needed and product.kind != "grids"]
     doomed = [product for product in doomed if product.is_finished or unfinished]
-    doomed.sort(key=lambda product: (ORDER.index(product.kind), product.changed), reverse=True)
+    doomed.sort(key=lambda product: (ORDER.index(product.kind), _layer(product, every), product.changed), reverse=True)
     found = [every[name] for name in every if name in doomed_grids] + doomed
     if delete:
         _prune_grids(keep, unfinished, True, spared)
@@ -62,6 +62,12 @@ def _prune_grids(keep: int, unfinished: bool, delete: bool, spared: set[str]) ->
     if not versions.pointers():
         return []  # nothing says which grid is in use
     return versions.prune(keep, unfinished=unfinished, dry_run=not delete, spared=frozenset(spared))
+
+
+def _layer(product: Product, every: Mapping[str, Product]) -> int:
+    """Returns how many products of its own kind lie below a product, as databases below one that is joined of them."""
+    below = [every[part] for part in product.made_of if every[part].kind == product.kind]
+    return 1 + max((_layer(part, every) for part in below), default=-1)
 
 
 def _newest(every: Mapping[str, Product], keep: int) -> set[str]:

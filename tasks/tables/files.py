@@ -12,10 +12,11 @@ Memory does not grow with the table, except for formats that GDAL reads whole.
 import csv
 import gzip
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 TEXT = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}  # delimiter that wins where several fit, by suffix
 PARQUET = (".parquet", ".geoparquet", ".pq")
+POLYGONS = "polygons"  # kind of the rows of a region
+LAYERED = re.compile(r"(?i)(.+\.(?:gpkg|zip|fgb|geojson|json|shp))#([^/\\]+)")  # a layer behind its file
 SHAPES = (".geojson", ".json", ".shp", ".zip", ".gpkg", ".fgb")
 READABLE = ", ".join((".csv", ".tsv", ".txt", ".parquet", *SHAPES))
 DELIMITERS = ",;\t|"
@@ -93,6 +96,8 @@ class Table:
     """Column of geometries, if the format has one."""
     read: Callable[[list[str] | None], Iterator[pa.RecordBatch]]
     """Yields some columns, or all, in batches; each call begins at the first row."""
+    others: tuple["Table", ...] = ()
+    """The other layers of a file that have geometries, where no layer of it is named."""
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Yields the rows in batches. A column of a CSV may turn out to have a wider type: see `settled`."""
@@ -141,25 +146,34 @@ def open_table(source: str, kind: str = "points") -> Iterator[Table]:
     """Opens a table by path or URL.
 
     Args:
-        source: A CSV (with commas, semicolons, tabs or bars; also .gz), a Parquet file, or a file that GDAL reads.
+        source: A CSV (with commas, semicolons, tabs or bars; also .gz), a Parquet file, or a file that GDAL reads, of
+            several layers as file.gpkg#layer.
         kind: What the rows are, for messages.
 
     Raises:
         UserError: The table does not exist, has an unknown format, or is damaged.
     """
-    url, source = as_url(source), shown(source)
+    (address, layer), source = layer_of(source), shown(source)
+    url = as_url(address)
     suffix = _suffix(name_of(url))
     if suffix not in (*TEXT, *PARQUET, *SHAPES):
         raise UserError(f"{source} is of no kind that can be read: give {READABLE}")
     if suffix == ".shp" and not url.startswith("file:"):
         raise UserError(f"{source} needs the files beside it: give them together, as .shp.zip")
-    opening = {**dict.fromkeys(TEXT, _open_text), **dict.fromkeys(PARQUET, _open_parquet)}.get(suffix, _open_shapes)
+    shapes = partial(_open_shapes, layer=layer)
+    opening = {**dict.fromkeys(TEXT, _open_text), **dict.fromkeys(PARQUET, _open_parquet)}.get(suffix, shapes)
     with ExitStack() as stack:
         with told(source, kind):
             path = stack.enter_context(storage.as_file(url))
             _check_content(path, suffix, source, kind)
             table = opening(path, source, kind)
         yield table  # outside `told`: errors from here on are not the table's
+
+
+def layer_of(source: str) -> tuple[str, str]:
+    """Returns the address of a file, and the name of the layer that is named behind it; empty where none is."""
+    found = LAYERED.fullmatch(os.fspath(source))
+    return (found[1], found[2]) if found else (os.fspath(source), "")
 
 
 def _check_content(path: Path, suffix: str, source: str, kind: str) -> None:
@@ -348,29 +362,43 @@ def _crs(crs: Any, source: str) -> str:
     return json.dumps(crs)
 
 
-def _open_shapes(path: Path, source: str, kind: str) -> Table:
+def _open_shapes(path: Path, source: str, kind: str, layer: str = "") -> Table:
+    """Opens a layer of a file, or where none is named the first that has geometries, which knows the others."""
     import pyogrio  # here, since tables of other formats need no GDAL
 
     try:
-        about = pyogrio.read_info(path)
+        layers = {str(name): str(shape or "") for name, shape in pyogrio.list_layers(path)}
     except pyogrio.errors.DataSourceError:  # its message is about drivers, and names a copy of the file
         raise UserError(
             f"{source} cannot be read as a table of {kind} (it is no GeoJSON, nor another format of features): give "
             f"{READABLE}"
         ) from None
-    if about["geometry_type"]:
-        place = Place(geometry="geometry", crs=_crs(about["crs"], source))
-    else:
-        place = None
-    if place is None:
+    if layer and layer not in layers:
+        raise UserError(f"{source} has no such layer among {', '.join(layers)}: name one of them")
+    spatial = [layer] if layer else [name for name, shape in layers.items() if shape]
+    if not spatial or not layers[spatial[0]]:
         raise UserError(f"{source} has no geometry: give its rows as .csv or .parquet")
+    if len(spatial) > 1 and kind != POLYGONS:
+        raise UserError(f"{source} has the layers {', '.join(spatial)}: name one, as {source}#{spatial[0]}")
+    polygonal = [name for name in spatial if "Polygon" in layers[name] or layers[name] == "Unknown"] or spatial
+    first, *others = (_layer(path, name, source, kind) for name in polygonal)
+    return replace(first, others=tuple(others))
+
+
+def _layer(path: Path, layer: str, source: str, kind: str) -> Table:
+    """Returns the table of one layer."""
+    import pyogrio  # here, as above
+
+    about = pyogrio.read_info(path, layer=layer)
+    place = Place(geometry="geometry", crs=_crs(about["crs"], source))
 
     def read(columns: list[str] | None) -> Iterator[pa.RecordBatch]:
         if columns is None:
             fields = None
         else:
             fields = [name for name in columns if name != "geometry"]
-        with pyogrio.open_arrow(path, columns=fields, use_pyarrow=True, batch_size=BATCH) as (meta, reader):
+        options = {"columns": fields, "use_pyarrow": True, "batch_size": BATCH}
+        with pyogrio.open_arrow(path, layer=layer, **options) as (meta, reader):
             own = meta["geometry_name"] or "wkb_geometry"
             schema = _as_geoparquet(reader.schema, own, str(place.crs))
             for batch in reader:

@@ -25,13 +25,13 @@ from tasks.core.earth.plane import WGS84, Plane
 from tasks.core.earth.polygons import Crossed, Polygons, cut, from_plane, polygons_of, united, widened
 from tasks.core.earth.region import Region
 from tasks.core.earth.sampling import check_land
-from tasks.tables.files import DEGREES, Place, Table, open_table, settled
+from tasks.tables.files import DEGREES, POLYGONS, Place, Table, layer_of, open_table, settled
 from tasks.tables.places import find_place, shapes_of
 
 REGION = "region.parquet"  # in the directory of a product
 NUMBER = r"[-+]?\d+(?:\.\d*)?"
 BOX = re.compile(rf"\s*{NUMBER}(?:(?:\s*,\s*|\s+){NUMBER}){{3}}\s*")
-IS_FILE = re.compile(r"[/\\]|\.\w+$")
+IS_FILE = re.compile(r"[/\\]|\.\w+(?:#.+)?$")
 NAMED = 3  # most parts that a name lists
 
 
@@ -66,7 +66,7 @@ def find_region(texts: Sequence[str], buffer_km: float = 0.0) -> Region | None:
 
 def _version(source: str) -> str:
     try:
-        return storage.version(as_url(source))
+        return storage.version(as_url(layer_of(source)[0]))
     except FileNotFoundError:
         raise UserError(f"there is no region {shown(source)} (there is no file of that name): check its path") from None
 
@@ -94,6 +94,19 @@ def kept_region(home: str) -> Region:
         raise UserError(f"there is no {shown(url)}, to which the product is cut: copy its whole directory") from None
     row = open_parquet(io.BytesIO(data), shown(url), len(data)).read().to_pylist()[0]
     return Region(row["name"], polygons_of(shapely.from_wkb(row["geometry"])))
+
+
+def region_of(home: str, told: dict[str, Any]) -> Region:
+    """Returns the region of a product with all its polygons, which are beside it; where it is gone, the shape told.
+
+    Args:
+        home: URL of the product's directory.
+        told: The shape that cards have, perhaps simplified.
+    """
+    try:
+        return kept_region(home)
+    except UserError:
+        return Region.of(home, told)
 
 
 def decides(region: Region | None) -> dict[str, Any]:
@@ -203,15 +216,21 @@ def _likely(text: str) -> str:
 
 def _file(source: str) -> tuple[str, Polygons]:
     """Returns the polygons of a file of features, in degrees."""
-    name = re.sub(r"(\.\w+)+$", "", name_of(as_url(source)))
-    with open_table(source, "polygons") as table:
-        place = table.geometry or find_place(table)
-        if not place.geometry:
-            raise table.refused("has no geometries: give polygons, as GeoJSON, GeoPackage, shapefile or GeoParquet")
-        rows = settled(lambda: list(table.batches([place.geometry])))
-        flat = Place(geometry=place.geometry)  # as they are stored
-        shapes = [shapes_of(batch[place.geometry], flat, table) for batch in rows]
-        return name, _sound(np.concatenate([np.empty(0, object), *shapes]), place.crs, table)
+    address, layer = layer_of(source)
+    name = layer or re.sub(r"(\.\w+)+$", "", name_of(as_url(address)))
+    with open_table(source, POLYGONS) as table:
+        return name, np.concatenate([_polygons(layer) for layer in (table, *table.others)])
+
+
+def _polygons(table: Table) -> Polygons:
+    """Returns the polygons of a table, or of one layer of a file."""
+    place = table.geometry or find_place(table)
+    if not place.geometry:
+        raise table.refused("has no geometries: give polygons, as GeoJSON, GeoPackage, shapefile or GeoParquet")
+    rows = settled(lambda: list(table.batches([place.geometry])))
+    flat = Place(geometry=place.geometry)  # as they are stored
+    shapes = [shapes_of(batch[place.geometry], flat, table) for batch in rows]
+    return _sound(np.concatenate([np.empty(0, object), *shapes]), place.crs, table)
 
 
 def _sound(shapes: Polygons, crs: str, table: Table) -> Polygons:

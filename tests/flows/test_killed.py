@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -13,9 +14,18 @@ from flows.sample import sample
 from flows.train import train
 from infra import storage
 from infra.reconcile import reconcile
-from tasks.cards import home_of
-from tasks.params import EncodeParams, EncoderParams, EvaluateParams, PipelineParams, PublishParams, TrainParams
+from tasks.cards import home_of, read_card
+from tasks.params import (
+    EncodeParams,
+    EncoderParams,
+    EvaluateParams,
+    JoinParams,
+    PipelineParams,
+    PublishParams,
+    TrainParams,
+)
 from tasks.patches.store import open_patches
+from tasks.products import DatabaseCard, GridCard
 from tasks.release import versions
 from tests import invariants
 from tests.flows.test_pipeline import SAMPLE
@@ -183,6 +193,41 @@ def test_a_step_completes_by_itself_or_by_one_rerun(station, inputs, number):
         reached = ended(begin(step, inputs, number), station)
     assert reached.is_completed(), reached.message
     assert storage.exists(storage.join(home_of(reached.message) if step == "publish" else reached.message, "card.json"))
+
+
+def test_a_region_is_sampled_joined_and_published_by_deployments(station, inputs):
+    """Of the demo's west, to the inputs' database: by the pipeline's deployment, and by those of its steps."""
+    region, sampled = {"region": ("-5 43 8 50",)}, SAMPLE.model_copy(update={"spacing_km": 180.0})
+    scored = EvaluateParams(embedder=("coordinates",), folds=2, spacing_km=40)
+    whole = PipelineParams(
+        **region, base=(inputs["checkpoint"], inputs["database"]), sample=sampled, publish=GRID, evaluate=scored
+    )
+    run = start("pipeline", whole.model_copy(update={"publish": GRID.model_copy(update={"promote": False})}))
+    assert ended(run, station).is_completed(), state(run).message
+    assert names_of(run) == {"sample": 1, "encode": 1, "join": 1, "publish": 2, "evaluate": 1}
+    patches = done("sample", station, sampled.model_copy(update=region))
+    own = done("encode", station, EncodeParams(), patches=patches, checkpoint=inputs["checkpoint"])
+    joined = done("join", station, JoinParams(), databases=[inputs["database"], own])
+    card = read_card(joined, DatabaseCard)
+    assert {origin.region is None for origin in card.origins} == {True, False}
+    published = GRID.model_copy(update=region | {"promote": False})
+    grid = done("publish", station, published, checkpoint=inputs["checkpoint"], database=joined)
+    assert read_card(home_of(grid), GridCard).region.name == "-5 43 8 50"
+
+
+def done(name, station, params, **arguments):
+    """What a run of a deployment made."""
+    run = start(name, params, **arguments)
+    assert ended(run, station).is_completed(), state(run).message
+    return state(run).message
+
+
+def names_of(run):
+    """How many runs of each deployment a run of the pipeline started."""
+    with get_client(sync_client=True) as client:
+        steps = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id={"any_": [run.id]}))
+        assert all(step.state.is_completed() for step in steps)
+        return Counter(client.read_flow(step.flow_id).name for step in steps)
 
 
 def test_the_pipeline_runs_each_step_as_its_own_deployment(station, tmp_path):

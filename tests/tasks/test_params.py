@@ -76,3 +76,16 @@ def test_the_smallest_image_is_what_the_encoder_says():
     with pytest.raises(ValueError, match=f"at least {RCF_PIXELS} pixels"):
         fit_rcf(noise(RCF_PIXELS - 1), ("B02",), 8)
     assert fit_rcf(noise(RCF_PIXELS), ("B02",), 8).encode(noise(RCF_PIXELS)).shape == (8, 8)
+
+
+def test_a_region_has_edges_of_its_own_in_a_preset():
+    """The rest of the preset stays; an edge that is given stays too."""
+    kenya = {"preset": "continent", "region": ("KE",)}
+    whole = PipelineParams(**kenya)
+    for params in (PublishParams(**kenya), whole.publish, whole.in_region().publish):
+        assert (params.is_open, params.step, params.compact_dims) == (True, 0.1, 64)
+    for sample in (SampleParams(**kenya), whole.sample):
+        assert (sample.south, sample.north, sample.patches) == (-80, 84, 20_000)
+    assert whole.evaluate.region == ("KE",)
+    assert PublishParams(**kenya, west=30, south=-10, east=50, north=10).box == (30, -10, 50, 10)
+    assert PipelineParams(preset="continent").publish.box == (-25, 34, 45, 72)

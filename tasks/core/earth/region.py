@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from tasks.core.earth.plane import WGS84, Box, Plane
 from tasks.core.earth.polygons import TURN, Float, Polygons, polygons_of, split, to_plane, united
-from tasks.core.earth.sphere import EARTH_RADIUS_KM
+from tasks.core.earth.sphere import EARTH_RADIUS_KM, KM_PER_DEGREE
 
 CELLS_PER_DEGREE = 12  # of the lattice by which most places are told quickly, that of the land mask
 FIRST = 64  # cells along a side of the blocks that are looked at first
 TOUCH = 1e-6  # share of a cell; a smaller overlap is rounding
 SHOWN = 10_000  # most vertices of the shape that cards and catalogs show; the product has them all beside it
 FINEST, COARSEST = 0.005, 0.2  # degrees within which the shape is simplified
+BLOCKS, BLOCK_DEGREES = 50, 10.0  # blocks of a region by default, and their largest side
 SEMI_UTM = 4.5  # degrees to each side of a zone's meridian within which lengths are true to 0.3 %
 
 Cells = NDArray[np.bool_]
@@ -117,6 +118,12 @@ class Region:
         """Returns its area in km²."""
         row, _ = np.nonzero(self.touched)
         return float(cell_km2(row) @ self.shares)
+
+    def block_degrees(self, count: int = BLOCKS) -> float:
+        """Returns the side of blocks of which it has so many, in degrees: at most 10, in one digit."""
+        side = np.sqrt(self.area_km2 / count) / KM_PER_DEGREE
+        digits = 10.0 ** np.floor(np.log10(side))
+        return float(np.clip(round(np.floor(side / digits) * digits, 6), 0.01, BLOCK_DEGREES))
 
     @cached_property
     def pieces(self) -> Polygons:

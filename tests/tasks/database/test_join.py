@@ -31,7 +31,7 @@ from tasks.params import JoinParams, PublishParams
 from tasks.products import CheckpointCard, DatabaseCard, PatchesCard
 from tasks.publish import publish_grid
 from tasks.release.inventory import products
-from tasks.tables.regions import card_of, find_region
+from tasks.tables.regions import card_of, find_region, keep_region
 from tests.core.test_retrieval import close, softmax
 
 DIM, VALUES = 8, 4
@@ -114,6 +114,18 @@ def test_a_country_has_its_share_of_land(home, world):
     assert (inside.sum(), np.ptp(data.weights[inside])) == (300, 0)  # the world's places there are among them
     assert (data.weights[~inside] == 1).all()
     np.testing.assert_allclose(data.weights[inside].sum() / 400, 8.4e6 / land(-80, 84), rtol=0.03)
+
+
+def test_a_region_counts_by_all_its_polygons(home, world):
+    """Of which a card shows a simpler shape; where the file beside the patches is gone, by that shape."""
+    brazil, simpler = find_region(("BR",)), find_region(("-74 -34 -34 5",))
+    dense = sampled(home, "brazil", draw_even(300, 0, region=brazil), region=simpler)
+    keep_region(f"{home}/patches/patches-brazil", brazil)
+    data = open_database(join_databases([world, dense]))
+    inside = brazil.holds(data.locations)
+    assert (data.weights[~inside] == 1).all()
+    np.testing.assert_allclose(data.weights[inside].sum() / 400, 8.4e6 / land(-80, 84), rtol=0.03)
+    assert data.card.origins[1].land_km2 == pytest.approx(8.4e6, rel=0.02)
 
 
 def test_samples_that_share_no_image_add_their_densities(home, world):

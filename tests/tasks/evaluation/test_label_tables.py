@@ -299,6 +299,24 @@ def test_the_demos_labels_are_drawn_in_a_region(caplog):
     assert "left out" in caplog.text or "country" in {labels.name for labels in sets}
 
 
+def test_a_spacing_is_a_number_of_labelled_places(tmp_path, monkeypatch):
+    """By the area of the country, nearly all of it land; a report by that number is the same one."""
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
+    asked = {"embedder": ("coordinates",), "region": ("KE",), "folds": 3}
+    by_spacing = evaluate_database(None, None, EvaluateParams(spacing_km=40, **asked))
+    made_of = storage.read_json(storage.join(by_spacing, "card.json"))["made_of"]
+    assert made_of["points"] == pytest.approx(582_646 / 40**2, rel=0.03)
+    assert "spacing_km" not in made_of
+    assert evaluate_database(None, None, EvaluateParams(points=made_of["points"], **asked)) == by_spacing
+    scores = pd.read_csv(storage.join(by_spacing, "scores.csv"))
+    assert scores["n"].max() == made_of["points"]
+    for spacing in (100, 0.5):
+        with pytest.raises(UserError, match="another --spacing-km"):
+            evaluate_database(None, None, EvaluateParams(spacing_km=spacing, **asked))
+    with pytest.raises(UserError, match="no land between -60 and 90"):
+        evaluate_database(None, None, EvaluateParams(spacing_km=50, **asked | {"region": ("0 -80 10 -75",)}))
+
+
 def test_a_region_is_evaluated(tmp_path, monkeypatch):
     """Whole: the report is another one than that of everywhere, and is found again by another name of the region."""
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())

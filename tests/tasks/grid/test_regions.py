@@ -13,7 +13,9 @@ from pystac.validation import validate_dict
 from infra import storage
 from infra.errors import UserError
 from tasks.cards import home_of, read_card
+from tasks.core.bandwidths import TRIED
 from tasks.core.earth.land import land_mask
+from tasks.core.earth.sphere import unit_vectors
 from tasks.grid.store import level_url, open_spec, open_vectors
 from tasks.params import PublishParams
 from tasks.points.sample_grid import sample_grid
@@ -21,8 +23,9 @@ from tasks.products import GridCard
 from tasks.publish import publish_grid
 from tasks.release.validation import validate_grid
 from tasks.tables.regions import countries, find_region
+from tests.core.test_retrieval import places, unit
 from tests.tasks.release.test_stac import validator  # noqa: F401
-from tests.tasks.test_publish import inputs
+from tests.tasks.test_publish import DIM, inputs, store
 
 KENYA = {"region": ("KE",), "step": 0.5, "tile_cells": 20, "overviews": 1, "method": "range+"}
 
@@ -113,6 +116,41 @@ def test_across_180(publish):
     item = storage.read_json(storage.join(home_of(publish(**KENYA | {"region": ("FJ",), "step": 0.25})), "item.json"))
     assert item["bbox"][0] > item["bbox"][2]
     assert shapely.geometry.shape(item["geometry"]).bounds[0] >= -180
+
+
+def test_its_heads_are_those_that_its_own_images_choose(client, tmp_path, caplog):
+    """By leaving images of the region out, one by one and in blocks of the region's size; of few, all images choose."""
+    caplog.set_level("INFO")
+    rng = np.random.default_rng(0)
+    where = np.concatenate([places(300), rng.uniform((20, 0), (40, 10), (120, 2))])
+    values = np.sin(120 * unit_vectors(where) @ rng.normal(size=(3, 4))).astype("f4")  # rough: some 300 km
+    values[:300] = unit_vectors(where[:300]) @ rng.normal(size=(3, 4))
+    keys = unit(rng.normal(size=(420, DIM))).astype("f4")
+    rows = {"keys": keys, "values": values, "locations": where, "row_ids": np.arange(420)}
+    given = {"step": 1.0, "tile_cells": 20, "compact_dims": 4}
+    with inputs(tmp_path) as (checkpoint, _):
+        urls = checkpoint, store(tmp_path, "dense", rows)
+        regions = ("20 0 40 10",), ("100 0 110 5",), ()
+        grids = [publish_grid(client, *urls, PublishParams(region=region, **given)) for region in regions[:2]]
+        grids.append(publish_grid(client, *urls, PublishParams(**given | {"step": 10.0})))
+    dense, few, world = (read_card(home_of(grid), GridCard).recipe.heads for grid in grids)
+    inside = (where >= (20, 0)).all(1) & (where <= (40, 10)).all(1)
+    side = np.sqrt(6371.0088**2 * np.radians(20) * np.sin(np.radians(10)) / 50) / 111.195
+    assert dense[1] == f"geodesic:{sharpest(where, values, inside, np.floor(side)):g}"
+    assert few == world != dense
+    assert "heads that the images in 20 0 40 10 choose" in caplog.text
+
+
+def sharpest(where, values, inside, degrees):
+    """The temperature that restores images of a region best, by the formula."""
+    x, block = unit_vectors(where), np.floor((where + np.array([180, 90])) / degrees)
+    scaled = (values - values.mean(0)) / values.std(0)
+    lost = []
+    for at in TRIED["geodesic"]:
+        kernel = np.exp(at * (x[inside] @ x.T - 1))
+        told = [kernel * ~same[inside] for same in (np.eye(len(x), dtype=bool), (block[:, None] == block).all(2))]
+        lost.append(sum(((w @ scaled / w.sum(1, keepdims=True) - scaled[inside]) ** 2).sum() for w in told))
+    return TRIED["geodesic"][int(np.argmin(lost))]
 
 
 def test_a_step_below_what_the_field_resolves_is_told(publish, caplog):

@@ -126,6 +126,23 @@ def test_prune_tells_first_and_never_takes_what_a_grid_in_use_needs(home):
     assert versions.read_pointer()[0].fingerprint == one["grids"].partition("/")[2]
 
 
+def test_what_a_joined_database_is_made_of_is_kept_with_it_and_goes_after_it(home):
+    """Also where a file was written beside a part later than to what is joined of it, as a picture may be."""
+    one, two, latest = home.chain(1, OLD), home.chain(2, OLD), home.chain(3, OLD + 9)
+    home.promote(latest)
+    parts = [chain["databases"] for chain in (one, two)]
+    names = [part.partition("/")[2] for part in parts]
+    joined = home.put("database", {"joined": names}, OLD + 3)
+    again = home.put("database", {"joined": [*names, joined.partition("/")[2]]}, OLD + 5)
+    told = list(rangegrid("prune", "--keep", "0"))
+    order = [told.index(name) for name in (again, joined, *parts, one["patches"])]
+    assert max(order[:1]) < order[1] < min(order[2:4])
+    assert max(order[2:4]) < order[4]
+    url = f"{home.folder.as_uri()}/{again}"
+    home.put("grid", {"database": again.partition("/")[2]}, days=0, finished=False, database=url)
+    assert not {*parts, joined, again, one["patches"], two["patches"]} & rangegrid("prune", "--keep", "0").keys()
+
+
 def test_what_is_young_or_under_way_is_kept(home):
     keep = "prune", "--keep", "0", "--unfinished"
     old, young, latest = home.chain(1), home.chain(2, days=3), home.chain(3)

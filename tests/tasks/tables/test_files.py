@@ -118,6 +118,17 @@ def test_a_geometry_is_read_in_its_own_crs(tmp_path, name, crs):
     assert again["name"].tolist() == list("abc")
 
 
+def test_of_several_layers_one_is_named(tmp_path):
+    table = gpd.GeoDataFrame({"name": NAMES}, geometry=gpd.points_from_xy(*LONLAT.T), crs=4326)
+    table[:1].to_file(tmp_path / "p.gpkg", layer="first")
+    table.to_file(tmp_path / "p.gpkg", layer="second")
+    with pytest.raises(UserError, match=r"the layers first, second: name one, as .*p\.gpkg#first"):
+        read(tmp_path / "p.gpkg")
+    lonlat, rows = read(f"{tmp_path / 'p.gpkg'}#second")
+    np.testing.assert_allclose(lonlat, LONLAT)
+    assert rows["name"].to_pylist() == list(NAMES)
+
+
 def test_other_encodings_of_a_geometry(tmp_path):
     points = gpd.GeoSeries.from_xy(*LONLAT.T, crs=4326)
     texts = {"wkt": points.to_wkt(), "ewkt": "SRID=4326;" + points.to_wkt(), "hex": points.to_wkb(hex=True)}

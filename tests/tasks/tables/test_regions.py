@@ -4,6 +4,8 @@ import json
 
 import geopandas as gpd
 import numpy as np
+import pandas as pd
+import pyogrio
 import pytest
 import shapely
 from pyproj import Geod, Transformer
@@ -84,6 +86,24 @@ def test_files_are_what_shapely_says(tmp_path, name):
     np.testing.assert_array_equal(region.holds(lonlat), inside(FARMS, lonlat))
     area = sum(abs(Geod(ellps="sphere", a=6371008.8, b=6371008.8).geometry_area_perimeter(farm)[0]) for farm in FARMS)
     assert region.area_km2 == pytest.approx(area / 1e6, rel=1e-3)
+
+
+def test_all_layers_of_polygons_count_or_the_one_that_is_named(tmp_path):
+    """Each in its own CRS, beside points and a table, which have no area."""
+    path, farms = tmp_path / "farms.gpkg", gpd.GeoDataFrame(geometry=FARMS, crs=4326)
+    farms.centroid.to_frame("geometry").to_file(path, layer="wells")
+    farms[:2].to_file(path, layer="north")
+    farms[2:].to_crs(32737).to_file(path, layer="south")
+    pyogrio.write_dataframe(pd.DataFrame({"style": ["x"]}), path, layer="layer_styles")
+    whole, north, south = (find_region((f"{path}{layer}",)) for layer in ("", "#north", "#south"))
+    assert (whole.name, north.name) == ("farms", "north")
+    assert north == find_region((write(tmp_path, "two.geojson", FARMS[:2]),))
+    assert south.area_km2 == pytest.approx(find_region((write(tmp_path, "one.geojson", FARMS[2:]),)).area_km2, rel=1e-4)
+    assert whole.area_km2 == pytest.approx(north.area_km2 + south.area_km2, rel=1e-6)
+    with pytest.raises(UserError, match="no such layer among wells, north, south"):
+        find_region((f"{path}#east",))
+    with pytest.raises(UserError, match="have no area"):
+        find_region((f"{path}#wells",))
 
 
 def test_a_projected_file_is_transformed(tmp_path):

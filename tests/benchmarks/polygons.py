@@ -45,10 +45,10 @@ def read() -> None:
     region = find_region((sys.argv[1],))
     places = draw_even(PLACES, 0, region=region)
     assert region.holds(places).all()
-    vertices = shapely.get_num_coordinates(region.polygons).sum()
+    vertices, took = shapely.get_num_coordinates(region.polygons).sum(), time.perf_counter() - begun
     print(
-        f"{len(region.polygons):,} polygons of {vertices:,} vertices, {len(places):,} places in them: "
-        f"{time.perf_counter() - begun:,.0f} s, peak {resident('VmHWM'):,.0f} MB, of which the program {program:,.0f} MB"
+        f"{len(region.polygons):,} polygons of {vertices:,} vertices, {len(places):,} places in them: {took:,.0f} s, "
+        f"peak {resident('VmHWM'):,.0f} MB, of which the program {program:,.0f} MB"
     )
 
 

@@ -34,7 +34,7 @@ from tests.tasks.test_faults import first
 
 PATIENCE = 2400  # seconds: a worker, a flow and a cluster each start a Python of their own, and a pipeline six
 TRAIN = TrainParams(
-    encoder=EncoderParams(dim=64), steps=40, save_every=5, batch=32, degree=8, hidden=32, dim=16, device="cpu"
+    encoder=EncoderParams(dim=64), steps=40, save_every=5, batch=16, degree=8, hidden=32, dim=16, device="cpu"
 )
 GRID = PublishParams(step=3.0, tile_cells=20)
 TAKES = {

@@ -13,7 +13,7 @@ BELOW = {  # of each room of tasks, the rooms that it may import
     "tables": set(),
     "patches": {"tables"},
     "model": {"patches"},
-    "database": {"model"},
+    "database": {"tables", "model"},
     "grid": {"plots", "tables", "model", "database"},
     "points": {"tables", "model", "database", "grid"},
     "release": {"plots", "model", "database", "grid"},

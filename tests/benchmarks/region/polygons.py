@@ -1,4 +1,4 @@
-"""Memory of a region of many vertices: `python -m tests.benchmarks.polygons [--polygons 3000] [--vertices 667]`.
+"""Memory of a region of many vertices: `python -m tests.benchmarks.region.polygons [--polygons 3000] [--vertices 667]`.
 
 Writes a file of rings, and reads it in a process that does nothing else, which draws places in it; prints seconds, the
 peak of that process as the kernel counts it, and what it had before.
@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "many.parquet")
         gpd.GeoDataFrame(geometry=shapely.polygons(rings), crs=4326).to_parquet(path)
-        command = [sys.executable, "-c", "from tests.benchmarks.polygons import read; read()", str(path)]
+        command = [sys.executable, "-c", "from tests.benchmarks.region.polygons import read; read()", str(path)]
         subprocess.run(command, check=True)
 
 

@@ -1,4 +1,4 @@
-"""Memory and time of joining databases: `python -m tests.benchmarks.joining ROWS [--values 64]`.
+"""Memory and time of joining databases: `python -m tests.benchmarks.region.joining ROWS [--values 64]`.
 
 Writes a world's database of half the rows and one of the northern half of the land of the other half, of random keys of
 256 numbers, in a temporary folder; then joins them in a process that does nothing else, with heads measured, and
@@ -40,7 +40,7 @@ def main() -> None:
             sampled(home, name, options.rows // 2, south, options.values)
             for name, south in (("world", -80.0), ("north", 0.0))
         ]
-        command = [sys.executable, "-c", "from tests.benchmarks.joining import join; join()", *urls]
+        command = [sys.executable, "-c", "from tests.benchmarks.region.joining import join; join()", *urls]
         subprocess.run(command, check=True, env=os.environ | {"RANGEGRID_STORAGE_URL": home})
 
 

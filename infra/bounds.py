@@ -48,13 +48,31 @@ def open_parquet(source: Any, name: str, stored: int, **options: Any) -> pq.Parq
     """
     file = pq.ParquetFile(source, page_checksum_verification=True, **options)
     about = file.metadata
+    check_size(about, name, stored)
+    for i in range(about.num_row_groups):
+        check_texts(source, about, i, name, stored)
+    return file
+
+
+def check_size(about: pq.FileMetaData, name: str, stored: int) -> None:
+    """Refuses a Parquet file whose footer claims rows or columns out of proportion to its size.
+
+    Raises:
+        UserError: It names the file.
+    """
     groups = [about.row_group(i) for i in range(about.num_row_groups)]
     check_expansion(name, stored, max(PLACE * about.num_rows, sum(group.total_byte_size for group in groups)))
+
+
+def check_texts(source: Any, about: pq.FileMetaData, group: int, name: str, stored: int) -> None:
+    """Refuses a row group of a Parquet file whose texts, stored once, exceed a bound once each row has its own.
+
+    Raises:
+        UserError: It names the file.
+    """
     texts = [j for j in range(about.num_columns) if about.schema.column(j).physical_type == "BYTE_ARRAY"]
-    for i in range(about.num_row_groups):
-        for text in _repeated(groups[i], texts, most(stored)):
-            check_expansion(name, stored, _length(source, i, text, most(stored)))
-    return file
+    for text in _repeated(about.row_group(group), texts, most(stored)):
+        check_expansion(name, stored, _length(source, group, text, most(stored)))
 
 
 def _repeated(group: Any, texts: list[int], most: int) -> list[str]:

@@ -48,6 +48,38 @@ def read(url: str) -> bytes:
     return _get(store, name, url)[0]
 
 
+def read_part(url: str, start: int, count: int) -> bytes:
+    """Returns so many bytes of the object, from a position on.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: The store is unreachable, forbids it or serves no parts.
+    """
+
+    def part() -> bytes:
+        if is_web(url):
+            data = web.read(url, f"{start}-{start + count - 1}")
+        else:
+            data = bytes(obstore.get_range(*locate(url), start=start, length=count))
+        if len(data) != count:
+            raise OSError(f"{len(data)} bytes came for {count}")
+        return data
+
+    return patiently(part, url)
+
+
+def length(url: str) -> int | None:
+    """Returns the bytes of the object; None where its server does not tell.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: The store is unreachable or forbids it.
+    """
+    if is_web(url):
+        return patiently(lambda: web.length(url), url)
+    return patiently(lambda: obstore.head(*locate(url)), url)["size"]
+
+
 def read_tagged(url: str) -> tuple[bytes, str]:
     """Returns the whole object, and the tag of its version, for `replace`.
 
@@ -260,6 +292,13 @@ def paths(url: str) -> list[str]:
     """Returns the paths, from `url`, of every object under it; directories, which may outlive objects, are left out."""
     _, name = locate(url)
     return [meta["path"].removeprefix(name).strip("/") for meta in _list(url)]
+
+
+def tagged(url: str) -> dict[str, str]:
+    """Returns the paths, from `url`, of every object under it, sorted, each with what changes when the object does."""
+    _, name = locate(url)
+    found = {meta["path"].removeprefix(name).strip("/"): f"{meta['e_tag']} {meta['size']}" for meta in _list(url)}
+    return dict(sorted(found.items()))
 
 
 def shards(url: str) -> set[int]:

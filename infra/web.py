@@ -45,16 +45,27 @@ def read(url: str, span: str | None = None) -> bytes:
 
 def version(url: str) -> str:
     """Returns what changes when the object does, empty where the server does not tell; as `read`, but no body comes."""
-    try:
-        told = _headers(url, "HEAD")
-    except FileNotFoundError:
-        raise
-    except (OSError, Refused):  # a signature holds for one method, and some servers know GET alone
-        told = _headers(url, "GET")
+    told = _told(url)
     etag, modified, size = (told.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length"))
     if etag or modified:
         return f"{etag} {modified} {size}"
     return ""
+
+
+def length(url: str) -> int | None:
+    """Returns the bytes of the object, None where the server does not tell; as `version`."""
+    told = _told(url).get("Content-Length", "")
+    return int(told) if told.isdecimal() else None
+
+
+def _told(url: str) -> httpx.Headers:
+    """Returns the headers of an object without its body."""
+    try:
+        return _headers(url, "HEAD")
+    except FileNotFoundError:
+        raise
+    except (OSError, Refused):  # a signature holds for one method, and some servers know GET alone
+        return _headers(url, "GET")
 
 
 def _headers(url: str, method: str) -> httpx.Headers:

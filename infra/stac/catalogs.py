@@ -110,7 +110,7 @@ def search(catalog: Catalog, interval: str, lonlat: NDArray[np.float64], max_clo
     """
     window = Interval.parse(interval)
     if is_file(catalog.url):
-        features = search_file(catalog.url, lonlat)
+        features = search_file(catalog.url, lonlat, window)
     else:
         found = Features()
         for points in _chunks(lonlat):

@@ -76,6 +76,14 @@ TABLES = {
 }
 
 
+@pytest.fixture(params=["whole", "in parts"])
+def way(request, monkeypatch):
+    """Small files are read whole, unless one byte is too large."""
+    if request.param == "in parts":
+        monkeypatch.setattr(stac_files, "WHOLE", 1)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", TABLES)
 def test_stac_geoparquet_is_read_as_it_comes(tmp_path, name):
     path = tmp_path / "items.parquet"
@@ -91,6 +99,7 @@ def test_stac_geoparquet_is_read_as_it_comes(tmp_path, name):
     assert found[2].properties["eo:cloud_cover"] is None
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("encoding", ["WKB", "geoarrow"])
 def test_footprints_of_several_parts(tmp_path, encoding):
     """As GeoPandas writes them."""

@@ -26,6 +26,7 @@ from tasks.params import (
     EmbedParams,
     EncodeParams,
     EvaluateParams,
+    ImportParams,
     JoinParams,
     Params,
     PipelineParams,
@@ -123,10 +124,10 @@ def command(model: type[Params]) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 def _sample(context: typer.Context, params: SampleParams) -> None:
-    from flows.sample import sample as flow
-    from flows.started import start
-
     if context.invoked_subcommand is None:
+        from flows.sample import sample as flow
+        from flows.started import start
+
         print(start(flow, params))
 
 
@@ -152,6 +153,39 @@ def _plan(params: SampleParams) -> None:
 
 
 sample_app.command("plan", help="Estimate the cost of a run before it runs.")(with_options(SampleParams, _plan))
+
+
+def _survey(
+    params: SampleParams, anew: Annotated[bool, typer.Option("--anew", help="Ask the catalog again.")] = False
+) -> None:
+    from infra import clusters, storage
+    from tasks.patches.survey import survey
+
+    with clusters.connect() as client:
+        found = survey(client, params, anew)
+    print(storage.read(storage.join(found.url, "survey.md")).decode() + "\n")
+    print(found.url)
+
+
+sample_app.command(
+    "survey", help="Count the scenes at the places of a sample, by cell and month, before anything is read."
+)(with_options(SampleParams, _survey))
+
+
+def _import(
+    folder: Annotated[str, typer.Argument(help="Directory or URL of the images.", callback=_url)], params: ImportParams
+) -> None:
+    from infra import clusters
+    from tasks.patches.imports import import_patches
+
+    with clusters.connect() as client:
+        print(import_patches(client, folder, params))
+
+
+sample_app.command(
+    "import",
+    help="Import patches that others made: S2-100K (index.csv and images/), or GeoTIFF chips, as of rslearn.",
+)(with_options(ImportParams, _import))
 
 
 @command(TrainParams)

@@ -112,6 +112,13 @@ class Params(BaseModel):
         return self
 
 
+def known_bands(bands: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns bands after a check that each is one of Sentinel-2 L2A's, and there once."""
+    if not bands or not set(bands) <= set(BANDS) or len(set(bands)) < len(bands):
+        raise ValueError(f"give bands of Sentinel-2 L2A, each once: {', '.join(BANDS)}")
+    return bands
+
+
 class RegionParams(Params):
     """Where: everywhere, or in a region."""
 
@@ -195,10 +202,7 @@ class SampleParams(RegionParams):
     @field_validator("bands")
     @classmethod
     def _known(cls, bands: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [band for band in bands if band not in BANDS]
-        if unknown or not bands or len(set(bands)) < len(bands):
-            raise ValueError(f"give bands of Sentinel-2 L2A, each once: {', '.join(BANDS)}")
-        return bands
+        return known_bands(bands)
 
     @field_validator("datetime")
     @classmethod
@@ -221,6 +225,36 @@ class SampleParams(RegionParams):
         if text is None:
             return text
         return datetime.date.fromisoformat(text).isoformat()
+
+
+class ImportParams(Params):
+    """Which patches of a folder to import, and how."""
+
+    offset: Literal["auto", "0", "-1000"] = "auto"
+    """Number to add to pixel values before they are reflectance. `auto`: by what an image tells of its processing, else
+    by its pixels, each image by itself. 0 or -1000: of all images, where you know it."""
+    silent: Literal["likeliest", "leave-out"] = "likeliest"
+    """What becomes of images whose offset nothing tells, such as bright deserts. `likeliest`: they get the offset that
+    most others of the folder have. `leave-out`: they are not imported."""
+    bands: tuple[str, ...] = BANDS
+    """Sentinel-2 bands to import, by their names, such as B04."""
+    patch_pixels: int = Field(256, ge=4, le=2048)
+    """Side of a patch in pixels. Of larger images the middle is taken."""
+    resolution_m: float = Field(10.0, ge=0.1, le=50_000)
+    """Pixel size in metres. Bands of a multiple of it are repeated."""
+    max_nodata_fraction: float = Field(0.0, ge=0, le=1)
+    """Largest share of a patch's pixels that have no data in one or more bands."""
+    line: str = Field("", pattern=LINE, min_length=0)
+    """Name of the product line that these patches belong to, with everything made from them."""
+    shard_patches: int = Field(512, ge=1, le=100_000)
+    """Patches in one Zarr shard, which is one unit of work."""
+    max_failed_fraction: float = Field(0.02, ge=0, le=1)
+    """Share of the units of work that may fail before the run gives up. A rerun does only those that failed."""
+
+    @field_validator("bands")
+    @classmethod
+    def _known(cls, bands: tuple[str, ...]) -> tuple[str, ...]:
+        return known_bands(bands)
 
 
 class EncoderParams(Params):

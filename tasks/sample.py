@@ -31,6 +31,7 @@ from infra.stac.catalogs import ask, catalogs, collection_title
 from infra.stac.items import UsableItem
 from tasks.artifacts import keep_picture, keep_table
 from tasks.cards import fingerprint, is_finished, product_url, write_card
+from tasks.core.earth.region import Region
 from tasks.core.earth.sampling import grid_zone
 from tasks.newest import enter
 from tasks.params import SampleParams
@@ -38,10 +39,11 @@ from tasks.patches import store
 from tasks.patches.estimate import Cost, beside, estimate, spent
 from tasks.patches.places import counted, draw, source_digest
 from tasks.patches.reading import read_shard, shape
-from tasks.patches.reasons import Reason
+from tasks.patches.reasons import Reason, counts
 from tasks.patches.reuse import WHERE, places_read, siblings
 from tasks.patches.scenes import assets_of, find_items, unread_bands
 from tasks.patches.screening import by_place, screen_cell
+from tasks.patches.skew import Skew, poor, skew_of, table
 from tasks.plots.maps import sample_map
 from tasks.products import PatchesCard
 from tasks.tables.regions import REGION, card_of, decides, find_region, keep_region
@@ -100,6 +102,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
     picture = sample_map(rows[["lon", "lat"]].to_numpy(), title, source)
     keep_picture(storage.join(url, "samples.png"), picture, "sample-map", "Where the patches were taken")
     rejected = places.rejected + lost
+    skew = tell_skew(url, rows, params, region)
     tell_cost(url, planned, cost(units, places.screened), rejected)
     storage.delete(storage.join(url, "held"))
     card = PatchesCard(
@@ -112,6 +115,7 @@ def sample_patches(client: Client, params: SampleParams) -> str:
         rejected=rejected,
         passed_over=places.passed_over,
         offset_checks=rows["offset_check"].value_counts().to_dict(),
+        skew=skew,
         **card_of(region),
     )
     write_card(url, card)
@@ -125,6 +129,15 @@ def decisive(params: SampleParams) -> dict[str, Any]:
     if params.scene != "composite":
         untold.add("composite_scenes")
     return {"catalogs": sources, **params.model_dump(exclude=untold), **source_digest(params)}
+
+
+def tell_skew(url: str, rows: pd.DataFrame, params: SampleParams, region: Region | None) -> Skew:
+    """Tells how the patches are spread over years, seasons and latitudes, beside an even spread."""
+    skew = skew_of(rows, params.datetime, params.south, params.north, region)
+    keep_table(storage.join(url, "skew.md"), table(skew), "sample-skew", "Patches by year, season and latitude")
+    for group in poor(skew):
+        log().warning("few patches of %s", group)
+    return skew
 
 
 def tell_cost(url: str, planned: Cost, actual: Cost, rejected: Mapping[str, int]) -> None:
@@ -394,8 +407,3 @@ def cost(units: Units, screened: pd.DataFrame) -> Cost:
 def assign(chosen: pd.DataFrame) -> pd.DataFrame:
     """Gives each place its position in the store, scene by scene, so that a shard needs few scenes."""
     return chosen.sort_values(["cell", "item_id", "row_id"]).assign(position=np.arange(len(chosen)))
-
-
-def counts(rejected: Mapping[str, int]) -> str:
-    """Returns counts in words, such as `3 nodata, 1 unreadable`."""
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items())) or "none rejected"

@@ -11,7 +11,7 @@ STEPS = {"sample", "train", "encode", "publish", "evaluate", "ablate", "steps"}
 BELOW = {  # of each room of tasks, the rooms that it may import
     "plots": set(),
     "tables": set(),
-    "patches": {"tables"},
+    "patches": {"plots", "tables"},
     "model": {"patches"},
     "database": {"tables", "model"},
     "grid": {"plots", "tables", "model", "database"},

@@ -53,13 +53,18 @@ def rank_scenes(
         candidates: (n, 5): row id, lon, lat, season (-1 any), and the number that thins by tile (see `thin`).
         params: How to choose.
     """
-    corners = patch_corners(candidates[:, 1:3], params.patch_pixels * params.resolution_m)
     scenes = [describe(item) for item in items]
-    holds = [_holds(item, corners) for item in items]
+    holds = holders(items, candidates, params)
     return [
         _rank([scene for scene, held in zip(scenes, holds, strict=True) if held[i]], candidate, params)
         for i, candidate in enumerate(candidates)
     ]
+
+
+def holders(items: list[UsableItem], candidates: NDArray[np.float64], params: SampleParams) -> NDArray[np.bool_]:
+    """Tells which items hold the whole patch of which candidates, (item, candidate)."""
+    corners = patch_corners(candidates[:, 1:3], params.patch_pixels * params.resolution_m)
+    return np.array([_holds(item, corners) for item in items], bool).reshape(len(items), len(candidates))
 
 
 class Scene(NamedTuple):

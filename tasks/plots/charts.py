@@ -1,6 +1,7 @@
 """Draws charts of training and of scores: loss, probes, geographic bias, ablations."""
 
 import re
+from calendar import month_abbr
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from tasks.core.field import kernel_width_km
@@ -21,6 +23,7 @@ WRAP = 14  # letters of a line of a panel's title
 LABELS = {"loss": "InfoNCE loss", "accuracy": "held-out recall@1 %"}
 LABELS |= {"one_out": "one image left out", "block_out": "10-degree blocks left out"}
 TRIED = {"nearest": "reach: to which nearest image"}  # of a kind of head, what else than a temperature was tried
+PALE = LinearSegmentedColormap.from_list("pale", ["#f3e3d8", "#dfe9ee", "#6fa9c2"])  # so that what is written is read
 LEAST_SHARE = -0.5  # of the variance restored that is drawn: a head may be worse than the mean
 
 
@@ -145,6 +148,34 @@ def _mark_chosen(axes: Axes, at: float, kind: str) -> None:
     axes.axvline(at, color=INK, lw=1, ls=(0, (4, 3)), zorder=0)
     width = f", {kernel_width_km(at):,.0f} km wide" if kind == "geodesic" else ""
     axes.set_title(f"chosen: {at:g}{width}", fontsize=8, color=FAINT, loc="right")
+
+
+def calendar_chart(values: pd.Series, marks: pd.Series, title: str, caption: str) -> bytes:
+    """Draws one number a month as a calendar, a row for each year; returns a PNG.
+
+    Args:
+        values: By month, such as `2021-06`; 0 is none.
+        marks: Shares of the same months, written into them in percent; a share of 0 is not.
+        title: Text above the chart.
+        caption: Text below the chart.
+    """
+    years = sorted({month[:4] for month in values.index}) or [""]
+    cells = np.full((len(years), 12), np.nan)
+    figure, axes = canvas(9, max(2.4, 1.6 + 0.45 * len(years)), title, caption)
+    axes.set_axis_on()
+    for month, value, mark in zip(values.index, values, marks, strict=True):
+        row, column = years.index(month[:4]), int(month[5:7]) - 1
+        cells[row, column] = value
+        if mark:
+            axes.text(column, row, f"{mark:.0%}", ha="center", va="center", fontsize=8, color=INK)
+    mesh = axes.imshow(cells, cmap=PALE, vmin=0, vmax=max(np.nan_to_num(cells).max(), 1e-9), aspect="auto")
+    axes.set_xticks(range(12), [month_abbr[i + 1] for i in range(12)], fontsize=8)
+    axes.set_yticks(range(len(years)), years, fontsize=8)
+    axes.tick_params(colors=FAINT, length=0)
+    figure.colorbar(mesh, ax=axes, pad=0.01).ax.tick_params(colors=FAINT, labelsize=8, length=0)
+    plain(axes, "x")
+    axes.grid(visible=False)
+    return png(figure)
 
 
 def score_chart(table: pd.DataFrame, title: str, caption: str) -> bytes:

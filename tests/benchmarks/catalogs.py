@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 
@@ -64,7 +65,7 @@ def write(path: Path, options: argparse.Namespace) -> None:
     for start in range(0, options.items, BATCH):
         part = rows[start : start + BATCH]
         batch = table(part, lon[part], lat[part], day[part])
-        writer = writer or pq.ParquetWriter(path, batch.schema, compression="zstd")
+        writer = writer or pq.ParquetWriter(path, batch.schema, compression="zstd", use_dictionary=False)
         writer.write_table(batch, row_group_size=options.group)
     writer.close()
 
@@ -72,7 +73,7 @@ def write(path: Path, options: argparse.Namespace) -> None:
 def table(row, lon, lat, day) -> pa.Table:
     """Returns items as rows: flat properties, a box, WKB, and thirteen assets."""
     corners = {"xmin": lon, "ymin": lat, "xmax": lon + SIDE, "ymax": lat + SIDE}
-    names = [f"S2A_{n:08d}_T31TQM_{when:04d}_0_L2A" for n, when in zip(row, day, strict=True)]
+    names = pa.array([f"S2A_{n:08d}_T31TQM_{when:04d}_0_L2A" for n, when in zip(row, day, strict=True)])
     return pa.table(
         {
             "id": names,
@@ -87,11 +88,10 @@ def table(row, lon, lat, day) -> pa.Table:
     )
 
 
-def asset(names: list[str], band: str) -> pa.StructArray:
+def asset(names: pa.StringArray, band: str) -> pa.StructArray:
     """Returns one file of each item."""
-    hrefs = [f"https://archive.example/sentinel-2/{name[-30:]}/{name}/{band}.tif" for name in names]
-    kind = ["image/tiff; application=geotiff; profile=cloud-optimized"] * len(names)
-    return pa.StructArray.from_arrays([pa.array(hrefs), pa.array(kind)], ["href", "type"])
+    parts = "https://archive.example/sentinel-2/29/R/KH/", names, f"/{band}.tif", ""
+    return pa.StructArray.from_arrays([pc.binary_join_element_wise(*parts)], ["href"])
 
 
 def read(options: argparse.Namespace) -> None:

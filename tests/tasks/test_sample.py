@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from infra import clusters, storage
 from infra.errors import UserError
-from tasks.core.earth.land import is_land
+from tasks.core.earth.land import is_land, land_km2
 from tasks.core.earth.sampling import grid_zone
 from tasks.database.store import open_database
 from tasks.encode import encode_database
@@ -91,6 +91,28 @@ def test_values_are_what_rasterio_reads(run, sandbox):
     assert set(patches.manifest.offset_check) <= {"agree", "silent"}
     assert (patches.manifest.nodata_fraction == 0).all()
     assert "| requests |" in storage.read(storage.join(patches.url, "run.md")).decode()
+
+
+def test_the_card_tells_how_patches_are_spread(run):
+    """Beside the days of the window and the land between the limits."""
+    patches = run()
+    skew, manifest = patches.card.model_dump()["skew"], patches.manifest
+    for year, group in skew["year"].items():
+        assert group["patches"] == manifest.datetime.str.startswith(year).sum()
+        assert group["even"] == 0.5  # of 2021 and 2022
+    days = {"December to February": 90, "March to May": 92, "June to August": 92, "September to November": 91}
+    even = {name: group["even"] for name, group in skew["season"].items()}
+    assert even == {name: round(count / 365, 4) for name, count in days.items()}
+    months = manifest.datetime.str[5:7].astype(int) % 12 // 3
+    assert [group["patches"] for group in skew["season"].values()] == [(months == i).sum() for i in range(4)]
+    assert list(skew["latitude"]) == ["30 to 45", "45 to 60"]
+    areas = {"30 to 45": land_km2(43, 45), "45 to 60": land_km2(45, 52)}
+    for band, group in skew["latitude"].items():
+        low, high = map(int, band.split(" to "))
+        assert group["patches"] == manifest.lat.between(low, high, inclusive="left").sum()
+        assert group["share"] == round(group["patches"] / 30, 4)
+        assert group["even"] == round(areas[band] / sum(areas.values()), 4)
+    assert "| season | June to August |" in storage.read(storage.join(patches.url, "skew.md")).decode()
 
 
 def test_the_store_is_what_it_says_to_plain_readers(run, sandbox, monkeypatch):

@@ -6,7 +6,7 @@ each other; every decision keeps its reasons, and a contradiction that no rule r
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ MOST = 32_767  # largest DN, of 15 bits; larger ones are negative values that wr
 OFFSET = -1000
 SCALE = 1e-4
 BASELINE_WITH_OFFSET = (4, 0)
+UNTOLD = "neither baseline nor bands tell the offset"
 APPLIED_KEYS = ("earthsearch:boa_offset_applied", "sentinel:boa_offset_applied")
 PROVIDERS = {
     "sentinel2l2a01.blob.core.windows.net": "Planetary Computer never takes the offset off",
@@ -30,6 +31,7 @@ PROVIDERS = {
 NEVER_APPLIES = "sentinel2l2a01.blob.core.windows.net"
 DARK_SHARE = 0.1  # share of vegetation and water from which a patch's darkest hundredth is dark in some band
 TOLERANCE = 300  # DN: how far noise and an overdone atmospheric correction reach below zero reflectance
+DENSE, DARK_WATER = 0.3, 1500  # NDVI of the numbers as they are; largest DN of water beyond the visible
 HAZY = 2000  # DN: reflectance 0.1 above the offset; darker surfaces than that show in every clear patch that has them
 
 
@@ -79,7 +81,7 @@ def decide(item: Mapping[str, Any]) -> Radiometry:
     against = tuple(text for signal in signals for text in signal.against)
     against += tuple(_conflicts(*(signal.value for signal in signals)))
     if not (against or applied.value) and shifted.value is None and declared.value is None:
-        against = ("neither baseline nor bands tell the offset",)
+        against = (UNTOLD,)
     if against:
         return Radiometry(0, False, (*said, *against), quarantined=True)
     if applied.value:
@@ -205,20 +207,42 @@ def check_numbers(dn: NDArray[np.uint16], offset: int, dark_share: float) -> tup
     Returns:
         The first percentile of each pixel's darkest band, in DN, and `agree`, `deny` or `silent`.
     """
-    known = ((dn != NODATA_DN) & (dn <= MOST)).all(0)
-    denied = beyond_format(dn)
-    if not known.any():
-        return float("nan"), "deny" if denied else "silent"
-    dark = float(np.percentile(dn[:, known].min(0), 1))
-    if denied:
+    dark = darkest(dn)
+    if beyond_format(dn):
         return dark, "deny"
-    shifted = _looks_shifted(dark, dark_share)
+    shifted = looks_shifted(dark, dark_share)
     if shifted is None:
         return dark, "silent"
     return dark, "agree" if shifted == (offset != 0) else "deny"
 
 
-def _looks_shifted(dark: float, dark_share: float) -> bool | None:
+def darkest(dn: NDArray[np.uint16]) -> float:
+    """Returns the first percentile of each pixel's darkest band, in DN; NaN where no pixel has all bands."""
+    known = ((dn != NODATA_DN) & (dn <= MOST)).all(0)
+    if not known.any():
+        return float("nan")
+    return float(np.percentile(dn[:, known].min(0), 1))
+
+
+def dark_share(dn: NDArray[np.uint16], bands: Sequence[str]) -> float:
+    """Returns the share of vegetation and water by the numbers alone, for images without a scene classification.
+
+    Both are told as they are, with the offset in the numbers or without: taking it off would only raise NDVI, and
+    leaves the sign of NDWI.
+
+    Args:
+        dn: Raw numbers, (band, y, x).
+        bands: Names of the bands; 0 is returned without B03, B04, B08 and B11.
+    """
+    if not {"B03", "B04", "B08", "B11"} <= set(bands):
+        return 0.0
+    green, red, nir, swir = (dn[bands.index(band)].astype(np.float64) for band in ("B03", "B04", "B08", "B11"))
+    vegetation = nir - red > DENSE * (nir + red)
+    water = (green > nir) & (np.maximum(nir, swir) < DARK_WATER)
+    return float((vegetation | water).mean())
+
+
+def looks_shifted(dark: float, dark_share: float) -> bool | None:
     """Returns whether the dark end of the numbers has the offset in it; none where it does not tell."""
     if dark < -OFFSET - TOLERANCE:
         return False

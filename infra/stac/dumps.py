@@ -26,7 +26,7 @@ from infra.addresses import name_of
 from infra.bounds import check_size, check_texts
 from infra.errors import UserError
 from infra.intervals import Interval
-from infra.partial import PartialFile
+from infra.stac.partial import PartialFile
 from infra.stac.rows import feature_of, shapes_of
 
 ROWS = 2048  # rows made whole at a time

@@ -15,7 +15,7 @@ const missing = {
   setup: (its) => its.onResolve({ filter: /^numcodecs/ }, () => ({ path: "absent", external: true })),
 };
 await build({ ...common, entryPoints: { main: "src/main.ts", engine: "src/engine.ts", style: "src/style.css" }, outdir: out, plugins: [missing] });
-await build({ ...common, entryPoints: { compute: "src/compute.ts" }, outdir: out });
+await build({ ...common, entryPoints: { compute: "src/compute.ts", colours: "src/colours.ts" }, outdir: out });
 await build({ ...common, entryPoints: { "map-worker": "node_modules/maplibre-gl/dist/maplibre-gl-worker.mjs" }, outdir: out });
 cpSync("src/index.html", `${out}/index.html`);
 for (const name of ["land-110m.json", "land-50m.json"]) cpSync(resolve(`world-atlas/${name}`), `${out}/${name}`);

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import rasterio
 import xarray as xr
 
 from infra import clusters, storage
+from infra.explorer import bundle
 from infra.sandbox import PRODUCTS
 from tasks.cards import name_of
 from tasks.grid.companion import companion_url
@@ -133,8 +136,9 @@ def test_likeness_is_numpys(sandbox, grid, browser, tmp_path):
         keep(page, "likeness")
 
 
-def test_parts_count_as_their_sliders_say(sandbox, grid, browser, tmp_path):
+def test_parts_count_as_their_sliders_say(sandbox, grids, browser, tmp_path):
     """All 24 numbers of this grid are in its components, so what the page makes of them is the grid's own."""
+    grid, _, side_by_side = grids
     level, cells = decoded(grid)
     axes = level.axes.values[:, :64].astype(float)
     weights = np.linalg.norm(axes, axis=1)  # of a rotation of weighted numbers
@@ -157,6 +161,15 @@ def test_parts_count_as_their_sliders_say(sandbox, grid, browser, tmp_path):
     with opened(browser, link) as page:
         shown(page, "likeness")
         assert page.get_by_label("visual").input_value() == "0.2"
+    with opened(browser, address(sandbox, side_by_side, f"&mode=likeness&at={CONGO[0]},{CONGO[1]}")) as page:
+        shown(page, "likeness")
+        names = page.locator("#shares span").all_inner_texts()
+        assert len(names) == len(SIDE_BY_SIDE["heads"]) + 1  # each head apart, and the location
+        page.get_by_label(names[0], exact=True).fill("0")
+        page.wait_for_url("**parts**")
+        page.wait_for_selector("#status:empty", state="attached")
+        (found,), _ = taken(page, tmp_path)
+        assert np.nanmax(found) == pytest.approx(1, abs=1e-3)  # the place itself
 
 
 def test_two_places_are_compared(sandbox, grid, browser, tmp_path):
@@ -286,12 +299,15 @@ def test_labels_of_a_file_give_a_map_and_a_score(sandbox, grid, browser, tmp_pat
         np.testing.assert_allclose(printed(page)["prediction"].astype(float), found, atol=0.05)
 
 
-@pytest.mark.parametrize("broken", ["missing", "damaged", "no catalog"])
+@pytest.mark.parametrize("broken", ["missing", "part missing", "no JSON", "damaged", "one bit", "no catalog"])
 def test_a_broken_bucket_is_told(sandbox, grid, browser, broken):
-    home = storage.join(f"s3://{PRODUCTS}", "grids")
+    home, part = storage.join(f"s3://{PRODUCTS}", "grids"), f"{companion_url(grid)}/embedding/0/0/0"
     places = {
         "missing": (f"{companion_url(grid)}/zarr.json", None, "There is no companion of a grid at"),
-        "damaged": (f"{companion_url(grid)}/embedding/0/0/0", b"no such bytes", "is damaged"),
+        "part missing": (part, None, "There is no part of this grid at"),
+        "no JSON": (f"{companion_url(grid)}/zarr.json", b"<html>", "is no companion of a grid: the address leads to"),
+        "damaged": (part, b"no such bytes", "is damaged"),
+        "one bit": (part, flipped(storage.read(part)), "is damaged"),
         "no catalog": (f"{home}/collection.json", None, "There is no catalog of grids"),
     }
     url, content, told = places[broken]
@@ -306,6 +322,43 @@ def test_a_broken_bucket_is_told(sandbox, grid, browser, broken):
             assert told in page.inner_text("#status")
     finally:
         storage.write(url, before)
+
+
+def flipped(data):
+    """The same but for one bit in the middle."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def test_a_bucket_that_nobody_may_read_is_told(sandbox, grid, browser):
+    """As S3 answers where its policy does not let everybody read."""
+    with opened(browser, "about:blank") as page:
+        page.route("**/compact.zarr/**", lambda route: route.fulfill(status=403, body="AccessDenied"))
+        page.goto(address(sandbox, grid))
+        page.wait_for_selector("#status.error")
+        assert "does not let anybody read" in page.inner_text("#status")
+        assert "(HTTP 403)" in page.inner_text("#status")
+
+
+def test_a_server_of_plain_files_without_ranges_serves(grid, browser, tmp_path):
+    """`python -m http.server`, which answers each request with the whole file."""
+    home = tmp_path / "grids" / "own"
+    storage.copy(companion_url(grid), (home / "compact.zarr").as_uri())
+    shutil.copytree(bundle.FOLDER, tmp_path / "explorer")
+    links = [{"rel": "item", "href": "./own/item.json", "title": "own"}]
+    (tmp_path / "grids/collection.json").write_text(json.dumps({"links": links}))
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            port = server.stdout.readline().split("port ")[1].split()[0]
+            with opened(browser, f"http://127.0.0.1:{port}/explorer/index.html#mode=likeness&at=22.5,0.5") as page:
+                shown(page, "likeness")
+                page.wait_for_selector("#took")
+                found, _ = taken(page, tmp_path)
+                assert np.nanmax(found) == pytest.approx(1, abs=1e-3)  # the place itself
+                assert not page.inner_text("#status")
+        finally:
+            server.terminate()
 
 
 def test_another_origin_needs_cors_and_the_page_says_so(sandbox, grid, browser):
@@ -325,14 +378,44 @@ def test_another_origin_needs_cors_and_the_page_says_so(sandbox, grid, browser):
                 assert "CORS rules do not allow http://localhost" in page.inner_text("#status")
 
 
+TABS = ("colours", "likeness", "classes", "clusters", "compare", "labels")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_usable_on_a_telephone_and_by_keyboard(sandbox, grid, browser, scheme):
+    from axe_playwright_python.sync_playwright import Axe  # of the group `ui`
+
     phone = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme, "has_touch": True}
     with opened(browser, address(sandbox, grid), **phone) as page:
         shown(page, "colours")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        page.locator("#tab-clusters").focus()
-        page.keyboard.press("Enter")
+        page.locator("#search").focus()
+        for name in TABS:
+            page.keyboard.press("Tab")
+            page.keyboard.press("Enter")
+            assert page.evaluate("document.activeElement.id") == f"tab-{name}"
+            assert page.get_attribute(f"#tab-{name}", "aria-selected") == "true"
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360
+            faults = Axe().run(page).response["violations"]  # contrast, names and roles
+            assert not [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in faults]
         shown(page, "clusters")
-        assert page.evaluate("document.activeElement.id") == "tab-clusters"
+        page.locator("canvas").focus()
+        page.keyboard.press("Enter")  # takes the middle, of the last tab as likeness
+        shown(page, "likeness")
         keep(page, f"telephone-{scheme}")
+
+
+def test_touch_takes_a_place_and_two_fingers_zoom(sandbox, grid, browser):
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    with opened(browser, address(sandbox, grid, "&flat=1&map=2.00/20.00/5.00"), **phone) as page:
+        shown(page, "colours")
+        x, y = page.evaluate(f"Object.values(explorer.map.map.project([{CONGO[0]}, {CONGO[1]}]))")
+        page.touchscreen.tap(x, y)
+        shown(page, "likeness")
+        at = parse_qs(page.evaluate("location.hash"))["at"][0].split(",")
+        assert [float(number) for number in at] == pytest.approx(CONGO, abs=1)  # a pixel
+        touch = page.context.new_cdp_session(page)
+        for kind, far in [("touchStart", 20), *(("touchMove", far) for far in range(25, 90, 5)), ("touchEnd", None)]:
+            points = [] if far is None else [{"x": 180 + far, "y": 170}, {"x": 180 - far, "y": 170}]
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.wait_for_timeout(1500)  # for it to come to rest
+        assert page.evaluate("explorer.map.map.getZoom()") > 3

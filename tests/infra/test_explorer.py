@@ -18,6 +18,7 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from starlette.testclient import TestClient
 
+from flows import demo
 from flows.cli_explore import shelf_of
 from infra import storage
 from infra.errors import UserError
@@ -186,6 +187,38 @@ def test_the_likest_places_are_far_apart(part):
     assert [each["likeness"] for each in found] == sorted((each["likeness"] for each in found), reverse=True)
 
 
+# How the world looks to whoever lacks cones of long, middle or short waves (Machado, Oliveira and Fernandes, 2009), in
+# linear RGB; and OKLab (Ottosson, 2020), in which 0.02 is about a just noticeable difference.
+SEEN = {
+    "by all": np.eye(3),
+    "without long": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "without middle": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "without short": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+CONES = [[0.41222147, 0.53633254, 0.05144599], [0.2119035, 0.6806995, 0.10739696], [0.08830246, 0.28171884, 0.62997870]]
+LAB = [[0.21045426, 0.79361779, -0.00407205], [1.9779985, -2.4285922, 0.45059371], [0.0259040, 0.78277177, -0.80867577]]
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_classes_differ_to_everybody_and_scales_run_one_way(seen):
+    script = f"import * as c from {json.dumps((bundle.FOLDER / 'colours.js').as_uri())};" + (
+        "console.log(JSON.stringify([c.CLASSES.map(c.parsed), [...c.SEQUENTIAL_TABLE]]))"
+    )
+    command = [NODE, "--input-type=module", "--eval", script]
+    classes, scale = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    def lab(colours):
+        share = np.reshape(colours, (-1, 4))[:, :3] / 255
+        linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+        return np.cbrt(np.clip(linear @ np.transpose(SEEN[seen]), 0, 1) @ np.transpose(CONES)) @ np.transpose(LAB)
+
+    found = lab(classes)
+    apart = np.linalg.norm(found[:, None] - found, axis=-1)[np.triu_indices(len(found), 1)]
+    assert len(found) == 16
+    assert apart.min() > 0.07
+    assert (np.diff(lab(scale)[::8, 0]) > 0).all()  # lighter is more
+
+
 def test_the_page_takes_nothing_from_outside_and_says_so():
     text = (bundle.FOLDER / bundle.PAGE).read_text()
     policy = re.search(r'Security-Policy" content="([^"]*)"', text)[1]
@@ -280,6 +313,16 @@ def test_a_version_is_served_with_all_of_its_catalog(grid):
         assert item == f"./{name}/item.json"
         assert web.get(f"/grids/{name}/item.json").json()["assets"]["compact"]["href"] == "./compact.zarr"
         assert web.get(f"/grids/{name}/compact.zarr/embedding/0/0/0").status_code == 200
+
+
+def test_the_demo_ends_with_the_page_and_the_command():
+    grid, copy, page = "s3://products/grids/0123abcd/grid.zarr", Path("demo"), "http://127.0.0.1:1/explorer/index.html"
+    told = demo.summary(grid, Path(".sandbox"), copy, [], page)
+    assert f"{page}#grid=0123abcd  (while the sandbox runs)" in told
+    assert f"\n    rangegrid explore {copy}/grid.zarr\n" in told
+    assert "(while the sandbox runs)" not in demo.summary(
+        grid, Path(".sandbox"), copy, [], None
+    )  # the page is not built
 
 
 def test_a_taken_port_is_refused():

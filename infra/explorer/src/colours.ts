@@ -26,10 +26,10 @@ function gamma(linear: number): number {
   return Math.round(255 * Math.min(1, Math.max(0, value)));
 }
 
-/** Okabe and Ito's colours, then lighter ones of the same hues. */
+/** Okabe and Ito's eight colours, then such as are as far as can be from all before to whoever sees no red, green or blue. */
 export const CLASSES = [
-  "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#8c8c8c",
-  "#ffd27f", "#b5dff7", "#6fd3b5", "#8a7f00", "#6aa9d6", "#f2a679", "#e8bcd3", "#444444",
+  "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#000000",
+  "#784b00", "#0000c3", "#c3b4a5", "#9678ff", "#5a0078", "#8700ff", "#a51e69", "#96d2ff",
 ];
 
 /** Cividis, and a diverging scale from blue to orange. */

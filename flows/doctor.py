@@ -37,6 +37,7 @@ def checks() -> Iterator[Check]:
 def seen() -> Iterator[Check]:
     """Yields what this process sees, a command or a run alike."""
     yield "python", *_python()
+    yield "names", *_names()
     yield "settings", origin(), True
     yield "storage", *_try(_storage)
     yield "catalog", *_try(_catalog)
@@ -75,6 +76,14 @@ def _python() -> tuple[str, bool]:
     if sys.version_info[:3] >= SOUND:
         return told, True
     return f"{told}: before 3.11.12 a Dask worker whose profiler is on can deadlock (ours is off); update it", True
+
+
+def _names() -> tuple[str, bool]:
+    """Tells whether our import packages are ours, or another installed package has one of their names."""
+    from rangegrid.names import OURS, strangers
+
+    taken = [f"{name} is of {owner}" for name, owner in strangers().items()]
+    return "; ".join(taken) or f"{', '.join(OURS)} are rangegrid's", not taken
 
 
 def _storage() -> str:

@@ -18,6 +18,8 @@ from tasks.core.evidence import distance_km, evidence
 from tasks.database.heads import HEAD_DIMS
 from tasks.database.store import read_pair
 from tasks.evaluation import fusion
+from tasks.evaluation.coordbench import markdown as leaderboards
+from tasks.evaluation.coordbench import read_suite, score_suite, versions
 from tasks.evaluation.embedders import Lonlat, Named, beside_grids, dtype_costs, embedders, retrieval_of
 from tasks.evaluation.failures import losses, spread, where_it_fails
 from tasks.evaluation.label_tables import UNTOLD, counted, label_sets
@@ -63,6 +65,8 @@ def evaluate_database(
     Raises:
         UserError: Labels, embedders or products do not exist or do not fit.
     """
+    if params.suite:
+        return evaluate_suite(checkpoint, database, params, grid)
     params, card = counted(params), read_inputs(checkpoint, database)
     if grid:
         check_grid(grid)
@@ -96,6 +100,48 @@ def evaluate_database(
             write_item(home)  # again, since it names the score card now
     opens = opening("pandas as pd", "scores = pd.read_csv", storage.join(url, "scores.csv"))
     show_places(places, opens, "score-card", "The score card, and the table of scores")
+    return url
+
+
+def evaluate_suite(checkpoint: str | None, database: str | None, params: EvaluateParams, grid: str | None) -> str:
+    """Scores every embedder on CoordBench by its protocol, and stores the report.
+
+    Args:
+        checkpoint: URL of the checkpoint. None: only other encoders or grids are evaluated.
+        database: URL of the database encoded with it.
+        params: The suite's folder, and the embedders.
+        grid: URL of a published grid. It is scored too.
+
+    Returns:
+        The URL of the report: `scorecard.json`, `scores.csv`, in CoordBench's own columns, and `scores.md`, its
+        leaderboards.
+
+    Raises:
+        UserError: Tables, embedders or products do not exist or do not fit.
+    """
+    card = read_inputs(checkpoint, database)
+    scored_by = embedders(checkpoint, database, grid, params)
+    folder = as_url(params.data or "")
+    made_of = {
+        "suite": versions(folder),
+        "interpolation": params.interpolation,
+        "database": card.fingerprint if card else None,
+        "grid": grid,
+        "embedders": {one.name: one.version if one.embed else None for one in scored_by},
+    }
+    url = product_url("reports", made_of)
+    if not is_finished(url):
+        suite = read_suite(folder)
+        with progress("evaluate", len(scored_by)) as advance:
+            scores = score_suite(suite, scored_by, advance)
+        storage.write(storage.join(url, "scores.csv"), scores.to_csv(index=False).encode())
+        keep_table(storage.join(url, "scores.md"), leaderboards(scores), "coordbench", "CoordBench")
+        content = {"kind": "coordbench", "made_of": made_of, "scores": records(scores)}
+        storage.write_json(storage.join(url, CARD), content)
+        write_card(url, ReportCard(fingerprint=fingerprint(made_of), made_of=made_of, scores=tuple(records(scores))))
+    places = {"score card": storage.join(url, CARD), "table": storage.join(url, "scores.md")}
+    opens = opening("pandas as pd", "scores = pd.read_csv", storage.join(url, "scores.csv"))
+    show_places(places, opens, "score-card", "The score card, and the leaderboards")
     return url
 
 

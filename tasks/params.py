@@ -685,6 +685,11 @@ class EvaluateParams(RegionParams, EmbedderParams):
     """Distance in km to a training place below which a test place is counted as a near-duplicate."""
     seed: Seed = 2
     """Seed of the evaluated places. Choose another seed than that of the sample."""
+    suite: Literal["coordbench"] | None = None
+    """A public suite of labelled places to score by its own protocol, in place of labels: coordbench, of
+    torchgeo-bench."""
+    data: str | None = None
+    """Path or URL of the folder of that suite's tables, data/NAME/data.parquet."""
     preset: Preset | None = Field(None, exclude=True)
     """Sets the fields that are left at their default for a quick trial, a continent or the globe, or as SatCLIP was
     trained."""
@@ -705,6 +710,14 @@ class EvaluateParams(RegionParams, EmbedderParams):
             raise ValueError("split is of a table: give the table with labels, or leave split out")
         return self
 
+    @model_validator(mode="after")
+    def _one_protocol(self) -> Self:
+        if bool(self.suite) != bool(self.data):
+            raise ValueError("a suite and the folder of its data go together: give both, or neither")
+        if self.suite and (self.labels or self.region):
+            raise ValueError("a suite has its own places and labels: leave out labels and region")
+        return self
+
 
 Choice = Literal["strategy", "k", "temperature", "beta", "size", "values", "variants"]
 
@@ -718,6 +731,12 @@ class AblateParams(EvaluateParams):
     """Values of k, temperature, beta or size to try. Unset: a usual range."""
     databases: tuple[str, ...] = ()
     """For `values`: databases encoded with the same checkpoint but other image encoders for the values."""
+
+    @model_validator(mode="after")
+    def _by_labels(self) -> Self:
+        if self.suite:
+            raise ValueError("ablations are scored on labels: a suite is for evaluate")
+        return self
 
 
 class PipelineParams(RegionParams):
@@ -765,6 +784,12 @@ class PipelineParams(RegionParams):
         if len(base) == 1:
             raise ValueError(f"{base[0]}: give two, a checkpoint and the database that it encoded")
         return base
+
+    @model_validator(mode="after")
+    def _gated(self) -> Self:
+        if self.evaluate.suite:
+            raise ValueError("the pipeline's gate compares scores on labels: score a suite by evaluate, afterwards")
+        return self
 
     @model_validator(mode="after")
     def _enough_patches(self) -> Self:

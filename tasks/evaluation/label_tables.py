@@ -53,7 +53,8 @@ BLOCKS = 10  # blocks of a region for each fold
 FILES = "files"  # the split by which a task's tables are what probes are fitted on, and scored on
 FITTED, SCORED = {"train", "training"}, {"test", "val", "valid", "validation", "eval"}  # words of a split
 DEMO_POINTS, BLOCK_DEGREES = 10_000, 10.0  # places of a demo task, and side of its blocks
-UNTOLD = {"labels", "embedder", "region", "buffer_km", "spacing_km"}  # what they name decides a report, not the names
+# What these name decides a report, not the names; a suite has reports of its own.
+UNTOLD = {"labels", "embedder", "region", "buffer_km", "spacing_km", "suite", "data"}
 
 Asked = TypeVar("Asked", bound=EvaluateParams)
 

@@ -62,6 +62,12 @@ class PointEmbedder:
     attrs: dict[str, Any]
     """Provenance, for the output."""
 
+    def embed(self, lonlat: ArrayLike) -> NDArray[np.float32]:
+        """Returns the embeddings of (n, 2) places in degrees, (n, visual + location)."""
+        points = np.asarray(lonlat, np.float64).reshape(-1, 2)
+        starts = range(0, max(1, len(points)), BATCH)
+        return np.concatenate([self.columns(points[s : s + BATCH])["embedding"] for s in starts])
+
     def columns(self, lonlat: NDArray[np.float64]) -> dict[str, NDArray]:
         """Returns the new columns of a batch of points, by name."""
         params, method = self.params, self.params.retrieval
@@ -92,9 +98,7 @@ def embed_points(
         (n, visual + location) float32.
     """
     points = np.asarray(lonlat, np.float64).reshape(-1, 2)
-    embedder = open_embedder(checkpoint, database, params, len(points))
-    starts = range(0, max(1, len(points)), BATCH)
-    return np.concatenate([embedder.columns(points[s : s + BATCH])["embedding"] for s in starts])
+    return open_embedder(checkpoint, database, params, len(points)).embed(points)
 
 
 def embed_file(

@@ -19,7 +19,7 @@ lonlat                                     of a projected grid: all of it again 
 
 The cells are the grid's. Chunks of 64 components of 120 x 120 cells are plain objects, so that the first components of
 the world at half a degree are 18 requests and no server needs to know ranges. They are packed by gzip, which has a
-CRC32, which browsers unpack by themselves and every GDAL reads, and all are there, at sea too: no object that is asked
+CRC32, which browsers unpack by themselves and GDAL reads, and all are there, at sea too: no object that is asked
 for is ever missing.
 """
 

@@ -56,20 +56,28 @@ def publish_geotiff(client: "Client", compact: str) -> str:
     """
     home = compact.removesuffix("/" + COMPACT)
     url, parts = storage.join(home, NAME), storage.join(home, PARTS)
-    if storage.exists(url):
-        return url
-    units = [
-        (level, tile) for level in reversed(pyramid(Level.own(store.open_spec(compact)))) for tile in level.tiles(SIDE)
-    ]
+    if not storage.exists(url):
+        _make(client, compact, url, parts)
+    storage.delete(parts)
+    return url
+
+
+def _make(client: "Client", compact: str, url: str, parts: str) -> None:
+    """Packs what tiles are not there, and puts the file together; a run that overlaps may have done both."""
+    found = reversed(pyramid(Level.own(store.open_spec(compact))))
+    units = [(level, tile) for level in found for tile in level.tiles(SIDE)]
     done = set(storage.paths(parts))
     left = [unit for unit in units if _name(unit) not in done]
     run_units(client, partial(pack, compact, parts), left, label="compact GeoTIFF", there=len(units) - len(left))
     with TemporaryDirectory() as scratch:
         path = Path(scratch, NAME)
-        put_together(path, compact, parts, units)
-        storage.upload(path, url)
-    storage.delete(parts)
-    return url
+        try:
+            put_together(path, compact, parts, units)
+        except FileNotFoundError:
+            if not storage.exists(url):
+                raise
+        else:
+            storage.upload(path, url)
 
 
 def _name(unit: Unit) -> str:

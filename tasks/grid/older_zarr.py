@@ -1,6 +1,6 @@
 """Tells of a Zarr in the older format 2 too, whose metadata lie beside those of format 3 and name the same chunks.
 
-GDAL reads format 2 from version 3.4 on, and format 3, as it was settled, only in its latest versions.
+GDAL 3.10, of rasterio 1.4, reads format 2, and of format 3 not what was settled last (its codec `bytes`).
 """
 
 import json

@@ -79,6 +79,19 @@ def test_a_prefix_explains_as_much_as_the_principal_components_of_all_land(globe
     np.testing.assert_allclose(level(globe).kept, np.cumsum(best) / best.sum(), atol=0.01)
 
 
+def test_heads_together_count_as_much_as_the_location(publish):
+    """Of all components the axes are a rotation of what each dimension is multiplied by, one number for each part."""
+    grid = publish(method="multi-head", heads=("semantic:9", "geodesic:500"), compact_dims=4, location_dims=8)
+    opened, root = xr.open_zarr(grid), level(grid)
+    factors = np.sqrt((root.axes.values.astype(np.float64) ** 2).sum(1))
+    weight = np.cos(np.radians(opened.lat))
+    for part in (opened.block.isin(["semantic", "geodesic"]), opened.block == "location"):
+        variance = opened.embedding[part.values].weighted(weight).var(("lat", "lon")).sum()
+        np.testing.assert_allclose(factors[part], factors[part][0], rtol=1e-4)
+        assert factors[part][0] ** 2 * variance == pytest.approx(1, rel=0.05)
+    assert root.attrs["rangegrid:parts"] == {"semantic": [0, 4], "geodesic": [4, 8], "location": [8, 16]}
+
+
 def test_levels_are_means_and_the_root_lists_them(globe):
     listed = storage.read_json(f"{companion.companion_url(globe)}/zarr.json")
     layout = listed["attributes"]["multiscales"]["layout"]

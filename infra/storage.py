@@ -164,9 +164,13 @@ def _told_missing(error: Exception) -> Exception:
 def write(url: str, data: bytes) -> None:
     """Writes the whole object with one PUT, replacing what was there; S3 tells browsers its type, by its name."""
     store, name = locate(url)
-    kind = None if url.startswith("file:") else guess_type(name)[0]
-    about: Any = {"Content-Type": kind} if kind else None
-    patiently(lambda: obstore.put(store, name, data, attributes=about), url)
+    patiently(lambda: obstore.put(store, name, data, attributes=_about(url)), url)
+
+
+def _about(url: str) -> Any:
+    """Returns what S3 is to tell of an object: its type, by its name."""
+    kind = None if url.startswith("file:") else guess_type(url)[0]
+    return {"Content-Type": kind} if kind else None
 
 
 def write_page(url: str, data: bytes) -> None:
@@ -185,7 +189,9 @@ def create(url: str, data: bytes) -> bool:
     """Writes the object unless one is there; tells whether this call wrote it."""
     store, name = locate(url)
     try:
-        patiently(lambda: obstore.put(store, name, data, mode="create", use_multipart=False), url)
+        patiently(
+            lambda: obstore.put(store, name, data, mode="create", use_multipart=False, attributes=_about(url)), url
+        )
     except AlreadyExistsError:
         return False
     return True
@@ -210,7 +216,7 @@ def replace(url: str, data: bytes, tag: str | None) -> bool:
         return _replace_local(url, data, tag)
     mode: Any = "create" if tag is None else {"e_tag": tag}
     try:
-        patiently(lambda: obstore.put(store, name, data, mode=mode, use_multipart=False), url)
+        patiently(lambda: obstore.put(store, name, data, mode=mode, use_multipart=False, attributes=_about(url)), url)
     except (*REFUSED, FileNotFoundError):
         return _current(url)[0] == data
     return True
@@ -349,7 +355,12 @@ def read_json(url: str) -> Any:
 
 def write_json(url: str, value: Any) -> None:
     """Writes a value as readable JSON, in a stable order of keys."""
-    write(url, json.dumps(value, indent=2, sort_keys=True).encode())
+    write(url, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """Returns a value as readable JSON, in a stable order of keys."""
+    return json.dumps(value, indent=2, sort_keys=True).encode()
 
 
 def presigned(url: str) -> str:

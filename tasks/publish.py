@@ -140,7 +140,7 @@ class GridPlan:
         images, job, card = self.database, self.job, self.card
         made = {"made_of": card.made_of, "fingerprint": card.fingerprint}
         made |= {"checkpoint": images.checkpoint, "database": images.fingerprint}
-        attrs = conventions.provenance(job.checkpoint, job.database, images.attribution) | period(images) | kernels(job)
+        attrs = conventions.provenance(images.attribution) | period(images) | kernels(job)
         return attrs | {f"rangegrid:{name}": value for name, value in made.items()}
 
 

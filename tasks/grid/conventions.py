@@ -24,6 +24,10 @@ COPERNICUS = "Copernicus Sentinel"  # in the attribution of what was made from S
 SENTINEL_2 = "https://dataspace.copernicus.eu/data-collections/copernicus-sentinel-data/sentinel-2"
 LEGAL_NOTICE = "https://sentinels.copernicus.eu/documents/247904/690755/Sentinel_Data_Legal_Notice"
 AXIS = ("standard_name", "units", "axis")  # what a coordinate's attributes tell
+MODEL, SOURCE = (
+    "model.json",
+    "source.json",
+)  # what `geoemb:` leads to, beside a grid: STAC of the encoder, of the images
 GRID_MAPPING = "spatial_ref"  # the variable that holds the CRS, by the name that GDAL and rioxarray give it
 PROJ = zarr_cm.convention_metadata("proj", revision="r3")  # these revisions are the conventions' v0.1
 SPATIAL = zarr_cm.convention_metadata("spatial", revision="r3")
@@ -119,19 +123,18 @@ def embedding(spec: GridSpec, parts: dict[str, int], dtype: str) -> dict[str, An
     }
 
 
-def provenance(checkpoint: str, database: str, attribution: str) -> dict[str, Any]:
+def provenance(attribution: str) -> dict[str, Any]:
     """Returns the attributes of provenance: the encoder, the source, the code.
 
+    Encoder and source are named relative to the Zarr, by what lies beside it, since others see no more of a producer's.
+
     Args:
-        checkpoint: URL of the checkpoint.
-        database: URL of the database.
         attribution: What the database's card says of its source.
     """
-    source = SENTINEL_2 if COPERNICUS in attribution else database
     terms = {"license": LEGAL_NOTICE} if COPERNICUS in attribution else {}
     return terms | {
-        "geoemb:model": checkpoint,
-        "geoemb:source_data": [source],
+        "geoemb:model": f"../{MODEL}",
+        "geoemb:source_data": [f"../{SOURCE}"],
         "geoemb:build_version": f"rangegrid {version('rangegrid')}",
         "attribution": attribution,
     }

@@ -187,9 +187,8 @@ def write_page(home: str) -> str:
     attrs, spec = storage.read_json(storage.join(grid, "zarr.json"))["attributes"], store.open_spec(grid)
     there = storage.names(home)
     maps = "\n".join(f'<img src="{name}" alt="{alt}">' for name, alt in MAPS.items() if name in there)
-    rows = "\n".join(
-        f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in (_facts(attrs) | {"published at": grid}).items()
-    )
+    facts = _facts(attrs) | {"version": attrs["rangegrid:fingerprint"]}
+    rows = "\n".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in facts.items())
     title = f"RANGE embeddings of the land, {spec.size}"
     page = PAGE.format(title=title, maps=maps, code=_text(_code(spec)), rows=rows, zarr=GRID)
     storage.write(target := storage.join(home, "index.html"), page.encode())

@@ -1,41 +1,58 @@
 """Writes STAC for catalogs: an Item for each published grid, and the Collection of all of them.
 
 Both are made from what is stored, so they can be made again at any time: `write_item(home)` from the attributes of the
-grid's Zarr, `write_collection(grids)` from the items that are there. Links are relative, so a copied bucket stays
-whole. STAC 1.0.0 with the extensions datacube 2.1.0 and embeddings 0.0.1, which refers to that version of an Item.
+grid's Zarr, `write_collection(grids)` from the items that are there, in each of which it tells the version's place
+among the others. Links are relative, so a copied bucket stays whole, and lead to what everybody may read. The version
+of STAC is 1.0.0, to whose Item the schema of the embeddings extension 0.0.1 holds all; what that does not rule is of
+today.
 """
 
+import hashlib
+import json
 import posixpath
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlsplit
 
 import pystac
-from pystac.extensions.datacube import DatacubeExtension, Dimension, Variable
 from shapely import box, union_all
 from shapely.geometry import mapping
 
 from infra import storage
 from infra.intervals import Interval
-from infra.settings import settings
 from tasks.cards import GRID
 from tasks.core.earth.grid import GridSpec
 from tasks.core.earth.region import Region
-from tasks.grid.conventions import COPERNICUS, LEGAL_NOTICE, spec_of
+from tasks.grid.conventions import COPERNICUS, LEGAL_NOTICE, MODEL, SOURCE, spec_of
 from tasks.grid.store import spec_at
+from tasks.release import succession
 from tasks.release.lines import Version, versions_in
+from tasks.release.origins import MODEL_CARD, RANGE, SCIENTIFIC, cited, write_origins
 
 STAC, IDENTITY = "1.0.0", "rangegrid"
-ITEM, COLLECTION = "item.json", "collection.json"
+ITEM, COLLECTION, SCORES = "item.json", "collection.json", "scorecard.json"
 EXTENSIONS = [
-    "https://stac-extensions.github.io/datacube/v2.1.0/schema.json",
+    "https://stac-extensions.github.io/datacube/v2.3.0/schema.json",
     "https://stac-extensions.github.io/embeddings/v0.0.1/schema.json",
+    SCIENTIFIC,
 ]
+OF_ITEMS = [
+    *EXTENSIONS,
+    "https://stac-extensions.github.io/file/v2.1.0/schema.json",
+    "https://stac-extensions.github.io/projection/v2.0.0/schema.json",
+    succession.SCHEMA,
+    "https://stac-extensions.github.io/zarr/v1.1.0/schema.json",
+]
+OF_COLLECTION = [*EXTENSIONS, "https://stac-extensions.github.io/item-assets/v1.0.0/schema.json", succession.SCHEMA]
 SHOWN = ("data_type", "gsd", "cube:dimensions", "cube:variables")  # the collection's are those of its latest item
 OPENED = "The grid, for xarray.open_zarr(URL, zarr_format=3)"
 PARQUET = "application/vnd.apache.parquet"
-ZARR, GEOTIFF = "application/vnd+zarr", pystac.MediaType.COG
+ZARR, GEOTIFF = "application/vnd.zarr; version=3", pystac.MediaType.COG
+FORMER_ZARR = "application/vnd+zarr"  # the only one that QGIS knows, up to 4.2.2 at least
+HASHED = 64 * 2**20  # bytes of the largest file that is read for its checksum
+SHA2_256 = "1220"  # of a multihash: the function, and the length of a digest in bytes
 FIRST_IMAGE = datetime(2015, 6, 27, tzinfo=UTC)  # first image of Sentinel-2A, four days after its launch
 COMPACT_CARD = "compact-scorecard.json"
 BESIDE = {
@@ -48,44 +65,83 @@ BESIDE = {
     "explorer.zarr": ("explorer", ZARR, ["overview"], "Leading components in int8, of an earlier version"),
     "region.parquet": ("region", PARQUET, ["metadata"], "The polygons of the region that the grid is cut to"),
     COMPACT_CARD: ("compact-score-card", pystac.MediaType.JSON, ["metadata"], "Scores of probes, compact product"),
-    "scorecard.json": ("score-card", pystac.MediaType.JSON, ["metadata"], "Scores of linear probes"),
+    MODEL_CARD: (
+        "model-card",
+        pystac.MediaType.JSON,
+        ["metadata"],
+        "Architecture, training and metrics of the encoder",
+    ),
+    SCORES: ("score-card", pystac.MediaType.JSON, ["metadata"], "Scores of linear probes"),
 }
 
 
 def write_item(home: str) -> dict[str, Any]:
-    """Writes the Item of the grid in the directory `home`, and returns it."""
-    return _write(storage.join(home, ITEM), make_item(home))
+    """Writes the Item of the grid in the directory `home` with what it leads to, and returns it.
 
-
-def _write(url: str, made: pystac.STACObject) -> dict[str, Any]:
-    """Writes an Item or a Collection as it is, of our version of STAC: pystac has its own for the whole process."""
-    told = made.to_dict(include_self_link=False, transform_hrefs=False) | {"stac_version": STAC}
+    What a former Item tells of the version's place among others is kept.
+    """
+    url, attrs = storage.join(home, ITEM), _node(home)["attributes"]
+    moment, period = _period(home, attrs)
+    end = pystac.utils.datetime_to_str(moment) if moment else period["end_datetime"]
+    write_origins(home, attrs["attribution"], (period.get("start_datetime"), end))
+    told = _told(make_item(home))
+    if storage.exists(url):
+        told = succession.kept(told, storage.read_json(url))
     storage.write_json(url, told)
     return told
 
 
+def _told(made: pystac.STACObject) -> dict[str, Any]:
+    """Returns an Item or a Collection as it is, of our version of STAC: pystac has its own for the whole process."""
+    return made.to_dict(include_self_link=False, transform_hrefs=False) | {"stac_version": STAC}
+
+
+def _node(home: str) -> dict[str, Any]:
+    """Returns the metadata of the grid in a directory."""
+    return storage.read_json(storage.join(home, GRID, "zarr.json"))
+
+
 def make_item(home: str) -> pystac.Item:
     """Returns the Item of a grid, from its Zarr's metadata and what lies beside it."""
-    node = storage.read_json(storage.join(home, GRID, "zarr.json"))
+    node = _node(home)
     attrs, arrays = node["attributes"], node["consolidated_metadata"]["metadata"]
     columns = next(arrays[name]["shape"][-1] for name in ("embedding", "visual") if name in arrays)
     spec, (moment, period) = spec_of(attrs, columns), _period(home, attrs)
     region = spec_at(home, spec, is_cut="region" in attrs["rangegrid:made_of"]).region
+    there = set(storage.names(home))
     item = pystac.Item(
         id=posixpath.basename(home.rstrip("/")),
         geometry=region.geometry if region else _geometry(spec),
         bbox=list(spec.plane.bounds(spec.box)),
         datetime=moment,
-        properties=period | _described(spec, region, attrs, arrays),
-        stac_extensions=EXTENSIONS,
+        properties=period | _described(spec, region, attrs, arrays) | _projection(attrs) | _cube(spec, arrays),
+        stac_extensions=OF_ITEMS,
         collection=IDENTITY,
-        assets=_assets(home, attrs),
+        assets=_assets(home, there),
     )
-    DatacubeExtension.ext(item).apply(*_cube(spec, arrays))
-    item.add_links([pystac.Link(rel, f"../{COLLECTION}") for rel in ("root", "parent", "collection")])
-    item.add_link(pystac.Link("emb:model", _from(home, attrs["geoemb:model"])))
-    item.add_links([pystac.Link("emb:source-data", _from(home, url)) for url in attrs["geoemb:source_data"]])
+    item.add_links(_item_links(attrs, there))
     return item
+
+
+def _item_links(attrs: dict[str, Any], there: set[str]) -> list[pystac.Link]:
+    """Returns the links of an Item, but for those to other versions."""
+    links = [pystac.Link(rel, f"../{COLLECTION}", pystac.MediaType.JSON) for rel in ("root", "parent", "collection")]
+    links.append(pystac.Link("store", f"./{GRID}", ZARR, "The Zarr of the grid"))
+    if MODEL in there:
+        links.append(pystac.Link("emb:model", f"./{MODEL}", pystac.MediaType.GEOJSON, "The location encoder"))
+    links.append(pystac.Link("emb:source-data", f"./{SOURCE}", pystac.MediaType.JSON, "The images"))
+    if SCORES in there:
+        links.append(pystac.Link("emb:benchmark", f"./{SCORES}", pystac.MediaType.JSON, "Scores of linear probes"))
+    if COPERNICUS in attrs["attribution"]:
+        links.append(pystac.Link("license", LEGAL_NOTICE, title="Terms of Copernicus Sentinel data"))
+    return links + cited([RANGE])
+
+
+def _projection(attrs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the CRS and the raster of the cells, as the Zarr tells them."""
+    code = attrs.get("proj:code")
+    crs = {"proj:code": code} if code else {"proj:code": None, "proj:wkt2": attrs["proj:wkt2"]}
+    return crs | {f"proj:{name}": attrs[f"spatial:{name}"] for name in ("bbox", "shape", "transform")}
 
 
 def _geometry(spec: GridSpec) -> dict[str, Any]:
@@ -102,9 +158,13 @@ def _described(spec: GridSpec, region: Region | None, attrs: dict[str, Any], arr
     covered = "global land" if spec.is_globe else "land"
     if region:
         covered = f"land of {region.name}"
+    years = _years(attrs.get("rangegrid:datetime"))
     found: dict[str, Any] = {
-        "title": f"RANGE embeddings{f' of {region.name}' if region else ''}, {spec.size}",
-        "description": attrs["attribution"],
+        "title": f"RANGE embeddings{f' of {region.name}' if region else ''}, {spec.size}{years}",
+        "description": f"A vector of {attrs['geoemb:dimensions']} numbers for each cell of {covered}, which stands for "
+        f"what satellite images show there. Images: {attrs['attribution']}",
+        "license": "proprietary",
+        "sci:publications": [RANGE],
         "gsd": attrs["geoemb:gsd"],
         "data_type": attrs["geoemb:data_type"],
         "emb:runtime_parameters": attrs["rangegrid:made_of"],
@@ -126,6 +186,16 @@ def _described(spec: GridSpec, region: Region | None, attrs: dict[str, Any], arr
     return found
 
 
+def _years(window: str | None) -> str:
+    """Returns the years of a time window for a title; nothing where an end is open, or none is known."""
+    if window is None:
+        return ""
+    span = Interval.parse(window)
+    if span.start is None or span.end is None:
+        return ""
+    return ", " + " to ".join(dict.fromkeys([f"{span.start.year}", f"{span.end.year}"]))
+
+
 def _period(home: str, attrs: dict[str, Any]) -> tuple[datetime | None, dict[str, Any]]:
     """Returns the time window of the images, where their sample still exists, else when the grid was begun."""
     begun = storage.modified(storage.join(home, GRID, "zarr.json")).astimezone(UTC)
@@ -135,7 +205,8 @@ def _period(home: str, attrs: dict[str, Any]) -> tuple[datetime | None, dict[str
     return None, Interval.parse(window).temporal(FIRST_IMAGE, begun)
 
 
-def _cube(spec: GridSpec, arrays: dict[str, Any]) -> tuple[dict[str, Dimension], dict[str, Variable]]:
+def _cube(spec: GridSpec, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the datacube extension."""
     (west, south, east, north), (y, x) = spec.box, spec.plane.dims
     epsg = spec.plane.name.removeprefix("EPSG:")
     system = int(epsg) if epsg.isdigit() else spec.plane.definition.to_wkt()
@@ -143,62 +214,91 @@ def _cube(spec: GridSpec, arrays: dict[str, Any]) -> tuple[dict[str, Dimension],
         name: {"type": "spatial", "axis": axis, "extent": extent, "step": step, "reference_system": system}
         for name, axis, extent, step in ((x, "x", [west, east], spec.step), (y, "y", [south, north], -spec.step))
     }
-    variables: dict[str, Variable] = {}
+    variables: dict[str, Any] = {}
     for name, array in arrays.items():
         dims = array.get("dimension_names", [])  # a group, a coarser level, has none
         if "/" not in name and name not in dims and {y, x} <= set(dims):
-            about = {"dimensions": dims, "variable_type": "data", "unit": array["attributes"]["units"]}
-            variables[name] = Variable(about)
+            variables[name] = {"dimensions": dims, "variable_type": "data", "unit": array["attributes"]["units"]}
             for dim, size in zip(dims, array["shape"], strict=True):
                 dimensions.setdefault(dim, {"type": "embedding", "extent": [0, size - 1], "step": 1})
-    return {name: Dimension.from_dict(about) for name, about in dimensions.items()}, variables
+    return {"cube:dimensions": dimensions, "cube:variables": variables}
 
 
-def _assets(home: str, attrs: dict[str, Any]) -> dict[str, pystac.Asset]:
-    card = _from(home, storage.join(attrs["geoemb:model"], "card.json"))
-    trained = "Architecture, training and metrics of the encoder"
-    there = storage.names(home)
-    return {
+def _assets(home: str, there: set[str]) -> dict[str, pystac.Asset]:
+    """Returns the assets: the grid under its media type and the former one, and what lies beside it."""
+    also = "The same grid, by the media type that QGIS knows"
+    assets = {
         "embeddings": pystac.Asset(f"./{GRID}", OPENED, media_type=ZARR, roles=["data"]),
-        "model-card": pystac.Asset(card, trained, media_type=pystac.MediaType.JSON, roles=["metadata"]),
-        **{
-            key: pystac.Asset(f"./{name}", title, media_type=kind, roles=roles)
-            for name, (key, kind, roles, title) in BESIDE.items()
-            if name in there
-        },
+        "embeddings-qgis": pystac.Asset(f"./{GRID}", also, media_type=FORMER_ZARR, roles=["alternate"]),
     }
+    for name, (key, kind, roles, title) in BESIDE.items():
+        if name in there:
+            assets[key] = pystac.Asset(f"./{name}", title, media_type=kind, roles=roles)
+    for asset in assets.values():
+        url = storage.join(home, asset.href.removeprefix("./"))
+        asset.extra_fields = _of_zarr(url) if asset.href.endswith(".zarr") else _of_file(url)
+    return assets
 
 
-def _from(home: str, url: str) -> str:
-    """Returns a URL relative to `home` within our storage, else as it is."""
-    root = settings().storage_url.rstrip("/") + "/"
-    if not (url.startswith(root) and home.startswith(root)):
-        return url
-    return posixpath.relpath(url.removeprefix(root), home.removeprefix(root))
+def _of_zarr(url: str) -> dict[str, Any]:
+    """Returns what the Zarr extension tells of an asset."""
+    try:
+        node = storage.read_json(storage.join(url, "zarr.json"))
+    except FileNotFoundError:  # an unfinished companion
+        return {}
+    told = {f"zarr:{name}": node[name] for name in ("zarr_format", "node_type")}
+    return told | {"zarr:consolidated": bool(node.get("consolidated_metadata"))}
+
+
+def _of_file(url: str) -> dict[str, Any]:
+    """Returns size and checksum of a file; a large one is not read for its checksum."""
+    size = storage.size(url)
+    if size > HASHED:
+        return {"file:size": size}
+    return {"file:size": size, "file:checksum": SHA2_256 + hashlib.sha256(storage.read(url)).hexdigest()}
 
 
 def write_collection(
-    grids: str, latest: str | None = None, known: Mapping[str, Version] = MappingProxyType({})
+    grids: str,
+    latest: str | None = None,
+    known: Mapping[str, Version] = MappingProxyType({}),
+    chains: Mapping[str, list[str]] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
     """Writes the Collection of the items that are in the directories under `grids`, if any, and returns it.
 
     Args:
         grids: URL of the directory of all grids.
         latest: Id of the grid that is in force, whose fields the collection takes; unset, the last by name.
-        known: The versions by id, where their lines and states are known.
+        known: The versions by id, where their lines and states are known: their items tell these then.
+        chains: By line, the versions that were in force, oldest first, as far as they are there.
     """
-    items = {name: item for name in versions_in(grids) if (item := _read_item(storage.join(grids, name)))}
+    found = {name: _placed_item(grids, name, known.get(name), chains) for name in versions_in(grids)}
+    items = {
+        name: pystac.Item.from_dict(told, migrate=False, preserve_dict=False) for name, told in found.items() if told
+    }
     if not items:
         return None
-    collection = make_collection(items, latest if latest in items else max(items), known)
-    return _write(storage.join(grids, COLLECTION), collection)
+    collection = _told(make_collection(items, latest if latest in items else max(items), known))
+    storage.write_json(storage.join(grids, COLLECTION), collection)
+    return collection
 
 
-def _read_item(home: str) -> pystac.Item | None:
-    url = storage.join(home, ITEM)
-    if not storage.exists(url):
+def _placed_item(
+    grids: str, name: str, version: Version | None, chains: Mapping[str, list[str]]
+) -> dict[str, Any] | None:
+    """Returns the stored item of a version, if it has one, once that tells the version's place among the others."""
+    url = storage.join(grids, name, ITEM)
+    try:
+        data, tag = storage.read_tagged(url)
+    except FileNotFoundError:
         return None
-    return pystac.Item.from_dict(storage.read_json(url), migrate=False, preserve_dict=False)
+    item = json.loads(data)
+    if version is None:
+        return item
+    told = succession.placed(item, version, chains.get(version.line, []), ITEM)
+    if told != item:
+        storage.replace(url, storage.as_json(told), tag)  # unless another did, or deleted it meanwhile
+    return told
 
 
 def make_collection(
@@ -210,16 +310,20 @@ def make_collection(
         "emb:type": "pixel",
         "emb:dimensions": _dimensions(shown),
         "emb:fit_for_use": ["classification", "regression", "retrieval"],
+        "sci:publications": [RANGE],
+        "item_assets": _asset_kinds(items.values()),
     }
+    names = [name for name in (*SHOWN, "version") if name in shown.properties]
     collection = pystac.Collection(
         id=IDENTITY,
         title="RANGE geo-embeddings of the land",
-        description=f"Grids of RANGE embeddings, one Item per version. {shown.properties['description']}.",
+        description=f"Grids of RANGE embeddings, one Item per version. The latest: {shown.properties['description']}.",
+        keywords=["embeddings", "satellite images", "land", "machine learning"],
         license="proprietary",
         extent=_extent(items.values()),
-        stac_extensions=EXTENSIONS,
+        stac_extensions=OF_COLLECTION,
         summaries=_summaries(items.values()),
-        extra_fields=own | {name: shown.properties[name] for name in SHOWN},
+        extra_fields=own | {name: shown.properties[name] for name in names},
     )
     collection.clear_links()  # of pystac's own, which are absolute
     collection.add_links(_links(items, latest, known))
@@ -227,27 +331,39 @@ def make_collection(
 
 
 def _summaries(items: Collection[pystac.Item]) -> pystac.Summaries:
-    found = {name: sorted({item.properties[name] for item in items}) for name in ("data_type", "gsd")}
+    found: dict[str, Any] = {}
+    for name in ("data_type", "gsd", "proj:code", "rangegrid:line"):
+        told = {item.properties[name] for item in items if item.properties.get(name) is not None}
+        if told:
+            found[name] = sorted(told)
     found["emb:dimensions"] = sorted({_dimensions(item) for item in items})
     return pystac.Summaries(found, maxcount=len(items) + 1)  # pystac leaves out a list of `maxcount` values
 
 
+def _asset_kinds(items: Collection[pystac.Item]) -> dict[str, Any]:
+    """Returns of every asset that an item has what it is, wherever it lies."""
+    every = {key: asset for item in items for key, asset in item.assets.items()}
+    return {key: {"title": a.title, "type": a.media_type, "roles": a.roles} for key, a in sorted(every.items())}
+
+
 def _links(items: dict[str, pystac.Item], latest: str, known: Mapping[str, Version]) -> list[pystac.Link]:
     shown = items[latest]
-    links = [pystac.Link("root", f"./{COLLECTION}")]
+    links = [pystac.Link("root", f"./{COLLECTION}", pystac.MediaType.JSON)]
     links += [_link("item", name, known.get(name)) for name in items]
-    links += [_link("latest-version", name, known.get(name)) for name in _in_force(items, latest, known)]
-    models = [link for link in shown.links if link.rel.startswith("emb:")]
-    links += [pystac.Link(link.rel, str(link.target).removeprefix("../")) for link in models]
+    links.append(_link(succession.LATEST, latest, known.get(latest)))
+    for link in shown.links:
+        if str(link.rel).startswith("emb:"):
+            links.append(pystac.Link(link.rel, _from_collection(latest, str(link.target)), link.media_type, link.title))
     if COPERNICUS in shown.properties["description"]:
         links.append(pystac.Link("license", LEGAL_NOTICE, title="Terms of Copernicus Sentinel data"))
-    return links
+    return links + cited([RANGE])
 
 
-def _in_force(items: Iterable[str], latest: str, known: Mapping[str, Version]) -> list[str]:
-    """Returns the given grid, and the latest of every other line."""
-    others = [name for name in items if name in known and known[name].state == "latest"]
-    return list(dict.fromkeys([latest, *others]))
+def _from_collection(name: str, href: str) -> str:
+    """Returns the address of a version's link as the collection sees it."""
+    if urlsplit(href).scheme:
+        return href
+    return "./" + posixpath.normpath(posixpath.join(name, href))
 
 
 def _link(rel: str, name: str, version: Version | None) -> pystac.Link:
@@ -261,11 +377,18 @@ def _link(rel: str, name: str, version: Version | None) -> pystac.Link:
 
 
 def _extent(items: Collection[pystac.Item]) -> pystac.Extent:
-    """Returns the extent of all items: all around the globe where one crosses 180 degrees, which pystac overlooks."""
+    """Returns the extent of all items, with each of several time windows after the whole.
+
+    In space it is all around the globe where an item crosses 180 degrees, which pystac overlooks.
+    """
     extent = pystac.Extent.from_items(items)
     if any(item.bbox and item.bbox[0] > item.bbox[2] for item in items):
         ((_, south, _, north),) = extent.spatial.bboxes
         extent.spatial = pystac.SpatialExtent([[-180.0, south, 180.0, north]])
+    ends = ((item.common_metadata.start_datetime, item.common_metadata.end_datetime) for item in items)
+    windows = sorted({(start, end) for start, end in ends if start and end})
+    if len(windows) > 1:
+        extent.temporal.intervals += [list(window) for window in windows]
     return extent
 
 

@@ -102,6 +102,12 @@ class Pointer(Move):
         """Returns the version before."""
         return self.own[0].grid if self.own else None
 
+    @property
+    def chain(self) -> list[str]:
+        """Returns the fingerprints of the versions that were in force, each once, oldest first, the latest last."""
+        newest_first = dict.fromkeys([self.fingerprint, *(move.fingerprint for move in self.own)])
+        return list(newest_first)[::-1]
+
     def changed(self, **values: Any) -> "Pointer":
         """Returns a copy with other values."""
         return self.model_copy(update=values)
@@ -210,7 +216,7 @@ def promote(grid: str, since: Pointer | None = None, drift: dict[str, float] | N
 
 
 def catalogued(pointer: Pointer) -> Pointer:
-    """Makes the STAC collection and the copies of pointers by their lines' names follow the pointer; returns it."""
+    """Makes STAC and the copies of pointers by their lines' names follow the pointer; returns it."""
     from tasks.release.stac import write_collection  # here: what lists or deletes versions waits for no geometry
 
     found = pointers()
@@ -219,7 +225,8 @@ def catalogued(pointer: Pointer) -> Pointer:
         write = storage.create if position else storage.write
         write(pointer_url(line), own.model_dump_json(indent=2).encode())
     first = next(iter(found.values()), pointer)
-    write_collection(directory(), first.fingerprint, {version.fingerprint: version for version in versions()})
+    chains = {line: own.chain for line, own in found.items()}
+    write_collection(directory(), first.fingerprint, {version.fingerprint: version for version in versions()}, chains)
     return pointer
 
 

@@ -21,11 +21,12 @@ def readable(sandbox, prefix):
     client = s3fs.S3FileSystem(**keys, endpoint_url=sandbox.endpoint, skip_instance_cache=True)
     statement = {"Effect": "Allow", "Principal": "*", "Action": ["s3:GetObject"]}
     policy = {"Statement": [statement | {"Resource": [f"arn:aws:s3:::rangegrid/{prefix}/*"]}]}
+    before = client.call_s3("get_bucket_policy", Bucket="rangegrid")["Policy"]
     client.call_s3("put_bucket_policy", Bucket="rangegrid", Policy=json.dumps({"Version": "2012-10-17"} | policy))
     try:
         yield
     finally:
-        client.call_s3("delete_bucket_policy", Bucket="rangegrid")
+        client.call_s3("put_bucket_policy", Bucket="rangegrid", Policy=before)
 
 
 def test_an_address_is_given_where_a_browser_may_read_without_keys(sandbox):

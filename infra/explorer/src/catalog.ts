@@ -17,7 +17,8 @@ export async function versions(collection: string): Promise<Version[]> {
   const told = await readJson(collection, "catalog of grids (collection.json)");
   const links: any[] = Array.isArray(told?.links) ? told.links : [];
   const hrefs = (rel: string) => links.filter((link) => link.rel === rel);
-  const latest = new Set(hrefs("latest-version").map((link) => new URL(link.href, collection).href));
+  const inForce = [...hrefs("latest-version"), ...hrefs("item").filter((link) => link["rangegrid:state"] === "latest")];
+  const latest = new Set(inForce.map((link) => new URL(link.href, collection).href));
   const found = hrefs("item").map((link) => {
     const item = new URL(link.href, collection).href;
     const home = item.slice(0, item.lastIndexOf("/") + 1);

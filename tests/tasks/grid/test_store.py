@@ -32,7 +32,7 @@ STEPS = {"float32": 0, "float16": 1e-3, "int8": 0.0101}  # the largest error of 
 
 def made(folder, content):
     url = (folder / "grid.zarr").as_uri()
-    made_of = conventions.provenance("file:///checkpoint", "file:///database", "nobody")
+    made_of = conventions.provenance("nobody")
     store.create(url, SPEC, store.template(SPEC, content, made_of))
     return url
 

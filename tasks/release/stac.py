@@ -272,10 +272,8 @@ def write_collection(
         known: The versions by id, where their lines and states are known: their items tell these then.
         chains: By line, the versions that were in force, oldest first, as far as they are there.
     """
-    found = {name: _placed_item(grids, name, known.get(name), chains) for name in versions_in(grids)}
-    items = {
-        name: pystac.Item.from_dict(told, migrate=False, preserve_dict=False) for name, told in found.items() if told
-    }
+    stored = {name: found for name in versions_in(grids) if (found := _stored_item(grids, name))}
+    items = {name: _placed(grids, name, stored, known.get(name), chains) for name in stored}
     if not items:
         return None
     collection = _told(make_collection(items, latest if latest in items else max(items), known))
@@ -283,22 +281,32 @@ def write_collection(
     return collection
 
 
-def _placed_item(
-    grids: str, name: str, version: Version | None, chains: Mapping[str, list[str]]
-) -> dict[str, Any] | None:
-    """Returns the stored item of a version, if it has one, once that tells the version's place among the others."""
-    url = storage.join(grids, name, ITEM)
+def _placed(
+    grids: str,
+    name: str,
+    stored: Mapping[str, tuple[dict[str, Any], str]],
+    version: Version | None,
+    chains: Mapping[str, list[str]],
+) -> pystac.Item:
+    """Returns an item once it tells its version's place among the others, of which only those with an item are told."""
+    told, tag = stored[name]
+    if version is not None:
+        chain = chains.get(version.line, [])
+        placed = succession.placed(told, version, chain, set(stored), ITEM)
+        if placed != told:
+            # Unless another run wrote it, or deleted it, meanwhile.
+            storage.replace(storage.join(grids, name, ITEM), storage.as_json(placed), tag)
+        told = placed
+    return pystac.Item.from_dict(told, migrate=False, preserve_dict=False)
+
+
+def _stored_item(grids: str, name: str) -> tuple[dict[str, Any], str] | None:
+    """Returns the item of a version and the tag of its object; none where it has none."""
     try:
-        data, tag = storage.read_tagged(url)
+        data, tag = storage.read_tagged(storage.join(grids, name, ITEM))
     except FileNotFoundError:
         return None
-    item = json.loads(data)
-    if version is None:
-        return item
-    told = succession.placed(item, version, chains.get(version.line, []), ITEM)
-    if told != item:
-        storage.replace(url, storage.as_json(told), tag)  # unless another did, or deleted it meanwhile
-    return told
+    return json.loads(data), tag
 
 
 def make_collection(

@@ -5,7 +5,7 @@ that was rolled back is off the chain and deprecated; one that never was in forc
 latest of its line.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pystac
@@ -26,13 +26,16 @@ def kept(item: Mapping[str, Any], former: Mapping[str, Any]) -> dict[str, Any]:
     return {**item, "properties": item["properties"] | told, "links": [*item["links"], *links]}
 
 
-def placed(item: Mapping[str, Any], version: Version, chain: list[str], name: str) -> dict[str, Any]:
+def placed(
+    item: Mapping[str, Any], version: Version, chain: list[str], there: Collection[str], name: str
+) -> dict[str, Any]:
     """Returns an item with the place of its version among those of its line.
 
     Args:
         item: The item as it is stored.
         version: The version.
         chain: Fingerprints of the versions of its line that were in force, oldest first.
+        there: Fingerprints of the versions that have an item to lead to.
         name: File name of an item.
     """
     properties = {key: value for key, value in item["properties"].items() if key != "deprecated"}
@@ -43,7 +46,9 @@ def placed(item: Mapping[str, Any], version: Version, chain: list[str], name: st
     if version.state == "withdrawn":
         properties["deprecated"] = True
     links = [link for link in item["links"] if link["rel"] not in RELATIONS]
-    links += [_link(rel, f"../{other}/{name}") for rel, other in _relatives(version.fingerprint, chain)]
+    links += [
+        _link(rel, f"../{other}/{name}") for rel, other in _relatives(version.fingerprint, chain) if other in there
+    ]
     extensions = sorted({*item["stac_extensions"], SCHEMA})
     return {**item, "stac_extensions": extensions, "properties": properties, "links": links}
 

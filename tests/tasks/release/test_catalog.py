@@ -26,31 +26,28 @@ from tasks.release import versions
 from tasks.release.stac import write_item
 from tests.tasks.release.test_stac import check, schemas
 from tests.tasks.test_publish import images, store, store_checkpoint
+from tests.test_architecture import ROOT
 
 BASE = {"step": 30.0, "tile_cells": 3, "method": "range+"}
 ELSEWHERE = "https://elsewhere.example"
 PUBLIC = ("/grids/", "/explorer/")
 TERMS = ("https://doi.org/",)  # links that lead out of the storage
-READER = """
-import json, sys, pystac
-address = sys.argv[1]
-collection = pystac.Collection.from_file(address)
-every = sorted(collection.get_items(), key=lambda item: item.properties["created"])
+TELL = """
+import json
 relatives = lambda item, rel: [link.get_absolute_href() for link in item.links if link.rel == rel]
-latest = collection.get_single_link("latest-version").resolve_stac_object(collection).target
 told = {
-    "order": [item.id for item in every],
-    "years": {item.id: [str(item.common_metadata.start_datetime.year), item.properties["title"]] for item in every},
-    "deprecated": [item.id for item in every if item.properties.get("deprecated")],
-    "lines": {item.id: item.properties["rangegrid:line"] for item in every},
+    "order": [item.id for item in versions],
+    "years": {item.id: [str(item.common_metadata.start_datetime.year), item.properties["title"]] for item in versions},
+    "deprecated": [item.id for item in versions if item.properties.get("deprecated")],
+    "lines": {item.id: item.properties["rangegrid:line"] for item in versions},
     "latest": latest.id,
-    "of": {item.id: relatives(item, "latest-version") for item in every},
-    "before": {item.id: relatives(item, "predecessor-version") for item in every},
-    "after": {item.id: relatives(item, "successor-version") for item in every},
-    "intervals": [[moment.year for moment in span] for span in collection.extent.temporal.intervals],
-    "types": collection.summaries.get_list("data_type"),
-    "assets": {key: asset.media_type for key, asset in collection.item_assets.items()},
-    "grid": latest.assets["embeddings"].get_absolute_href(),
+    "of": {item.id: relatives(item, "latest-version") for item in versions},
+    "before": {item.id: relatives(item, "predecessor-version") for item in versions},
+    "after": {item.id: relatives(item, "successor-version") for item in versions},
+    "intervals": [[moment.year for moment in span] for span in catalog.extent.temporal.intervals],
+    "types": catalog.summaries.get_list("data_type"),
+    "assets": {key: asset.media_type for key, asset in catalog.item_assets.items()},
+    "grid": url,
     "publications": latest.properties["sci:publications"],
 }
 print(json.dumps(told))
@@ -157,10 +154,13 @@ def copied(folder, target):
 
 def test_a_reader_lists_years_versions_and_lines_by_pystac_alone(catalog, address):
     _, names = catalog
-    command = [sys.executable, "-I", "-c", READER, f"{address}/grids/collection.json"]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    page = (ROOT / "docs/publication.md").read_text().partition("## The catalog")[2]
+    lines = page.partition("```python\n")[2].partition("```")[0].replace("https://host/bucket/prefix", address)
+    ran = subprocess.run([sys.executable, "-I", "-c", lines + TELL], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout)
+    *printed, told = ran.stdout.splitlines()
+    assert [line.endswith("rolled back") for line in printed] == [False, False, True, False]
+    told = json.loads(told)
     first, second, withdrawn, other = (names[name] for name in ("first", "second", "withdrawn", "other"))
     assert told["order"] == [first, second, withdrawn, other]
     assert {name: year for name, (year, _) in told["years"].items()} == {

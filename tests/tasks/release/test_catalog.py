@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -111,7 +112,7 @@ def served(folder):
         server.server_close()
 
 
-@pytest.fixture(params=["server", "sandbox"])
+@pytest.fixture(scope="module", params=["server", "sandbox"])
 def address(request, catalog):
     """Where the storage is on the web: behind a server, and in the sandbox's bucket under the documented rules."""
     folder, _ = catalog
@@ -237,12 +238,12 @@ def test_every_link_is_there_for_everybody_and_nothing_names_the_producers_stora
     ends = {url.removeprefix(f"{address}/grids/") for url in found}
     for name in names.values():
         wanted = {"item.json", "model.json", "model-card.json", "source.json", "grid.zarr/zarr.json", "world.png"}
-        assert {f"{name}/{end}" for end in wanted | {"world.tif", "index.html", "explorer.zarr/zarr.json"}} <= ends
+        assert {f"{name}/{end}" for end in wanted | {"world.tif", "index.html", "compact.zarr/zarr.json"}} <= ends
     assert f"{names['first']}/scorecard.json" in ends
     assert f"{names['other']}/evidence.png" in ends
     for url, content in found.items():
-        for private in (folder.as_uri(), str(folder), "checkpoints/", "s3://", "file://"):
-            assert private.encode() not in content, f"{url} tells {private}"
+        for private in (re.escape(str(folder)), "checkpoints/", "s3://[a-z]", "file://"):
+            assert not re.search(private.encode(), content), f"{url} tells {private}"
 
 
 def test_all_of_it_is_valid_and_says_in_words_what_it_is(catalog):
@@ -301,8 +302,8 @@ def test_an_item_made_again_keeps_its_place_among_the_versions(catalog):
     for name in names.values():
         path = folder / "grids" / name / "item.json"
         before = json.loads(path.read_text())
-        again = write_item(path.parent.as_uri())
-        assert json.loads(path.read_text()) == again
+        write_item(path.parent.as_uri())
+        again = json.loads(path.read_text())
         assert {json.dumps(link) for link in again["links"]} == {json.dumps(link) for link in before["links"]}
         assert again["properties"] == before["properties"]
 

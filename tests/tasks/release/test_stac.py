@@ -74,7 +74,7 @@ def schemas():
 
 def check(told, validator):
     """The object is valid by the schema of its version and by that of each of its extensions."""
-    assert len(validate_dict(told, validator=validator)) == 1 + len(told["stac_extensions"])
+    assert len(validate_dict(told, validator=validator)) == 1 + len(told.get("stac_extensions", []))
 
 
 def read(home, name):

@@ -256,16 +256,6 @@ def modified(url: str) -> datetime:
     return patiently(lambda: obstore.head(store, name), url)["last_modified"]
 
 
-def length(url: str) -> int:
-    """Returns the bytes of one object.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    store, name = locate(url)
-    return patiently(lambda: obstore.head(store, name), url)["size"]
-
-
 def exists(url: str) -> bool:
     """Tells whether an object exists."""
     try:

@@ -253,8 +253,8 @@ def _of_zarr(url: str) -> dict[str, Any]:
 def _of_file(url: str) -> dict[str, Any]:
     """Returns size and checksum of a file; a large one is not read for its checksum."""
     size = storage.length(url)
-    if size > HASHED:
-        return {"file:size": size}
+    if size is None or size > HASHED:
+        return {"file:size": size} if size else {}
     return {"file:size": size, "file:checksum": SHA2_256 + hashlib.sha256(storage.read(url)).hexdigest()}
 
 

@@ -334,7 +334,7 @@ def test_a_bucket_that_nobody_may_read_is_told(sandbox, grid, browser):
     """As S3 answers where its policy does not let everybody read."""
     with opened(browser, "about:blank") as page:
         page.route("**/compact.zarr/**", lambda route: route.fulfill(status=403, body="AccessDenied"))
-        page.goto(address(sandbox, grid))
+        page.goto(address(sandbox, grid, "&mode=compare&at=22.5,0.5&other=10.5,24.5"))
         page.wait_for_selector("#status.error")
         assert "does not let anybody read" in page.inner_text("#status")
         assert "(HTTP 403)" in page.inner_text("#status")

@@ -106,12 +106,12 @@ export class Panel {
   /** What each part of the vectors counts for the likeness. */
   private shares(): HTMLElement | false {
     const { page } = this;
-    const { parts } = page.about;
+    const parts = page.about?.parts ?? []; // none where the grid could not be opened
     if (parts.length < 2) return false;
     return h("div", { id: "shares" }, ...parts.map((name) => {
       const share = page.state.shares[name] ?? 1;
       const slider = h("input", {
-        id: `share-${name}`, type: "range", min: 0, max: 1, step: 0.05, value: share,
+        id: `share-${name}`, type: "range", min: 0, max: 1, step: 0.05, value: share, "aria-label": name,
         onchange: () => page.set({ shares: { ...page.state.shares, [name]: Number(slider.value) } }),
       });
       return h("label", { class: "part" }, h("span", {}, name), slider, h("output", {}, share.toFixed(2)));

@@ -378,7 +378,7 @@ def _crs_of(attributes: Mapping[str, Any]) -> rasterio.CRS | None:
         places += [inner] if isinstance(inner, dict) else []
     for value in (place[key] for place in places for key in CRS_KEYS if place.get(key)):
         with suppress(ProjError):
-            known = pyproj.CRS.from_user_input(value)
+            known = pyproj.CRS.from_user_input(int(value) if str(value).isdigit() else value)
             code = known.to_epsg()
             return rasterio.CRS.from_epsg(code) if code else rasterio.CRS.from_wkt(known.to_wkt())
     return None

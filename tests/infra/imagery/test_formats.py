@@ -13,7 +13,7 @@ from zarr.codecs import BloscCodec, GzipCodec
 from infra import retries
 from infra.imagery.assets import Asset
 from infra.imagery.cogs import RefusedAsset, Traffic, UnreadableAsset, read_scene, read_windows
-from tests.archive import served
+from tests.archive import Server, served
 from tests.infra.imagery.test_cogs import EPSG, LEFT, TOP, place
 from tests.tasks.test_bombs import GIGABYTE, nothing
 
@@ -188,7 +188,7 @@ def test_attributes_tell_where_pixels_lie(tmp_path, data, attributes, where):
         group = zarr.open_group(tmp_path / "a.zarr/r10m", mode="a")
         group.create_array("spatial_ref", shape=(), dtype="i4", attributes=told)
     elif where == "item":
-        asset = Asset(asset.href, "zarr", f"EPSG:{EPSG}")
+        asset = Asset(asset.href, "zarr", str(EPSG))  # as `proj:epsg` has it
     assert_windows(read_windows(asset, places(), 100, 10), data)
 
 
@@ -227,6 +227,32 @@ def test_arrays_lead_where_files_may(tmp_path, data, monkeypatch):
         assert other.asked == []
     with served(tmp_path, lambda path: (403, {})) as server, pytest.raises(RefusedAsset):
         read_windows(Asset(f"{server.url}/a.zarr/r10m/b02", "zarr3"), places(), 100, 10)
+
+
+@pytest.mark.parametrize("shape", ["jp2", "zarr"])
+def test_damage_on_the_way_passes(tmp_path, data, shape, monkeypatch):
+    """One answer of other bytes, of the right length: read again, all anew."""
+    monkeypatch.setattr("infra.imagery.jpeg2000.WHOLE", 0)
+    jp2(tmp_path / "a.jp2", data, TLM="YES")
+    zarray(tmp_path, data, chunks=(350, 350))
+    damaged = []
+
+    class Flaky(Server):
+        def reply(self, request):
+            status, headers, body = super().reply(request)
+            if status == 206 and len(body) > 20_000 and not damaged:
+                damaged.append(request.path)
+                return status, headers, bytes(len(body))
+            return status, headers, body
+
+    server = Flaky(tmp_path)
+    try:
+        href = f"{server.url}/a.jp2" if shape == "jp2" else f"{server.url}/a.zarr/r10m/b02"
+        assert_windows(read_windows(Asset(href, "zarr3" if shape == "zarr" else ""), places(), 100, 10), data)
+    finally:
+        server.server.shutdown()
+        server.server.server_close()
+    assert len(damaged) == 1
 
 
 def forged(folder, **told):

@@ -1,11 +1,9 @@
 """Names what is read of a scene: an asset, how it is stored, and what its item tells of the way to it."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
-
-from infra.addresses import shown
 
 FILE = ""  # a format that its first bytes tell: TIFF or JPEG 2000
 
@@ -22,6 +20,9 @@ class Access:
     """Whether who asks pays."""
 
 
+PUBLIC = Access()
+
+
 @dataclass(frozen=True)
 class Asset:
     """A band of a scene, as it is read."""
@@ -32,17 +33,13 @@ class Asset:
     """`zarr`, `zarr2` or `zarr3` for an array; else empty: a file of TIFF or JPEG 2000."""
     crs: str = ""
     """CRS that the item tells, for arrays that tell none."""
-    access: Access = field(default_factory=Access)
+    access: Access = PUBLIC
     """The way to it."""
 
     @property
     def place(self) -> str:
         """Returns the host or bucket that serves it."""
         return urlsplit(self.href).netloc + self.access.endpoint
-
-    def stored(self) -> "Asset":
-        """Returns it without the query."""
-        return Asset(shown(self.href), self.format, self.crs, self.access)
 
 
 def of(asset: Asset | str) -> Asset:

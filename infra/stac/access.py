@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 
 import pystac
 
-from infra.imagery.assets import Access
-from infra.settings import settings
+from infra.imagery.assets import PUBLIC, Access
+from infra.settings import Settings
 
 AWS = "amazonaws.com"
+TOLD = {"alternate", "auth:refs", "storage:refs", "storage:region", "storage:requester_pays"}  # all that tells of it
 WITH_KEYS = ("s3", "signedUrl")  # kinds of access by keys; all beyond them need an account in a browser or a header
 
 
@@ -29,23 +30,26 @@ class Way(NamedTuple):
     """0: the settings have its access; 1: it is public; 2: keys are needed; 3: an account is."""
 
 
-def ways(item: pystac.Item, asset: pystac.Asset) -> list[Way]:
-    """Returns the ways to an asset, its own first."""
+def ways(item: pystac.Item, asset: pystac.Asset, where: Settings) -> list[Way]:
+    """Returns the ways to an asset, its own first, as the settings have access to each."""
     told = asset.extra_fields
+    if not where.archives and not TOLD & (told.keys() | item.properties.keys()):
+        return [Way(asset.href, PUBLIC, 1)]
     others = told.get("alternate")
     listed = others.values() if isinstance(others, Mapping) else ()
-    found = [_way(item, asset.href, told, told)]
-    return found + [_way(item, str(a["href"]), a, told) for a in listed if isinstance(a, Mapping) and a.get("href")]
+    found = [_way(item, asset.href, told, told, where)]
+    ways_there = [way for way in listed if isinstance(way, Mapping) and way.get("href")]
+    return found + [_way(item, str(way["href"]), way, told, where) for way in ways_there]
 
 
-def _way(item: pystac.Item, href: str, told: Mapping[str, Any], asset: Mapping[str, Any]) -> Way:
+def _way(item: pystac.Item, href: str, told: Mapping[str, Any], asset: Mapping[str, Any], where: Settings) -> Way:
     schemes = [scheme for scheme in _referred(item, told, "storage") if "s3" in str(scheme.get("type", "s3"))]
     choices = [_of_scheme(scheme) for scheme in schemes]
     if not choices:
         choices = [_of_fields(href, told, asset, item.properties)]
-    access = next((each for each in choices if _is_ours(href, each)), choices[0])
+    access = next((each for each in choices if _is_ours(href, each, where)), choices[0])
     kinds = {str(scheme.get("type")) for scheme in _referred(item, told, "auth")}
-    if _is_ours(href, access):
+    if _is_ours(href, access, where):
         rank = 0
     elif not kinds and not access.requester_pays:
         rank = 1
@@ -54,9 +58,11 @@ def _way(item: pystac.Item, href: str, told: Mapping[str, Any], asset: Mapping[s
     return Way(href, access, rank)
 
 
-def _is_ours(href: str, access: Access) -> bool:
+def _is_ours(href: str, access: Access, where: Settings) -> bool:
     """Tells whether the settings have the access to a host or bucket."""
-    return settings().archive(urlsplit(href).hostname, urlsplit(access.endpoint).hostname) is not None
+    return (
+        bool(where.archives) and where.archive(*(urlsplit(url).hostname for url in (href, access.endpoint))) is not None
+    )
 
 
 def _referred(item: pystac.Item, told: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:

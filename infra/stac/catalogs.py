@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from infra import storage
 from infra.addresses import absolute, may_read, shown
 from infra.errors import CatalogUnavailable, UserError
+from infra.imagery.assets import PUBLIC
 from infra.intervals import Interval
-from infra.settings import settings
+from infra.settings import Settings, settings
 from infra.stac.access import Way, ways
 from infra.stac.api import Features, open_api, search_api
 from infra.stac.files import is_file, open_file, search_file
@@ -166,11 +167,11 @@ def _fits(item: UsableItem, window: Interval, lonlat: NDArray[np.float64], max_c
 
 def _usable(catalog: Catalog, features: Iterable[Any]) -> list[UsableItem]:
     """Returns items with a place, a time and readable assets; skipped ones are counted in the log."""
-    items, broken, refused, hosts = [], 0, 0, settings().asset_hosts
+    items, broken, refused, where = [], 0, 0, settings()
     for feature in features:
         try:
             item = UsableItem.parse(feature)
-            refused += _resolve(item, catalog, hosts)
+            refused += _resolve(item, catalog, where)
         except BROKEN:
             broken += 1
             continue
@@ -184,7 +185,7 @@ def _usable(catalog: Catalog, features: Iterable[Any]) -> list[UsableItem]:
     return items
 
 
-def _resolve(item: pystac.Item, catalog: Catalog, hosts: tuple[str, ...]) -> int:
+def _resolve(item: pystac.Item, catalog: Catalog, where: Settings) -> int:
     """Makes the assets' hrefs absolute, takes the best of several ways, and drops what may not be read; tells how many.
 
     Beside a file its own address counts: the items' links tell where they once came from.
@@ -196,10 +197,12 @@ def _resolve(item: pystac.Item, catalog: Catalog, hosts: tuple[str, ...]) -> int
     local = urlsplit(catalog.url).scheme in ("", "file")
     refused = []
     for key, asset in item.assets.items():
-        found = [way._replace(href=absolute(way.href, storage.as_url(base))) for way in ways(item, asset)]
-        may = [way for way in found if _may_go(way, local, hosts)]
+        found = [way._replace(href=absolute(way.href, storage.as_url(base))) for way in ways(item, asset, where)]
+        may = [way for way in found if _may_go(way, local, where.asset_hosts)]
         best = min(may or found, key=lambda way: way.rank)
-        asset.href, asset.extra_fields["access"] = best.href, asdict(best.access)
+        asset.href = best.href
+        if best.access != PUBLIC:
+            asset.extra_fields["access"] = asdict(best.access)
         refused += [] if may else [key]
     for key in refused:
         del item.assets[key]

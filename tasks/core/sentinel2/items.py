@@ -33,15 +33,10 @@ PRODUCT_KEYS = ("s2:product_uri", "s2:datatake_id", "sentinel:product_id", "s2:p
 TILE = re.compile(r"(?<![0-9A-Z])T?(\d{1,2})([C-HJ-NP-X][A-HJ-NP-Z]{2})(?![0-9A-Z])")
 SENSED = re.compile(r"(S2[A-Z])_(?:MSIL2A_)?(\d{8}T\d{6})")
 SIZED = re.compile(r"(\w+)_(\d+)m")
-FILES = (
-    "image/tiff",
-    "image/vnd.stac.geotiff",
-    "image/geotiff",
-    "image/jp2",
-    "image/jpx",
-    "image/jpeg2000",
-    "image/j2k",
-)
+GSD = re.compile(r"gsd:(\d+)m")
+FILES = re.compile(
+    r"image/.*(tif|cog|jp2|jpx|jpeg2000|j2k)|application/.*geotiff"
+)  # media types of files that are read
 CLASSES = "conditions/mask/l2a_classification/r20m/scl"  # where EOPF's products have the scene classification
 TEST_BASELINE = (99, 99)  # written by Sen2Cor in a user's own run; says nothing of the format
 
@@ -116,15 +111,31 @@ def band_sources(item: Mapping[str, Any]) -> dict[str, Source]:
     that the band was taken in; then a file before an array; then the plainest key.
     """
     listed = item.get("assets")
-    best: dict[str, tuple[tuple[Any, ...], Source]] = {}
+    found: dict[str, list[tuple[int, Source]]] = {}
     for key, asset in (listed if isinstance(listed, Mapping) else {}).items():
         if isinstance(asset, Mapping) and (format_ := format_of(asset)) is not None:
-            for band, rank, size, path in _fits(key, asset, format_):
+            for band, rank, path in _fits(key, asset, format_):
                 source = Source(key, _below(str(asset.get("href", "")), path), format_)
-                found = ((*_copied(asset, band, size), format_ != "", rank, key), source)
-                best[band] = min(best.get(band, found), found)
-    found_bands = {band: best[band][1] for band in NAMES if band in best}
-    return found_bands if "SCL" in found_bands else found_bands | _classes_beside(found_bands)
+                found.setdefault(band, []).append((rank, source))
+    best = {band: _best(band, found[band], item) for band in NAMES if band in found}
+    return best if "SCL" in best else best | _classes_beside(best)
+
+
+def _best(band: str, choices: list[tuple[int, Source]], item: Mapping[str, Any]) -> Source:
+    """Returns the original among the sources of a band."""
+    if len(choices) == 1:
+        return choices[0][1]
+
+    def order(choice: tuple[int, Source]) -> tuple[Any, ...]:
+        rank, source = choice
+        return (
+            *_copied(source.key, item["assets"][source.key], band, source.href),
+            source.format != "",
+            rank,
+            source.key,
+        )
+
+    return min(choices, key=order)[1]
 
 
 def format_of(asset: Mapping[str, Any]) -> str | None:
@@ -133,13 +144,14 @@ def format_of(asset: Mapping[str, Any]) -> str | None:
     Without a media type the name tells whether it is Zarr.
     """
     told = str(asset.get("type") or "").lower()
-    path = urlsplit(str(asset.get("href", ""))).path.lower()
+    if FILES.match(told):
+        return ""
     if "zarr" in told and "zip" not in told:
         version = re.search(r"version=\"?([23])", told)
         return f"zarr{version[1]}" if version else "zarr"
     if not told or told.startswith(("application/octet-stream", "binary/octet-stream")):
-        return "zarr" if re.search(r"\.zarr(/|$)", path) else ""
-    return "" if told.startswith(FILES) else None
+        return "zarr" if re.search(r"\.zarr(/|$)", urlsplit(str(asset.get("href", ""))).path.lower()) else ""
+    return None
 
 
 def unread(item: Mapping[str, Any]) -> dict[str, str]:
@@ -154,34 +166,36 @@ def unread(item: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _copied(asset: Mapping[str, Any], band: str, size: float) -> tuple[int, float]:
+def _copied(key: str, asset: Mapping[str, Any], band: str, href: str) -> tuple[int, float]:
     """Orders the assets of a band: the original first, then what may be, by its pixels; copies last."""
-    roles = asset.get("roles")
+    roles, native = asset.get("roles"), METRES.get(band, 20)
     told = [role for role in (roles if isinstance(roles, list) else []) if str(role).startswith("sampling:")]
     if told:
         return (0 if "sampling:original" in told else 2), 0.0
-    return 1, abs(size - METRES.get(band, 20)) if size else 0.0
-
-
-def _fits(key: str, asset: Mapping[str, Any], format_: str) -> Iterator[tuple[str, int, float, str]]:
-    """Yields the bands of an asset, each with a rank of its key, its pixels in metres (0: untold), and where it is."""
-    named = {str(entry["name"]).upper() for entry in entries(asset) if entry.get("name")}  # alike in each extension
-    bands = named & NAMES.keys()
+    if f"/r{native}m/" in href:  # of a group of several pixel sizes
+        return 1, 0.0
     size = _pixel(key, asset)
+    return 1, abs(size - native) if size else 0.0
+
+
+def _fits(key: str, asset: Mapping[str, Any], format_: str) -> Iterator[tuple[str, int, str]]:
+    """Yields the bands of an asset, each with a rank of its key, and the path to it below the asset."""
     sized = SIZED.fullmatch(key)
-    if format_ and _is_group(asset, len(bands)):
+    if format_ and _is_group(asset, len(bands := _named(asset) & NAMES.keys())):
         several = re.search(r"/reflectance/?$", urlsplit(str(asset.get("href", ""))).path)
         for each in sorted(bands):
-            native = METRES.get(each, 20)
-            yield (each, 2, native, f"r{native}m/{each.lower()}") if several else (each, 2, size, each.lower())
-    elif key in NAMES:
-        yield key, 0, size, ""
+            yield each, 2, f"r{METRES.get(each, 20)}m/{each.lower()}" if several else each.lower()
     elif band := _band(key):
-        yield band, 1, size, ""
+        yield band, int(key != band), ""
     elif sized and (band := _band(sized[1])):
-        yield band, 2, size, ""
-    elif len(named) == 1 and bands and "visual" not in key:
-        yield bands.pop(), 3, size, ""
+        yield band, 2, ""
+    elif "visual" not in key and len(named := _named(asset)) == 1 and named <= NAMES.keys():
+        yield named.pop(), 3, ""
+
+
+def _named(asset: Mapping[str, Any]) -> set[str]:
+    """Returns the names of an asset's bands, which are alike in each extension."""
+    return {str(entry["name"]).upper() for entry in entries(asset) if entry.get("name")}
 
 
 def _is_group(asset: Mapping[str, Any], bands: int) -> bool:
@@ -227,7 +241,7 @@ def _pixel(key: str, asset: Mapping[str, Any]) -> float:
         return float(match[2])
     roles, grid = asset.get("roles"), asset.get("proj:transform")
     told = [str(role) for role in (roles if isinstance(roles, list) else [])]
-    if sized := [match[1] for match in map(re.compile(r"gsd:(\d+)m").fullmatch, told) if match]:
+    if sized := [match[1] for match in map(GSD.fullmatch, told) if match]:
         return float(sized[0])
     values = [grid[0] if isinstance(grid, list) and grid else None, asset.get("raster:spatial_resolution")]
     values += [entry.get("spatial_resolution") for entry in entries(asset)] + [asset.get("gsd")]

@@ -328,3 +328,18 @@ def test_a_region_is_evaluated(tmp_path, monkeypatch):
     scores = pd.read_csv(storage.join(urls[0], "scores.csv"))
     assert scores.blocked.notna().any()
     assert storage.read_json(storage.join(urls[0], "card.json"))["made_of"]["region"] == find_region(("KE",)).digest
+
+
+def test_the_papers_columns_and_housing_are_scored_by_one_call(rows, tmp_path, monkeypatch):
+    """The labels of docs/paper.md in files of the published names and layouts: seven tasks of seven files."""
+    monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())
+    files = list(ecoregions(tmp_path, rows))
+    names = {"country": "country", "temperature": "temp", "elevation": "elevation", "population": "population"}
+    for columns in PAPER[2:7]:
+        files.append(tmp_path / f"{names.get(columns.name, 'housing')}.csv")
+        frame(rows, columns).to_csv(files[-1], index=False)
+    params = EvaluateParams(labels=tuple(map(str, files)), embedder=("coordinates", "wrap"), folds=2, fold_seeds=1)
+    found = json.loads(storage.read(f"{evaluate_database(None, None, params)}/scores.json"))
+    assert list(dict.fromkeys(row["task"] for row in found)) == [columns.name for columns in PAPER[:7]]
+    assert all(row["random"] is not None and row["blocked"] is not None for row in found)
+    assert {row["n"] for row in found} == {COUNT, COUNT - 2}

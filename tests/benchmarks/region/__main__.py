@@ -193,7 +193,7 @@ def differences(tables: list[pd.DataFrame]) -> bytes:
     """What the region's images bring to each task, with its interval, for each seed of the label places."""
     figure = Figure(figsize=(8, 3.6), facecolor="white", layout="constrained")
     axes, tasks = figure.subplots(), list(of_grid(tables[0])["task"])
-    for i, (table, colour) in enumerate(zip(tables, (ACCENT, SECOND), strict=True)):
+    for i, (table, colour) in enumerate(zip(tables, (ACCENT, SECOND), strict=False)):
         rows = of_grid(table).set_index("task").loc[tasks]
         at = np.arange(len(tasks))[::-1] + 0.12 - 0.24 * i
         ends = [rows.difference - rows.difference_low, rows.difference_high - rows.difference]

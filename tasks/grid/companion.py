@@ -12,7 +12,11 @@ scale           component          float32 value of a component = code * scale
 kept            component          float32 share of the variance of land that the components up to this one keep
 axes, mean      dim, component     float32 (vector of the grid - mean) @ axes are the components
 evidence        layer, y, x        float32 of a grid with evidence: distance_km, effective_images; NaN: no data
-x2, x4, ...                                groups of an `embedding` of half the rows and columns each, of means
+beta             leading, y, x      int8    of a RANGE+ grid with kept sums: what each of the first 64 components gains
+                                           where beta is larger by 1 (`tasks.grid.halves`); -128: no data
+beta_scale       leading            float32 value of that = code * beta_scale
+x2, x4, ...                                groups of an `embedding` (and a `beta`) of half the rows and columns each, of
+                                           means
 lonlat                                     of a projected grid: all of it again in degrees, for maps of the world;
                                            each cell has the nearest cell of the grid
 =============== ================== ======= ====================================================================
@@ -43,8 +47,9 @@ from tasks import arrays
 from tasks.cards import COMPACT, home_of
 from tasks.core.earth.grid import GridSpec, Tile
 from tasks.core.quantize import NODATA_CODE
-from tasks.grid import conventions, levels, store
-from tasks.grid.leading import Leading, pooled
+from tasks.grid import conventions, halves, levels, store
+from tasks.grid.halves import Halves
+from tasks.grid.leading import BLOCKS, CELLS, Leading, pooled
 from tasks.grid.levels import Level, pyramids
 from tasks.grid.older_zarr import older
 from tasks.grid.previews import land_sample
@@ -56,7 +61,8 @@ if TYPE_CHECKING:  # who reads companions needs no Dask
 COMPONENTS = 256  # at most: docs/grid.md tells what fewer cost
 DEPTH = 64  # components of a chunk: the page's likeness takes the first, its classes two
 LAYERS = ("distance_km", "effective_images")  # of evidence
-EVIDENCE = "evidence"
+EVIDENCE, BETA = "evidence", "beta"
+DIMENSION = {store.VARIABLE: "component", BETA: "leading", EVIDENCE: "layer"}  # the first of each array of cells
 FITTED = ("mean", "axes", "scale", "kept")
 TOLD = ("attribution", "license", "rangegrid:fingerprint", "rangegrid:made_of", "rangegrid:field", "rangegrid:datetime")
 OF_VECTORS = ("geoemb:blocks", "geoemb:dimensions_axis")  # of the grid, which do not hold for components
@@ -66,7 +72,6 @@ PLAIN: Any = {  # readable as format 2 too
     "compressors": (GzipCodec(level=LEVEL),),
     "chunk_key_encoding": {"name": "v2", "separator": "/"},
 }
-BLOCKS, CELLS = 512, 100  # blocks of land and cells of each by which the components are found
 Small = tuple[tuple[str, ...], NDArray, dict[str, Any]]  # dimensions, values and attributes of an array of one chunk
 
 
@@ -86,7 +91,9 @@ def publish_companion(client: "Client", grid: str, url: str | None = None) -> st
         return url
     spec, attrs = store.open_spec(grid), dict(store.attributes(grid))
     there, found = storage.names(grid), pyramids(spec)
-    source = Source(grid, url, _leading(grid, url, spec, attrs), [name for name in LAYERS if name in there])
+    leading = _leading(grid, url, spec, attrs)
+    mixed = Halves.of(grid, url, attrs, leading, DEPTH)
+    source = Source(grid, url, leading, [name for name in LAYERS if name in there], mixed)
     files = template(source, spec, found, attrs)
     last = {name: files.pop(name) for name in sorted(files, key=lambda name: name == store.ROOT) if "/" not in name}
     for name in sorted(files):  # of the root's arrays `scale` comes last
@@ -94,7 +101,7 @@ def publish_companion(client: "Client", grid: str, url: str | None = None) -> st
     for finest, *coarser in found:
         _fill(client, source, finest, partial(project_chunk, source, finest))
         for before, level in pairwise([finest, *coarser]):
-            _fill(client, source, level, partial(average_chunk, url, before, level))
+            _fill(client, source, level, partial(average_chunk, source, before, level))
     for name, data in last.items():
         storage.write(storage.join(url, name), data)
     return url
@@ -112,6 +119,14 @@ class Source:
     """The components."""
     evidence: list[str]
     """Layers of evidence that the grid has."""
+    halves: Halves | None = None
+    """The halves that beta mixes, where their sums were kept."""
+
+    @property
+    def coded(self) -> dict[str, Leading]:
+        """Returns the arrays of codes of every level; that whose chunks are completion markers is the last."""
+        slopes = {BETA: self.halves.slope} if self.halves else {}
+        return slopes | {store.VARIABLE: self.leading}
 
     @property
     def blocks(self) -> int:
@@ -188,6 +203,9 @@ def project_chunk(source: Source, level: Level, tile: Tile) -> None:
     if source.evidence:
         layers = [look.read(store.open_vectors(source.grid, name)) for name in source.evidence]
         _write(storage.join(source.url, level.within(EVIDENCE, "0")), tile, np.stack(layers))
+    if source.halves:
+        slopes = source.halves.encode(look.read(store.open_vectors(source.halves.sums, store.SUMS)))
+        _write_codes(source.url, level, tile, slopes, BETA)
     codes = source.leading.encode(look.read(store.open_vectors(source.grid)))
     _write_codes(source.url, level, tile, codes)
 
@@ -229,23 +247,25 @@ class _Window:
         return np.where(missing, np.float32(np.nan), found)
 
 
-def average_chunk(url: str, source: Level, level: Level, tile: Tile) -> None:
+def average_chunk(source: Source, before: Level, level: Level, tile: Tile) -> None:
     """Makes a chunk of a level from the cells that it covers in the level before."""
     rows, columns = (slice(2 * part.start, 2 * part.stop) for part in tile.window)
-    _write_codes(url, level, tile, pooled(arrays.read(open_codes(url, source), (slice(None), rows, columns))))
+    for name in source.coded:
+        codes = arrays.read(open_codes(source.url, before, name), (slice(None), rows, columns))
+        _write_codes(source.url, level, tile, pooled(codes), name)
 
 
-def open_codes(url: str, level: Level) -> zarr.Array:
+def open_codes(url: str, level: Level, name: str = store.VARIABLE) -> zarr.Array:
     """Opens the codes of a level, (component, y, x) int8."""
-    return zarr.open_array(storage.zarr_store(storage.join(url, level.within(store.VARIABLE))), mode="r", zarr_format=3)
+    return zarr.open_array(storage.zarr_store(storage.join(url, level.within(name))), mode="r", zarr_format=3)
 
 
-def _write_codes(url: str, level: Level, tile: Tile, codes: NDArray[np.int8]) -> None:
+def _write_codes(url: str, level: Level, tile: Tile, codes: NDArray[np.int8], name: str = store.VARIABLE) -> None:
     for block, start in enumerate(range(0, len(codes), DEPTH)):
         whole = np.full((DEPTH, *codes.shape[1:]), NODATA_CODE, np.int8)
         part = codes[start : start + DEPTH]
         whole[: len(part)] = part
-        _write(storage.join(url, level.within(store.VARIABLE, str(block))), tile, whole)
+        _write(storage.join(url, level.within(name, str(block))), tile, whole)
 
 
 def _write(place: str, tile: Tile, values: NDArray) -> None:
@@ -266,12 +286,13 @@ def template(source: Source, spec: GridSpec, found: list[list[Level]], attrs: di
     """Returns the objects of a product but for its chunks, by name: metadata, places of the cells, components."""
     files: dict[str, Buffer] = {}
     root = zarr.open_group(MemoryStore(files), mode="w", attributes=_described(source, spec, attrs))
-    small = _fitted(source.leading)
+    small = _fitted(source)
     for pyramid in found:
         for level in pyramid:
             group = root.require_group(level.path) if level.path else root
             small |= _axes(level)
-            _create(group, store.VARIABLE, level, len(source.leading.scale), _about(level))
+            for name, fitted in source.coded.items():
+                _create(group, name, level, len(fitted.scale), _about(level, name))
             if level is pyramid[0]:
                 group.attrs.update(_layout(pyramid))
             if level is pyramid[0] and source.evidence:
@@ -304,6 +325,8 @@ def _described(source: Source, spec: GridSpec, attrs: dict[str, Any]) -> dict[st
         "rangegrid:parts": told_apart(attrs),
         "rangegrid:kept": {str(n): round(float(kept[n - 1]), 4) for n in PREFIXES if n <= len(kept)},
     }
+    if source.halves:
+        told["rangegrid:beta"] = source.halves.beta
     if not spec.plane.has_lonlat:
         told["rangegrid:shown"] = levels.SHOWN  # the group of the levels in degrees
     return conventions.declared(conventions.placed(spec), conventions.GEOEMB, conventions.MULTISCALES) | told
@@ -319,22 +342,29 @@ def _layout(pyramid: list[Level]) -> dict[str, Any]:
     return crs | {"multiscales": {"layout": layout, "resampling_method": "average"}}
 
 
-def _about(level: Level) -> dict[str, Any]:
-    """Returns the attributes of the components of a level."""
-    beside = "" if level.path else "scale kept "
+def _about(level: Level, name: str) -> dict[str, Any]:
+    """Returns the attributes of the components of a level, or of their slopes."""
+    known = {
+        store.VARIABLE: ("scale kept ", "leading components of the embedding"),
+        BETA: (f"{halves.SCALE} ", "what the leading components gain where beta is larger by 1"),
+    }
+    beside, meaning = known[name]
     return {
-        "long_name": "leading components of the embedding",
+        "long_name": meaning,
         "units": "1",
         "grid_mapping": conventions.GRID_MAPPING,
-        "coordinates": beside + conventions.GRID_MAPPING,
+        "coordinates": ("" if level.path else beside) + conventions.GRID_MAPPING,
         "_FillValue": NODATA_CODE,
     }
 
 
-def _fitted(leading: Leading) -> dict[str, Small]:
+def _fitted(source: Source) -> dict[str, Small]:
     """Returns the components' own arrays, by name."""
     dims = {"scale": ("component",), "kept": ("component",), "axes": ("dim", "component"), "mean": ("dim",)}
-    return {name: (dims[name], getattr(leading, name), {}) for name in FITTED}
+    slopes: dict[str, Small] = {}
+    if source.halves:
+        slopes[halves.SCALE] = ((DIMENSION[BETA],), source.halves.slope.scale, {})
+    return slopes | {name: (dims[name], getattr(source.leading, name), {}) for name in FITTED}
 
 
 def _axes(level: Level) -> dict[str, Small]:
@@ -348,13 +378,13 @@ def _axes(level: Level) -> dict[str, Small]:
 
 def _create(group: zarr.Group, name: str, level: Level, depth: int, told: dict[str, Any]) -> None:
     """Writes the metadata of an array of cells: of codes, or of layers of evidence."""
-    coded = name == store.VARIABLE
+    coded = name != EVIDENCE
     about: Any = {"dtype": np.int8, "fill_value": NODATA_CODE} if coded else {"dtype": np.float32, "fill_value": np.nan}
     group.create_array(
         name,
         shape=(depth, level.rows, level.columns),
         chunks=(DEPTH if coded else depth, levels.CHUNK, levels.CHUNK),
         attributes=told,
-        dimension_names=("component" if coded else "layer", *level.plane.dims),
+        dimension_names=(DIMENSION[name], *level.plane.dims),
         **about | PLAIN,
     )

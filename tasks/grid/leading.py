@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tasks.core.compact import Projection
 from tasks.core.quantize import CODES, MARGIN, NODATA_CODE
 
+BLOCKS, CELLS = 512, 100  # blocks of land and cells of each by which components and scales are found
 DIGITS = 3  # significant digits of a scale: later ones depend on the machine, and a rerun must agree
 
 
@@ -45,11 +46,9 @@ class Leading:
         found = Projection.fit(vectors * weights, min(most, len(weights)))
         axes, mean = found.components * weights[:, None], found.mean / weights
         values = (vectors - mean) @ axes
-        largest = np.abs(values).max(0) * (1 + MARGIN)
-        scale = np.array([_rounded(value / CODES) for value in largest], np.float32)
         total = (vectors * weights).var(0, dtype=np.float64).sum() or 1.0
         kept = np.minimum(values.var(0, dtype=np.float64).cumsum() / total, 1).round(6)
-        return cls(mean, axes, scale, kept.astype(np.float32))
+        return cls(mean, axes, scales(values), kept.astype(np.float32))
 
     def encode(self, vectors: NDArray[np.float32]) -> NDArray[np.int8]:
         """Returns the codes of vectors (dim, ...), (components, ...); NODATA_CODE throughout where a vector is NaN.
@@ -66,6 +65,12 @@ class Leading:
     def decode(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
         """Returns the values of codes (components, ...), NaN where they are NODATA_CODE."""
         return scaled(codes, self.scale)
+
+
+def scales(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the scale of the codes of each column of values (n, components), (components,)."""
+    largest = np.abs(values).max(0) * (1 + MARGIN)
+    return np.array([_rounded(value / CODES) for value in largest], np.float32)
 
 
 def scaled(codes: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -117,6 +117,38 @@ def test_parts_count_by_their_shares():
     assert found["pair"] == pytest.approx(expected[4], abs=1e-3)
 
 
+def test_another_beta_is_another_likeness():
+    """Against vectors that NumPy mixes from two halves, of fewer dimensions than there are components."""
+    rng = np.random.default_rng(5)
+    semantic, geodesic = rng.normal(size=(2, CELLS, 30)) @ rng.normal(size=(30, 30))
+    location = rng.normal(size=(CELLS, 15))
+    mixed = {
+        beta: np.hstack([beta * semantic + (1 - beta) * geodesic, location]).astype(np.float32) for beta in (0.3, 1)
+    }
+    leading = Leading.fit(mixed[0.3], {"visual": (0, 30), "location": (30, 45)}, COMPONENTS)
+    codes, slopes = leading.encode(mixed[0.3].T), (semantic - geodesic) @ leading.axes[:30]
+    codes[:, ::9] = -128
+    slope_scale = np.abs(slopes).max(0) / 127
+    coded = np.where(np.arange(CELLS) % 9, np.rint(slopes / slope_scale).T, -128).astype(int)
+    moved = codes * leading.scale[:, None] + 0.7 * coded * slope_scale[:, None]
+    exact = ((mixed[1] - leading.mean) @ leading.axes).T.astype(float)
+    expected, whole = (z[:, 3] @ z / np.linalg.norm(z, axis=0) / np.linalg.norm(z[:, 3]) for z in (moved, exact))
+    body = """const slopes = Int8Array.from(told.slopes), slopeScale = Float32Array.from(told.slopeScale);
+    const moved = compute.moved(part, scale, slopes, slopeScale, 0.7);
+    const query = compute.valuesAt(moved, 3, scale, 64);
+    return { all: compute.likeness(moved, compute.lengths(moved, scale, 64), scale, query),
+             none: compute.valuesAt(moved, 9, scale, 64) }"""
+    missing = ((0, 64 - 45), (0, 0))  # as the page reads them: of components that are not there codes do not matter
+    told = {"slopes": np.pad(coded, missing, mode="edge").ravel().tolist()}
+    told["slopeScale"] = np.pad(slope_scale, missing[0]).tolist()
+    found = run((np.pad(codes, missing, mode="edge"), np.pad(leading.scale, missing[0])), body, **told)
+    land = codes[0] != -128
+    np.testing.assert_allclose(np.array(found["all"], float)[land], expected[land], atol=1e-3)
+    np.testing.assert_allclose(expected[land], whole[land], atol=0.01)  # what 8 bits of both cost
+    assert np.isnan(np.array(found["all"], float)[~land]).all()
+    assert found["none"] is None
+
+
 @pytest.mark.parametrize("kind", ["ridge", "knn"])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_classes_and_their_held_out_accuracy_are_those_of_scikit_learn(part, kind, classes):

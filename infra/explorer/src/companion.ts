@@ -2,7 +2,7 @@
  * object, and its evidence. */
 
 import * as zarr from "zarrita";
-import { type Codes, lengths } from "./compute";
+import { type Codes, lengths, moved } from "./compute";
 import type { Bounds } from "./layers";
 import { Told, damaged, read, readJson } from "./told";
 
@@ -63,6 +63,9 @@ export class Companion {
   private arrays = new Map<string, Promise<zarr.Array<zarr.DataType, zarr.AsyncReadable>>>();
   private chunks = new Map<string, Promise<Chunk>>();
   private there = new Map<string, Chunk>();
+  private readonly slopes = new WeakMap<Chunk, Promise<Int8Array>>();
+  private readonly moves = new WeakMap<Chunk, { beta: number; chunk: Chunk }>();
+  private slopeScale: Promise<Float32Array> | null = null;
 
   private constructor(
     readonly url: string,
@@ -93,9 +96,7 @@ export class Companion {
     const store = new Store(url);
     const known = await zarr.withConsolidatedMetadata(new Known(store, node), { format: "v3" });
     const root = zarr.root(known);
-    const told = await zarr.get(await zarr.open.v3(root.resolve("scale"), { kind: "array" }));
-    const scale = new Float32Array(2 * LEADING); // 0 for components that a small grid has not
-    scale.set((told.data as Float32Array).subarray(0, scale.length));
+    const scale = await scaleOf(root, "scale", 2 * LEADING);
     const blocks = Math.ceil(about.shape[0] / LEADING);
     const side = about.chunk_grid.configuration.chunk_shape[1];
     return new Companion(url, levels, side, scale, blocks, node.attributes, root, store);
@@ -109,6 +110,32 @@ export class Companion {
   /** The parts of the grid's vectors by name: the first dimension of each, and the one after its last. */
   get parts(): Record<string, [number, number]> {
     return this.attributes["rangegrid:parts"] ?? {};
+  }
+
+  /** Share of the semantic half in the grid's vectors, where it can be another. */
+  get beta(): number | undefined {
+    return this.attributes["rangegrid:beta"];
+  }
+
+  /** Returns the first components of a chunk as they were by another beta; null: the grid's own. */
+  async at(chunk: Chunk, beta: number | null): Promise<Chunk> {
+    if (beta === null || this.beta === undefined || chunk.empty) return chunk;
+    const there = this.moves.get(chunk);
+    if (there?.beta === beta) return there.chunk;
+    this.slopeScale ??= scaleOf(this.root, "beta_scale", LEADING);
+    const [slopes, slopeScale] = await Promise.all([this.slopesOf(chunk), this.slopeScale]);
+    const part = moved(chunk, this.scale, slopes, slopeScale, beta - this.beta);
+    const found = { ...chunk, ...part, whole: false, norms: lengths(part, this.scale, LEADING) };
+    this.moves.set(chunk, { beta, chunk: found });
+    return found;
+  }
+
+  private slopesOf(chunk: Chunk): Promise<Int8Array> {
+    const { level, row, column } = chunk;
+    const reading = this.slopes.get(chunk) ?? (this.part(level, "beta", 0, row, column) as Promise<Int8Array>);
+    this.slopes.set(chunk, reading);
+    reading.catch(() => this.slopes.delete(chunk)); // a later try asks again
+    return reading;
   }
 
   /** By which each dimension of a vector enters each of the first components, one dimension after the other. */
@@ -228,6 +255,14 @@ export class Companion {
     const at = (row % side) * side + (column % side);
     return Object.fromEntries(names.map((name, n) => [name, layers[n * side * side + at]]));
   }
+}
+
+/** Reads the scales of the first components; 0 for those that a small grid has not. */
+async function scaleOf(root: zarr.Location<any>, name: string, count: number): Promise<Float32Array> {
+  const { data } = await zarr.get(await zarr.open.v3(root.resolve(name), { kind: "array" }));
+  const found = new Float32Array(count);
+  found.set((data as Float32Array).subarray(0, count));
+  return found;
 }
 
 /** Returns degrees between 0 and 360. */

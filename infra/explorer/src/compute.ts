@@ -3,10 +3,10 @@
 /** Code of a cell without data. */
 export const NODATA = -128;
 
-/** int8 components of cells, component first, as a chunk of the companion holds them. */
+/** Components of cells, component first: int8 as a chunk of the companion holds them, or of another beta between codes. */
 export interface Codes {
   /** `codes[c * cells + i]`. */
-  codes: Int8Array;
+  codes: Int8Array | Float32Array;
   /** Number of cells. */
   cells: number;
 }
@@ -17,6 +17,18 @@ export function valuesAt(part: Codes, cell: number, scale: Float32Array, count: 
   if (part.codes[cell] === NODATA) return null;
   for (let c = 0; c < count; c++) found[c] = part.codes[c * part.cells + cell] * scale[c];
   return found;
+}
+
+/** Returns cells whose components are further by `by` times their slopes, which have codes of a scale of their own. */
+export function moved(part: Codes, scale: Float32Array, slopes: Int8Array, slopeScale: Float32Array, by: number): Codes {
+  const { cells } = part;
+  const codes = new Float32Array(slopes.length);
+  for (let c = 0; c * cells < codes.length; c++) {
+    const factor = scale[c] ? (by * slopeScale[c]) / scale[c] : 0;
+    for (let n = c * cells; n < (c + 1) * cells; n++) codes[n] = part.codes[n] + factor * slopes[n];
+  }
+  for (let i = 0; i < cells; i++) if (part.codes[i] === NODATA) codes[i] = NODATA;
+  return { codes, cells };
 }
 
 /** Adds to `out` the products of cells with a vector: `out[i] += sum_c weights[c] * code[c, i]`. */

@@ -5,7 +5,7 @@ import { type Found, likest } from "./compute";
 import { type Chunk, Companion, LEADING, type Window } from "./companion";
 import { ABSENT, type Band, type Bounds, FAR, type Fitted, type Layer, type Place, fitted, landOf, vectorAt } from "./layers";
 import { type Raster, geotiff } from "./geotiff";
-import { type Shares, measure } from "./measure";
+import { type Chosen, measure } from "./measure";
 
 const MOST_CELLS = 450_000; // of the level on which all of the world is computed: half a degree is 259,200
 const TILE = 256; // pixels
@@ -27,6 +27,8 @@ export interface About {
   box: [number, number, number, number];
   /** Names of the parts of the grid's vectors. */
   parts: string[];
+  /** Share of the semantic half in the grid's vectors, where it can be another. */
+  beta?: number;
 }
 
 export interface Shown {
@@ -61,7 +63,7 @@ class Engine {
     this.layer = null;
     const [{ west, north, wide, high, rows, columns }] = this.companion.levels;
     const box: About["box"] = [west, north - rows * high, west + columns * wide, north];
-    return { attributes: this.companion.attributes, step: wide, box, parts: Object.keys(this.companion.parts) };
+    return { attributes: this.companion.attributes, step: wide, box, parts: Object.keys(this.companion.parts), beta: this.companion.beta };
   }
 
   /** Fits a layer and makes it the one that tiles show; a later call overtakes an earlier one. */
@@ -76,16 +78,18 @@ class Engine {
     this.painted = new Map();
     this.listener.changed();
     const chunks = layer.kind === "colours" ? await coarsest() : await world(found.whole);
+    if ("beta" in layer) await this.reading(chunks.map((own) => () => this.companion.at(own, layer.beta)));
     if (turn !== this.turn) return null;
-    const told = layer.kind === "likeness" ? await this.alike(layer.at, layer.shares, chunks) : {};
+    const told = layer.kind === "likeness" ? await this.alike(layer.at, layer, chunks) : {};
     if (layer.kind !== "colours") this.listener.changed();
     const { bands: _, values: __, colour: ___, whole: ____, ...said } = found;
     return { ...said, ...told, ...this.companion.traffic };
   }
 
-  private async alike(at: Place, shares: Shares, chunks: Chunk[]): Promise<Pick<Shown, "took" | "likest" | "evidence">> {
-    const query = (await vectorAt(this.companion, at, LEADING)) as Float32Array;
-    const where = chunks.filter((chunk) => !chunk.empty).map((chunk) => ({ chunk, ...this.places(chunk) }));
+  private async alike(at: Place, { shares, beta }: Chosen, chunks: Chunk[]): Promise<Pick<Shown, "took" | "likest" | "evidence">> {
+    const query = (await vectorAt(this.companion, at, LEADING, beta)) as Float32Array;
+    const land = chunks.filter((chunk) => !chunk.empty);
+    const where = await Promise.all(land.map(async (own) => ({ chunk: await this.companion.at(own, beta), ...this.places(own) })));
     const by = await measure(this.companion, shares);
     const began = performance.now();
     const all = where.map(({ chunk, lon, lat }) => ({ values: by.cells(chunk, query), lon, lat }));

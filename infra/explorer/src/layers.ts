@@ -6,7 +6,7 @@ import {
 } from "./compute";
 import { CLASSES, DIVERGING_TABLE, SEQUENTIAL_TABLE, oklab, parsed } from "./colours";
 import { type Chunk, type Companion, LEADING } from "./companion";
-import { type Measure, type Shares, measure } from "./measure";
+import { type Chosen, type Measure, measure } from "./measure";
 import { Told } from "./told";
 
 export type Place = [number, number];
@@ -21,8 +21,8 @@ export interface Mark {
 
 export type Layer =
   | { kind: "colours"; components: [number, number, number]; within: Bounds | null }
-  | { kind: "likeness"; at: Place; shares: Shares }
-  | { kind: "between"; at: Place; other: Place; shares: Shares }
+  | ({ kind: "likeness"; at: Place } & Chosen)
+  | ({ kind: "between"; at: Place; other: Place } & Chosen)
   | { kind: "classes"; method: "ridge" | "knn"; marks: Mark[]; least: number }
   | { kind: "clusters"; count: number }
   | { kind: "probe"; places: Place[]; values: number[] }
@@ -65,16 +65,18 @@ const BLOCK = 10; // degrees of the blocks that are held out
 const FOLDS = 5;
 
 /** Returns the numbers of a place: those of the finest cell that holds it. */
-export async function vectorAt(companion: Companion, [lon, lat]: Place, count: number): Promise<Float32Array | null> {
+export async function vectorAt(
+  companion: Companion, [lon, lat]: Place, count: number, beta: number | null = null,
+): Promise<Float32Array | null> {
   const cell = companion.cellAt(0, lon, lat);
   if (!cell) return null;
   const { side } = companion;
   const chunk = await companion.chunk(0, Math.floor(cell[0] / side), Math.floor(cell[1] / side), count > LEADING);
-  return valuesAt(chunk, (cell[0] % side) * side + (cell[1] % side), companion.scale, count);
+  return valuesAt(await companion.at(chunk, beta), (cell[0] % side) * side + (cell[1] % side), companion.scale, count);
 }
 
-async function vectorThere(companion: Companion, place: Place, count = LEADING): Promise<Float32Array> {
-  const found = await vectorAt(companion, place, count);
+async function vectorThere(companion: Companion, place: Place, beta: number | null): Promise<Float32Array> {
+  const found = await vectorAt(companion, place, LEADING, beta);
   if (found) return found;
   throw new Told("There is no data at this place: the grid has land alone, and lakes are water. Choose a place on land.");
 }
@@ -87,14 +89,15 @@ export async function fitted(
   coarsest: () => Promise<Chunk[]>,
   opened: (url: string) => Promise<Companion>,
 ): Promise<Fitted> {
+  const shown = (chunk: Chunk) => companion.at(chunk, "beta" in layer ? layer.beta : null);
   switch (layer.kind) {
     case "colours":
       return colours(layer, companion, layer.within ? await world(false) : await coarsest());
     case "likeness":
-      return alike(await vectorThere(companion, layer.at), await measure(companion, layer.shares));
+      return alike(await vectorThere(companion, layer.at, layer.beta), await measure(companion, layer.shares), shown);
     case "between": {
-      const [a, b] = await Promise.all([layer.at, layer.other].map((place) => vectorThere(companion, place)));
-      return between(a, b, await measure(companion, layer.shares));
+      const [a, b] = await Promise.all([layer.at, layer.other].map((place) => vectorThere(companion, place, layer.beta)));
+      return between(a, b, await measure(companion, layer.shares), shown);
     }
     case "classes":
       return classes(layer, companion);
@@ -123,13 +126,15 @@ function colours(layer: Layer & { kind: "colours" }, companion: Companion, chunk
   };
 }
 
-function alike(query: Float32Array, by: Measure): Fitted {
-  return { whole: false, bands: ["likeness"], values: (chunk) => [by.cells(chunk, query)], ...shades([0, 1]) };
+function alike(query: Float32Array, by: Measure, shown: (chunk: Chunk) => Promise<Chunk>): Fitted {
+  const values = async (chunk: Chunk) => [by.cells(await shown(chunk), query)];
+  return { whole: false, bands: ["likeness"], values, ...shades([0, 1]) };
 }
 
-function between(a: Float32Array, b: Float32Array, by: Measure): Fitted {
-  const values = (chunk: Chunk) => {
-    const [first, other] = [a, b].map((query) => by.cells(chunk, query));
+function between(a: Float32Array, b: Float32Array, by: Measure, shown: (chunk: Chunk) => Promise<Chunk>): Fitted {
+  const values = async (chunk: Chunk) => {
+    const own = await shown(chunk);
+    const [first, other] = [a, b].map((query) => by.cells(own, query));
     return [first.map((value, i) => other[i] - value)];
   };
   const bands = ["likeness to B less likeness to A"];

@@ -11,6 +11,8 @@ export interface State {
   other: Place | null;
   /** What parts count for likeness, where it is not 1. */
   shares: Shares;
+  /** Share of the semantic half of RANGE+, where it is not the grid's. */
+  beta: number | null;
   marks: Mark[];
   method: "ridge" | "knn";
   least: number;
@@ -22,7 +24,7 @@ export interface State {
 }
 
 export const START: State = {
-  grid: "", mode: "colours", components: [0, 1, 2], at: null, other: null, shares: {}, marks: [], method: "ridge", least: 0.3,
+  grid: "", mode: "colours", components: [0, 1, 2], at: null, other: null, shares: {}, beta: null, marks: [], method: "ridge", least: 0.3,
   clusters: 8, against: "", flat: false, view: null,
 };
 
@@ -37,6 +39,7 @@ export function written(state: State): string {
   if (state.other) told.set("other", place(state.other));
   const shares = Object.entries(state.shares).filter(([, share]) => share !== 1);
   if (shares.length) told.set("parts", shares.map((each) => each.join(":")).join(";"));
+  if (state.beta !== null) told.set("beta", String(state.beta));
   if (state.marks.length) told.set("marks", state.marks.map((mark) => `${place(mark.at)},${mark.name}`).join(";"));
   if (state.method !== START.method) told.set("method", state.method);
   if (state.least !== START.least) told.set("least", String(state.least));
@@ -61,6 +64,7 @@ export function parsed(hash: string): State {
     at: placed(text("at")),
     other: placed(text("other")),
     shares: Object.fromEntries(text("parts").split(";").flatMap(shared)),
+    beta: share(text("beta")),
     marks: text("marks").split(";").flatMap(marked),
     method: text("method") === "knn" ? "knn" : "ridge",
     least: Math.min(1, Math.max(-1, Number(told.get("least") ?? START.least) || 0)),
@@ -83,6 +87,10 @@ function numbers(text: string, by: string): number[] {
 function placed(text: string): Place | null {
   const found = numbers(text, ",");
   return found.length === 2 && Math.abs(found[1]) <= 90 ? (found as Place) : null;
+}
+
+function share(text: string): number | null {
+  return /^[\d.]+$/.test(text) && Number(text) <= 1 ? Number(text) : null;
 }
 
 function shared(text: string): [string, number][] {

@@ -46,6 +46,7 @@ class Page {
     this.tell("Opening the grid …");
     const listener = { progress: this.progress, changed: () => this.map.refresh(), failed: (text: string) => this.tell(text, true) };
     this.about = await this.engine.open(`${version.home}compact.zarr/`, Comlink.proxy(listener));
+    if (this.about.beta === undefined) this.state.beta = null; // of an address of another grid
     this.look();
     await this.show();
   }
@@ -103,15 +104,15 @@ class Page {
 
   /** Returns the layer of the state; nothing while a person has more to choose, and the map stays as it is. */
   private layer(): Layer | null {
-    const { mode, components, at, other, shares, marks, method, least, clusters, against } = this.state;
-    if (mode === "likeness" && at) return { kind: "likeness", at, shares };
+    const { mode, components, at, other, shares, beta, marks, method, least, clusters, against } = this.state;
+    if (mode === "likeness" && at) return { kind: "likeness", at, shares, beta };
     if (mode === "classes" && new Set(marks.map((mark) => mark.name)).size > 1) return { kind: "classes", method, marks, least };
     if (mode === "clusters") return { kind: "clusters", count: clusters };
     if (mode === "compare" && against) {
       const to = this.found.find(({ id }) => id === against);
       if (to) return { kind: "change", other: `${to.home}compact.zarr/` };
     }
-    if (mode === "compare" && at && other) return { kind: "between", at, other, shares };
+    if (mode === "compare" && at && other) return { kind: "between", at, other, shares, beta };
     if (mode === "labels" && this.labels) return this.labelled(this.labels, method, least);
     if (mode === "colours" || !this.shown) return { kind: "colours", components, within: this.within };
     return null;

@@ -1,4 +1,5 @@
-/** How alike cells are: the cosine of their components, to which each part of the grid's vectors may count as one likes. */
+/** How alike cells are: the cosine of their components, to which each part of the grid's vectors may count as one likes,
+ * and of RANGE+ each half of the retrieval. */
 
 import { grams, likeness, squares, weighted, weightedCosine } from "./compute";
 import { type Chunk, type Companion, LEADING } from "./companion";
@@ -7,6 +8,13 @@ import { Told } from "./told";
 /** What parts count, 0 to 1, by name; those that are not named count 1. */
 export type Shares = Record<string, number>;
 
+export interface Chosen {
+  shares: Shares;
+  /** Share of the semantic half of RANGE+; null: the grid's own. */
+  beta: number | null;
+}
+
+/** Measures chunks and numbers as they are by the beta that was chosen: `companion.at`. */
 export interface Measure {
   /** Returns the likeness of every cell of a chunk to a place's numbers. */
   cells(chunk: Chunk, query: Float32Array): Float32Array;

@@ -107,15 +107,25 @@ export class Panel {
   private shares(): HTMLElement | false {
     const { page } = this;
     const parts = page.about?.parts ?? []; // none where the grid could not be opened
-    if (parts.length < 2) return false;
-    return h("div", { id: "shares" }, ...parts.map((name) => {
-      const share = page.state.shares[name] ?? 1;
-      const slider = h("input", {
-        id: `share-${name}`, type: "range", min: 0, max: 1, step: 0.05, value: share, "aria-label": name,
-        onchange: () => page.set({ shares: { ...page.state.shares, [name]: Number(slider.value) } }),
-      });
-      return h("label", { class: "part" }, h("span", {}, name), slider, h("output", {}, share.toFixed(2)));
-    }));
+    const sliders = parts.map((name) => {
+      const set = (share: number) => page.set({ shares: { ...page.state.shares, [name]: share } });
+      return this.slider(name, page.state.shares[name] ?? 1, 0.05, set);
+    });
+    return parts.length > 1 && h("div", { id: "shares" }, ...sliders, this.beta());
+  }
+
+  /** How much of the visual part is the semantic half, where sums were kept. */
+  private beta(): HTMLElement | false {
+    const { page } = this;
+    const own = page.about.beta;
+    if (own === undefined) return false;
+    const set = (beta: number) => page.set({ beta: Math.abs(beta - own) < 0.005 ? null : beta });
+    return this.slider("beta", page.state.beta ?? own, 0.01, set);
+  }
+
+  private slider(name: string, value: number, step: number, set: (value: number) => void): HTMLElement {
+    const slider = h("input", { id: `share-${name}`, type: "range", min: 0, max: 1, step, value, "aria-label": name, onchange: () => set(Number(slider.value)) });
+    return h("label", { class: "part" }, h("span", {}, name), slider, h("output", {}, value.toFixed(2)));
   }
 
   private evidence(): HTMLElement | false {

@@ -37,15 +37,25 @@ const LIKENESS = `def likeness(a, cells):
 export function lines(asked: Asked): string {
   const { state, url } = asked;
   const opened = `${OPENED}root, lon, lat, cells = read("${url}")\n`;
+  const mixed = opened + another(url, state);
   if (state.mode === "classes" && state.marks.length) return opened + classes(state);
   if (state.mode === "clusters") return opened + clusters(state.clusters);
   if (state.mode === "labels" && asked.label) return opened + labelled(asked);
   if (state.mode === "compare" && state.against) return OPENED + LIKENESS + turned(asked);
   if (state.mode === "compare" && state.at && state.other) {
-    return `${opened}${measure(state)}between = likeness(${numbers(state.other)}, cells[:64]) - likeness(${numbers(state.at)}, cells[:64])`;
+    return `${mixed}${measure(state)}between = likeness(${numbers(state.other)}, cells[:64]) - likeness(${numbers(state.at)}, cells[:64])`;
   }
-  if (state.mode === "likeness" && state.at) return `${opened}${measure(state)}likeness = likeness(${numbers(state.at)}, cells[:64])`;
+  if (state.mode === "likeness" && state.at) return `${mixed}${measure(state)}likeness = likeness(${numbers(state.at)}, cells[:64])`;
   return `${opened}components = cells[[${state.components}]]`;
+}
+
+/** Returns what makes the first components those of another beta. */
+function another(url: string, { beta }: State): string {
+  if (beta === null) return "";
+  return `level = xr.open_zarr("${url}", group=root.attrs.get("rangegrid:shown"), zarr_format=3)
+slopes = (level.beta * root.beta_scale).values  # what components gain where beta is larger by 1
+cells[:len(slopes)] += (${beta} - root.attrs["rangegrid:beta"]) * slopes
+`;
 }
 
 function numbers([lon, lat]: Place): string {

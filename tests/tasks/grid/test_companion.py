@@ -92,6 +92,35 @@ def test_heads_together_count_as_much_as_the_location(publish):
     assert root.attrs["rangegrid:parts"] == {"semantic": [0, 4], "geodesic": [4, 8], "location": [8, 16]}
 
 
+@pytest.mark.parametrize("more", [{}, ARCTIC, {"compact_dims": 4}], ids=["globe", "arctic", "compact"])
+def test_slopes_lead_to_the_components_of_another_beta(publish, globe, more):
+    """Of vectors that NumPy mixes from the kept sums; means of them on coarser levels, and no grid without has any."""
+    grid = publish(keep_sums=True, beta=0.3, evidence=not more, **more)
+    opened, root, vectors = xr.open_zarr(grid), level(grid), xr.open_zarr(grid).embedding.values.astype(np.float64)
+    kept = xr.open_zarr(grid.replace("grid.zarr", "sums.zarr")).sums.values.astype(np.float64)
+    semantic, geodesic = (half[:-2] / half[-2] for half in np.split(kept, 2))
+    visual = (opened.block == "visual").values
+    vectors[visual] = 0.9 * semantic + 0.1 * geodesic
+    exact = np.einsum("dyx,dc->cyx", vectors - root["mean"].values[:, None, None], root.axes.values[:, :10])
+    own, slope = decoded(grid)[:10], (root.beta * root.beta_scale).values
+    found = own + (0.9 - root.attrs["rangegrid:beta"]) * slope
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(exact))
+    steps = 0.502 * (root.scale.values[:10] + 0.6 * root.beta_scale.values)
+    assert (np.abs(found - exact) < steps[:, None, None])[np.isfinite(exact)].mean() > 0.999
+    away = np.nanstd(own - exact, axis=(1, 2)) / np.nanstd(found - exact, axis=(1, 2))
+    assert away.max() > 10  # another beta is another field
+    coarser = level(grid, "x2").beta
+    expected = root.beta.coarsen(dict.fromkeys(coarser.dims[1:], 2), boundary="pad").mean()
+    assert np.nanmax(np.abs(coarser.values - expected.values)) <= 0.5
+    assert not {"beta", "beta_scale"} & level(globe).keys()
+    assert "rangegrid:beta" not in level(globe).attrs
+
+
+@pytest.mark.parametrize("more", [{"method": "multi-head", "heads": ("semantic:9", "geodesic:500")}, {"beta": 1.0}])
+def test_sums_of_what_no_beta_mixes_have_no_slopes(publish, more):
+    assert not {"beta", "beta_scale"} & level(publish(keep_sums=True, north=0.0, **more)).keys()
+
+
 def test_levels_are_means_and_the_root_lists_them(globe):
     listed = storage.read_json(f"{companion.companion_url(globe)}/zarr.json")
     layout = listed["attributes"]["multiscales"]["layout"]

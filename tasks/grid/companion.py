@@ -6,7 +6,7 @@ whose root is written last, with all metadata in it; those of the older format 2
 =============== ================== ======= ====================================================================
 variable        dims               dtype   meaning
 =============== ================== ======= ====================================================================
-embedding       component, y, x    int8    256 components of all parts, or as many as there are; any prefix is good,
+embedding       component, y, x    int8    384 components of all parts, or as many as there are; any prefix is good,
                                            64 for pictures and likeness, 128 for classes; -128: no data
 scale           component          float32 value of a component = code * scale
 kept            component          float32 share of the variance of land that the components up to this one keep
@@ -58,7 +58,7 @@ from tasks.units import run_units
 if TYPE_CHECKING:  # who reads companions needs no Dask
     from distributed import Client
 
-COMPONENTS = 256  # at most: docs/grid.md tells what fewer cost
+COMPONENTS = 384  # at most: docs/grid.md tells what fewer cost
 DEPTH = 64  # components of a chunk: the page's likeness takes the first, its classes two
 LAYERS = ("distance_km", "effective_images")  # of evidence
 EVIDENCE, BETA = "evidence", "beta"
@@ -66,7 +66,7 @@ DIMENSION = {store.VARIABLE: "component", BETA: "leading", EVIDENCE: "layer"}  #
 FITTED = ("mean", "axes", "scale", "kept")
 TOLD = ("attribution", "license", "rangegrid:fingerprint", "rangegrid:made_of", "rangegrid:field", "rangegrid:datetime")
 OF_VECTORS = ("geoemb:blocks", "geoemb:dimensions_axis")  # of the grid, which do not hold for components
-PREFIXES = (32, 64, 128, 256)  # numbers of components of which the attributes tell the share of variance
+PREFIXES = (32, 64, 128, 256, 384)  # numbers of components of which the attributes tell the share of variance
 LEVEL = 6  # of gzip
 PLAIN: Any = {  # readable as format 2 too
     "compressors": (GzipCodec(level=LEVEL),),

@@ -48,7 +48,7 @@ def publish_geotiff(client: "Client", compact: str) -> str:
     """Makes the GeoTIFF of a compact product, unless it is there, and resumes what an earlier run began.
 
     Args:
-        client: The Dask cluster. A unit holds 256 x 256 cells in all bands, 17 MB of 256.
+        client: The Dask cluster. A unit holds 256 x 256 cells in all bands, 25 MB of 384.
         compact: URL of the compact product's Zarr.
 
     Returns:

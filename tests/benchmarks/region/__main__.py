@@ -49,7 +49,7 @@ def main() -> None:
         store = {"RANGEGRID_STORAGE_URL": (HOME / "store").absolute().as_uri(), "RANGEGRID_WORKERS": "2"}
         os.environ |= box.environment() | store
         print(machine(), flush=True)
-        (patches,) = run("sample", patches=BASE, **PATCHES)
+        (patches,) = run("sample", patches=BASE, places="area", **PATCHES)
         (checkpoint,) = run("train", patches, members=3)
         (world,) = run("encode", patches, checkpoint)
         made = dict(line.split() for line in regional(checkpoint, world))

@@ -15,7 +15,7 @@ from infra.errors import Unavailable, UserError
 from tasks.evaluation.geoprior import read_photographs
 from tasks.evaluation.label_tables import read_labels
 from tasks.model.features import read_weights
-from tasks.model.satclip import load_foreign
+from tasks.model.weights import load_foreign
 from tasks.params import EvaluateParams
 from tasks.patches.places import read_classes
 from tasks.patches.scenes import explain
@@ -112,7 +112,7 @@ def test_a_signature_is_told_to_nobody(status, kind, monkeypatch):
 READERS = {
     "weights": read_weights,
     "foreign weights": lambda url: load_foreign(url, "weights"),
-    "photographs": read_photographs,
+    "photographs": lambda url: read_photographs(url).__enter__(),
     "classes": read_classes,
     "item": explain,
 }

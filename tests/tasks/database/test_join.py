@@ -138,6 +138,7 @@ def test_samples_that_share_no_image_add_their_densities(home, world):
     assert (data.weights[~inside] == 1).all()
 
 
+@pytest.mark.further
 def test_the_order_decides_nothing_but_rows(home, world, region):
     third = sampled(home, "third", draw_even(300, 5, 10, 40), 10.0, 40.0)
     found = []
@@ -289,7 +290,7 @@ def test_an_interrupted_join_goes_on(home, world, region, monkeypatch):
         np.testing.assert_array_equal(getattr(open_database(url), name), getattr(whole, name))
 
 
-@pytest.mark.parametrize("method", ["range+", "multi-head"])
+@pytest.mark.parametrize("method", [pytest.param("range+", marks=pytest.mark.further), "multi-head"])
 def test_a_grid_of_the_world_becomes_one_of_both_by_its_sums(home, world, client, method):
     """Against the formulas in float64; images of the region that the world has too count less than before."""
     region = sampled(home, "region", draw_even(150, 0, *BAND), *BAND)  # fewer came and went than there are
@@ -317,6 +318,7 @@ def test_a_grid_of_the_world_becomes_one_of_both_by_its_sums(home, world, client
     close(child.embedding.values[:width, land].T, expected, 1e-6, scale=np.abs(values).max())
 
 
+@pytest.mark.further
 def test_memory_does_not_grow_with_the_rows_bytes(home, monkeypatch):
     """Twice the rows, of 2 kB each: what grows is what is held of each place, not its key and value."""
     storage.delete(f"{home}/checkpoints/space/card.json")  # so that no heads are measured

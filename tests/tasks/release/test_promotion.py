@@ -93,6 +93,7 @@ def test_values_shuffled_among_the_images_are_refused_as_the_first_and_later(gri
     assert versions.read_pointer()[0].grid == grids["0"]
 
 
+@pytest.mark.further
 def test_what_position_alone_gives_beside_a_weak_location_encoder_is_not_what_the_images_add(folder, client):
     """Heads of shuffled values and GeoCLIP's block pass beside the location encoder; true values pass beside both."""
     options = {"method": "multi-head", "dtype": "float16", "with_": ("geoclip",)}

@@ -316,6 +316,7 @@ def test_the_plane_is_the_zone_or_equal_in_area():
     assert (kenya.definition.to_cf()["grid_mapping_name"], kenya.unit) == ("lambert_azimuthal_equal_area", "m")
 
 
+@pytest.mark.further
 def test_a_region_of_many_polygons_is_read_in_bounded_memory(tmp_path):
     """3,000 rings of 667 vertices, two million in all: places and cells of them, against their circles."""
     rng = np.random.default_rng(0)

@@ -75,7 +75,13 @@ def test_an_interrupt_says_how_to_go_on(tmp_path):
     assert json.loads((tmp_path / "box/state.json").read_text())["processes"] == {}
 
 
-@pytest.mark.parametrize("command", [["sample", "--patches", "3"], ["reconcile"], ["deploy"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "--patches", "3"],
+        *(pytest.param([name], marks=pytest.mark.further) for name in ("reconcile", "deploy")),
+    ],
+)
 def test_a_server_that_is_gone_is_told_in_one_sentence(tmp_path, nobody, command):
     ran = run(*command, PREFECT_API_URL=f"http://{nobody}/api", RANGEGRID_STORAGE_URL=tmp_path.as_uri())
     assert ran.returncode == 2

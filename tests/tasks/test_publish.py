@@ -228,6 +228,7 @@ def test_a_wrong_block_of_another_encoder_is_refused(publish, client, before):
     assert {f.check for f in validate_grid(client, grid, card) if f.passed is False} == {"other encoders"}
 
 
+@pytest.mark.further
 def test_an_update_carries_the_blocks_of_its_parent(publish, before, after):
     parent = publish(before, PublishParams(**STEP, keep_sums=True, with_=("geoclip",), north=0.0))
     child = publish(after, PublishParams(**STEP, parent=parent, north=0.0))
@@ -298,6 +299,7 @@ def test_an_update_has_the_components_of_its_parent(publish, parent, after):
     assert not np.array_equal(new.embedding, old.embedding, equal_nan=True)
 
 
+@pytest.mark.further
 def test_updates_of_updates_stay_exact(home, publish, parent):
     """Images go until, for many cells, nearly all the weight has gone; then they come back."""
     grid = parent

@@ -42,7 +42,14 @@ def mixed(data, queries, lonlat):
     return 0.5 * (semantic + geodesic) @ values
 
 
-@pytest.mark.parametrize("options", [{}, {"keep_sums": True, "evidence": True}, {"tolerance": 1e-3, "step": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"keep_sums": True, "evidence": True}, marks=pytest.mark.further),
+        {"tolerance": 1e-3, "step": 2.0},
+    ],
+)
 def test_a_grid_is_weighed(home, publish, dense, options):  # noqa: F811
     grid = publish(dense, PublishParams(**STEP | options | ({"tile_cells": 40} if "step" in options else {})))
     opened, land, lonlat = cells(grid)
@@ -78,7 +85,7 @@ def test_heads_side_by_side_and_points_are_weighed(home, publish, dense):  # noq
     close(points[:, :15], expected[:50], 1e-5, scale=np.abs(scaled).max())
 
 
-@pytest.mark.parametrize("options", [{}, SIDE_BY_SIDE])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.further), SIDE_BY_SIDE])
 def test_an_update_takes_back_former_weights(home, publish, dense, options):  # noqa: F811
     """Three images of before count less now, and 200 came beside them."""
     keeps = KEEPS.model_copy(update=options)

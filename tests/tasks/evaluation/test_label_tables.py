@@ -299,6 +299,7 @@ def test_the_demos_labels_are_drawn_in_a_region(caplog):
     assert "left out" in caplog.text or "country" in {labels.name for labels in sets}
 
 
+@pytest.mark.further
 def test_a_spacing_is_a_number_of_labelled_places(tmp_path, monkeypatch):
     """By the area of the country, nearly all of it land; a report by that number is the same one."""
     monkeypatch.setenv("RANGEGRID_STORAGE_URL", tmp_path.as_uri())

@@ -79,6 +79,7 @@ def test_a_prefix_explains_as_much_as_the_principal_components_of_all_land(globe
     np.testing.assert_allclose(level(globe).kept, np.cumsum(best) / best.sum(), atol=0.01)
 
 
+@pytest.mark.further
 def test_heads_together_count_as_much_as_the_location(publish):
     """Of all components the axes are a rotation of what each dimension is multiplied by, one number for each part."""
     grid = publish(method="multi-head", heads=("semantic:9", "geodesic:500"), compact_dims=4, location_dims=8)

@@ -65,7 +65,12 @@ def expected(grid, arrays, beta=0.5):
 
 
 @pytest.mark.parametrize(
-    ("options", "arrays"), [({}, WEIGHED), ({"beta": 0.2, "keep_sums": True}, FEW), (SIDE_BY_SIDE, FEW)]
+    ("options", "arrays"),
+    [
+        ({}, WEIGHED),
+        pytest.param({"beta": 0.2, "keep_sums": True}, FEW, marks=pytest.mark.further),
+        (SIDE_BY_SIDE, FEW),
+    ],
 )
 def test_the_parts_are_the_whole(cluster, home, small, options, arrays):
     client = cluster[0]

@@ -377,7 +377,7 @@ def test_the_collection_tells_what_was_withdrawn(made):
     assert marks[f"./{versions.name_of(second)}/item.json"]["rangegrid:line"] == "told"
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.further)])
 def test_a_version_that_is_deleted_under_its_run_is_not_promoted(made, monkeypatch, killed):
     """A prune comes when the tiles were found good, and before the card is written: by then it is done, or half so."""
     doomed, kept = made(beta=0.2, line="raced"), made(beta=0.3, line="raced")

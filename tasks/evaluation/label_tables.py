@@ -31,18 +31,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from infra.addresses import as_url, name_of
 from infra.errors import UserError
 from tasks.core.earth.region import Region
-from tasks.core.earth.sampling import spaced, uniform_places
+from tasks.core.earth.sampling import uniform_places
 from tasks.core.probes import Kind
 from tasks.evaluation.labels import DEMO_SOUTH, LabelSet, demo_labels
 from tasks.params import EvaluateParams
 from tasks.tables.files import Place, Table, open_table, settled
 from tasks.tables.places import find_place, lonlat_of, remedy_of, shapes_of
-from tasks.tables.regions import find_region
+from tasks.tables.regions import find_region, numbered
 from tasks.units import log
 
 IN_POLYGONS = 10_000  # places drawn in polygons where no number is asked for
@@ -169,7 +168,8 @@ def make_labels(parts: Sequence[Part], params: EvaluateParams) -> LabelSet:
         log().info("%s: the rows of %s, in this order", columns.name, ", then ".join(part.source for part in parts))
     if len({part.labels.dtype.kind in "OSU" for part in parts}) > 1:
         raise UserError(f"{source} have texts and numbers in their columns {columns.label!r}: give one or the other")
-    lonlat, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("lonlat", "labels"))
+    lonlat = np.concatenate([part.lonlat for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
     _check_enough(labels, columns, source)
     scored = _scored(parts, params)
     kept = _draw(len(labels), params)
@@ -349,16 +349,8 @@ def counted(params: Asked) -> Asked:
     if params.spacing_km is None:
         return params
     region, south = find_region(params.region, params.buffer_km), -90.0 if params.labels else DEMO_SOUTH
-    try:
-        count = spaced(params.spacing_km, south, 90, region)
-        return type(params)(**params.model_dump() | {"points": count, "spacing_km": None})
-    except ValidationError:
-        raise UserError(
-            f"{params.spacing_km:g} km apart the land has {count:,} labelled places, and a task takes 200 to "
-            "1,000,000: give another --spacing-km, or another --region"
-        ) from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    refused = "labelled places, and a task takes 200 to 1,000,000: give another --spacing-km, or another --region"
+    return numbered(params, "points", params.spacing_km, (south, 90), region, refused)
 
 
 def label_sets(params: EvaluateParams) -> list[LabelSet]:

@@ -5,18 +5,17 @@ import hashlib
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from infra import storage
 from infra.addresses import as_url, shown
 from infra.bounds import check_expansion
 from infra.errors import UserError
 from tasks.core.earth.region import Region
-from tasks.core.earth.sampling import draw_classes, draw_even, draw_land, spaced, thin
+from tasks.core.earth.sampling import draw_classes, draw_even, draw_land, thin
 from tasks.params import SampleParams
 from tasks.tables.files import BATCH, layer_of
 from tasks.tables.points import check_points, open_points, rows_of
-from tasks.tables.regions import find_region
+from tasks.tables.regions import find_region, numbered
 
 
 def draw(count: int, params: SampleParams) -> NDArray[np.float64]:
@@ -56,16 +55,8 @@ def counted(params: SampleParams) -> SampleParams:
     region = find_region(params.region, params.buffer_km)
     if params.spacing_km is None:
         return params
-    try:
-        count = spaced(params.spacing_km, params.south, params.north, region)
-        return SampleParams(**params.model_dump() | {"patches": count, "spacing_km": None})
-    except ValidationError:
-        raise UserError(
-            f"{params.spacing_km:g} km apart the land has {count:,} places, more than a sample can have: give a larger "
-            "--spacing-km, or a smaller --region"
-        ) from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    refused = "places, more than a sample can have: give a larger --spacing-km, or a smaller --region"
+    return numbered(params, "patches", params.spacing_km, (params.south, params.north), region, refused)
 
 
 def source_digest(params: SampleParams) -> dict[str, str]:

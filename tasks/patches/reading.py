@@ -226,11 +226,12 @@ class Reader:
         except RefusedAsset as error:
             self.refused.append(error)
             return [Reason.REFUSED] * len(group)
-        told = zip(group["item_id"], group["offset"], zip(*layers.values(), strict=True), strict=True)
-        return [
-            Reason.EDGE if any(w is None for w in windows) else Part(item, np.stack(windows[:-1]), windows[-1], offset)
-            for item, offset, windows in told
-        ]
+        parts: list[Part | str] = []
+        of_places = zip(*layers.values(), strict=True)
+        for item, offset, (*bands, scl) in zip(group["item_id"], group["offset"], of_places, strict=True):
+            is_whole = all(window is not None for window in (*bands, scl))
+            parts.append(Part(item, np.stack(bands), scl, offset) if is_whole else Reason.EDGE)
+        return parts
 
     def _turn(self, rows: pd.DataFrame) -> pd.DataFrame:
         full = self._full(rows)

@@ -11,11 +11,12 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import geopandas as gpd
 import numpy as np
 import shapely
+from pydantic import BaseModel, ValidationError
 
 from infra import storage
 from infra.addresses import as_url, name_of, shown
@@ -24,7 +25,7 @@ from infra.errors import UserError
 from tasks.core.earth.plane import WGS84, Plane
 from tasks.core.earth.polygons import Crossed, Polygons, cut, from_plane, polygons_of, united, widened
 from tasks.core.earth.region import Region
-from tasks.core.earth.sampling import check_land
+from tasks.core.earth.sampling import check_land, spaced
 from tasks.tables.files import DEGREES, POLYGONS, Place, Table, layer_of, open_table, settled
 from tasks.tables.places import find_place, shapes_of
 
@@ -32,6 +33,7 @@ REGION = "region.parquet"  # in the directory of a product
 NUMBER = r"[-+]?\d+(?:\.\d*)?"
 BOX = re.compile(rf"\s*{NUMBER}(?:(?:\s*,\s*|\s+){NUMBER}){{3}}\s*")
 IS_FILE = re.compile(r"[/\\]|\.\w+(?:#.+)?$")
+Params = TypeVar("Params", bound=BaseModel)
 NAMED = 3  # most parts that a name lists
 
 
@@ -167,6 +169,31 @@ def _box(text: str) -> Polygons:
     edge = [west, *middle, east]
     low, high = [(x, south) for x in edge], [(x, north) for x in reversed(edge)]
     return cut(np.array([shapely.Polygon([*low, *high])]))
+
+
+def numbered(
+    params: Params, name: str, km: float, latitudes: tuple[float, float], region: Region | None, refused: str
+) -> Params:
+    """Returns parameters with a number of places in place of their spacing.
+
+    Args:
+        params: The parameters, with a `spacing_km`.
+        name: The field of the number.
+        km: The spacing.
+        latitudes: Southern and northern end of the land, in degrees.
+        region: The region, None for all land.
+        refused: What an error says behind a number that the field does not take.
+
+    Raises:
+        UserError: The region has no land, or the field does not take the number.
+    """
+    try:
+        count = spaced(km, *latitudes, region)
+        return type(params)(**params.model_dump() | {name: count, "spacing_km": None})
+    except ValidationError:
+        raise UserError(f"{km:g} km apart the land has {count:,} {refused}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 # Countries
